@@ -1,0 +1,68 @@
+# latentize: `make` lists the targets. Needs Python 3.11 or newer and a package index, nothing else.
+#
+#   PYTHON   interpreter that .venv is made with
+#   OUT      where `make demo` writes
+#   ARGS     passed on: make test ARGS="-k rope", make bench ARGS="--help"
+#   JOBS     parallel test processes
+#   PIP_ARGS passed to pip install. On Linux the torch of PyPI brings CUDA along; for the small CPU build:
+#            make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON   ?= python3
+VENV     ?= .venv
+OUT      ?= demo-out
+ARGS     ?=
+JOBS     ?= 2
+PIP_ARGS ?=
+
+BIN     := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+# Stamps: installed to run, installed to develop.
+RUN     := $(VENV)/.stamp-run
+DEV     := $(VENV)/.stamp-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench venv clean
+.NOTPARALLEL:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(RUN) ## convert, check, heal and measure the bundled model; prints where the report is
+	$(BIN)/latentize demo $(OUT)
+
+# One thread each, or the processes fight over the cores.
+test: $(DEV) ## all tests that need no GPU, engine or network
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# pyright runs on node. Without one on the machine it would fetch it from nodejs.org; the index has it too.
+check: $(DEV) ## lint, formatting, types, import order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@command -v node >/dev/null || $(INSTALL) 'pyright[nodejs]'
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(RUN) ## compare the conversion methods on the bundled model
+	$(BIN)/python benchmarks/methods.py $(ARGS)
+
+venv: $(DEV) ## .venv with everything to develop
+
+clean: ## remove what was built or cached (.venv stays)
+	rm -rf build dist demo-out .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+# Not bin/python: that exists even where making the environment failed half-way.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "latentize needs Python 3.11 or newer, $(PYTHON) is older or absent; try: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "installing latentize into $(VENV)"
+	$(INSTALL) -e .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "installing latentize and its development tools into $(VENV)"
+	$(INSTALL) -e '.[dev]'
+	@touch $(RUN) $@

@@ -1,0 +1,37 @@
+"""Turn the attention of an existing transformer into multi-head latent attention (MLA).
+
+    latentize.convert("path/to/model", "out", keep="25%")
+    latentize.evaluate("out", "path/to/model")
+
+Importing this makes the native format known to transformers; torch is imported when something needs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from latentize._registration import install as _install
+
+if TYPE_CHECKING:
+    from latentize.api import convert, evaluate, verify
+    from latentize.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "__version__", "convert", "evaluate", "verify"]
+
+_HOMES = {
+    "verify": "latentize.api",
+    "Recipe": "latentize.recipe",
+}
+
+_install()
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in ("convert", "evaluate"):  # packages that can be called
+        return import_module(f"latentize.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'latentize' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

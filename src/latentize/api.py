@@ -1,0 +1,282 @@
+"""The functions behind the commands."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from latentize import card
+from latentize.calibrate.text import describe, documents
+from latentize.calibrate.tokenizer import load_tokenizer
+from latentize.calibrate.tokens import pack
+from latentize.checkpoint import Checkpoint, Manifest, OutputFolder, resolve
+from latentize.checkpoint.manifest import sha256
+from latentize.convert.methods import Setting, pooled_heads, settings
+from latentize.convert.pipeline import Converted, Progress, choose, convert_latent, convert_pooled, silent
+from latentize.convert.source import SourceModel
+from latentize.errors import ConfigError, FormatError, OutputError
+from latentize.families import ModelSpec, model_spec
+from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
+from latentize.formats.native import NativeWriter
+from latentize.formats.pooled import PooledWriter
+from latentize.recipe import Recipe
+
+if TYPE_CHECKING:
+    from latentize.formats.base import FormatWriter
+
+__all__ = ["convert", "evaluate", "open_source", "verify"]
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:
+    """Open a checkpoint and hold it against its family's table.
+
+    Raises:
+        CheckpointError, ConfigError: files are damaged, or contradict ``config.json``.
+        UnsupportedModelError: not a family that can be converted.
+    """
+    checkpoint = Checkpoint(resolve(model))
+    spec = model_spec(checkpoint.config)
+    checkpoint.check_tensors(spec.tensor_shapes(), ignore=["lm_head.weight"] if spec.tied else [])
+    if spec.tied and "lm_head.weight" in checkpoint:
+        head, embedding = checkpoint.load("lm_head.weight"), checkpoint.load("model.embed_tokens.weight")
+        if head.shape != embedding.shape or not torch.equal(head, embedding):
+            raise ConfigError(
+                "tie_word_embeddings is true, yet lm_head.weight differs from the embedding",
+                where=str(checkpoint.folder / "config.json"),
+                fix="set tie_word_embeddings to false",
+            )
+    return checkpoint, spec
+
+
+@dataclass
+class _Text:
+    calibration_NT: Tensor
+    selection_NT: Tensor
+    evaluation_NT: Tensor
+
+
+def _tokens(folder: Path, recipe: Recipe) -> _Text:
+    """Three disjoint sets: for statistics, for choices, for the numbers that are reported."""
+    tokenizer, length = load_tokenizer(folder), recipe.sequence_length
+
+    def draw(split: str, tokens: int, seed: int | None) -> Tensor:
+        stream = documents(recipe.data, split)  # type: ignore[arg-type]
+        return pack(tokenizer, stream, tokens=tokens, sequence_length=length, seed=seed)
+
+    rows = draw("calibration", recipe.tokens + recipe.selection_tokens, recipe.seed)
+    held = max(1, min(recipe.selection_tokens // length, len(rows) // 4)) if len(rows) > 1 else 0
+    selection, calibration = rows[:held], rows[held:]
+    return _Text(calibration, selection, draw("heldout", recipe.evaluation_tokens, None))
+
+
+def _format(recipe: Recipe, spec: ModelSpec, setting: Setting) -> tuple[type[FormatWriter], list[str]]:
+    """The writer, and why not the portable one if it was not asked for."""
+    reasons = portable_reasons(spec, setting)
+    if recipe.format == "native":
+        return NativeWriter, []
+    if not reasons:
+        return DeepseekWriter, []
+    if recipe.format == "deepseek_v3":
+        raise FormatError(
+            "the deepseek_v3 format cannot hold this: " + "; ".join(reasons),
+            where="--format deepseek_v3",
+            fix="use --format native (or auto)",
+        )
+    return NativeWriter, [f"native format, because {reason}" for reason in reasons]
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "cpu",
+    progress: Progress = silent,
+    **entries: Any,
+) -> dict[str, Any]:
+    """Convert a checkpoint and write the result to ``out``.
+
+    Args:
+        model: A folder or a hub id.
+        out: A folder that does not exist yet.
+        recipe: What to do; or give its entries as keyword arguments.
+        device: Where layers run.
+        progress: Told how far it is.
+
+    Returns:
+        What ``latentize convert --json`` prints.
+
+    Raises:
+        LatentizeError: anything that the user can mend; nothing is left at ``out``.
+    """
+    started = time.time()
+    recipe = recipe or Recipe.build(**entries)
+    checkpoint, spec = open_source(model)
+    if Path(out).expanduser().absolute() == checkpoint.folder:
+        raise OutputError("the output would overwrite the model", where=str(out), fix="choose another folder")
+    with OutputFolder(Path(out)) as folder:
+        if recipe.to != "mla":
+            job = _PooledJob(recipe, checkpoint, spec, folder)
+        else:
+            job = _LatentJob(recipe, checkpoint, spec, folder)
+        result = job.run(str(model), device, progress, started)
+    return result
+
+
+class _Job:
+    """One conversion, from checked input to finished folder."""
+
+    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, spec: ModelSpec, folder: OutputFolder) -> None:
+        self.recipe, self.checkpoint, self.spec, self.folder = recipe, checkpoint, spec, folder
+        self.dtype = getattr(torch, recipe.dtype)
+        self.setting: Setting | None = None
+        self.notes: list[str] = []
+        self.scores: list[dict[str, Any]] = []
+        self.writer: FormatWriter = self.make_writer()
+
+    def make_writer(self) -> FormatWriter:
+        raise TypeError
+
+    def convert(self, source: SourceModel, text: _Text, progress: Progress) -> Converted:
+        raise TypeError
+
+    def shape(self) -> dict[str, Any]:
+        """The JSON entries that say what attention became."""
+        raise TypeError
+
+    def run(self, model: str, device: str, progress: Progress, started: float) -> dict[str, Any]:
+        text = _tokens(self.checkpoint.folder, self.recipe)
+        source = SourceModel(self.checkpoint, self.spec, device)
+        done = self.convert(source, text, progress)
+        self.writer.top()
+        report = self._report(done, time.time() - started)
+        measurements = {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes", "layers")}
+        source_hashes = {p.name: sha256(p) for p in self.checkpoint.files}
+        manifest = Manifest(
+            format=self.writer.name,
+            source={"model": model, "model_type": self.spec.table.model_type, "files": source_hashes},
+            recipe=self.recipe.model_dump(mode="json"),
+            layers=report["layers"],
+            measurements=measurements,
+            notes=self.notes,
+        )
+        self.folder.copy_tokenizer(self.checkpoint.folder)
+        self.folder.write_text("README.md", card.render(model, self.spec, self.recipe, report, self.notes))
+        self.folder.finish(self.writer.config(self.setting), manifest)
+        return report
+
+    def _report(self, done: Converted, seconds: float) -> dict[str, Any]:
+        quality = done.quality.describe()
+        return {
+            "format": self.writer.name,
+            "to": self.recipe.to,
+            **self.shape(),
+            "source_cache_values_per_token_layer": self.spec.cache_values,
+            "calibration_tokens": done.calibration_tokens,
+            "calibration_text": describe(self.recipe.data),
+            "seconds": round(seconds, 2),
+            "peak_rss_bytes": peak_rss_bytes(),
+            # No method here refines: what was made is what was saved.
+            "layers": [{"error_before_refine": e, "error_after_refine": e} for e in done.errors],
+            "source_perplexity": quality["reference_perplexity"],
+            "perplexity": quality["perplexity"],
+            "excess_loss": done.quality.excess,
+            "kl": quality["kl"],
+            "top1_agreement": quality["top1_agreement"],
+            "evaluation_tokens": quality["tokens"],
+            "candidates": self.scores,
+            "notes": self.notes,
+        }
+
+
+class _LatentJob(_Job):
+    """To multi-head latent attention."""
+
+    def make_writer(self) -> FormatWriter:
+        self.candidates = settings(self.recipe, self.spec.attention)
+        writer, self.notes = _format(self.recipe, self.spec, self.candidates[0])
+        return writer(self.folder, self.checkpoint, self.spec, self.dtype)
+
+    def convert(self, source: SourceModel, text: _Text, progress: Progress) -> Converted:
+        best, scores = choose(source, self.candidates, text.calibration_NT, text.selection_NT, progress)
+        self.setting = best
+        self.scores = [{**s.describe(), "selection_kl": kl} for s, kl in scores]
+        return convert_latent(source, best, self.writer, text.calibration_NT, text.evaluation_NT, progress)
+
+    def shape(self) -> dict[str, Any]:
+        s = self.setting
+        assert s is not None
+        return {
+            "method": s.method,
+            "setting": s.describe(),
+            "kv_lora_rank": s.kv_lora_rank,
+            "qk_rope_head_dim": s.qk_rope_head_dim,
+            "rope_theta": self.spec.attention.rope.theta,
+            "cache_values_per_token_layer": s.cache_values,
+            "keep": s.cache_values / self.spec.cache_values,
+        }
+
+
+class _PooledJob(_Job):
+    """To fewer kv heads."""
+
+    def make_writer(self) -> FormatWriter:
+        self.kv_heads = pooled_heads(self.recipe, self.spec.attention)
+        return PooledWriter(self.folder, self.checkpoint, self.spec, self.dtype)
+
+    def convert(self, source: SourceModel, text: _Text, progress: Progress) -> Converted:
+        return convert_pooled(
+            source, self.kv_heads, self.writer, text.evaluation_NT, progress, dtype=self.dtype
+        )
+
+    def shape(self) -> dict[str, Any]:
+        cache_values = 2 * self.kv_heads * self.spec.attention.head_dim
+        return {
+            "method": "mean-pool",
+            "num_key_value_heads": self.kv_heads,
+            "kv_lora_rank": None,
+            "qk_rope_head_dim": None,
+            "rope_theta": self.spec.attention.rope.theta,
+            "cache_values_per_token_layer": cache_values,
+            "keep": cache_values / self.spec.cache_values,
+        }
+
+
+def evaluate(model: str | Path, reference: str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """What ``latentize eval --json`` prints; options as in :func:`latentize.evaluate.quality.evaluate`."""
+    from latentize.evaluate.quality import evaluate as measure
+
+    quality = measure(resolve(model), None if reference is None else resolve(reference), **options)
+    entries: dict[str, Any] = quality.describe()
+    if reference is None:
+        entries |= {"reference_perplexity": None, "kl": None, "top1_agreement": None}
+    else:
+        entries["excess_loss"] = quality.excess
+    return {**entries, "text": describe(options.get("data", ()))}
+
+
+def verify(out: str | Path) -> dict[str, Any]:
+    """What ``latentize verify --json`` prints.
+
+    Raises:
+        CheckpointError: something is wrong with the output.
+    """
+    from latentize.evaluate.verify import TOLERANCE, require
+    from latentize.evaluate.verify import verify as check
+
+    verdict = check(Path(out))
+    require(verdict, Path(out))
+    return {"ok": verdict.ok, "tolerance": TOLERANCE, **{k: v for k, v in vars(verdict).items() if k != "problems"}}

@@ -1,0 +1,1 @@
+"""Reference attention: short, readable, and the oracle of every test."""

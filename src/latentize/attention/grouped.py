@@ -1,0 +1,110 @@
+"""Multi-head, grouped-query and multi-query attention: one computation, three numbers of kv heads.
+
+With ``G = H`` kv heads this is the attention of Vaswani et al. (arXiv 1706.03762); with ``G = 1`` multi-query
+attention (Shazeer, arXiv 1911.02150); between them grouped-query attention (Ainslie et al., arXiv 2305.13245).
+
+B batch, T new tokens, S cached tokens, D hidden, H query heads, G kv heads, s = H / G, d head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from latentize.attention.cache import GrowingCache
+from latentize.attention.masks import causal_mask
+from latentize.attention.rope import rope_angles, rotate_half
+from latentize.spec import AttentionSpec
+
+__all__ = ["AttentionWeights", "attend", "grouped_attention", "rms_norm"]
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """The projections of one layer, heads unpacked, groups unexpanded.
+
+    Attributes:
+        q_HdD, k_GdD, v_GdD: Weights that make queries, keys, values from the normalised hidden state.
+        o_DHd: Weights from heads back to the hidden state.
+        q_bias_Hd, k_bias_Gd, v_bias_Gd, o_bias_D: Biases, or ``None``.
+        q_norm_d, k_norm_d: Weights of the per-head RMSNorm (Qwen3), or ``None``.
+    """
+
+    q_HdD: Tensor
+    k_GdD: Tensor
+    v_GdD: Tensor
+    o_DHd: Tensor
+    q_bias_Hd: Tensor | None = None
+    k_bias_Gd: Tensor | None = None
+    v_bias_Gd: Tensor | None = None
+    o_bias_D: Tensor | None = None
+    q_norm_d: Tensor | None = None
+    k_norm_d: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> AttentionWeights:
+        """The same weights in another precision."""
+        present = {name: t.to(dtype) for name, t in vars(self).items() if t is not None}
+        return replace(self, **present)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension (Zhang & Sennrich, arXiv 1910.07467)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _project(x_BTD: Tensor, w_hdD: Tensor, bias_hd: Tensor | None) -> Tensor:
+    y_BhTd = torch.einsum("btD,hdD->bhtd", x_BTD, w_hdD)
+    return y_BhTd if bias_hd is None else y_BhTd + bias_hd[:, None]
+
+
+def attend(q_BHTd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, allowed_TS: Tensor, scale: float) -> Tensor:
+    """Softmax attention, written out: ``softmax(scale · q kᵀ) v`` over the allowed keys."""
+    score_BHTS = scale * (q_BHTd @ k_BHSd.mT)
+    score_BHTS = score_BHTS.masked_fill(~allowed_TS, -torch.inf)
+    return score_BHTS.softmax(-1) @ v_BHSd
+
+
+def grouped_attention(
+    x_BTD: Tensor,
+    w: AttentionWeights,
+    spec: AttentionSpec,
+    *,
+    positions_BT: Tensor | None = None,
+    cache: GrowingCache | None = None,
+    layer_idx: int = 0,
+) -> Tensor:
+    """Attention of one layer; with a ``cache`` the new tokens follow those that it holds.
+
+    Args:
+        x_BTD: Normalised hidden states of the new tokens.
+        w: The weights.
+        spec: The layer.
+        positions_BT: Positions of the new tokens; by default they continue the cache.
+        cache: Holds ``2 G d`` values a token: the keys, after RoPE, and the values.
+        layer_idx: Which of the cache's layers.
+
+    Returns:
+        ``[B, T, D]``, what is added to the residual stream.
+    """
+    past = cache.get_seq_length(layer_idx) if cache else 0
+    if positions_BT is None:
+        positions_BT = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
+    q_BHTd = _project(x_BTD, w.q_HdD, w.q_bias_Hd)
+    k_BGTd = _project(x_BTD, w.k_GdD, w.k_bias_Gd)
+    v_BGSd = _project(x_BTD, w.v_GdD, w.v_bias_Gd)
+    if w.q_norm_d is not None and w.k_norm_d is not None:
+        q_BHTd, k_BGTd = rms_norm(q_BHTd, w.q_norm_d, spec.norm_eps), rms_norm(k_BGTd, w.k_norm_d, spec.norm_eps)
+    frequencies = torch.tensor([spec.rope.frequencies], device=x_BTD.device, dtype=torch.float64)
+    cos, sin = rope_angles(frequencies, positions_BT)
+    q_BHTd, k_BGSd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
+    if cache is not None:
+        k_BGSd, v_BGSd = cache.update(k_BGSd, v_BGSd, layer_idx)
+    allowed_TS = causal_mask(x_BTD.shape[1], k_BGSd.shape[2], window=spec.sliding_window, device=x_BTD.device)
+    k_BHSd = k_BGSd.repeat_interleave(spec.group_size, dim=1)
+    v_BHSd = v_BGSd.repeat_interleave(spec.group_size, dim=1)
+    heads_BHTd = attend(q_BHTd, k_BHSd, v_BHSd, allowed_TS, spec.softmax_scale)
+    y_BTD = torch.einsum("bhtd,Dhd->btD", heads_BHTd, w.o_DHd)
+    return y_BTD if w.o_bias_D is None else y_BTD + w.o_bias_D

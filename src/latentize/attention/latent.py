@@ -1,0 +1,214 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), expanded and absorbed.
+
+Per token the cache keeps a latent ``c`` and a few roped keys ``k_R``; keys and values of all heads are linear in
+the latent, ``k_h = W_UK,h c`` and ``v_h = W_UV,h c`` (their equations 9 to 19):
+
+    expanded   make k_h and v_h of every cached token, then attend                best when T is large
+    absorbed   q_h · W_UK,h c = (W_UK,hᵀ q_h) · c, and Σ p W_UV,h c = W_UV,h Σ p c:
+               attend in the latent space, no key or value is ever made           best when T is small
+
+Beyond DeepSeek's form, the roped keys may be several (``P``: one a kv head for MHA2MLA and for exact
+conversions), heads of a group may share up-projections (``U = G``), and projections may have biases.
+
+B batch, T new tokens, S cached tokens, D hidden, H query heads, P roped keys, U up-projections, s = H / U,
+r kv_lora_rank, N qk_nope_head_dim, R qk_rope_head_dim, F = R / 2 pairs, V v_head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from latentize.attention.cache import GrowingCache
+from latentize.attention.grouped import attend, rms_norm
+from latentize.attention.masks import causal_mask
+from latentize.attention.rope import rope_angles, rotate_half
+from latentize.spec import LatentSpec
+
+__all__ = [
+    "LatentWeights",
+    "absorbed_heads",
+    "cache_rows",
+    "expand",
+    "expanded_heads",
+    "latent_attention",
+    "output",
+    "queries",
+]
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """The projections of one MLA layer. RoPE is in the "half" layout.
+
+    Attributes:
+        q_nope_HND, q_rope_HRD: Queries, un-roped and roped part.
+        kv_a_rD: Down-projection to the latent.
+        k_rope_PRD: Roped keys.
+        k_up_UNr, v_up_UVr: Up-projections ``W_UK`` and ``W_UV``.
+        o_DHV: Output projection.
+        frequencies_PF: Radians per position of each pair of each roped key; not trained.
+        softmax_scale: Factor on the logits.
+        q_nope_bias_HN, q_rope_bias_HR, k_rope_bias_PR, o_bias_D: Biases, or ``None``. The un-roped key and the
+            latent need none: a constant key drops out of the softmax, a constant value is an output bias.
+        q_norm_R, k_norm_R: Per-head RMSNorm weights, or ``None``; exact only where the whole head is roped.
+        norm_eps: Epsilon of that norm.
+    """
+
+    q_nope_HND: Tensor
+    q_rope_HRD: Tensor
+    kv_a_rD: Tensor
+    k_rope_PRD: Tensor
+    k_up_UNr: Tensor
+    v_up_UVr: Tensor
+    o_DHV: Tensor
+    frequencies_PF: Tensor
+    softmax_scale: float
+    q_nope_bias_HN: Tensor | None = None
+    q_rope_bias_HR: Tensor | None = None
+    k_rope_bias_PR: Tensor | None = None
+    o_bias_D: Tensor | None = None
+    q_norm_R: Tensor | None = None
+    k_norm_R: Tensor | None = None
+    norm_eps: float = 1e-6
+
+    @property
+    def spec(self) -> LatentSpec:
+        heads, nope, hidden = self.q_nope_HND.shape
+        return LatentSpec(
+            hidden_size=hidden,
+            num_heads=heads,
+            kv_lora_rank=self.kv_a_rD.shape[0],
+            qk_rope_head_dim=self.k_rope_PRD.shape[1],
+            qk_nope_head_dim=nope,
+            v_head_dim=self.v_up_UVr.shape[1],
+            rope_heads=self.k_rope_PRD.shape[0],
+            up_heads=self.k_up_UNr.shape[0],
+            softmax_scale=self.softmax_scale,
+        )
+
+    def to(self, dtype: torch.dtype) -> LatentWeights:
+        """The same weights in another precision; frequencies stay as they are."""
+        kept = {"frequencies_PF"}
+        present = {n: t.to(dtype) for n, t in vars(self).items() if isinstance(t, Tensor) and n not in kept}
+        return replace(self, **present)
+
+    def expanded(self, x_BTD: Tensor, **kwargs) -> Tensor:
+        """The layer in expanded form, see :func:`latent_attention`."""
+        return latent_attention(x_BTD, self, absorb=False, **kwargs)
+
+    def absorbed(self, x_BTD: Tensor, **kwargs) -> Tensor:
+        """The layer in absorbed form, see :func:`latent_attention`."""
+        return latent_attention(x_BTD, self, absorb=True, **kwargs)
+
+
+def _project(x_BTD: Tensor, w_hdD: Tensor, bias_hd: Tensor | None) -> Tensor:
+    h, d, hidden = w_hdD.shape
+    y_BThd = torch.nn.functional.linear(x_BTD, w_hdD.reshape(h * d, hidden)).unflatten(-1, (h, d))
+    return (y_BThd if bias_hd is None else y_BThd + bias_hd).transpose(1, 2)
+
+
+def queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Un-roped and roped queries, ``[B, H, T, N]`` and ``[B, H, T, R]``."""
+    q_nope_BHTN = _project(x_BTD, w.q_nope_HND, w.q_nope_bias_HN)
+    q_rope_BHTR = _project(x_BTD, w.q_rope_HRD, w.q_rope_bias_HR)
+    if w.q_norm_R is not None:
+        q_rope_BHTR = rms_norm(q_rope_BHTR, w.q_norm_R, w.norm_eps)
+    cos, sin = rope_angles(w.frequencies_PF, positions_BT)
+    share = w.q_rope_HRD.shape[0] // w.k_rope_PRD.shape[0]
+    if cos.shape[1] > 1:
+        cos, sin = cos.repeat_interleave(share, dim=1), sin.repeat_interleave(share, dim=1)
+    return q_nope_BHTN, rotate_half(q_rope_BHTR, cos, sin)
+
+
+def cache_rows(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """What is cached of the new tokens: the latent ``[B, 1, T, r]`` and the roped keys ``[B, P, T, R]``."""
+    c_B1Tr = torch.nn.functional.linear(x_BTD, w.kv_a_rD)[:, None]
+    k_rope_BPTR = _project(x_BTD, w.k_rope_PRD, w.k_rope_bias_PR)
+    if w.k_norm_R is not None:
+        k_rope_BPTR = rms_norm(k_rope_BPTR, w.k_norm_R, w.norm_eps)
+    return c_B1Tr, rotate_half(k_rope_BPTR, *rope_angles(w.frequencies_PF, positions_BT))
+
+
+def expand(c_B1Sr: Tensor, k_rope_BPSR: Tensor, w: LatentWeights) -> tuple[Tensor, Tensor]:
+    """Keys ``[B, H, S, N + R]`` and values ``[B, H, S, V]`` of all heads."""
+    heads = w.q_nope_HND.shape[0]
+    k_nope_BUSN = c_B1Sr @ w.k_up_UNr.mT
+    v_BUSV = c_B1Sr @ w.v_up_UVr.mT
+    share = heads // w.k_up_UNr.shape[0]
+    k_nope_BHSN = k_nope_BUSN.repeat_interleave(share, dim=1)
+    k_rope_BHSR = k_rope_BPSR.repeat_interleave(heads // k_rope_BPSR.shape[1], dim=1)
+    return torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1), v_BUSV.repeat_interleave(share, dim=1)
+
+
+def expanded_heads(
+    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, c_B1Sr: Tensor, k_rope_BPSR: Tensor, allowed: Tensor, w: LatentWeights
+) -> Tensor:
+    """Heads ``[B, H, T, V]`` by ordinary attention over expanded keys and values."""
+    k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w)
+    return attend(torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1), k_BHSd, v_BHSV, allowed, w.softmax_scale)
+
+
+def absorbed_heads(
+    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, c_B1Sr: Tensor, k_rope_BPSR: Tensor, allowed: Tensor, w: LatentWeights
+) -> Tensor:
+    """Heads ``[B, H, T, V]`` by attention in the latent space.
+
+    Args:
+        q_nope_BHTN, q_rope_BHTR: From :func:`queries`.
+        c_B1Sr, k_rope_BPSR: From :func:`cache_rows`, of all tokens so far.
+        allowed: Boolean, broadcastable to ``[B, H, T, S]``.
+        w: The weights.
+    """
+    heads, up, ropes = q_nope_BHTN.shape[1], w.k_up_UNr.shape[0], k_rope_BPSR.shape[1]
+    # Heads that share a projection or a roped key lie next to each other: (U, s) and (P, H / P).
+    q_latent_BHTr = (q_nope_BHTN.unflatten(1, (up, heads // up)) @ w.k_up_UNr[:, None]).flatten(1, 2)
+    score_rope = q_rope_BHTR.unflatten(1, (ropes, heads // ropes)) @ k_rope_BPSR[:, :, None].mT
+    score_BHTS = w.softmax_scale * (q_latent_BHTr @ c_B1Sr.mT + score_rope.flatten(1, 2))
+    p_BHTS = score_BHTS.masked_fill(~allowed, -torch.inf).softmax(-1)
+    summed_BHTr = p_BHTS @ c_B1Sr
+    return (summed_BHTr.unflatten(1, (up, heads // up)) @ w.v_up_UVr[:, None].mT).flatten(1, 2)
+
+
+def output(heads_BHTV: Tensor, w: LatentWeights) -> Tensor:
+    """Heads back to the residual stream, ``[B, T, D]``."""
+    y_BTD = torch.nn.functional.linear(heads_BHTV.transpose(1, 2).flatten(2), w.o_DHV.flatten(1))
+    return y_BTD if w.o_bias_D is None else y_BTD + w.o_bias_D
+
+
+def latent_attention(
+    x_BTD: Tensor,
+    w: LatentWeights,
+    *,
+    absorb: bool,
+    positions_BT: Tensor | None = None,
+    cache: GrowingCache | None = None,
+    layer_idx: int = 0,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of one MLA layer, the readable form that every faster one is tested against.
+
+    Args:
+        x_BTD: Normalised hidden states of the new tokens.
+        w: The weights.
+        absorb: Attend in the latent space instead of expanding keys and values.
+        positions_BT: Positions of the new tokens; by default they continue the cache.
+        cache: Holds ``r + P R`` values a token.
+        layer_idx: Which of the cache's layers.
+        window: Tokens that a query sees, itself included; ``None`` is all.
+
+    Returns:
+        ``[B, T, D]``, what is added to the residual stream.
+    """
+    past = cache.get_seq_length(layer_idx) if cache else 0
+    if positions_BT is None:
+        positions_BT = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
+    q_nope_BHTN, q_rope_BHTR = queries(x_BTD, w, positions_BT)
+    c_B1Sr, k_rope_BPSR = cache_rows(x_BTD, w, positions_BT)
+    if cache is not None:
+        c_B1Sr, k_rope_BPSR = cache.update(c_B1Sr, k_rope_BPSR, layer_idx)
+    allowed_TS = causal_mask(x_BTD.shape[1], c_B1Sr.shape[2], window=window, device=x_BTD.device)
+    form = absorbed_heads if absorb else expanded_heads
+    return output(form(q_nope_BHTN, q_rope_BHTR, c_B1Sr, k_rope_BPSR, allowed_TS, w), w)

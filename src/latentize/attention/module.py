@@ -1,0 +1,220 @@
+"""Latent attention as a module: parameters under DeepSeek's names, fused prefill, absorbed decode.
+
+It is called like the attention modules of transformers and can stand in their place in any decoder layer. It
+imports nothing of transformers; a cache is anything with transformers' ``update(first, second, layer_idx)``.
+
+Shape letters as in :mod:`latentize.attention.latent`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentize.attention.latent import LatentWeights, absorbed_heads, cache_rows, expand, output, queries
+from latentize.spec import LatentSpec
+
+__all__ = ["LatentAttention", "prefill"]
+
+
+def prefill(
+    q_nope_BHTN: Tensor,
+    q_rope_BHTR: Tensor,
+    c_B1Sr: Tensor,
+    k_rope_BPSR: Tensor,
+    w: LatentWeights,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Heads ``[B, H, T, V]`` of many new tokens: expand keys and values, then fused attention.
+
+    Args:
+        q_nope_BHTN, q_rope_BHTR, c_B1Sr, k_rope_BPSR: As for ``expanded_heads``, its naive twin.
+        w: The weights.
+        mask: Boolean or additive, broadcastable to ``[B, H, T, S]``; without one attention is causal.
+    """
+    q_BHTd = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
+    k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w)
+    size, v_size = q_BHTd.shape[-1], v_BHSV.shape[-1]
+    if mask is None and q_BHTd.shape[2] != k_BHSd.shape[2]:
+        tokens, keys = q_BHTd.shape[2], k_BHSd.shape[2]
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTd.device).tril(keys - tokens)
+    # Unequal head sizes would fall to an unfused path on CPU, ten times slower; zeros cost a little.
+    padded = max(size, v_size)
+    q_BHTd, k_BHSd = F.pad(q_BHTd, (0, padded - size)), F.pad(k_BHSd, (0, padded - size))
+    heads = F.scaled_dot_product_attention(
+        q_BHTd,
+        k_BHSd,
+        F.pad(v_BHSV, (0, padded - v_size)),
+        attn_mask=mask,
+        is_causal=mask is None and q_BHTd.shape[2] > 1,
+        scale=w.softmax_scale,
+    )
+    return heads[..., :v_size]
+
+
+class LatentAttention(nn.Module):
+    """One MLA layer.
+
+    Args:
+        spec: Its sizes.
+        layer_idx: Which layer of the cache is its own.
+        q_bias, k_rope_bias, o_bias: Which projections have a bias.
+        qk_norm: Per-head RMSNorm of roped queries and keys; only where the whole head is roped.
+        norm_eps: Epsilon of that norm.
+        frequency_table: Radians per position that ``rope_pairs`` chooses from.
+    """
+
+    rope_pairs: Tensor
+
+    def __init__(
+        self,
+        spec: LatentSpec,
+        layer_idx: int = 0,
+        *,
+        q_bias: bool = False,
+        k_rope_bias: bool = False,
+        o_bias: bool = False,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        frequency_table: tuple[float, ...] = (),
+    ) -> None:
+        super().__init__()
+        s = spec
+        self.spec, self.layer_idx, self.norm_eps = s, layer_idx, norm_eps
+        self.frequency_table = frequency_table
+        self.q_proj = nn.Linear(s.hidden_size, s.num_heads * s.qk_head_dim, bias=q_bias)
+        self.kv_a_proj = nn.Linear(s.hidden_size, s.kv_lora_rank, bias=False)
+        self.k_rope_proj = nn.Linear(s.hidden_size, s.rope_heads * s.qk_rope_head_dim, bias=k_rope_bias)
+        self.kv_b_proj = nn.Linear(s.kv_lora_rank, s.up_heads * (s.qk_nope_head_dim + s.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(s.num_heads * s.v_head_dim, s.hidden_size, bias=o_bias)
+        self.q_norm = nn.Parameter(torch.ones(s.qk_rope_head_dim)) if qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(s.qk_rope_head_dim)) if qk_norm else None
+        # An integer choice, not floats: loading in bf16 must not round a frequency.
+        pairs = torch.zeros(s.rope_heads, s.qk_rope_head_dim // 2, dtype=torch.int32)
+        self.register_buffer("rope_pairs", pairs)
+        self._frequencies: Tensor | None = None
+
+    @classmethod
+    def from_weights(
+        cls, w: LatentWeights, layer_idx: int = 0, *, frequency_table: tuple[float, ...] | None = None
+    ) -> LatentAttention:
+        """A module that holds ``w``.
+
+        Args:
+            w: The weights; each frequency is one of ``frequency_table``.
+            layer_idx: Which layer of the cache is its own.
+            frequency_table: By default the distinct frequencies of ``w``.
+        """
+        table = frequency_table or tuple(sorted(set(w.frequencies_PF.flatten().tolist()), reverse=True))
+        module = cls(
+            w.spec,
+            layer_idx,
+            q_bias=w.q_rope_bias_HR is not None,
+            k_rope_bias=w.k_rope_bias_PR is not None,
+            o_bias=w.o_bias_D is not None,
+            qk_norm=w.q_norm_R is not None,
+            norm_eps=w.norm_eps,
+            frequency_table=table,
+        )
+        module.load_state_dict(state_dict(w, table), assign=True)
+        return module.requires_grad_(False)
+
+    def frequencies(self) -> Tensor:
+        """Radians per position, ``[P, F]`` float32."""
+        if self._frequencies is None or self._frequencies.device != self.rope_pairs.device:
+            table = torch.tensor(self.frequency_table, dtype=torch.float32, device=self.rope_pairs.device)
+            self._frequencies = table[self.rope_pairs.long()]
+        return self._frequencies
+
+    def weights(self) -> LatentWeights:
+        """The parameters, as views with named axes."""
+        s = self.spec
+        q_HdD = self.q_proj.weight.unflatten(0, (s.num_heads, s.qk_head_dim))
+        q_bias_Hd = None if self.q_proj.bias is None else self.q_proj.bias.unflatten(0, (s.num_heads, s.qk_head_dim))
+        kv_b_Udr = self.kv_b_proj.weight.unflatten(0, (s.up_heads, s.qk_nope_head_dim + s.v_head_dim))
+        nope = s.qk_nope_head_dim
+        ropes = (s.rope_heads, s.qk_rope_head_dim)
+        k_bias = self.k_rope_proj.bias
+        return LatentWeights(
+            q_nope_HND=q_HdD[:, :nope],
+            q_rope_HRD=q_HdD[:, nope:],
+            kv_a_rD=self.kv_a_proj.weight,
+            k_rope_PRD=self.k_rope_proj.weight.unflatten(0, ropes),
+            k_up_UNr=kv_b_Udr[:, :nope],
+            v_up_UVr=kv_b_Udr[:, nope:],
+            o_DHV=self.o_proj.weight.unflatten(1, (s.num_heads, s.v_head_dim)),
+            frequencies_PF=self.frequencies(),
+            softmax_scale=s.softmax_scale,
+            q_nope_bias_HN=None if q_bias_Hd is None else q_bias_Hd[:, :nope],
+            q_rope_bias_HR=None if q_bias_Hd is None else q_bias_Hd[:, nope:],
+            k_rope_bias_PR=None if k_bias is None else k_bias.unflatten(0, ropes),
+            o_bias_D=self.o_proj.bias,
+            q_norm_R=self.q_norm,
+            k_norm_R=self.k_norm,
+            norm_eps=self.norm_eps,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Prefill expanded, decode (one new token) absorbed.
+
+        Args:
+            hidden_states: ``[B, T, D]``, normalised.
+            position_ids: ``[B, T]`` or ``[1, T]``; by default 0 … T - 1.
+            attention_mask: ``None`` (causal), boolean, or additive; ``[B, 1, T, S]``.
+            past_key_values: transformers' cache, or one like it.
+
+        Returns:
+            ``[B, T, D]`` and, in place of attention weights, ``None``.
+        """
+        w = self.weights()
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        q_nope, q_rope = queries(hidden_states, w, position_ids)
+        c, k_rope = cache_rows(hidden_states, w, position_ids)
+        if past_key_values is not None:
+            c, k_rope = past_key_values.update(c, k_rope, self.layer_idx)
+        if hidden_states.shape[1] == 1 and past_key_values is not None:
+            heads = absorbed_heads(q_nope, q_rope, c, k_rope, _allowed(attention_mask, hidden_states), w)
+        else:
+            heads = prefill(q_nope, q_rope, c, k_rope, w, attention_mask)
+        return output(heads, w), None
+
+
+def _allowed(mask: Tensor | None, like: Tensor) -> Tensor:
+    """A boolean mask of any of transformers' kinds; one query without a mask sees everything."""
+    if mask is None:
+        return torch.ones((), dtype=torch.bool, device=like.device)
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str, Tensor]:
+    """Tensors of :class:`LatentAttention` by name; the inverse of ``LatentAttention.weights``."""
+    table = torch.tensor(frequency_table, dtype=torch.float64)
+    gap_PFf = (w.frequencies_PF.double()[..., None] - table).abs()
+    if (gap_PFf.amin(-1) > 1e-6 * w.frequencies_PF.double()).any():
+        raise ValueError("a frequency is not in the table")
+    tensors: dict[str, Tensor | None] = {
+        "q_proj.weight": torch.cat([w.q_nope_HND, w.q_rope_HRD], dim=1).flatten(0, 1),
+        "kv_a_proj.weight": w.kv_a_rD,
+        "k_rope_proj.weight": w.k_rope_PRD.flatten(0, 1),
+        "kv_b_proj.weight": torch.cat([w.k_up_UNr, w.v_up_UVr], dim=1).flatten(0, 1),
+        "o_proj.weight": w.o_DHV.flatten(1),
+        "k_rope_proj.bias": None if w.k_rope_bias_PR is None else w.k_rope_bias_PR.flatten(),
+        "o_proj.bias": w.o_bias_D,
+        "q_norm": w.q_norm_R,
+        "k_norm": w.k_norm_R,
+        "rope_pairs": gap_PFf.argmin(-1).to(torch.int32),
+    }
+    if w.q_nope_bias_HN is not None and w.q_rope_bias_HR is not None:
+        tensors["q_proj.bias"] = torch.cat([w.q_nope_bias_HN, w.q_rope_bias_HR], dim=1).flatten()
+    return {name: t.contiguous() for name, t in tensors.items() if t is not None}

@@ -1,0 +1,28 @@
+"""The tokenizer of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from latentize.errors import CheckpointError
+
+__all__ = ["load_tokenizer"]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A transformers tokenizer from local files.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+            where=str(folder),
+            fix="put tokenizer.json and tokenizer_config.json of the model into the folder",
+        ) from error

@@ -1,0 +1,8 @@
+"""Reading and writing checkpoints: safetensors only, one tensor at a time."""
+
+from latentize.checkpoint.hub import resolve
+from latentize.checkpoint.manifest import MANIFEST_NAME, Manifest
+from latentize.checkpoint.reader import Checkpoint
+from latentize.checkpoint.writer import OutputFolder
+
+__all__ = ["MANIFEST_NAME", "Checkpoint", "Manifest", "OutputFolder", "resolve"]

@@ -1,0 +1,42 @@
+"""A model's name to a folder on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latentize.errors import CheckpointError
+
+__all__ = ["resolve"]
+
+# Never pickles, never code.
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve(model: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder of ``model``: the folder itself, or a hub snapshot, downloaded once and cached.
+
+    Raises:
+        CheckpointError: neither a folder here nor a model that the hub (or its cache) has.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    name = str(model)
+    if path.exists():
+        raise CheckpointError("the model should be a folder, not a file", where=name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            "there is no such folder, and it is not a hub id either",
+            where=name,
+            fix="check the path; a hub id looks like 'organisation/name'",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot get the model from the hub: {str(error).splitlines()[0]}",
+            where=name,
+            fix="check the name, the network and your access (huggingface-cli login), or pass a local folder",
+        ) from error

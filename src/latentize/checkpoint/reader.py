@@ -1,0 +1,185 @@
+"""A checkpoint on disk, read one tensor at a time.
+
+Opening checks everything that the headers can tell: that files are whole, that index and shards agree, that
+no path leaves the folder. Weights are read when they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from latentize.errors import CheckpointError, ConfigError
+
+__all__ = ["Checkpoint"]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_HEADER_CAP = 100_000_000
+# Integers are index tables (the native format has one); what is quantised comes in other types.
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
+
+
+def _read_json(path: Path, error: type[CheckpointError] | type[ConfigError]) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error("the file is missing", where=str(path)) from None
+    except (OSError, ValueError) as reason:
+        raise error(f"the file cannot be read: {reason}", where=str(path)) from reason
+    if not isinstance(entries, dict):
+        raise error("the file should hold one JSON object", where=str(path))
+    return entries
+
+
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The safetensors header, with the promise that every tensor lies inside the file."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        if start.startswith(b"version "):
+            raise CheckpointError(
+                "the file is a git-LFS pointer, not weights", where=str(path), fix="run 'git lfs pull' in the folder"
+            )
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(_HEADER_CAP, size - 8):
+            raise CheckpointError(
+                "the file is truncated or not safetensors", where=str(path), fix="download the file again"
+            )
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as reason:
+            raise CheckpointError(f"the header is damaged: {reason}", where=str(path)) from reason
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        _check_entry(path, name, entry, size - 8 - length)
+    return header
+
+
+def _check_entry(path: Path, name: str, entry: Mapping[str, Any], data_bytes: int) -> None:
+    where = f"{path}, tensor {name}"
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError("the header entry is malformed", where=where) from None
+    if dtype not in _ITEM_BYTES:
+        raise CheckpointError(
+            f"the weights are stored as {dtype}",
+            where=where,
+            fix="convert from an unquantised checkpoint (bf16, fp16 or fp32)",
+        )
+    count = 1
+    for n in shape:
+        count *= n
+    if not 0 <= begin <= end or end - begin != count * _ITEM_BYTES[dtype]:
+        raise CheckpointError("shape and size of the tensor disagree", where=where)
+    if end > data_bytes:
+        raise CheckpointError("the file is truncated", where=where, fix="download the file again")
+
+
+class Checkpoint:
+    """A folder with ``config.json`` and safetensors weights.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        ConfigError: ``config.json`` is missing or unreadable.
+        CheckpointError: weight files are missing, damaged, disagree with the index, or are not safetensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _read_json(folder / "config.json", ConfigError)
+        self._file_of: dict[str, Path] = {}
+        self._entry: dict[str, dict[str, Any]] = {}
+        self._open: tuple[Path, Any] | None = None
+        for path, expected in self._shards().items():
+            header = _read_header(path)
+            if expected is not None and expected != set(header):
+                odd = sorted(expected.symmetric_difference(header))[0]
+                raise CheckpointError(f"index and shard disagree about '{odd}'", where=str(path))
+            for name in header:
+                if name in self._file_of:
+                    raise CheckpointError("the tensor is stored twice", where=f"{path}, tensor {name}")
+                self._file_of[name], self._entry[name] = path, header[name]
+
+    def _shards(self) -> dict[Path, set[str] | None]:
+        """File → tensors that the index promises in it (``None`` where there is no index)."""
+        index, single = self.folder / INDEX_NAME, self.folder / SINGLE_NAME
+        if not index.exists():
+            if single.is_file():
+                return {single: None}
+            pickles = sorted(p.name for p in self.folder.glob("*.bin"))
+            raise CheckpointError(
+                "no safetensors weights" + (f", only pickles ({pickles[0]})" if pickles else ""),
+                where=str(self.folder),
+                fix="save it with save_pretrained" if pickles else "is this the folder of a model?",
+            )
+        promised: dict[Path, set[str]] = {}
+        for name, file in _read_json(index, CheckpointError).get("weight_map", {}).items():
+            if Path(file).name != file:
+                raise CheckpointError(f"the index points outside the folder: '{file}'", where=str(index))
+            promised.setdefault(self.folder / file, set()).add(name)
+        if not promised:
+            raise CheckpointError("the index names no weights", where=str(index))
+        for path in promised:
+            if not path.is_file():
+                raise CheckpointError("a shard is missing", where=str(path), fix="download the file again")
+        return dict(promised)
+
+    @property
+    def files(self) -> list[Path]:
+        """Weight files, in order."""
+        return sorted(set(self._file_of.values()))
+
+    def names(self) -> Iterator[str]:
+        yield from self._entry
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entry
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entry[name]["shape"])
+
+    def check_tensors(self, expected: Mapping[str, tuple[int, ...]], *, ignore: Iterable[str] = ()) -> None:
+        """Compare names and shapes with what the family's table promises.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected, or of another shape.
+        """
+        for name, shape in expected.items():
+            if name not in self:
+                raise CheckpointError("a tensor is missing", where=f"{self.folder}, tensor {name}")
+            if self.shape(name) != shape:
+                raise CheckpointError(
+                    f"the tensor is {list(self.shape(name))}, config.json implies {list(shape)}",
+                    where=f"{self._file_of[name]}, tensor {name}",
+                )
+        skipped = set(ignore)
+        for name in self.names():
+            # Some old Llama checkpoints store the RoPE table; it is derived, not learned.
+            if name not in expected and name not in skipped and not name.endswith("rotary_emb.inv_freq"):
+                raise CheckpointError(
+                    "a tensor that the architecture does not have", where=f"{self._file_of[name]}, tensor {name}"
+                )
+
+    def load(self, name: str) -> Any:
+        """One tensor, as stored.
+
+        Raises:
+            CheckpointError: there is no such tensor, or it holds NaN or infinity.
+        """
+        if name not in self:
+            raise CheckpointError("a tensor is missing", where=f"{self.folder}, tensor {name}")
+        from safetensors import safe_open
+
+        path = self._file_of[name]
+        if self._open is None or self._open[0] != path:
+            self._open = (path, safe_open(str(path), framework="pt"))
+        tensor = self._open[1].get_tensor(name)
+        if not tensor.isfinite().all():
+            raise CheckpointError("the tensor holds NaN or infinity", where=f"{path}, tensor {name}")
+        return tensor

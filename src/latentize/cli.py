@@ -1,0 +1,293 @@
+"""The command line. Each command parses, calls one function, and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from latentize.errors import LatentizeError
+
+if TYPE_CHECKING:
+    from latentize.convert.pipeline import Progress
+
+app = typer.Typer(
+    help="The same model, a smaller KV cache: turns attention into multi-head latent attention (MLA).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False)
+# Progress goes to stderr, so that stdout can be piped.
+status = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, or a hub id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help="Text: .txt, .jsonl or .parquet files, or a hub data set. Repeat for several."),
+]
+Keep = Annotated[str | None, typer.Option(help="Share of the source's cached values to keep, as 25% or 0.25.")]
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress bar on a terminal; a line a step elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=status, disable=not status.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+            if not status.is_terminal:
+                print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
+
+        yield tell
+
+
+def _emit(entries: Any, as_json: bool, *tables: Table) -> None:
+    if as_json:
+        print(json.dumps(entries))
+        return
+    for table in tables:
+        console.print(table)
+
+
+def _facts(title: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+@app.command()
+def inspect(model: Model, as_json: AsJson = False) -> None:
+    """Say what a model is, what its KV cache weighs, and what can be done with it."""
+    from latentize.inspection import inspect as look
+
+    facts = look(model)
+    shown = {k: v for k, v in facts.items() if k != "methods"}
+    table = Table(title="What can be done with it", title_justify="left")
+    for column in ("method", "result", "why"):
+        table.add_column(column)
+    for entry in facts["methods"]:
+        table.add_row(entry["method"], entry["result"], entry["why"])
+    _emit(facts, as_json, _facts(model, shown), table)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a config.json, or a hub id.")],
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of context [the model's maximum].")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    keep: Keep = "25%",
+    window: Annotated[int, typer.Option(min=1, help="Tokens of the sliding-window row.")] = 4096,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the bytes of the KV cache: MHA, MQA, GQA, MLA, window, int8, int4. Reads no weights."""
+    from latentize.inspection import plan as compute
+
+    result = compute(model, context=context, batch=batch, keep=keep, window=window)
+    table = Table(title=f"{model}: {result['context']:,} tokens, batch {batch}, 16 bits", title_justify="left")
+    for column in ("attention", "values/token/layer", "bits", "GiB", "smaller by", ""):
+        table.add_column(column, justify="left" if column in ("attention", "") else "right")
+    for row in result["rows"]:
+        size = f"{row['gib']:.2f}" if row["gib"] >= 0.01 else f"{row['gib']:.4f}"
+        values = f"{row['values_per_token_layer']:,}"
+        table.add_row(row["name"], values, f"{row['bits']:g}", size, f"{row['ratio']:.2f} ×", row["note"])
+    _emit(result, as_json, table)
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    keep: Keep = None,
+    kv_lora_rank: Annotated[int | None, typer.Option(help="Size of the latent, instead of --keep.")] = None,
+    qk_rope_head_dim: Annotated[int | None, typer.Option(help="Size of a roped key, instead of --keep.")] = None,
+    to: Annotated[str | None, typer.Option(help="mla, or gqa / mqa by mean-pooling heads. [mla]")] = None,
+    method: Annotated[str | None, typer.Option(help="transmla, mha2mla or care. [transmla]")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="auto, deepseek_v3 or native. [auto]")] = None,
+    freqfold: Annotated[int | None, typer.Option(help="transmla, care: frequencies folded; searched if absent.")] = None,
+    selection: Annotated[str | None, typer.Option(help="mha2mla: high, low, uniform or 2-norm. [2-norm]")] = None,
+    svd: Annotated[str | None, typer.Option(help="mha2mla: joint or split. [joint]")] = None,
+    data: Data = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens. [65536]")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. [512]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Saved precision: bfloat16 or float32. [bfloat16]")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML recipe, or an output's latentize.json.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the calibration text. [0]")] = None,
+    device: Annotated[str, typer.Option(help="Where layers run.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Convert a checkpoint to latent attention and say what it cost."""
+    from latentize.api import convert as run
+    from latentize.recipe import Recipe
+
+    given = {
+        "keep": keep,
+        "kv_lora_rank": kv_lora_rank,
+        "qk_rope_head_dim": qk_rope_head_dim,
+        "to": to,
+        "method": method,
+        "format": format_,
+        "freqfold": freqfold,
+        "selection": selection,
+        "svd": svd,
+        "data": tuple(data) if data else None,
+        "tokens": tokens,
+        "sequence_length": sequence_length,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    built = Recipe.load(recipe, **given) if recipe else Recipe.build(**given)
+    with _progress() as progress:
+        result = run(model, out, built, device=device, progress=progress)
+    _emit(result, as_json, _conversion_table(out, result))
+
+
+def _conversion_table(out: Path, r: dict[str, Any]) -> Table:
+    kept, before = r["cache_values_per_token_layer"], r["source_cache_values_per_token_layer"]
+    sizes = f" = {r['kv_lora_rank']} + {r['qk_rope_head_dim']}" if r["format"] == "deepseek_v3" else ""
+    rows = {
+        "format, method": f"{r['format']}, {r['method']}",
+        "cached values per token and layer": f"{kept}{sizes}, the source has {before} ({1 - kept / before:.1%} fewer)",
+        "perplexity": f"{r['perplexity']:.3f}, the source has {r['source_perplexity']:.3f}",
+        "KL from the source": f"{r['kl']:.4f} nats per token",
+        "same most likely token": f"{r['top1_agreement']:.1%}",
+        "measured on": f"{r['evaluation_tokens']:,} held-out tokens of {r['calibration_text']}",
+        "time, peak memory": f"{r['seconds']:.1f} s, {r['peak_rss_bytes'] / 2**30:.2f} GiB",
+    }
+    rows |= {"note": note for note in r["notes"]}
+    return _facts(f"{out}", rows)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    reference: Annotated[str | None, typer.Option(help="The source, for KL and agreement.")] = None,
+    data: Data = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on.")] = 32_768,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Context of the predictions.")] = 512,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity, and KL and top-1 agreement with a reference, on held-out text."""
+    from latentize.api import evaluate as run
+
+    options = {"data": tuple(data or ()), "tokens": tokens, "sequence_length": sequence_length}
+    with _progress() as progress:
+        result = run(model, reference, dtype=dtype, device=device, progress=progress, **options)
+    shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in result.items() if v is not None}
+    _emit(result, as_json, _facts(model, shown))
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that convert has written.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check hashes, finiteness, and that expanded, absorbed, prefill and decode agree."""
+    from latentize.api import verify as run
+
+    result = run(out)
+    shown = {k: f"{v:.2e}" if isinstance(v, float) else v for k, v in result.items()}
+    _emit(result, as_json, _facts(f"{out} is whole", shown))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt."""
+    from latentize.api import generate as run
+
+    result = run(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        stream=not as_json,
+    )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        rate = result["tokens"] / result["seconds"]
+        status.print(
+            f"\n{result['tokens']} tokens, {rate:.1f} a second; cache {result['cache_bytes'] / 2**20:.2f} MiB, "
+            f"{result['cache_values_per_token_layer']} values per token and layer"
+        )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="Folder to write; must not exist.")] = Path("demo-out"),
+    as_json: AsJson = False,
+) -> None:
+    """Convert, verify, evaluate and run the bundled model."""
+    from latentize.demo import PROMPT
+    from latentize.demo import demo as run
+
+    with _progress() as progress:
+        result = run(out, progress)
+    table = Table(title="The bundled model on held-out text", title_justify="left")
+    for column in ("model", "cached values/token/layer", "perplexity", "KL", "same top token"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in result["rows"]:
+        kl, same = ("", "") if row["kl"] is None else (f"{row['kl']:.3f}", f"{row['top1_agreement']:.1%}")
+        table.add_row(row["name"], str(row["cache_values_per_token_layer"]), f"{row['perplexity']:.2f}", kl, same)
+    _emit(result, as_json, table)
+    if not as_json:
+        for row in result["rows"]:
+            if "continuation" in row:
+                console.print(f"\n[bold]{row['name']}[/bold]")
+                console.print(PROMPT + row["continuation"], markup=False)
+        console.print(f"\nreport: {result['report']}")
+
+
+def _fail(error: LatentizeError) -> NoReturn:
+    status.print(f"[red]{error.code}[/red] ", end="")
+    status.print(str(error).removeprefix(error.code).lstrip(), markup=False)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Entry point: user errors end with status 2 and no traceback."""
+    try:
+        app()
+    except LatentizeError as error:
+        _fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Compressing un-roped keys and values into one latent: ``[k_nope; v] ≈ up · down · x``.
+
+D hidden, C un-roped key components, E = G d value components, r kv_lora_rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentize.calibrate.stats import CalibrationStats
+
+__all__ = ["Factors", "balanced_pca", "joint_svd", "key_balance", "split_svd", "whitened_svd"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``k ≈ k_up down``, ``v ≈ v_up down``."""
+
+    down_rD: Tensor
+    k_up_Cr: Tensor
+    v_up_Er: Tensor
+
+
+def _truncated_svd(w_oD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``up = U_r Σ_r`` and ``down = V_rᵀ``, so that ``up down`` is the nearest matrix of that rank."""
+    u, sigma, vT = torch.linalg.svd(w_oD, full_matrices=False)
+    return u[:, :rank] * sigma[:rank], vT[:rank]
+
+
+def joint_svd(k_CD: Tensor, v_ED: Tensor, rank: int) -> Factors:
+    """One SVD of the stacked weights (MHA2MLA, arXiv 2502.14837, "SVD-joint")."""
+    up_or, down_rD = _truncated_svd(torch.cat([k_CD, v_ED]), rank)
+    return Factors(down_rD, up_or[: len(k_CD)], up_or[len(k_CD) :])
+
+
+def split_svd(k_CD: Tensor, v_ED: Tensor, rank: int) -> Factors:
+    """One SVD for keys and one for values, half of the latent each (MHA2MLA, "SVD-split")."""
+    k_rank = min(rank // 2, len(k_CD))
+    k_up, k_down = _truncated_svd(k_CD, k_rank)
+    v_up, v_down = _truncated_svd(v_ED, rank - k_rank)
+    k_rank, v_rank = len(k_down), len(v_down)
+    return Factors(
+        torch.cat([k_down, v_down]),
+        torch.nn.functional.pad(k_up, (0, v_rank)),
+        torch.nn.functional.pad(v_up, (k_rank, 0)),
+    )
+
+
+def key_balance(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats) -> float:
+    """``ρ``: mean norm of the key components over that of the value components (TransMLA, section 4.3)."""
+    norm_k = stats.moment_of(k_CD).diagonal().clamp_min(0).sqrt().mean()
+    norm_v = stats.moment_of(v_ED).diagonal().clamp_min(0).sqrt().mean()
+    return float(norm_k / norm_v)
+
+
+def balanced_pca(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int) -> Factors:
+    """PCA of the stacked outputs ``[k / ρ; v]`` (TransMLA, arXiv 2502.07864, section 4.3).
+
+    Its damping, a multiple of the identity, does not move eigenvectors and so is left out.
+    """
+    rho = key_balance(k_CD, v_ED, stats) if len(k_CD) else 1.0
+    w_oD = torch.cat([k_CD / rho, v_ED])
+    axes_or = torch.linalg.eigh(stats.moment_of(w_oD)).eigenvectors.flip(-1)[:, :rank]
+    return Factors(axes_or.T @ w_oD, rho * axes_or[: len(k_CD)], axes_or[len(k_CD) :])
+
+
+def whitened_svd(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int, *, damping: float = 0.01) -> Factors:
+    """SVD of ``W C^{1/2}`` with ``C = E[x xᵀ]`` (CARE, arXiv 2603.17946, section 3).
+
+    Minimises ``E‖(W - up down) x‖²`` over the damped ``C``: ``up = U_r Σ_r``, ``down = V_rᵀ C^{-1/2}``.
+
+    Args:
+        k_CD, v_ED: The weights ``W``, stacked.
+        stats: Where ``C`` comes from.
+        rank: Size of the latent.
+        damping: Added to the diagonal of ``C``, as a fraction of its mean.
+    """
+    second = stats.second_moment_DD
+    damped = second + damping * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
+    values, vectors = torch.linalg.eigh(damped)
+    root = values.clamp_min(1e-12 * float(values[-1])).sqrt()
+    square_root, inverse_root = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+    up_or, vT_rD = _truncated_svd(torch.cat([k_CD, v_ED]) @ square_root, rank)
+    return Factors(vT_rD @ inverse_root, up_or[: len(k_CD)], up_or[len(k_CD) :])

@@ -1,0 +1,213 @@
+"""From the weights of a grouped-attention layer to those of a latent one.
+
+A method is a way to split the keys (:mod:`rope_split`) and a way to compress what lost its rotation
+(:mod:`low_rank`). A setting is a method with all its numbers; a budget allows several, and the pipeline tries them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from latentize.attention.grouped import AttentionWeights
+from latentize.attention.latent import LatentWeights
+from latentize.calibrate.stats import CalibrationStats
+from latentize.convert.low_rank import Factors, balanced_pca, joint_svd, split_svd, whitened_svd
+from latentize.convert.rope_split import RopeSplit, rorope, select_pairs, split_per_head
+from latentize.errors import OptionError, UnsupportedModelError
+from latentize.recipe import Recipe
+from latentize.spec import AttentionSpec
+
+__all__ = ["Setting", "convert_layer", "pooled_heads", "settings"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that decides a layer's conversion, but its weights.
+
+    Attributes:
+        method: ``transmla``, ``mha2mla`` or ``care``.
+        kv_lora_rank: Size of the latent.
+        qk_rope_head_dim: Size of a roped key.
+        rope_heads: Roped keys: one, or one a kv head.
+        freqfold: ``transmla``, ``care``.
+        selection, svd: ``mha2mla``.
+        damping: ``care``.
+    """
+
+    method: str
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    rope_heads: int = 1
+    freqfold: int | None = None
+    selection: str | None = None
+    svd: str | None = None
+    damping: float | None = None
+
+    @property
+    def cache_values(self) -> int:
+        return self.kv_lora_rank + self.rope_heads * self.qk_rope_head_dim
+
+    def describe(self) -> dict[str, Any]:
+        """The entries that mean something for this method."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+def settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
+    """All settings that a recipe allows for a layer; more than one where something is left open.
+
+    Raises:
+        OptionError: no setting fits the budget, or explicit sizes are out of range.
+        UnsupportedModelError: the method cannot treat this attention.
+    """
+    found = list(_mha2mla(recipe, spec) if recipe.method == "mha2mla" else _shared_key(recipe, spec))
+    if not found:
+        raise OptionError(
+            f"no split into latent and roped key fits {_budget(recipe, spec)} values per token and layer",
+            where="--keep",
+            fix="keep more, or give --kv-lora-rank and --qk-rope-head-dim",
+        )
+    if spec.qk_norm and any(s.rope_heads * s.qk_rope_head_dim < spec.num_kv_heads * spec.head_dim for s in found):
+        raise UnsupportedModelError(
+            f"'{recipe.method}' cannot compress keys that are normalised per head (qk-norm)",
+            where="config.json, model_type",
+            fix="only --method mha2mla --keep 100% (exact, nothing saved) treats such a model yet",
+        )
+    return found
+
+
+def _budget(recipe: Recipe, spec: AttentionSpec) -> int:
+    # A share like 1/8 of an odd size is rounded down; the epsilon forgives binary fractions.
+    return math.floor(recipe.budget * spec.cache_values + 1e-9)
+
+
+def _sizes(recipe: Recipe, spec: AttentionSpec, rope_heads: int) -> Iterator[tuple[int, int]]:
+    """``(kv_lora_rank, qk_rope_head_dim)`` that use the budget, roped keys of ``d``, ``d/2``, ``d/4``, … each."""
+    full = spec.cache_values
+    if recipe.kv_lora_rank is not None and recipe.qk_rope_head_dim is not None:
+        rank, rope = recipe.kv_lora_rank, recipe.qk_rope_head_dim
+        if rope > spec.head_dim or spec.head_dim % rope:
+            raise OptionError(
+                f"a roped key of {rope} does not divide heads of {spec.head_dim}", where="--qk-rope-head-dim"
+            )
+        if rank > full - rope_heads * rope:
+            raise OptionError(
+                f"a latent of {rank} is larger than all it is made from ({full - rope_heads * rope})",
+                where="--kv-lora-rank",
+            )
+        yield rank, rope
+        return
+    rope = spec.head_dim
+    while rope >= 2 and rope % 2 == 0:
+        rank = min(_budget(recipe, spec), full) - rope_heads * rope
+        if rank >= 1:
+            yield rank, rope
+        rope //= 2
+
+
+def _mha2mla(recipe: Recipe, spec: AttentionSpec) -> Iterator[Setting]:
+    for rank, rope in _sizes(recipe, spec, spec.num_kv_heads):
+        if recipe.selection == "uniform" and (spec.head_dim // 2) % (spec.head_dim // rope):
+            continue
+        if recipe.svd == "split" and rank < 2 and rope < spec.head_dim:
+            continue
+        yield Setting("mha2mla", rank, rope, spec.num_kv_heads, selection=recipe.selection, svd=recipe.svd)
+
+
+def _shared_key(recipe: Recipe, spec: AttentionSpec) -> Iterator[Setting]:
+    """RoRoPE settings: block sizes are multiples of ``collapse`` that divide the pairs (TransMLA's own search)."""
+    pairs = spec.head_dim // 2
+    damping = recipe.damping if recipe.method == "care" else None
+    for rank, rope in _sizes(recipe, spec, rope_heads=1):
+        collapse = spec.head_dim // rope
+        folds = [collapse << n for n in range(pairs.bit_length()) if pairs % (collapse << n) == 0]
+        if recipe.freqfold is not None:
+            folds = [f for f in folds if f == recipe.freqfold]
+        for fold in folds:
+            yield Setting(recipe.method, rank, rope, freqfold=fold, damping=damping)
+
+
+def convert_layer(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> LatentWeights:
+    """Convert one layer.
+
+    Args:
+        w: Its weights; factorised in float64 whatever they come in.
+        spec: Its description.
+        stats: Statistics of its inputs.
+        setting: What to do.
+
+    Returns:
+        float64 weights. With nothing dropped and nothing compressed they compute what ``w`` does.
+    """
+    w = w.to(torch.float64)
+    split = _split(w, spec, stats, setting)
+    v_ED = w.v_GdD.flatten(0, 1)
+    factors = _compress(split, v_ED, stats, setting)
+    o_bias = w.o_bias_D
+    if w.v_bias_Gd is not None:
+        # Probabilities sum to one: a constant on the values is a constant on the output.
+        v_bias_Hd = w.v_bias_Gd.repeat_interleave(spec.group_size, dim=0)
+        constant = torch.einsum("DHd,Hd->D", w.o_DHd, v_bias_Hd)
+        o_bias = constant if o_bias is None else o_bias + constant
+    return LatentWeights(
+        q_nope_HND=split.q_nope_HND,
+        q_rope_HRD=split.q_rope_HRD,
+        kv_a_rD=factors.down_rD,
+        k_rope_PRD=split.k_rope_PRD,
+        k_up_UNr=split.read_UNC @ factors.k_up_Cr,
+        v_up_UVr=factors.v_up_Er.unflatten(0, (spec.num_kv_heads, spec.head_dim)),
+        o_DHV=w.o_DHd,
+        frequencies_PF=split.frequencies_PF,
+        softmax_scale=spec.softmax_scale,
+        q_nope_bias_HN=split.q_nope_bias_HN,
+        q_rope_bias_HR=split.q_rope_bias_HR,
+        k_rope_bias_PR=split.k_rope_bias_PR,
+        o_bias_D=o_bias,
+        q_norm_R=w.q_norm_d,
+        k_norm_R=w.k_norm_d,
+        norm_eps=spec.norm_eps,
+    )
+
+
+def _split(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> RopeSplit:
+    if setting.method == "mha2mla":
+        pairs = select_pairs(setting.selection or "2-norm", spec, setting.qk_rope_head_dim, stats)  # type: ignore[arg-type]
+        return split_per_head(w, spec, pairs)
+    assert setting.freqfold is not None
+    return rorope(w, spec, stats, rope_dim=setting.qk_rope_head_dim, freqfold=setting.freqfold)
+
+
+def _compress(split: RopeSplit, v_ED: torch.Tensor, stats: CalibrationStats, setting: Setting) -> Factors:
+    k_CD, rank = split.k_nope_CD, setting.kv_lora_rank
+    if setting.method == "transmla":
+        return balanced_pca(k_CD, v_ED, stats, rank)
+    if setting.method == "care":
+        return whitened_svd(k_CD, v_ED, stats, rank, damping=setting.damping or 0.0)
+    return split_svd(k_CD, v_ED, rank) if setting.svd == "split" else joint_svd(k_CD, v_ED, rank)
+
+
+def pooled_heads(recipe: Recipe, spec: AttentionSpec) -> int:
+    """kv heads for ``--to gqa`` or ``mqa`` within the budget.
+
+    Raises:
+        OptionError: pooling whole heads cannot reach the budget, or nothing would change.
+    """
+    if recipe.to == "mqa":
+        heads = 1
+    else:
+        fitting = [g for g in range(1, spec.num_kv_heads) if spec.num_kv_heads % g == 0]
+        fitting = [g for g in fitting if g / spec.num_kv_heads <= recipe.budget + 1e-9]
+        heads = max(fitting, default=0)
+    if recipe.keep is not None and heads and heads / spec.num_kv_heads > recipe.keep + 1e-9:
+        heads = 0
+    if heads == 0 or heads == spec.num_kv_heads:
+        raise OptionError(
+            f"pooling {spec.num_kv_heads} kv heads cannot give {recipe.budget:.1%} of the cache",
+            where=f"--to {recipe.to} --keep",
+            fix=f"the least that heads can be pooled to is {1 / spec.num_kv_heads:.1%}; latent attention goes lower",
+        )
+    return heads

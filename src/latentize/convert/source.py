@@ -1,0 +1,194 @@
+"""The source model, run one layer at a time.
+
+Layers are transformers' own modules: built without memory, filled from the checkpoint, run, and emptied again. So
+whatever a family does around its attention is done as transformers does it.
+
+B batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentize.attention.grouped import AttentionWeights
+from latentize.checkpoint import Checkpoint
+from latentize.errors import CheckpointError
+from latentize.families import ModelSpec
+
+__all__ = ["SourceLayer", "SourceModel", "attention_weights"]
+
+# Sequences that go through a layer at once, in tokens: bounds the activations of its MLP.
+_TOKENS_AT_ONCE = 2048
+
+
+def attention_weights(tensors: dict[str, Tensor], spec: ModelSpec) -> AttentionWeights:
+    """The canonical projections out of a layer's tensors (names without the layer's prefix)."""
+    a = spec.attention
+
+    def heads(name: str) -> Tensor | None:
+        t = tensors.get(f"self_attn.{name}")
+        return None if t is None else t.unflatten(0, (-1, a.head_dim))
+
+    q, k, v = heads("q_proj.weight"), heads("k_proj.weight"), heads("v_proj.weight")
+    assert q is not None and k is not None and v is not None
+    return AttentionWeights(
+        q_HdD=q,
+        k_GdD=k,
+        v_GdD=v,
+        o_DHd=tensors["self_attn.o_proj.weight"].unflatten(1, (-1, a.head_dim)),
+        q_bias_Hd=heads("q_proj.bias"),
+        k_bias_Gd=heads("k_proj.bias"),
+        v_bias_Gd=heads("v_proj.bias"),
+        o_bias_D=tensors.get("self_attn.o_proj.bias"),
+        q_norm_d=tensors.get("self_attn.q_norm.weight"),
+        k_norm_d=tensors.get("self_attn.k_norm.weight"),
+    )
+
+
+@dataclass
+class Recorded:
+    """What entered and left an attention, a list of ``[B, T, D]``."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+@dataclass
+class SourceLayer:
+    """One decoder layer in memory.
+
+    Attributes:
+        index: Its number.
+        tensors: As stored, by name without the layer's prefix.
+        weights: Its attention, in float32.
+    """
+
+    index: int
+    tensors: dict[str, Tensor]
+    weights: AttentionWeights
+    _module: nn.Module
+    _rotary: Callable[..., Any]
+
+    def _call(self, module: nn.Module, hidden_BTD: Tensor) -> Any:
+        positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
+        return module(
+            hidden_states=hidden_BTD,
+            attention_mask=None,
+            position_ids=positions,
+            position_embeddings=self._rotary(hidden_BTD, positions),
+        )
+
+    def attend(self, attention: nn.Module, x_BTD: Tensor) -> Tensor:
+        """What ``attention`` makes of normalised hidden states."""
+        return self._call(attention, x_BTD)[0]
+
+    def with_kv_heads(self, w: AttentionWeights, repeat: int) -> nn.Module:
+        """The layer's attention with other keys and values, each head of ``w`` serving ``repeat`` of its own."""
+        attention = copy.deepcopy(self._module.self_attn)
+        for name in ("k", "v"):
+            projection = getattr(attention, f"{name}_proj")
+            heads = getattr(w, f"{name}_GdD").repeat_interleave(repeat, dim=0)
+            projection.weight = nn.Parameter(heads.flatten(0, 1), requires_grad=False)
+            if projection.bias is not None:
+                bias = getattr(w, f"{name}_bias_Gd").repeat_interleave(repeat, dim=0)
+                projection.bias = nn.Parameter(bias.flatten(), requires_grad=False)
+        return attention
+
+    @torch.no_grad()
+    def run(self, hidden_NTD: Tensor, *, attention: nn.Module | None = None, record: bool = False) -> Recorded:
+        """Advance hidden states through the layer, in place.
+
+        Args:
+            hidden_NTD: Hidden states that enter it; holds those that leave it afterwards.
+            attention: Stands in for the layer's own attention.
+            record: Keep what enters and what leaves the attention.
+        """
+        recorded = Recorded([], [])
+        original = self._module.self_attn
+        if attention is not None:
+            self._module.self_attn = attention
+
+        def keep(_: nn.Module, args: tuple, kwargs: dict, result: tuple[Tensor, Any]) -> None:
+            recorded.inputs.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            recorded.outputs.append(result[0])
+
+        hook = self._module.self_attn.register_forward_hook(keep, with_kwargs=True) if record else None
+        try:
+            for part in hidden_NTD.split(max(1, _TOKENS_AT_ONCE // hidden_NTD.shape[1])):
+                part.copy_(self._call(self._module, part))
+        finally:
+            self._module.self_attn = original
+            if hook is not None:
+                hook.remove()
+        return recorded
+
+
+class SourceModel:
+    """A checkpoint as a sequence of layers.
+
+    Args:
+        checkpoint: The files.
+        spec: Their family's table, applied.
+        device: Where layers run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu") -> None:
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.checkpoint, self.spec, self.device = checkpoint, spec, device
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        self._rotary = type(self._skeleton.model.rotary_emb)(config).to(device)
+
+    def _float(self, name: str) -> Tensor:
+        return self.checkpoint.load(name).to(self.device, torch.float32)
+
+    def embed(self, tokens_NT: Tensor) -> Tensor:
+        """Hidden states ``[N, T, D]`` in float32 that enter the first layer.
+
+        Raises:
+            CheckpointError: a token has no row in the embedding.
+        """
+        table = self.checkpoint.load("model.embed_tokens.weight")
+        if int(tokens_NT.max()) >= table.shape[0]:
+            raise CheckpointError(
+                f"the tokenizer makes token {int(tokens_NT.max())}, the embedding has {table.shape[0]} rows",
+                where=str(self.checkpoint.folder),
+                fix="is this the model's own tokenizer?",
+            )
+        return table[tokens_NT].to(self.device, torch.float32)
+
+    def layers(self) -> Iterator[SourceLayer]:
+        """The decoder layers in order; each is valid until the next is asked for."""
+        for index, empty in enumerate(self._skeleton.model.layers):
+            prefix = self.spec.layer_prefix(index)
+            names = [n for n in self.checkpoint.names() if n.startswith(prefix) and "rotary_emb" not in n]
+            stored = {name.removeprefix(prefix): self.checkpoint.load(name) for name in names}
+            module = copy.deepcopy(empty)
+            wide = {name: t.to(self.device, torch.float32) for name, t in stored.items()}
+            module.load_state_dict(wide, strict=True, assign=True)
+            weights = attention_weights(wide, self.spec)
+            yield SourceLayer(index, stored, weights, module.requires_grad_(False), self._rotary)
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """A function from final hidden states ``[n, D]`` to logits ``[n, vocab]``, both float32."""
+        norm = copy.deepcopy(self._skeleton.model.norm)
+        norm.load_state_dict({"weight": self._float("model.norm.weight")}, assign=True)
+        tied = "lm_head.weight" not in self.checkpoint
+        table = self._float("model.embed_tokens.weight" if tied else "lm_head.weight")
+
+        @torch.no_grad()
+        def logits(hidden_nD: Tensor) -> Tensor:
+            return torch.nn.functional.linear(norm(hidden_nD), table)
+
+        return logits

@@ -1,0 +1,78 @@
+"""Perplexity, and distance to the source, of a model as it lies on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from latentize.calibrate.text import documents
+from latentize.calibrate.tokenizer import load_tokenizer
+from latentize.calibrate.tokens import pack
+from latentize.convert.pipeline import Progress, silent
+from latentize.convert.quality import Quality, compare_logits
+from latentize.errors import DataError
+from latentize.evaluate.load import load_model
+
+__all__ = ["evaluate"]
+
+# Logits of this many tokens exist at once, for each of the two models.
+_TOKENS_AT_ONCE = 2048
+
+
+@torch.no_grad()
+def evaluate(
+    model: Path,
+    reference: Path | None = None,
+    *,
+    data: tuple[str, ...] = (),
+    tokens: int = 32_768,
+    sequence_length: int = 512,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = silent,
+) -> Quality:
+    """Measure a model on held-out text.
+
+    Args:
+        model: Folder of the model.
+        reference: Folder of the source, for KL and agreement.
+        data: Text files or data sets, all of which is used; without any, the held-out part of the Python
+            standard library's text, which no conversion looks at.
+        tokens: How many.
+        sequence_length: Context that predictions are made in.
+        device: Where.
+        dtype: Precision to run in.
+        progress: Told after each batch.
+
+    Raises:
+        DataError: the two models do not share a vocabulary, or the text is too short.
+        CheckpointError: a model cannot be loaded.
+    """
+    tokenizer = load_tokenizer(model)
+    rows = pack(
+        tokenizer,
+        documents(data, "all" if data else "heldout"),
+        tokens=tokens,
+        sequence_length=sequence_length,
+        seed=None,
+    )
+    subject = load_model(model, dtype=dtype, device=device)
+    source = None if reference is None else load_model(reference, dtype=dtype, device=device)
+    total = Quality()
+    batches = rows.split(max(1, _TOKENS_AT_ONCE // sequence_length))
+    for number, batch in enumerate(batches):
+        batch = batch.to(device)
+        logits = subject(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+        expected = None
+        if source is not None:
+            expected = source(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            if expected.shape != logits.shape:
+                raise DataError(
+                    f"the models have different vocabularies ({logits.shape[1]} and {expected.shape[1]})",
+                    where="--reference",
+                    fix="compare a converted model with the one that it was made from",
+                )
+        total = total + compare_logits(logits, expected, batch[:, 1:].flatten())
+        progress("evaluating", number + 1, len(batches))
+    return total

@@ -1,0 +1,5 @@
+"""One declarative table per architecture."""
+
+from latentize.families.table import ModelSpec, Table, families, model_spec
+
+__all__ = ["ModelSpec", "Table", "families", "model_spec"]

@@ -1,0 +1,220 @@
+"""A family is a table: which tensors it has, of which shapes, and what its attention does.
+
+Tables are JSON files in ``tables/``. Unknown keys are refused, so that a typo cannot pass as a default.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+from latentize.errors import ConfigError, UnsupportedModelError
+from latentize.spec import AttentionSpec, RopeSpec
+
+__all__ = ["ModelSpec", "Table", "families", "model_spec"]
+
+_ATTENTION_KEYS = {"qkv_bias", "o_bias", "qk_norm", "sliding_window", "sliding_window_switch"}
+# Config entries whose mere presence with a true value changes what attention computes.
+_UNSUPPORTED = {
+    "attn_logit_softcapping": "attention logits are soft-capped",
+    "final_logit_softcapping": "output logits are soft-capped",
+    "kv_lora_rank": "the model has latent attention already",
+    "quantization_config": "the weights are quantised",
+    "is_encoder_decoder": "it is an encoder-decoder",
+    "vision_config": "it is multimodal",
+    "auto_map": "it needs code from the checkpoint to run",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The declarative description of one architecture.
+
+    Attributes:
+        model_type: As in ``config.json``.
+        architectures: Class names of ``config.json`` that are meant.
+        about: One line for users.
+        config_defaults: What transformers assumes for entries that ``config.json`` leaves out.
+        attention: Feature → config key that switches it, or a constant.
+        top_tensors: Tensor → symbolic shape, outside the layers.
+        layer_prefix: With ``{layer}``.
+        layer_tensors: Tensor of a layer, without prefix → symbolic shape.
+        optional_layer_tensors: The same with ``{"shape": …, "when": config key}``.
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    about: str
+    config_defaults: Mapping[str, Any]
+    attention: Mapping[str, Any]
+    top_tensors: Mapping[str, tuple[str, ...]]
+    layer_prefix: str
+    layer_tensors: Mapping[str, tuple[str, ...]]
+    optional_layer_tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Table:
+        """Build a table, refusing keys that no field or feature is called by."""
+        unknown = set(entries) - {f.name for f in fields(cls)}
+        unknown |= {f"attention.{k}" for k in set(entries.get("attention", {})) - _ATTENTION_KEYS}
+        if unknown:
+            raise ConfigError(
+                f"unknown key in a family table: {', '.join(sorted(unknown))}",
+                where=f"table '{entries.get('model_type')}'",
+            )
+        return cls(**{**entries, "architectures": tuple(entries["architectures"])})
+
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A checkpoint's shape: its table applied to its ``config.json``.
+
+    Attributes:
+        table: The family.
+        config: ``config.json`` as it was read.
+        layers: Decoder layers ``L``.
+        attention: The attention of every layer.
+        vocab_size: Rows of the embedding.
+        norm_eps: Epsilon of the RMSNorms of the residual stream.
+        tied: Whether the output head is the embedding.
+        max_positions: Context length that the model was trained for.
+    """
+
+    table: Table
+    config: Mapping[str, Any]
+    layers: int
+    attention: AttentionSpec
+    intermediate_size: int
+    vocab_size: int
+    norm_eps: float
+    tied: bool
+    max_positions: int
+
+    @property
+    def cache_values(self) -> int:
+        return self.attention.cache_values
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the checkpoint must have, with its shape."""
+        a = self.attention
+        size = {
+            "hidden": a.hidden_size,
+            "q": a.num_heads * a.head_dim,
+            "kv": a.num_kv_heads * a.head_dim,
+            "head": a.head_dim,
+            "intermediate": self.intermediate_size,
+            "vocab": self.vocab_size,
+        }
+        symbolic = dict(self.table.top_tensors)
+        if not self.tied:
+            symbolic["lm_head.weight"] = ("vocab", "hidden")
+        for layer in range(self.layers):
+            prefix = self.layer_prefix(layer)
+            for name, shape in self.table.layer_tensors.items():
+                symbolic[prefix + name] = shape
+            for name, entry in self.table.optional_layer_tensors.items():
+                if _feature(entry["when"], self.config):
+                    symbolic[prefix + name] = entry["shape"]
+        return {name: tuple(size[s] for s in shape) for name, shape in symbolic.items()}
+
+    def layer_prefix(self, layer: int) -> str:
+        return self.table.layer_prefix.format(layer=layer)
+
+
+@lru_cache
+def families() -> dict[str, Table]:
+    """All known tables by ``model_type``."""
+    folder = resources.files("latentize.families") / "tables"
+    entries = [json.loads(f.read_text()) for f in folder.iterdir() if f.name.endswith(".json")]
+    return {e["model_type"]: Table.from_dict(e) for e in sorted(entries, key=lambda e: e["model_type"])}
+
+
+def _feature(key: Any, config: Mapping[str, Any]) -> Any:
+    return config.get(key) if isinstance(key, str) else key
+
+
+def _int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ConfigError(f"'{key}' should be a positive whole number, is {value!r}", where="config.json")
+    return value
+
+
+def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
+    """RoPE from either generation of config: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``."""
+    entries = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if "type" in entries:
+        entries.setdefault("rope_type", entries.pop("type"))
+    theta = entries.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
+    partial = entries.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    if entries.get("rope_type") == "llama3":
+        entries.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    if entries.get("rope_type", "default") == "default":
+        entries = {}
+    spec = RopeSpec(theta=float(theta), rotary_dim=int(head_dim * partial), scaling=entries)
+    spec.frequencies  # noqa: B018  (raises for scalings that cannot be converted)
+    return spec
+
+
+def model_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Apply the table of the config's family.
+
+    Raises:
+        UnsupportedModelError: unknown family, or a feature that conversion cannot keep.
+        ConfigError: sizes that are missing or contradict each other.
+    """
+    model_type = config.get("model_type")
+    table = families().get(str(model_type))
+    for key, meaning in _UNSUPPORTED.items():
+        if config.get(key):
+            raise UnsupportedModelError(f"'{model_type}' cannot be converted: {meaning}", where=f"config.json, {key}")
+    if table is None:
+        raise UnsupportedModelError(
+            f"no table for the architecture '{model_type}'",
+            where="config.json, model_type",
+            fix=f"known are: {', '.join(families())}",
+        )
+    config = {**table.config_defaults, **config}
+    heads = _int(config, "num_attention_heads")
+    kv_heads = _int(config, "num_key_value_heads", heads)
+    hidden = _int(config, "hidden_size")
+    if heads % kv_heads:
+        raise ConfigError(f"{heads} query heads are not a multiple of {kv_heads} kv heads", where="config.json")
+    head_dim = _int(config, "head_dim", hidden // heads)
+    feature = {name: _feature(key, config) for name, key in table.attention.items()}
+    window = feature.get("sliding_window") if feature.get("sliding_window_switch", True) else None
+    if window is not None:
+        raise UnsupportedModelError(
+            f"'{model_type}' with an active sliding window of {window} tokens cannot be converted",
+            where=f"config.json, {table.attention['sliding_window']}",
+            fix="if the window was never meant to be active, set it to null",
+        )
+    eps = float(config.get("rms_norm_eps", 1e-6))
+    attention = AttentionSpec(
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=rope_spec(config, head_dim),
+        qkv_bias=bool(feature.get("qkv_bias")),
+        o_bias=bool(feature.get("o_bias")),
+        qk_norm=bool(feature.get("qk_norm")),
+        norm_eps=eps,
+    )
+    return ModelSpec(
+        table=table,
+        config=config,
+        layers=_int(config, "num_hidden_layers"),
+        attention=attention,
+        intermediate_size=_int(config, "intermediate_size"),
+        vocab_size=_int(config, "vocab_size"),
+        norm_eps=eps,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        max_positions=_int(config, "max_position_embeddings", 2048),
+    )

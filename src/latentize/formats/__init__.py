@@ -1,0 +1,1 @@
+"""What a conversion is saved as, and what each format can hold."""

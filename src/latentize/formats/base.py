@@ -1,0 +1,54 @@
+"""What the writers of all formats share: tensors that conversion does not touch pass through."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentize.attention.latent import LatentWeights
+from latentize.checkpoint import Checkpoint, OutputFolder
+from latentize.convert.methods import Setting
+from latentize.convert.pipeline import LayerResult
+from latentize.families import ModelSpec
+
+__all__ = ["FormatWriter"]
+
+
+class FormatWriter(ABC):
+    """Writes one converted model, layer by layer.
+
+    Args:
+        folder: Where to.
+        checkpoint: The source.
+        spec: Its description.
+        dtype: Precision of the saved weights.
+    """
+
+    name: str
+
+    def __init__(self, folder: OutputFolder, checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> None:
+        self.folder, self.checkpoint, self.spec, self.dtype = folder, checkpoint, spec, dtype
+
+    @abstractmethod
+    def saved(self, result: LayerResult) -> LatentWeights: ...
+
+    @abstractmethod
+    def layer(self, result: LayerResult) -> None: ...
+
+    @abstractmethod
+    def top(self) -> None:
+        """Write what lies outside the layers."""
+
+    @abstractmethod
+    def config(self, setting: Setting | None) -> dict[str, Any]:
+        """``config.json`` of the output."""
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        kept = tensor if tensor.dtype == torch.int32 else tensor.to(self.dtype)
+        self.folder.add(name, kept.cpu())
+
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")

@@ -1,0 +1,263 @@
+"""The portable format: a dense DeepSeek-V3 checkpoint that engines load with no code of ours.
+
+Such a checkpoint leaves no freedom: one shared roped key, interleaved, on one plain frequency ladder; no biases;
+logits scaled by ``qk_head_dim ** -0.5``; an RMSNorm with epsilon 1e-6 on the latent, and 1e-6 everywhere else for
+engines that read only one. Four identities make a converted model fit, exactly or to rounding:
+
+1.  Softmax scale. ``k_up`` and the roped queries carry the quotient of the two scales.
+2.  Epsilon. A residual stream scaled by ``a = sqrt(1e-6 / eps)`` gives ``RMSNorm(a x; a² eps) = RMSNorm(x; eps)``:
+    the embedding, ``o_proj`` and ``down_proj`` are multiplied by ``a``; the output head is untied.
+3.  Latent norm. For ``mean(y²) << eps``, ``RMSNorm(y) = y / sqrt(eps)`` to first order. The latent is made so small
+    that even the largest token stays below ``delta · eps``, and the norm's weight restores the scale.
+4.  Precision of that. The factor is split: ``2**-10`` goes into ``input_layernorm``, undone in ``q_proj`` and the roped
+    key rows, the rest into the latent's rows, so that no stored weight comes near fp16's subnormals.
+
+All factors that meet weights of the source are powers of two, except ``a``; the others meet new weights, which
+are rounded once in any case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentize.attention.latent import LatentWeights
+from latentize.attention.rope import half_to_interleaved
+from latentize.convert.methods import Setting
+from latentize.convert.pipeline import LayerResult
+from latentize.families import ModelSpec
+from latentize.formats.base import FormatWriter
+
+__all__ = ["DELTA", "DeepseekWriter", "LatentNorm", "decode_attention", "encode_attention", "portable_reasons"]
+
+EPS = 1e-6
+# Largest mean(y²) of a token's latent, in units of epsilon.
+DELTA = 2.0**-16
+NORM_SHIFT = 2.0**-10
+_ATTENTION = "self_attn."
+
+
+def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
+    """Why the portable format cannot hold a model converted in this way; empty if it can."""
+    a = model.attention
+    reasons = []
+    if setting.rope_heads > 1:
+        reasons.append(f"the method keeps {setting.rope_heads} roped keys (one a kv head), DeepSeek's layout has one")
+    elif setting.selection not in (None, "uniform") and setting.qk_rope_head_dim < a.head_dim:
+        reasons.append(f"'{setting.selection}' selection leaves frequencies that are not one ladder")
+    if a.qkv_bias or a.o_bias:
+        reasons.append("the attention has biases, DeepSeek's layout has none")
+    if a.qk_norm:
+        reasons.append("queries and keys are normalised per head, which is not linear")
+    if not a.rope.is_plain:
+        reasons.append(f"RoPE is scaled ('{a.rope.rope_type}'), which engines read in different ways")
+    if a.rope.rotary_dim != a.head_dim:
+        reasons.append("only a part of each head is rotated")
+    if model.config.get("mlp_bias"):
+        reasons.append("the MLP has biases, DeepSeek's has none")
+    return reasons
+
+
+@dataclass(frozen=True)
+class LatentNorm:
+    """Numbers that make RMSNorm on the latent linear.
+
+    Attributes:
+        latent: Power of two on the latent.
+        weight: Power of two that is the norm's weight.
+        up: What is left over, for the up-projection; near one.
+    """
+
+    latent: float
+    weight: float
+    up: float
+
+    @classmethod
+    def of(cls, largest_rms: float, mean_rms: float, *, delta: float = DELTA, eps: float = EPS) -> LatentNorm:
+        """From the largest and the mean root mean square of a token's latent."""
+        latent = 2.0 ** math.floor(math.log2(math.sqrt(delta * eps) / largest_rms))
+        restored = math.sqrt(eps) / latent
+        weight = 2.0 ** round(math.log2(restored))
+        # The norm shrinks a token by 1 / sqrt(1 + mean(y²) / eps); its mean over tokens is made good.
+        gain = 1 / math.sqrt(1 + (mean_rms * latent) ** 2 / eps)
+        return cls(latent, weight, restored / weight / gain)
+
+
+@dataclass(frozen=True)
+class _Factors:
+    q: float
+    q_rope: float
+    kv_a: float
+    k_rope: float
+    k_up: float
+    v_up: float
+    o: float
+
+
+def _factors(w: LatentWeights, norm: LatentNorm, stream_scale: float) -> _Factors:
+    scale = w.softmax_scale * math.sqrt(w.spec.qk_head_dim)
+    return _Factors(
+        q=1 / NORM_SHIFT,
+        q_rope=scale / NORM_SHIFT,
+        kv_a=norm.latent / NORM_SHIFT,
+        k_rope=1 / NORM_SHIFT,
+        k_up=scale * norm.up,
+        v_up=norm.up,
+        o=stream_scale,
+    )
+
+
+def encode_attention(w: LatentWeights, norm: LatentNorm, stream_scale: float = 1.0) -> dict[str, Tensor]:
+    """Tensors of ``DeepseekV3Attention``, by name.
+
+    Args:
+        w: Weights with one roped key and no biases.
+        norm: How its latent norm is made linear.
+        stream_scale: Factor ``a`` on the residual stream.
+
+    Returns:
+        Tensors in the precision of ``w``. ``input_layernorm`` has to be multiplied by ``NORM_SHIFT`` beside them.
+    """
+    f, spec = _factors(w, norm, stream_scale), w.spec
+    interleaved = half_to_interleaved(spec.qk_rope_head_dim)
+    share = spec.num_heads // spec.up_heads
+    k_up_HNr = w.k_up_UNr.repeat_interleave(share, dim=0) * f.k_up
+    v_up_HVr = w.v_up_UVr.repeat_interleave(share, dim=0) * f.v_up
+    q_HdD = torch.cat([w.q_nope_HND * f.q, w.q_rope_HRD[:, interleaved] * f.q_rope], dim=1)
+    kv_a = torch.cat([w.kv_a_rD * f.kv_a, w.k_rope_PRD[0, interleaved] * f.k_rope])
+    return {
+        "q_proj.weight": q_HdD.flatten(0, 1),
+        "kv_a_proj_with_mqa.weight": kv_a,
+        "kv_a_layernorm.weight": torch.full((spec.kv_lora_rank,), norm.weight, dtype=w.kv_a_rD.dtype),
+        "kv_b_proj.weight": torch.cat([k_up_HNr, v_up_HVr], dim=1).flatten(0, 1),
+        "o_proj.weight": w.o_DHV.flatten(1) * f.o,
+    }
+
+
+def decode_attention(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LatentWeights:
+    """The inverse of :func:`encode_attention`: the layer with its latent norm taken as linear.
+
+    Args:
+        tensors: Tensors of ``DeepseekV3Attention``, by name.
+        config: ``config.json``.
+    """
+    heads, rank, rope = config["num_attention_heads"], config["kv_lora_rank"], config["qk_rope_head_dim"]
+    nope, v_dim = config["qk_nope_head_dim"], config["v_head_dim"]
+    half = half_to_interleaved(rope).argsort()
+    q_HdD = tensors["q_proj.weight"].unflatten(0, (heads, nope + rope))
+    kv_a = tensors["kv_a_proj_with_mqa.weight"]
+    kv_b_Hdr = tensors["kv_b_proj.weight"].unflatten(0, (heads, nope + v_dim))
+    theta = config["rope_parameters"]["rope_theta"]
+    ladder = [theta ** (-2 * j / rope) for j in range(rope // 2)]
+    return LatentWeights(
+        q_nope_HND=q_HdD[:, :nope],
+        q_rope_HRD=q_HdD[:, nope:][:, half],
+        kv_a_rD=tensors["kv_a_layernorm.weight"][:, None] / math.sqrt(EPS) * kv_a[:rank],
+        k_rope_PRD=kv_a[rank:][half][None],
+        k_up_UNr=kv_b_Hdr[:, :nope],
+        v_up_UVr=kv_b_Hdr[:, nope:],
+        o_DHV=tensors["o_proj.weight"].unflatten(1, (heads, v_dim)),
+        frequencies_PF=torch.tensor([ladder], dtype=torch.float64),
+        softmax_scale=(nope + rope) ** -0.5,
+    )
+
+
+class DeepseekWriter(FormatWriter):
+    """Writes a dense ``DeepseekV3ForCausalLM``."""
+
+    name = "deepseek_v3"
+
+    @property
+    def stream_scale(self) -> float:
+        return math.sqrt(EPS / self.spec.norm_eps)
+
+    def saved(self, result: LayerResult) -> LatentWeights:
+        w = result.latent
+        assert w is not None
+        f = _factors(w, LatentNorm.of(*result.latent_rms), self.stream_scale)
+
+        def rounded(t: Tensor, factor: float) -> Tensor:
+            return ((t * factor).to(self.dtype).double() / factor).float()
+
+        return replace(
+            w,
+            q_nope_HND=rounded(w.q_nope_HND, f.q),
+            q_rope_HRD=rounded(w.q_rope_HRD, f.q_rope),
+            kv_a_rD=rounded(w.kv_a_rD, f.kv_a),
+            k_rope_PRD=rounded(w.k_rope_PRD, f.k_rope),
+            k_up_UNr=rounded(w.k_up_UNr, f.k_up),
+            v_up_UVr=rounded(w.v_up_UVr, f.v_up),
+            o_DHV=rounded(w.o_DHV, f.o),
+        )
+
+    def layer(self, result: LayerResult) -> None:
+        assert result.latent is not None
+        prefix = f"model.layers.{result.index}."
+        norm = LatentNorm.of(*result.latent_rms)
+        for name, tensor in encode_attention(result.latent, norm, self.stream_scale).items():
+            self._add(prefix + _ATTENTION + name, tensor)
+        for name, tensor in result.source.tensors.items():
+            if name.startswith(_ATTENTION):
+                continue
+            factor = {"input_layernorm.weight": NORM_SHIFT, "mlp.down_proj.weight": self.stream_scale}.get(name, 1.0)
+            self._add(prefix + name, tensor if factor == 1.0 else tensor.double() * factor)
+
+    def top(self) -> None:
+        embedding = self.checkpoint.load("model.embed_tokens.weight")
+        scale = self.stream_scale
+        head = embedding if self.spec.tied else self.checkpoint.load("lm_head.weight")
+        self._add("lm_head.weight", head.clone())
+        self._add("model.embed_tokens.weight", embedding if scale == 1.0 else embedding.float() * scale)
+        self._add("model.norm.weight", self.checkpoint.load("model.norm.weight"))
+
+    def config(self, setting: Setting | None) -> dict[str, Any]:
+        assert setting is not None
+        source, a = self.spec.config, self.spec.attention
+        # The ladder of R / 2 rungs that takes every (d / R)-th frequency has the source's own base.
+        theta = a.rope.theta
+        kept = ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "initializer_range")
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "dtype": self._dtype_name(),
+            **{key: source[key] for key in kept if key in source},
+            "vocab_size": self.spec.vocab_size,
+            "hidden_size": a.hidden_size,
+            "intermediate_size": self.spec.intermediate_size,
+            "num_hidden_layers": self.spec.layers,
+            "num_attention_heads": a.num_heads,
+            "num_key_value_heads": a.num_heads,
+            "q_lora_rank": None,
+            "kv_lora_rank": setting.kv_lora_rank,
+            "qk_rope_head_dim": setting.qk_rope_head_dim,
+            "qk_nope_head_dim": a.head_dim,
+            "v_head_dim": a.head_dim,
+            "max_position_embeddings": self.spec.max_positions,
+            "rope_theta": theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+            "rope_interleave": True,
+            "rms_norm_eps": EPS,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": False,
+            # No layer is a mixture of experts; engines still read these and want whole numbers.
+            "first_k_dense_replace": self.spec.layers,
+            "moe_layer_freq": 1,
+            "moe_intermediate_size": self.spec.intermediate_size,
+            "n_routed_experts": 1,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "routed_scaling_factor": 1.0,
+            "num_nextn_predict_layers": 0,
+            "use_cache": True,
+        }

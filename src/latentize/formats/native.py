@@ -1,0 +1,167 @@
+"""The native format: the source's own architecture with its attention replaced.
+
+It holds what the portable format cannot: a roped key for each kv head, biases, per-head norms, any frequencies.
+Loaded through ``AutoModelForCausalLM`` after ``import latentize``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+
+from latentize.attention.latent import LatentWeights
+from latentize.attention.module import LatentAttention, state_dict
+from latentize.convert.methods import Setting
+from latentize.convert.pipeline import LayerResult
+from latentize.formats.base import FormatWriter
+from latentize.spec import LatentSpec
+
+__all__ = ["LatentizeConfig", "LatentizeForCausalLM", "NativeWriter", "register"]
+
+# Entries that generation and caches look for on any config.
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+)
+
+
+class LatentizeConfig(PreTrainedConfig):
+    """Configuration of the native format.
+
+    Attributes:
+        source_config: ``config.json`` of the source.
+        latent_layers: For each layer the fields of ``LatentSpec`` and which biases and norms it has.
+        frequency_table: Radians per position that the layers' ``rope_pairs`` choose from.
+    """
+
+    model_type = "latentize"
+
+    def __init__(
+        self,
+        source_config: dict[str, Any] | None = None,
+        latent_layers: list[dict[str, Any]] | None = None,
+        frequency_table: list[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.source_config = source_config or {}
+        self.latent_layers = latent_layers or []
+        self.frequency_table = frequency_table or []
+        for key in _SHARED:
+            if key in self.source_config:
+                kwargs.setdefault(key, self.source_config[key])
+        super().__init__(**kwargs)
+
+
+def layer_entry(w: LatentWeights) -> dict[str, Any]:
+    """The description of a layer from which an empty one can be built."""
+    return {
+        **vars(w.spec),
+        "q_bias": w.q_rope_bias_HR is not None,
+        "k_rope_bias": w.k_rope_bias_PR is not None,
+        "o_bias": w.o_bias_D is not None,
+        "qk_norm": w.q_norm_R is not None,
+        "norm_eps": w.norm_eps,
+    }
+
+
+def _empty_attention(entry: dict[str, Any], layer_idx: int, table: tuple[float, ...]) -> LatentAttention:
+    spec_fields = {k: entry[k] for k in LatentSpec.__dataclass_fields__}
+    options = {k: v for k, v in entry.items() if k not in spec_fields}
+    return LatentAttention(LatentSpec(**spec_fields), layer_idx, frequency_table=table, **options)
+
+
+class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
+    """A source architecture, by composition, with latent attention in every layer."""
+
+    config_class = LatentizeConfig
+    base_model_prefix = "source"
+    _supports_sdpa = True
+    # Filled per instance: the inner model says what it ties.
+    _tied_weights_keys: dict[str, str] = {}
+
+    def __init__(self, config: LatentizeConfig) -> None:
+        super().__init__(config)
+        source_config = AutoConfig.for_model(**config.source_config)
+        # LatentAttention takes boolean masks or none, as SDPA does.
+        source_config._attn_implementation = "sdpa"
+        self.source = AutoModelForCausalLM.from_config(source_config, dtype=config.dtype)
+        table = tuple(config.frequency_table)
+        for index, (layer, entry) in enumerate(zip(self.source.model.layers, config.latent_layers, strict=True)):
+            layer.self_attn = _empty_attention(entry, index, table)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.source.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.source.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.source.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.source.set_output_embeddings(new_embeddings)
+
+    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As the source's ``forward``."""
+        return self.source(input_ids=input_ids, **kwargs)
+
+
+def register() -> None:
+    """Make ``model_type: "latentize"`` known to transformers' Auto classes."""
+    AutoConfig.register("latentize", LatentizeConfig, exist_ok=True)
+    AutoModelForCausalLM.register(LatentizeConfig, LatentizeForCausalLM, exist_ok=True)
+
+
+class NativeWriter(FormatWriter):
+    """Writes the native format."""
+
+    name = "native"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._entries: list[dict[str, Any]] = []
+        self._table = self.spec.attention.rope.frequencies
+
+    def saved(self, result: LayerResult) -> LatentWeights:
+        assert result.latent is not None
+        return result.latent.to(self.dtype).to(torch.float32)
+
+    def layer(self, result: LayerResult) -> None:
+        assert result.latent is not None
+        prefix = "source." + self.spec.layer_prefix(result.index)
+        for name, tensor in state_dict(result.latent, self._table).items():
+            self._add(f"{prefix}self_attn.{name}", tensor)
+        for name, tensor in result.source.tensors.items():
+            if not name.startswith("self_attn."):
+                self._add(prefix + name, tensor)
+        self._entries.append(layer_entry(result.latent))
+
+    def top(self) -> None:
+        for name in self.spec.table.top_tensors:
+            self._add("source." + name, self.checkpoint.load(name))
+        if not self.spec.tied:
+            self._add("source.lm_head.weight", self.checkpoint.load("lm_head.weight"))
+
+    def config(self, setting: Setting | None) -> dict[str, Any]:
+        source = dict(self.spec.config)
+        return {
+            "architectures": ["LatentizeForCausalLM"],
+            "model_type": "latentize",
+            "dtype": self._dtype_name(),
+            "source_config": source,
+            "latent_layers": self._entries,
+            "frequency_table": list(self._table),
+        }

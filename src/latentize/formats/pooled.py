@@ -1,0 +1,43 @@
+"""The source's own format with fewer kv heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latentize.attention.latent import LatentWeights
+from latentize.convert.methods import Setting
+from latentize.convert.pipeline import LayerResult
+from latentize.formats.base import FormatWriter
+
+__all__ = ["PooledWriter"]
+
+
+class PooledWriter(FormatWriter):
+    """Writes what the source is, with pooled keys and values."""
+
+    kv_heads = 0
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.spec.table.model_type
+
+    def saved(self, result: LayerResult) -> LatentWeights:
+        raise TypeError("pooled heads are not latent")
+
+    def layer(self, result: LayerResult) -> None:
+        w = result.grouped
+        assert w is not None
+        self.kv_heads = w.k_GdD.shape[0]
+        changed = {"self_attn.k_proj.weight": w.k_GdD.flatten(0, 1), "self_attn.v_proj.weight": w.v_GdD.flatten(0, 1)}
+        if w.k_bias_Gd is not None and w.v_bias_Gd is not None:
+            changed |= {"self_attn.k_proj.bias": w.k_bias_Gd.flatten(), "self_attn.v_proj.bias": w.v_bias_Gd.flatten()}
+        for name, tensor in (result.source.tensors | changed).items():
+            self._add(self.spec.layer_prefix(result.index) + name, tensor)
+
+    def top(self) -> None:
+        names = list(self.spec.table.top_tensors) + ([] if self.spec.tied else ["lm_head.weight"])
+        for name in names:
+            self._add(name, self.checkpoint.load(name))
+
+    def config(self, setting: Setting | None) -> dict[str, Any]:
+        return {**self.spec.config, "num_key_value_heads": self.kv_heads, "dtype": self._dtype_name()}

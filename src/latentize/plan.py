@@ -1,0 +1,109 @@
+"""Arithmetic before doing anything: what the KV cache weighs, and what it would weigh.
+
+No torch, no weights: a ``config.json`` is enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from latentize.families import ModelSpec
+from latentize.spec import kv_cache_bytes
+
+__all__ = ["Row", "describe", "plan"]
+
+GIB = 1 << 30
+# Sizes that every engine's MLA kernels are made for (DeepSeek-V2 and V3).
+STANDARD = (512, 64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to keep the context.
+
+    Attributes:
+        name: What it is.
+        values_per_token_layer: Cached numbers per token and layer.
+        bits: Of each.
+        tokens: Tokens that are kept; a window keeps fewer than the context.
+        cache_bytes: For all layers and the whole batch.
+        ratio: The source's bytes over these.
+        note: What to know about it.
+    """
+
+    name: str
+    values_per_token_layer: int
+    bits: float
+    tokens: int
+    cache_bytes: int
+    ratio: float
+    note: str = ""
+
+
+def describe(model: ModelSpec) -> dict[str, Any]:
+    """What a model is, for ``latentize inspect``."""
+    a = model.attention
+    return {
+        "model_type": model.table.model_type,
+        "attention": a.kind,
+        "layers": model.layers,
+        "hidden_size": a.hidden_size,
+        "num_attention_heads": a.num_heads,
+        "num_key_value_heads": a.num_kv_heads,
+        "head_dim": a.head_dim,
+        "rope": a.rope.parameters(),
+        "qkv_bias": a.qkv_bias,
+        "qk_norm": a.qk_norm,
+        "tie_word_embeddings": model.tied,
+        "max_position_embeddings": model.max_positions,
+        "cache_values_per_token_layer": a.cache_values,
+        "cache_bytes_per_token": kv_cache_bytes(a.cache_values, layers=model.layers, tokens=1),
+    }
+
+
+def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, window: int = 4096) -> list[Row]:
+    """Bytes of the KV cache under every mechanism.
+
+    The latent is counted once: it serves keys and values.
+
+    Args:
+        model: The source.
+        context: Tokens of context.
+        batch: Sequences at a time.
+        keep: The budget of the MLA row, a share of the source's values.
+        window: Tokens that the sliding-window row keeps.
+    """
+    a = model.attention
+    source = kv_cache_bytes(a.cache_values, layers=model.layers, tokens=context, batch=batch)
+    rows: list[Row] = []
+
+    def add(name: str, values: int, *, bits: float = 16, tokens: int = context, note: str = "") -> None:
+        size = kv_cache_bytes(values, layers=model.layers, tokens=tokens, batch=batch, bits=bits)
+        rows.append(Row(name, values, bits, tokens, size, source / size, note))
+
+    def heads(count: int) -> int:
+        return 2 * count * a.head_dim
+
+    add(f"{a.kind} (the model as it is)", a.cache_values)
+    if a.num_kv_heads < a.num_heads:
+        add("MHA, for comparison", heads(a.num_heads), note="a key and a value for every query head")
+    for pooled in sorted((g for g in range(2, a.num_kv_heads) if a.num_kv_heads % g == 0), reverse=True):
+        add(f"GQA {pooled}", heads(pooled), note="heads pooled; needs training to recover")
+    if a.num_kv_heads > 1:
+        add("MQA", heads(1), note="heads pooled; needs training to recover")
+    if window < context:
+        add(f"window {window}", a.cache_values, tokens=window, note="forgets what is further back")
+    # 32 numbers share a 16-bit scale and a 16-bit offset.
+    add(f"{a.kind} int8", a.cache_values, bits=8 + 1, note="with scale and offset for each 32 values")
+    add(f"{a.kind} int4", a.cache_values, bits=4 + 1, note="with scale and offset for each 32 values")
+    budget = max(1, int(keep * a.cache_values + 1e-9))
+    add(f"MLA, --keep {100 * keep:.4g}%", budget)
+    if sum(STANDARD) < a.cache_values:
+        add("MLA 512+64", sum(STANDARD), note="the one shape with fast kernels in every engine")
+    return rows
+
+
+def as_json(rows: list[Row]) -> list[dict[str, Any]]:
+    """Rows as plain values, with GiB beside bytes."""
+    return [{**asdict(row), "gib": round(row.cache_bytes / GIB, 4)} for row in rows]

@@ -1,0 +1,123 @@
+"""What is to be done to a model. A recipe decides the bytes of the result; the machine does not belong in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from latentize.errors import OptionError
+
+__all__ = ["Recipe", "parse_keep"]
+
+Method = Literal["transmla", "mha2mla", "care"]
+
+
+def parse_keep(value: Any) -> Any:
+    """``"25%"`` or ``0.25`` to a fraction."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
+class Recipe(BaseModel):
+    """A conversion.
+
+    Attributes:
+        to: Attention of the result: latent, or fewer kv heads by mean pooling.
+        method: How latent weights are found.
+        format: ``deepseek_v3`` loads everywhere, ``native`` holds everything; ``auto`` prefers the former.
+        keep: Cached values per token and layer, at most this share of the source's ``2 G d``.
+        kv_lora_rank: Size of the latent, instead of ``keep``.
+        qk_rope_head_dim: Size of a roped key, instead of ``keep``.
+        freqfold: ``transmla``, ``care``: frequencies folded together; searched when not given.
+        selection: ``mha2mla``: which pairs keep RoPE.
+        svd: ``mha2mla``: keys and values in one SVD or in two.
+        damping: ``care``: fraction of the mean diagonal added to the input covariance.
+        data: Text files or hub data sets; without any, the Python standard library's text.
+        dtype: Precision that weights are saved in.
+        tokens: Calibration tokens.
+        sequence_length: Tokens per calibration sequence.
+        selection_tokens: Tokens of held-out calibration text that candidates are compared on.
+        evaluation_tokens: Tokens of held-out text that the reported quality is measured on.
+        seed: Draws the calibration sequences.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    to: Literal["mla", "gqa", "mqa"] = "mla"
+    method: Method = "transmla"
+    format: Literal["auto", "deepseek_v3", "native"] = "auto"
+    keep: float | None = Field(None, gt=0, le=1)
+    kv_lora_rank: int | None = Field(None, gt=0)
+    qk_rope_head_dim: int | None = Field(None, gt=0)
+    freqfold: int | None = Field(None, gt=0)
+    selection: Literal["high", "low", "uniform", "2-norm"] = "2-norm"
+    svd: Literal["joint", "split"] = "joint"
+    damping: float = Field(0.01, ge=0)
+    data: tuple[str, ...] = ()
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    tokens: int = Field(65_536, gt=0)
+    sequence_length: int = Field(512, gt=1)
+    selection_tokens: int = Field(4_096, gt=0)
+    evaluation_tokens: int = Field(16_384, gt=0)
+    seed: int = 0
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        return parse_keep(value)
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Recipe:
+        explicit = self.kv_lora_rank is not None or self.qk_rope_head_dim is not None
+        if explicit and (self.kv_lora_rank is None or self.qk_rope_head_dim is None):
+            raise ValueError("kv_lora_rank and qk_rope_head_dim belong together")
+        if explicit and self.keep is not None:
+            raise ValueError("give either keep, or kv_lora_rank with qk_rope_head_dim")
+        if self.qk_rope_head_dim is not None and self.qk_rope_head_dim % 2:
+            raise ValueError("qk_rope_head_dim should be even: RoPE rotates pairs")
+        return self
+
+    @property
+    def budget(self) -> float:
+        """The share of the source's cache to keep when no sizes are given."""
+        return 0.25 if self.keep is None else self.keep
+
+    @classmethod
+    def build(cls, **entries: Any) -> Recipe:
+        """Validate entries from a file or a command line.
+
+        Raises:
+            OptionError: an unknown entry, or a value that is out of range.
+        """
+        try:
+            return cls(**entries)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(p) for p in first["loc"]) or "recipe"
+            got = "" if name == "recipe" else f" (got {first.get('input')!r})"
+            raise OptionError(f"{first['msg']}{got}", where=f"--{name.replace('_', '-')}") from None
+
+    @classmethod
+    def load(cls, path: Path, **overrides: Any) -> Recipe:
+        """Read a YAML recipe, or the ``latentize.json`` of an earlier output; ``overrides`` win.
+
+        Raises:
+            OptionError: the file is missing, not a mapping, or has an unknown entry.
+        """
+        import yaml
+
+        try:
+            entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise OptionError(f"the recipe cannot be read: {error}", where=str(path)) from error
+        if not isinstance(entries, dict):
+            raise OptionError("a recipe is a mapping of entries", where=str(path))
+        if isinstance(entries.get("recipe"), dict):
+            entries = entries["recipe"]
+        return cls.build(**{**entries, **overrides})

@@ -1,0 +1,170 @@
+"""What an attention layer is, what it becomes, and how many bytes either keeps per token.
+
+Plain frozen values; no torch. Every size that appears elsewhere is derived here, once.
+
+    MHA   G = H    every query head has its own key and value head
+    GQA   1 < G < H
+    MQA   G = 1
+    MLA   one latent of ``kv_lora_rank`` values and ``rope_heads`` roped keys of ``qk_rope_head_dim``
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from latentize.errors import UnsupportedModelError
+
+__all__ = ["AttentionSpec", "LatentSpec", "RopeSpec", "kv_cache_bytes"]
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding of a layer (Su et al., arXiv 2104.09864).
+
+    Pair ``f`` of a head turns by ``frequencies[f]`` radians per position.
+
+    Attributes:
+        theta: Base of the ladder ``theta ** (-2 f / rotary_dim)``.
+        rotary_dim: Dimensions of a head that rotate, an even number.
+        scaling: The remaining ``rope_parameters`` of transformers (``rope_type``, ``factor``, …).
+    """
+
+    theta: float
+    rotary_dim: int
+    scaling: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rope_type(self) -> str:
+        return str(self.scaling.get("rope_type", "default"))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``theta`` alone describes the frequencies."""
+        return self.rope_type == "default"
+
+    @property
+    def frequencies(self) -> tuple[float, ...]:
+        """Radians per position, fastest first, ``rotary_dim / 2`` of them.
+
+        Raises:
+            UnsupportedModelError: a scaling whose frequencies depend on the length of the text.
+        """
+        ladder = [self.theta ** (-2 * f / self.rotary_dim) for f in range(self.rotary_dim // 2)]
+        if self.rope_type == "default":
+            return tuple(ladder)
+        if self.rope_type == "linear":
+            return tuple(w / self.scaling["factor"] for w in ladder)
+        if self.rope_type == "llama3":
+            return tuple(self._llama3(w) for w in ladder)
+        raise UnsupportedModelError(
+            f"RoPE scaling of type '{self.rope_type}' is not supported",
+            where="config.json, rope_parameters",
+            fix="supported are default, linear and llama3",
+        )
+
+    def _llama3(self, w: float) -> float:
+        """Llama 3.1's interpolation: slow frequencies are divided, fast ones kept, a ramp between."""
+        s = self.scaling
+        turns = s["original_max_position_embeddings"] * w / (2 * math.pi)
+        ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+        kept = min(1.0, max(0.0, ramp))
+        return w * (kept + (1 - kept) / s["factor"])
+
+    def parameters(self) -> dict[str, Any]:
+        """The ``rope_parameters`` entry of a transformers config."""
+        return {"rope_type": "default", **self.scaling, "rope_theta": self.theta}
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One layer of grouped-query attention; MHA and MQA are its extremes (Ainslie et al., arXiv 2305.13245).
+
+    Attributes:
+        hidden_size: Width ``D`` of the residual stream.
+        num_heads: Query heads ``H``.
+        num_kv_heads: Key/value heads ``G``, a divisor of ``H``.
+        head_dim: Size ``d`` of a query, key or value head.
+        rope: How queries and keys are rotated.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        o_bias: Whether the output projection has one.
+        qk_norm: Whether each query and key head is RMS-normalised before RoPE (Qwen3).
+        norm_eps: Epsilon of that norm.
+        softmax_scale: Factor on the logits, ``d ** -0.5`` unless the family says otherwise.
+        sliding_window: Tokens that a query sees, itself included; ``None`` is all of them.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeSpec
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    softmax_scale: float = 0.0
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.softmax_scale == 0.0:
+            object.__setattr__(self, "softmax_scale", self.head_dim**-0.5)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads ``s`` that share a kv head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def kind(self) -> str:
+        if self.num_kv_heads == self.num_heads:
+            return "MHA"
+        return "MQA" if self.num_kv_heads == 1 else "GQA"
+
+    @property
+    def cache_values(self) -> int:
+        """Cached values per token: a key and a value for each kv head."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """One layer of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Attributes:
+        hidden_size: Width ``D`` of the residual stream.
+        num_heads: Query heads ``H``.
+        kv_lora_rank: Size ``r`` of the latent, from which un-roped keys and all values are made.
+        qk_rope_head_dim: Size ``d_R`` of a roped key.
+        qk_nope_head_dim: Size ``d_N`` of the un-roped part of a head.
+        v_head_dim: Size of a value head.
+        rope_heads: Roped keys ``P``: DeepSeek shares one; MHA2MLA keeps one per kv head.
+        up_heads: Distinct up-projections ``U`` (``H``, or ``G`` where heads of a group share them).
+        softmax_scale: Factor on the logits.
+    """
+
+    hidden_size: int
+    num_heads: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    rope_heads: int
+    up_heads: int
+    softmax_scale: float
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_values(self) -> int:
+        """Cached values per token: the latent, once for keys and values together, and the roped keys."""
+        return self.kv_lora_rank + self.rope_heads * self.qk_rope_head_dim
+
+
+def kv_cache_bytes(cache_values: int, *, layers: int, tokens: int, batch: int = 1, bits: float = 16) -> int:
+    """Bytes of a KV cache: ``cache_values`` per token and layer, keys and values counted in it once."""
+    return round(cache_values * layers * tokens * batch * bits / 8)
