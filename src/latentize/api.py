@@ -21,7 +21,7 @@ from latentize.checkpoint.manifest import sha256
 from latentize.convert.methods import Setting, pooled_heads, settings
 from latentize.convert.pipeline import Converted, Progress, choose, convert_latent, convert_pooled, silent
 from latentize.convert.source import SourceModel
-from latentize.errors import ConfigError, FormatError, OutputError
+from latentize.errors import ConfigError, FormatError, OptionError, OutputError
 from latentize.families import ModelSpec, model_spec
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
@@ -31,7 +31,7 @@ from latentize.recipe import Recipe
 if TYPE_CHECKING:
     from latentize.formats.base import FormatWriter
 
-__all__ = ["convert", "evaluate", "open_source", "verify"]
+__all__ = ["convert", "evaluate", "generate", "open_source", "verify"]
 
 
 def peak_rss_bytes() -> int:
@@ -238,9 +238,7 @@ class _PooledJob(_Job):
         return PooledWriter(self.folder, self.checkpoint, self.spec, self.dtype)
 
     def convert(self, source: SourceModel, text: _Text, progress: Progress) -> Converted:
-        return convert_pooled(
-            source, self.kv_heads, self.writer, text.evaluation_NT, progress, dtype=self.dtype
-        )
+        return convert_pooled(source, self.kv_heads, self.writer, text.evaluation_NT, progress, dtype=self.dtype)
 
     def shape(self) -> dict[str, Any]:
         cache_values = 2 * self.kv_heads * self.spec.attention.head_dim
@@ -255,17 +253,54 @@ class _PooledJob(_Job):
         }
 
 
-def evaluate(model: str | Path, reference: str | Path | None = None, **options: Any) -> dict[str, Any]:
+def _torch_dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "bfloat16", "float16"):
+        raise OptionError(f"no such precision: '{name}'", where="--dtype", fix="float32, bfloat16 or float16")
+    return getattr(torch, name)
+
+
+def evaluate(
+    model: str | Path, reference: str | Path | None = None, *, dtype: str = "float32", **options: Any
+) -> dict[str, Any]:
     """What ``latentize eval --json`` prints; options as in :func:`latentize.evaluate.quality.evaluate`."""
     from latentize.evaluate.quality import evaluate as measure
 
-    quality = measure(resolve(model), None if reference is None else resolve(reference), **options)
+    folder, source = resolve(model), None if reference is None else resolve(reference)
+    quality = measure(folder, source, dtype=_torch_dtype(dtype), **options)
     entries: dict[str, Any] = quality.describe()
     if reference is None:
         entries |= {"reference_perplexity": None, "kl": None, "top1_agreement": None}
     else:
         entries["excess_loss"] = quality.excess
     return {**entries, "text": describe(options.get("data", ()))}
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+    stream: bool = False,
+) -> dict[str, Any]:
+    """What ``latentize generate --json`` prints; with ``stream`` the text is printed as it comes."""
+    from latentize.evaluate.load import load_model
+    from latentize.runtime.generate import generate as run
+
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder)
+    loaded = load_model(folder, dtype=_torch_dtype(dtype), device=device)
+    streamer = None
+    if stream:
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    torch.manual_seed(seed)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "streamer": streamer}
+    return vars(run(loaded, tokenizer, prompt, **options))
 
 
 def verify(out: str | Path) -> dict[str, Any]:

@@ -126,7 +126,9 @@ def convert(
     to: Annotated[str | None, typer.Option(help="mla, or gqa / mqa by mean-pooling heads. [mla]")] = None,
     method: Annotated[str | None, typer.Option(help="transmla, mha2mla or care. [transmla]")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="auto, deepseek_v3 or native. [auto]")] = None,
-    freqfold: Annotated[int | None, typer.Option(help="transmla, care: frequencies folded; searched if absent.")] = None,
+    freqfold: Annotated[
+        int | None, typer.Option(help="transmla, care: frequencies folded; searched if absent.")
+    ] = None,
     selection: Annotated[str | None, typer.Option(help="mha2mla: high, low, uniform or 2-norm. [2-norm]")] = None,
     svd: Annotated[str | None, typer.Option(help="mha2mla: joint or split. [joint]")] = None,
     data: Data = None,

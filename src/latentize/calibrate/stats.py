@@ -29,6 +29,7 @@ class CalibrationStats:
         xx_DD: ``Σ x xᵀ``.
         q_norm_HF: ``Σ ‖q_f‖`` of every pair of every query head, before RoPE.
         k_norm_GF: ``Σ ‖k_f‖``, likewise.
+        distances_HT: Attention probability by distance, see :func:`attended_distances`; where it was asked for.
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class CalibrationStats:
     xx_DD: Tensor
     q_norm_HF: Tensor
     k_norm_GF: Tensor
+    distances_HT: Tensor | None = None
 
     @classmethod
     def of(cls, x_BTD: Tensor, w: AttentionWeights) -> CalibrationStats:
@@ -64,7 +66,7 @@ class CalibrationStats:
         moment_oo = w_oD @ self.second_moment_DD @ w_oD.mT
         if bias_o is None:
             return moment_oo
-        mean_o = (w_oD @ (self.x_D / self.tokens))
+        mean_o = w_oD @ (self.x_D / self.tokens)
         cross_oo = mean_o[..., :, None] * bias_o[..., None, :]
         return moment_oo + cross_oo + cross_oo.mT + bias_o[..., :, None] * bias_o[..., None, :]
 

@@ -226,4 +226,3 @@ def _convert(
         progress("converting layers", layer.index + 1, source.spec.layers)
     quality = compare_streams(hidden, reference, evaluation_NT, source.head(), vocab_size=source.spec.vocab_size)
     return Converted(quality, errors)
-

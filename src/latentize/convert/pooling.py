@@ -27,6 +27,4 @@ def pool_heads(w: AttentionWeights, kv_heads: int) -> AttentionWeights:
 
     pooled_k, pooled_v = pool(w.k_GdD), pool(w.v_GdD)
     assert pooled_k is not None and pooled_v is not None
-    return replace(
-        w, k_GdD=pooled_k, v_GdD=pooled_v, k_bias_Gd=pool(w.k_bias_Gd), v_bias_Gd=pool(w.v_bias_Gd)
-    )
+    return replace(w, k_GdD=pooled_k, v_GdD=pooled_v, k_bias_Gd=pool(w.k_bias_Gd), v_bias_Gd=pool(w.v_bias_Gd))

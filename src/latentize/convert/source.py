@@ -99,6 +99,7 @@ class SourceLayer:
             if projection.bias is not None:
                 bias = getattr(w, f"{name}_bias_Gd").repeat_interleave(repeat, dim=0)
                 projection.bias = nn.Parameter(bias.flatten(), requires_grad=False)
+        assert isinstance(attention, nn.Module)
         return attention
 
     @torch.no_grad()
@@ -119,7 +120,9 @@ class SourceLayer:
             recorded.inputs.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
             recorded.outputs.append(result[0])
 
-        hook = self._module.self_attn.register_forward_hook(keep, with_kwargs=True) if record else None
+        current = self._module.self_attn
+        assert isinstance(current, nn.Module)
+        hook = current.register_forward_hook(keep, with_kwargs=True) if record else None
         try:
             for part in hidden_NTD.split(max(1, _TOKENS_AT_ONCE // hidden_NTD.shape[1])):
                 part.copy_(self._call(self._module, part))

@@ -24,14 +24,14 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load the model: {error}", where=str(folder)) from error
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         odd = sorted(str(k) for k in info.get(kind, ()))
         if odd:
             raise CheckpointError(f"{kind.replace('_', ' ')}: {', '.join(odd[:3])}", where=str(folder))
     return model.to(device).eval()
-

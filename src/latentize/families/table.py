@@ -69,7 +69,6 @@ class Table:
         return cls(**{**entries, "architectures": tuple(entries["architectures"])})
 
 
-
 @dataclass(frozen=True)
 class ModelSpec:
     """A checkpoint's shape: its table applied to its ``config.json``.

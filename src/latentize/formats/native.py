@@ -88,8 +88,6 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LatentizeConfig
     base_model_prefix = "source"
     _supports_sdpa = True
-    # Filled per instance: the inner model says what it ties.
-    _tied_weights_keys: dict[str, str] = {}
 
     def __init__(self, config: LatentizeConfig) -> None:
         super().__init__(config)

@@ -32,7 +32,13 @@ class Generated:
 
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, streamer: Any = None
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    streamer: Any = None,
 ) -> Generated:
     """Continue ``prompt`` through transformers' own ``generate``.
 

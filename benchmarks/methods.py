@@ -1,0 +1,108 @@
+"""Quality of every method at every budget on one model, on held-out text.
+
+    python benchmarks/methods.py                                  # the bundled model
+    python benchmarks/methods.py --model /tmp/mha --out /tmp/r    # another one
+
+Writes ``benchmarks/results/methods-<model>.json`` and prints the table as Markdown. Each conversion is written
+to disk and measured by ``latentize eval`` on what transformers loads, never on the converter's own word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import latentize
+from latentize.errors import OptionError
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGETS = ("50%", "25%", "12.5%")
+ROWS: dict[str, dict[str, Any]] = {
+    "mha2mla": {"method": "mha2mla"},
+    "transmla": {"method": "transmla"},
+    "care": {"method": "care"},
+    "gqa (mean pool)": {"to": "gqa"},
+    "mqa (mean pool)": {"to": "mqa"},
+}
+
+
+def measure(model: Path, name: str, keep: str, tokens: int, data: tuple[str, ...]) -> dict[str, Any]:
+    """One row: convert, then evaluate what was written."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        try:
+            made = latentize.convert(model, out, keep=keep, data=data, **ROWS[name])
+        except OptionError as error:
+            return {"method": name, "keep": keep, "refused": error.what}
+        found = latentize.evaluate(out, model, tokens=tokens)
+    sizes = made.get("setting") or {"num_key_value_heads": made["num_key_value_heads"]}
+    return {
+        "method": name,
+        "keep": keep,
+        "format": made["format"],
+        "setting": sizes,
+        "cache_values_per_token_layer": made["cache_values_per_token_layer"],
+        "seconds": made["seconds"],
+        "calibration_tokens": made["calibration_tokens"],
+        **found,
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| keep | method | format | sizes | perplexity | excess, nats | KL, nats | same top-1 | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if "refused" in r:
+            lines.append(f"| {r['keep']} | {r['method']} | | | not possible: {r['refused']} | | | | |")
+            continue
+        s = r["setting"]
+        if "kv_lora_rank" in s:
+            roped = f"{s['rope_heads']}×" if s["rope_heads"] > 1 else ""
+            sizes = f"{s['kv_lora_rank']} + {roped}{s['qk_rope_head_dim']}"
+        else:
+            sizes = f"{s['num_key_value_heads']} kv head"
+        lines.append(
+            f"| {r['keep']} | {r['method']} | {r['format']} | {sizes} | {r['perplexity']:.2f} | {r['excess_loss']:.3f} "
+            f"| {r['kl']:.3f} | {r['top1_agreement']:.1%} | {r['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-llama-gqa")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--tokens", type=int, default=65_536, help="held-out tokens")
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS)
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--data", nargs="*", default=(), help="calibration text; the standard library by default")
+    args = parser.parse_args()
+    rows = []
+    for keep in args.budgets:
+        for name in args.methods:
+            rows.append(measure(args.model, name, keep, args.tokens, tuple(args.data)))
+            print(json.dumps(rows[-1]), flush=True)
+    result = {
+        "model": args.model.name,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "source_perplexity": next(r["reference_perplexity"] for r in rows if "refused" not in r),
+        "evaluation_tokens": next(r["tokens"] for r in rows if "refused" not in r),
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"methods-{args.model.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

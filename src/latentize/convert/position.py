@@ -1,0 +1,150 @@
+"""Position-aware RoPE selection: rotation is kept where losing it would change what is attended.
+
+A key pair is a complex number. A logit is ``Re Σ_f q_f conj(k_f) e^{i ω_f Δ}``; giving up the rotation of a component
+of logit energy ``λ`` and putting its best constant ``ρ_f = E[e^{i ω_f Δ}]`` in its place costs ``λ (1 - |ρ_f|²)``, with
+``Δ`` distributed as the layer attends. The components that are the most expensive to give up keep rotating, in one
+shared key, each at a rung of one ladder of frequencies.
+
+H query heads, G kv heads, s = H / G, d head size, F = d / 2 pairs, D hidden, R roped dimensions, J = R / 2 rungs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentize.attention.grouped import AttentionWeights
+from latentize.calibrate.distance import expected_rotation
+from latentize.calibrate.stats import CalibrationStats
+from latentize.convert.rope_split import RopeSplit
+from latentize.spec import AttentionSpec
+
+__all__ = ["Components", "assign_rungs", "key_components", "ladder", "position_aware_split", "rung_gains"]
+
+
+def ladder(theta: float, head_dim: int, rope_dim: int, stride: float) -> Tensor:
+    """Frequencies ``θ^(-2 σ j / d)`` of ``R / 2`` rungs, a plain ladder of base ``θ^(σ R / d)``, float64.
+
+    Stride 1 is the source's fastest frequencies, ``d / R`` an even choice of all.
+    """
+    return theta ** (-2 * stride * torch.arange(rope_dim // 2, dtype=torch.float64) / head_dim)
+
+
+@dataclass(frozen=True)
+class Components:
+    """Principal components of the keys of all heads, at each frequency.
+
+    Attributes:
+        axes_FGG: Columns are components: ``k_g = Σ_c axes[g, c] κ_c / sqrt(a_g)``, unitary, complex.
+        energy_FG: Logit energy ``λ`` of each component, descending.
+        weight_FG: Query energy ``a_g`` of each kv head's group.
+        rho_HF: ``E[e^{i ω_f Δ}]`` for each query head.
+        frequencies_F: Radians per position.
+        distances_T: Attention probability by distance, all heads together.
+    """
+
+    axes_FGG: Tensor
+    energy_FG: Tensor
+    weight_FG: Tensor
+    rho_HF: Tensor
+    frequencies_F: Tensor
+    distances_T: Tensor
+
+
+def _complex_rows(w_hdD: Tensor) -> Tensor:
+    re, im = w_hdD.chunk(2, dim=1)
+    return torch.complex(re, im)
+
+
+def _real_rows(w_hFD: Tensor) -> Tensor:
+    return torch.cat([w_hFD.real, w_hFD.imag], dim=1)
+
+
+def key_components(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats) -> Components:
+    """Eigenvectors, at each frequency, of the keys' second moment over heads, weighted by query energy.
+
+    Args:
+        w: The layer, float64.
+        spec: Its description.
+        stats: Second moments of its inputs and attended distances.
+    """
+    assert stats.distances_HT is not None
+    second = stats.second_moment_DD.to(torch.complex128)
+    k_FGD = _complex_rows(w.k_GdD).transpose(0, 1)
+    moment_FGG = k_FGD @ second @ k_FGD.mH
+    q_HFD = _complex_rows(w.q_HdD)
+    q_energy_HF = torch.einsum("hfD,DE,hfE->hf", q_HFD, second, q_HFD.conj()).real
+    weight_FG = q_energy_HF.unflatten(0, (spec.num_kv_heads, spec.group_size)).sum(1).T.clamp_min(1e-30)
+    root_FG = weight_FG.sqrt()
+    weighted = root_FG[:, :, None] * moment_FGG * root_FG[:, None, :]
+    energy_FG, axes_FGG = torch.linalg.eigh(weighted)
+    frequencies = torch.tensor(spec.rope.frequencies, dtype=torch.float64)
+    return Components(
+        axes_FGG=axes_FGG.flip(-1),
+        energy_FG=energy_FG.flip(-1).clamp_min(0),
+        weight_FG=weight_FG,
+        rho_HF=expected_rotation(frequencies, stats.distances_HT),
+        frequencies_F=frequencies,
+        distances_T=stats.distances_HT.sum(0),
+    )
+
+
+def rung_gains(c: Components, rungs_J: Tensor) -> Tensor:
+    """What keeping a component at a rung saves, ``[J, F, G]``; negative where a constant would be better.
+
+    ``λ ((1 - |ρ_f|²) - E|e^{i ω_f Δ} - e^{i ω_j Δ}|²)``
+    """
+    every = c.distances_T[None]
+    constant_F = 1 - expected_rotation(c.frequencies_F, every)[0].abs().square()
+    gap_JF = rungs_J[:, None] - c.frequencies_F
+    mismatch_JF = 2 - 2 * expected_rotation(gap_JF.flatten(), every)[0].real.view_as(gap_JF)
+    return (constant_F - mismatch_JF)[..., None] * c.energy_FG
+
+
+def assign_rungs(gain_JFG: Tensor) -> Tensor:
+    """One component for every rung, the largest gain first: ``[J, 2]`` of (frequency, component)."""
+    left_Jc = gain_JFG.flatten(1).clone()
+    chosen_J = torch.zeros(len(left_Jc), dtype=torch.int64)
+    for _ in range(len(left_Jc)):
+        rung, component = divmod(int(left_Jc.argmax()), left_Jc.shape[1])
+        chosen_J[rung] = component
+        left_Jc[rung], left_Jc[:, component] = -torch.inf, -torch.inf
+    heads = gain_JFG.shape[2]
+    return torch.stack([chosen_J // heads, chosen_J % heads], dim=1)
+
+
+def position_aware_split(w: AttentionWeights, spec: AttentionSpec, c: Components, rungs_J: Tensor) -> RopeSplit:
+    """Split a layer's keys: the best component for each rung rotates, the rest takes its constant.
+
+    Args:
+        w: The layer, float64.
+        spec: Its description.
+        c: Its components.
+        rungs_J: Frequencies of the shared key.
+    """
+    G, s, d = spec.num_kv_heads, spec.group_size, spec.head_dim
+    k_GFD, q_HFD = _complex_rows(w.k_GdD), _complex_rows(w.q_HdD)
+    at = assign_rungs(rung_gains(c, rungs_J))
+    # κ = Σ_g conj(v_g) sqrt(a_g) k_g, read back as v_g / sqrt(a_g).
+    axis_JG = c.axes_FGG[at[:, 0], :, at[:, 1]]
+    root_JG = c.weight_FG[at[:, 0]].sqrt()
+    kappa_JD = torch.einsum("jg,gjD->jD", axis_JG.conj() * root_JG, k_GFD[:, at[:, 0]])
+    read_JG = axis_JG / root_JG
+    size = root_JG.square().mean(1, keepdim=True).sqrt()
+    kappa_JD, read_JG = kappa_JD / size, read_JG * size
+    q_rope_HJD = q_HFD[:, at[:, 0]] * read_JG.conj().T.repeat_interleave(s, dim=0)[..., None]
+    residual_GFD = k_GFD.clone()
+    for j, f in enumerate(at[:, 0].tolist()):
+        residual_GFD[:, f] -= read_JG[j][:, None] * kappa_JD[j]
+    q_nope_HFD = c.rho_HF[..., None] * q_HFD
+    k_rope_1RD = _real_rows(kappa_JD[None])
+    return RopeSplit(
+        q_nope_HND=_real_rows(q_nope_HFD),
+        q_rope_HRD=_real_rows(q_rope_HJD),
+        k_nope_CD=_real_rows(residual_GFD).flatten(0, 1),
+        read_UNC=torch.eye(G * d, dtype=torch.float64).view(G, d, G * d),
+        k_rope_PRD=k_rope_1RD,
+        frequencies_PF=rungs_J[None],
+    )

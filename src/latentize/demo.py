@@ -1,0 +1,70 @@
+"""Everything once, on the model that ships with latentize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from latentize.api import convert, evaluate, generate, verify
+from latentize.convert.pipeline import Progress, silent
+from latentize.errors import CheckpointError, OutputError
+
+__all__ = ["PROMPT", "bundled_model", "demo"]
+
+PROMPT = "def read_file(path, encoding=None):\n"
+_NAME = "tiny-llama-gqa"
+_BUDGETS = ("75%", "50%", "25%")
+
+
+def bundled_model() -> Path:
+    """The folder of the bundled model, in an installed package or in a checkout.
+
+    Raises:
+        CheckpointError: the installation lacks it.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "bundled" / _NAME, package.parents[1] / "models" / _NAME):
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError("the bundled model is not installed", where=str(package), fix="install latentize again")
+
+
+def demo(out: Path, progress: Progress = silent, *, evaluation_tokens: int = 16_384) -> dict[str, Any]:
+    """Convert the bundled model at three budgets; verify, evaluate and run the results.
+
+    Args:
+        out: Folder for the results; must not exist.
+        progress: Told how far it is.
+        evaluation_tokens: Held-out tokens to measure on.
+    """
+    if out.exists():
+        raise OutputError("the output folder exists already", where=str(out), fix="remove it, or choose another")
+    model = bundled_model()
+    source = evaluate(model, tokens=evaluation_tokens, progress=progress)
+    said = generate(model, PROMPT, max_new_tokens=48)
+    rows: list[dict[str, Any]] = [
+        {
+            "name": "the source",
+            "cache_values_per_token_layer": said["cache_values_per_token_layer"],
+            "perplexity": source["perplexity"],
+            "kl": None,
+            "top1_agreement": None,
+            "continuation": said["text"],
+        }
+    ]
+    for keep in _BUDGETS:
+        folder = out / f"mla-{keep.rstrip('%')}"
+        convert(model, folder, keep=keep, progress=progress)
+        verify(folder)
+        measured = evaluate(folder, model, tokens=evaluation_tokens, progress=progress)
+        said = generate(folder, PROMPT, max_new_tokens=48)
+        rows.append(
+            {
+                "name": f"MLA, --keep {keep}",
+                "folder": str(folder),
+                "cache_values_per_token_layer": said["cache_values_per_token_layer"],
+                **{k: measured[k] for k in ("perplexity", "kl", "top1_agreement")},
+                "continuation": said["text"],
+            }
+        )
+    return {"rows": rows, "evaluation_tokens": source["tokens"], "report": str(out / "mla-50" / "README.md")}
