@@ -107,13 +107,21 @@ def plan(
 
     result = compute(model, context=context, batch=batch, keep=keep, window=window)
     table = Table(title=f"{model}: {result['context']:,} tokens, batch {batch}, 16 bits", title_justify="left")
-    for column in ("attention", "values/token/layer", "bits", "GiB", "smaller by", ""):
-        table.add_column(column, justify="left" if column in ("attention", "") else "right")
+    for column in ("attention", "values", "bits", "GiB", "smaller"):
+        table.add_column(column, justify="left" if column == "attention" else "right")
+    notes: list[str] = []
     for row in result["rows"]:
+        if row["note"] and row["note"] not in notes:
+            notes.append(row["note"])
+        mark = f" [dim]({notes.index(row['note']) + 1})[/dim]" if row["note"] else ""
         size = f"{row['gib']:.2f}" if row["gib"] >= 0.01 else f"{row['gib']:.4f}"
         values = f"{row['values_per_token_layer']:,}"
-        table.add_row(row["name"], values, f"{row['bits']:g}", size, f"{row['ratio']:.2f} ×", row["note"])
+        table.add_row(row["name"] + mark, values, f"{row['bits']:g}", size, f"{row['ratio']:.2f} ×")
     _emit(result, as_json, table)
+    if not as_json:
+        console.print("values: cached per token and layer", style="dim")
+        for number, note in enumerate(notes, 1):
+            console.print(f"({number}) {note}", style="dim", markup=False)
 
 
 @app.command()
@@ -179,7 +187,8 @@ def _conversion_table(out: Path, r: dict[str, Any]) -> Table:
         "measured on": f"{r['evaluation_tokens']:,} held-out tokens of {r['calibration_text']}",
         "time, peak memory": f"{r['seconds']:.1f} s, {r['peak_rss_bytes'] / 2**30:.2f} GiB",
     }
-    rows |= {"note": note for note in r["notes"]}
+    if r["notes"]:
+        rows["notes"] = "; ".join(r["notes"])
     return _facts(f"{out}", rows)
 
 
