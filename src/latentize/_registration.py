@@ -6,6 +6,7 @@ registers right after. If they already are, it registers at once.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -17,10 +18,13 @@ __all__ = ["install"]
 _AWAITED = "transformers.models.auto.modeling_auto"
 
 
-def _register() -> None:
-    from latentize.formats.native import register
+_NATIVE = "latentize.formats.native"
 
-    register()
+
+def _register() -> None:
+    # It registers itself; if it is what imports transformers just now, it is about to.
+    if _NATIVE not in sys.modules:
+        importlib.import_module(_NATIVE)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):

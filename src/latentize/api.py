@@ -72,14 +72,14 @@ def _tokens(folder: Path, recipe: Recipe) -> _Text:
     """Three disjoint sets: for statistics, for choices, for the numbers that are reported."""
     tokenizer, length = load_tokenizer(folder), recipe.sequence_length
 
-    def draw(split: str, tokens: int, seed: int | None) -> Tensor:
+    def draw(split: str, tokens: int, seed: int = 0) -> Tensor:
         stream = documents(recipe.data, split)  # type: ignore[arg-type]
         return pack(tokenizer, stream, tokens=tokens, sequence_length=length, seed=seed)
 
     rows = draw("calibration", recipe.tokens + recipe.selection_tokens, recipe.seed)
     held = max(1, min(recipe.selection_tokens // length, len(rows) // 4)) if len(rows) > 1 else 0
     selection, calibration = rows[:held], rows[held:]
-    return _Text(calibration, selection, draw("heldout", recipe.evaluation_tokens, None))
+    return _Text(calibration, selection, draw("heldout", recipe.evaluation_tokens))
 
 
 def _format(recipe: Recipe, spec: ModelSpec, setting: Setting) -> tuple[type[FormatWriter], list[str]]:

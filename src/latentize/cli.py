@@ -140,7 +140,7 @@ def convert(
     selection: Annotated[str | None, typer.Option(help="mha2mla: high, low, uniform or 2-norm. [2-norm]")] = None,
     svd: Annotated[str | None, typer.Option(help="mha2mla: joint or split. [joint]")] = None,
     data: Data = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens. [65536]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens. [32768]")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. [512]")] = None,
     dtype: Annotated[str | None, typer.Option(help="Saved precision: bfloat16 or float32. [bfloat16]")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe, or an output's latentize.json.")] = None,

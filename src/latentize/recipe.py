@@ -61,7 +61,7 @@ class Recipe(BaseModel):
     damping: float = Field(0.01, ge=0)
     data: tuple[str, ...] = ()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    tokens: int = Field(65_536, gt=0)
+    tokens: int = Field(32_768, gt=0)
     sequence_length: int = Field(512, gt=1)
     selection_tokens: int = Field(4_096, gt=0)
     evaluation_tokens: int = Field(16_384, gt=0)

@@ -109,16 +109,17 @@ class LatentAttention(nn.Module):
             frequency_table: By default the distinct frequencies of ``w``.
         """
         table = frequency_table or tuple(sorted(set(w.frequencies_PF.flatten().tolist()), reverse=True))
-        module = cls(
-            w.spec,
-            layer_idx,
-            q_bias=w.q_rope_bias_HR is not None,
-            k_rope_bias=w.k_rope_bias_PR is not None,
-            o_bias=w.o_bias_D is not None,
-            qk_norm=w.q_norm_R is not None,
-            norm_eps=w.norm_eps,
-            frequency_table=table,
-        )
+        with torch.device("meta"):
+            module = cls(
+                w.spec,
+                layer_idx,
+                q_bias=w.q_rope_bias_HR is not None,
+                k_rope_bias=w.k_rope_bias_PR is not None,
+                o_bias=w.o_bias_D is not None,
+                qk_norm=w.q_norm_R is not None,
+                norm_eps=w.norm_eps,
+                frequency_table=table,
+            )
         module.load_state_dict(state_dict(w, table), assign=True)
         return module.requires_grad_(False)
 

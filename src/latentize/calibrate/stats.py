@@ -16,7 +16,7 @@ from latentize.attention.grouped import AttentionWeights
 
 __all__ = ["CalibrationStats"]
 
-_TENSORS = ("x_D", "xx_DD", "q_norm_HF", "k_norm_GF")
+_TENSORS = ("x_D", "xx_DD", "q_norm_HF", "k_norm_GF", "distances_HT")
 
 
 @dataclass
@@ -27,7 +27,7 @@ class CalibrationStats:
         tokens: How many were seen.
         x_D: ``Σ x``.
         xx_DD: ``Σ x xᵀ``.
-        q_norm_HF: ``Σ ‖q_f‖`` of every pair of every query head, before RoPE.
+        q_norm_HF: ``Σ ‖q_f‖`` of every pair of every query head, before RoPE; where it was asked for.
         k_norm_GF: ``Σ ‖k_f‖``, likewise.
         distances_HT: Attention probability by distance, see :func:`attended_distances`; where it was asked for.
     """
@@ -35,26 +35,31 @@ class CalibrationStats:
     tokens: int
     x_D: Tensor
     xx_DD: Tensor
-    q_norm_HF: Tensor
-    k_norm_GF: Tensor
+    q_norm_HF: Tensor | None = None
+    k_norm_GF: Tensor | None = None
     distances_HT: Tensor | None = None
 
     @classmethod
-    def of(cls, x_BTD: Tensor, w: AttentionWeights) -> CalibrationStats:
-        """Statistics of one batch of inputs."""
-        x_nD = x_BTD.flatten(0, 1)
+    def of(cls, x_BTD: Tensor, w: AttentionWeights | None = None) -> CalibrationStats:
+        """Statistics of one batch of inputs; with the layer's weights also the mean norms of its pairs."""
+        x_nD = x_BTD.flatten(0, 1).float()
         # Products of one batch in the input's precision, sums over batches in float64.
         return cls(
             tokens=x_nD.shape[0],
             x_D=x_nD.double().sum(0),
             xx_DD=(x_nD.T @ x_nD).double(),
-            q_norm_HF=_pair_norms(x_nD, w.q_HdD, w.q_bias_Hd),
-            k_norm_GF=_pair_norms(x_nD, w.k_GdD, w.k_bias_Gd),
+            q_norm_HF=None if w is None else _pair_norms(x_nD, w.q_HdD, w.q_bias_Hd),
+            k_norm_GF=None if w is None else _pair_norms(x_nD, w.k_GdD, w.k_bias_Gd),
         )
 
     def __add__(self, other: CalibrationStats) -> CalibrationStats:
-        sums = {name: getattr(self, name) + getattr(other, name) for name in _TENSORS}
-        return CalibrationStats(tokens=self.tokens + other.tokens, **sums)
+        mine, yours = self._present(), other._present()
+        if mine.keys() != yours.keys():
+            raise ValueError("statistics of different kinds cannot be added")
+        return CalibrationStats(tokens=self.tokens + other.tokens, **{n: mine[n] + yours[n] for n in mine})
+
+    def _present(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
 
     @property
     def second_moment_DD(self) -> Tensor:
@@ -73,7 +78,7 @@ class CalibrationStats:
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file
 
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        tensors = {name: t.contiguous() for name, t in self._present().items()}
         save_file({**tensors, "tokens": torch.tensor(self.tokens)}, str(path))
 
     @classmethod
@@ -89,4 +94,5 @@ def _pair_norms(x_nD: Tensor, w_hdD: Tensor, bias_hd: Tensor | None) -> Tensor:
     y_nhd = torch.nn.functional.linear(x_nD, w_hdD.flatten(0, 1)).unflatten(-1, w_hdD.shape[:2])
     if bias_hd is not None:
         y_nhd = y_nhd + bias_hd
-    return y_nhd.unflatten(-1, (2, -1)).norm(dim=-2).double().sum(0)
+    re_nhF, im_nhF = y_nhd.chunk(2, dim=-1)
+    return torch.hypot(re_nhF, im_nhF).double().sum(0)

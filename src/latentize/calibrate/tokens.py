@@ -20,8 +20,8 @@ def pack(
     *,
     tokens: int,
     sequence_length: int,
-    seed: int | None = 0,
-    pool: int = 4,
+    seed: int = 0,
+    pool: int = 262_144,
 ) -> Tensor:
     """Concatenate documents, separated by the end-of-text token, and cut into equal sequences.
 
@@ -30,8 +30,8 @@ def pack(
         documents: Text, in a fixed order. Reading stops when enough tokens are there.
         tokens: Upper bound on the tokens returned; rounded down to whole sequences (at least one).
         sequence_length: Tokens per sequence ``T``.
-        seed: Draw the sequences at random from a ``pool`` times larger stretch; ``None`` keeps order and
-            takes the first.
+        seed: The sequences are drawn at random.
+        pool: Tokens to draw from, at least; more where ``tokens`` is more.
 
     Returns:
         ``[N, T]`` int64 with ``N = max(1, tokens // T)``, fewer if the text ends before.
@@ -41,7 +41,7 @@ def pack(
     """
     wanted = max(1, tokens // sequence_length)
     separator = tokenizer.eos_token_id
-    enough = wanted * sequence_length * (1 if seed is None else pool)
+    enough = max(pool, wanted * sequence_length)
     stream: list[int] = []
     for text in documents:
         stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -56,7 +56,6 @@ def pack(
             fix="pass more text with --data, or a shorter --sequence-length",
         )
     chosen = list(range(available))
-    if seed is not None:
-        random.Random(seed).shuffle(chosen)
+    random.Random(seed).shuffle(chosen)
     rows = torch.tensor(stream[: available * sequence_length], dtype=torch.int64)
     return rows.view(available, sequence_length)[chosen[:wanted]].contiguous()

@@ -7,6 +7,7 @@ no path leaves the folder. Weights are read when they are asked for.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ SINGLE_NAME = "model.safetensors"
 _HEADER_CAP = 100_000_000
 # Integers are index tables (the native format has one); what is quantised comes in other types.
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "I64": "int64",
+}
 
 
 def _read_json(path: Path, error: type[CheckpointError] | type[ConfigError]) -> dict[str, Any]:
@@ -34,8 +43,8 @@ def _read_json(path: Path, error: type[CheckpointError] | type[ConfigError]) -> 
     return entries
 
 
-def _read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The safetensors header, with the promise that every tensor lies inside the file."""
+def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where data starts, and the safetensors header; every tensor in it lies inside the file."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)
@@ -55,7 +64,7 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     header.pop("__metadata__", None)
     for name, entry in header.items():
         _check_entry(path, name, entry, size - 8 - length)
-    return header
+    return 8 + length, header
 
 
 def _check_entry(path: Path, name: str, entry: Mapping[str, Any], data_bytes: int) -> None:
@@ -95,9 +104,9 @@ class Checkpoint:
         self.config = _read_json(folder / "config.json", ConfigError)
         self._file_of: dict[str, Path] = {}
         self._entry: dict[str, dict[str, Any]] = {}
-        self._open: tuple[Path, Any] | None = None
+        self._data_start: dict[Path, int] = {}
         for path, expected in self._shards().items():
-            header = _read_header(path)
+            self._data_start[path], header = _read_header(path)
             if expected is not None and expected != set(header):
                 odd = sorted(expected.symmetric_difference(header))[0]
                 raise CheckpointError(f"index and shard disagree about '{odd}'", where=str(path))
@@ -174,12 +183,19 @@ class Checkpoint:
         """
         if name not in self:
             raise CheckpointError("a tensor is missing", where=f"{self.folder}, tensor {name}")
-        from safetensors import safe_open
+        import torch
 
-        path = self._file_of[name]
-        if self._open is None or self._open[0] != path:
-            self._open = (path, safe_open(str(path), framework="pt"))
-        tensor = self._open[1].get_tensor(name)
-        if not tensor.isfinite().all():
+        path, entry = self._file_of[name], self._entry[name]
+        begin, end = entry["data_offsets"]
+        # Read, not mapped: mapped pages would stay in memory as long as the file is open.
+        buffer = bytearray(end - begin)
+        with path.open("rb") as stream:
+            stream.seek(self._data_start[path] + begin)
+            stream.readinto(buffer)
+        dtype = getattr(torch, _TORCH_NAMES[entry["dtype"]])
+        tensor = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+        tensor = tensor.view(entry["shape"])
+        # A sum is finite only if all terms are; the exact test is for sums that overflow.
+        if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not tensor.isfinite().all():
             raise CheckpointError("the tensor holds NaN or infinity", where=f"{path}, tensor {name}")
         return tensor

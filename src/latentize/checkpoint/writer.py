@@ -20,7 +20,8 @@ from latentize.errors import OutputError
 
 __all__ = ["OutputFolder"]
 
-SHARD_BYTES = 2 << 30
+# What gathers in memory before it is written; so files are smaller than is usual.
+SHARD_BYTES = 512 << 20
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

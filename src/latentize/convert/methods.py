@@ -24,6 +24,10 @@ from latentize.spec import AttentionSpec
 
 __all__ = ["Setting", "convert_layer", "pooled_heads", "settings"]
 
+# Candidates under a budget: sizes of the roped key, largest first, and block sizes, smallest first.
+_ROPE_SIZES = 3
+_FREQFOLDS = 3
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -51,6 +55,11 @@ class Setting:
     @property
     def cache_values(self) -> int:
         return self.kv_lora_rank + self.rope_heads * self.qk_rope_head_dim
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether statistics must hold the mean norms of query and key pairs."""
+        return self.selection == "2-norm"
 
     def describe(self) -> dict[str, Any]:
         """The entries that mean something for this method."""
@@ -101,12 +110,14 @@ def _sizes(recipe: Recipe, spec: AttentionSpec, rope_heads: int) -> Iterator[tup
             )
         yield rank, rope
         return
+    fitting = []
     rope = spec.head_dim
     while rope >= 2 and rope % 2 == 0:
         rank = min(_budget(recipe, spec), full) - rope_heads * rope
         if rank >= 1:
-            yield rank, rope
+            fitting.append((rank, rope))
         rope //= 2
+    yield from fitting[:_ROPE_SIZES]
 
 
 def _mha2mla(recipe: Recipe, spec: AttentionSpec) -> Iterator[Setting]:
@@ -125,8 +136,7 @@ def _shared_key(recipe: Recipe, spec: AttentionSpec) -> Iterator[Setting]:
     for rank, rope in _sizes(recipe, spec, rope_heads=1):
         collapse = spec.head_dim // rope
         folds = [collapse << n for n in range(pairs.bit_length()) if pairs % (collapse << n) == 0]
-        if recipe.freqfold is not None:
-            folds = [f for f in folds if f == recipe.freqfold]
+        folds = folds[:_FREQFOLDS] if recipe.freqfold is None else [f for f in folds if f == recipe.freqfold]
         for fold in folds:
             yield Setting(recipe.method, rank, rope, freqfold=fold, damping=damping)
 

@@ -26,6 +26,9 @@ from latentize.convert.source import Recorded, SourceLayer, SourceModel
 __all__ = ["Converted", "LayerResult", "Progress", "Sink", "choose", "convert_latent", "convert_pooled"]
 
 
+_SEARCH_TOKENS = 8192
+
+
 class Progress(Protocol):
     """Told how far a long step is."""
 
@@ -84,12 +87,13 @@ class Converted:
     calibration_tokens: int = 0
 
 
-def _gather(layer: SourceLayer, hidden_NTD: Tensor) -> tuple[CalibrationStats, list[Tensor]]:
-    """Advance the calibration stream and take its statistics."""
+def _gather(layer: SourceLayer, hidden_NTD: Tensor, setting: Setting) -> tuple[CalibrationStats, list[Tensor]]:
+    """Advance the calibration stream and take the statistics that a method needs."""
     inputs = layer.run(hidden_NTD, record=True).inputs
-    stats = CalibrationStats.of(inputs[0], layer.weights)
+    weights = layer.weights if setting.needs_norms else None
+    stats = CalibrationStats.of(inputs[0], weights)
     for x_BTD in inputs[1:]:
-        stats = stats + CalibrationStats.of(x_BTD, layer.weights)
+        stats = stats + CalibrationStats.of(x_BTD, weights)
     return stats, inputs
 
 
@@ -131,11 +135,12 @@ def choose(
     """
     if len(candidates) == 1:
         return candidates[0], []
-    calibration = source.embed(calibration_NT)
+    # Ranking candidates takes fewer statistics than converting with one.
+    calibration = source.embed(calibration_NT[: max(1, _SEARCH_TOKENS // calibration_NT.shape[1])])
     reference = source.embed(selection_NT)
     streams = [reference.clone() for _ in candidates]
     for layer in source.layers():
-        stats, _ = _gather(layer, calibration)
+        stats, _ = _gather(layer, calibration, candidates[0])
         layer.run(reference)
         for setting, hidden in zip(candidates, streams, strict=True):
             latent = convert_layer(layer.weights, source.spec.attention, stats, setting).to(torch.float32)
@@ -174,7 +179,7 @@ def convert_latent(
     calibration = source.embed(calibration_NT)
 
     def make(layer: SourceLayer) -> tuple[LayerResult, nn.Module]:
-        stats, inputs = _gather(layer, calibration)
+        stats, inputs = _gather(layer, calibration, setting)
         latent = convert_layer(layer.weights, spec, stats, setting)
         result = LayerResult(layer.index, layer, latent=latent, latent_rms=_latent_rms(latent, inputs))
         return result, LatentAttention.from_weights(sink.saved(result))

@@ -68,7 +68,7 @@ def select_pairs(
     """
     pairs, wanted = spec.head_dim // 2, rope_dim // 2
     if selection == "2-norm":
-        if stats is None:
+        if stats is None or stats.q_norm_HF is None or stats.k_norm_GF is None:
             raise ValueError("2-norm selection needs calibration statistics")
         q_GF = stats.q_norm_HF.unflatten(0, (spec.num_kv_heads, spec.group_size)).sum(1)
         score_GF = q_GF * stats.k_norm_GF

@@ -9,6 +9,7 @@ B batch, T tokens, D hidden.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ from latentize.families import ModelSpec
 
 __all__ = ["SourceLayer", "SourceModel", "attention_weights"]
 
+# From so many parameters on, layers multiply in bfloat16: in float32 a CPU would take hours.
+_LARGE = 200_000_000
 # Sequences that go through a layer at once, in tokens: bounds the activations of its MLP.
 _TOKENS_AT_ONCE = 2048
+_VOCAB_AT_ONCE = 16_384
 
 
 def attention_weights(tensors: dict[str, Tensor], spec: ModelSpec) -> AttentionWeights:
@@ -75,15 +79,17 @@ class SourceLayer:
     weights: AttentionWeights
     _module: nn.Module
     _rotary: Callable[..., Any]
+    _autocast: bool = False
 
     def _call(self, module: nn.Module, hidden_BTD: Tensor) -> Any:
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
-        return module(
-            hidden_states=hidden_BTD,
-            attention_mask=None,
-            position_ids=positions,
-            position_embeddings=self._rotary(hidden_BTD, positions),
-        )
+        with torch.autocast(hidden_BTD.device.type, torch.bfloat16, enabled=self._autocast):
+            return module(
+                hidden_states=hidden_BTD,
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=self._rotary(hidden_BTD, positions),
+            )
 
     def attend(self, attention: nn.Module, x_BTD: Tensor) -> Tensor:
         """What ``attention`` makes of normalised hidden states."""
@@ -140,6 +146,9 @@ class SourceModel:
         checkpoint: The files.
         spec: Their family's table, applied.
         device: Where layers run.
+
+    Attributes:
+        autocast: Whether layers multiply in bfloat16; the residual stream is float32 in any case.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu") -> None:
@@ -147,6 +156,7 @@ class SourceModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.checkpoint, self.spec, self.device = checkpoint, spec, device
+        self.autocast = sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()) > _LARGE
         config = AutoConfig.from_pretrained(checkpoint.folder)
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
@@ -181,17 +191,20 @@ class SourceModel:
             wide = {name: t.to(self.device, torch.float32) for name, t in stored.items()}
             module.load_state_dict(wide, strict=True, assign=True)
             weights = attention_weights(wide, self.spec)
-            yield SourceLayer(index, stored, weights, module.requires_grad_(False), self._rotary)
+            yield SourceLayer(index, stored, weights, module.requires_grad_(False), self._rotary, self.autocast)
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """A function from final hidden states ``[n, D]`` to logits ``[n, vocab]``, both float32."""
         norm = copy.deepcopy(self._skeleton.model.norm)
         norm.load_state_dict({"weight": self._float("model.norm.weight")}, assign=True)
         tied = "lm_head.weight" not in self.checkpoint
-        table = self._float("model.embed_tokens.weight" if tied else "lm_head.weight")
+        table = self.checkpoint.load("model.embed_tokens.weight" if tied else "lm_head.weight").to(self.device)
 
         @torch.no_grad()
         def logits(hidden_nD: Tensor) -> Tensor:
-            return torch.nn.functional.linear(norm(hidden_nD), table)
+            normed_nD = norm(hidden_nD)
+            # The table is wide and stays as it is stored; only slices of it are ever float32.
+            parts = [torch.nn.functional.linear(normed_nD, rows.float()) for rows in table.split(_VOCAB_AT_ONCE)]
+            return torch.cat(parts, dim=-1)
 
         return logits

@@ -55,7 +55,6 @@ def evaluate(
         documents(data, "all" if data else "heldout"),
         tokens=tokens,
         sequence_length=sequence_length,
-        seed=None,
     )
     subject = load_model(model, dtype=dtype, device=device)
     source = None if reference is None else load_model(reference, dtype=dtype, device=device)

@@ -16,6 +16,9 @@ from latentize.families import ModelSpec
 
 __all__ = ["FormatWriter"]
 
+# Bounds the float64 copy of a tensor that is scaled.
+_ROWS_AT_ONCE = 4096
+
 
 class FormatWriter(ABC):
     """Writes one converted model, layer by layer.
@@ -46,7 +49,13 @@ class FormatWriter(ABC):
     def config(self, setting: Setting | None) -> dict[str, Any]:
         """``config.json`` of the output."""
 
-    def _add(self, name: str, tensor: Tensor) -> None:
+    def _add(self, name: str, tensor: Tensor, factor: float = 1.0) -> None:
+        """Write ``factor · tensor``, rounded once."""
+        if factor != 1.0:
+            scaled = torch.empty_like(tensor, dtype=self.dtype)
+            for out, part in zip(scaled.split(_ROWS_AT_ONCE), tensor.split(_ROWS_AT_ONCE), strict=True):
+                out.copy_(part.double() * factor)
+            tensor = scaled
         kept = tensor if tensor.dtype == torch.int32 else tensor.to(self.dtype)
         self.folder.add(name, kept.cpu())
 

@@ -205,14 +205,15 @@ class DeepseekWriter(FormatWriter):
             if name.startswith(_ATTENTION):
                 continue
             factor = {"input_layernorm.weight": NORM_SHIFT, "mlp.down_proj.weight": self.stream_scale}.get(name, 1.0)
-            self._add(prefix + name, tensor if factor == 1.0 else tensor.double() * factor)
+            self._add(prefix + name, tensor, factor)
 
     def top(self) -> None:
         embedding = self.checkpoint.load("model.embed_tokens.weight")
         scale = self.stream_scale
         head = embedding if self.spec.tied else self.checkpoint.load("lm_head.weight")
-        self._add("lm_head.weight", head.clone())
-        self._add("model.embed_tokens.weight", embedding if scale == 1.0 else embedding.float() * scale)
+        # Two tensors of one storage cannot be saved as two.
+        self._add("lm_head.weight", head.clone() if head is embedding and scale == 1.0 else head)
+        self._add("model.embed_tokens.weight", embedding, scale)
         self._add("model.norm.weight", self.checkpoint.load("model.norm.weight"))
 
     def config(self, setting: Setting | None) -> dict[str, Any]:

@@ -163,3 +163,6 @@ class NativeWriter(FormatWriter):
             "latent_layers": self._entries,
             "frequency_table": list(self._table),
         }
+
+
+register()
