@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentize.calibrate.stats import CalibrationStats
+from latentize.linalg import eigh, svd
 
 __all__ = ["Factors", "balanced_pca", "joint_svd", "key_balance", "split_svd", "whitened_svd"]
 
@@ -26,7 +27,7 @@ class Factors:
 
 def _truncated_svd(w_oD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """``up = U_r Σ_r`` and ``down = V_rᵀ``, so that ``up down`` is the nearest matrix of that rank."""
-    u, sigma, vT = torch.linalg.svd(w_oD, full_matrices=False)
+    u, sigma, vT = svd(w_oD)
     return u[:, :rank] * sigma[:rank], vT[:rank]
 
 
@@ -63,7 +64,7 @@ def balanced_pca(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int)
     """
     rho = key_balance(k_CD, v_ED, stats) if len(k_CD) else 1.0
     w_oD = torch.cat([k_CD / rho, v_ED])
-    axes_or = torch.linalg.eigh(stats.moment_of(w_oD)).eigenvectors.flip(-1)[:, :rank]
+    axes_or = eigh(stats.moment_of(w_oD))[1][:, :rank]
     return Factors(axes_or.T @ w_oD, rho * axes_or[: len(k_CD)], axes_or[len(k_CD) :])
 
 
@@ -80,8 +81,8 @@ def whitened_svd(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int,
     """
     second = stats.second_moment_DD
     damped = second + damping * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
-    values, vectors = torch.linalg.eigh(damped)
-    root = values.clamp_min(1e-12 * float(values[-1])).sqrt()
+    values, vectors = eigh(damped)
+    root = values.clamp_min(1e-12 * float(values[0])).sqrt()
     square_root, inverse_root = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
     up_or, vT_rD = _truncated_svd(torch.cat([k_CD, v_ED]) @ square_root, rank)
     return Factors(vT_rD @ inverse_root, up_or[: len(k_CD)], up_or[len(k_CD) :])

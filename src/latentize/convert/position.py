@@ -19,6 +19,7 @@ from latentize.attention.grouped import AttentionWeights
 from latentize.calibrate.distance import expected_rotation
 from latentize.calibrate.stats import CalibrationStats
 from latentize.convert.rope_split import RopeSplit
+from latentize.linalg import eigh
 from latentize.spec import AttentionSpec
 
 __all__ = ["Components", "assign_rungs", "key_components", "ladder", "position_aware_split", "rung_gains"]
@@ -79,11 +80,11 @@ def key_components(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationS
     weight_FG = q_energy_HF.unflatten(0, (spec.num_kv_heads, spec.group_size)).sum(1).T.clamp_min(1e-30)
     root_FG = weight_FG.sqrt()
     weighted = root_FG[:, :, None] * moment_FGG * root_FG[:, None, :]
-    energy_FG, axes_FGG = torch.linalg.eigh(weighted)
+    energy_FG, axes_FGG = eigh(weighted)
     frequencies = torch.tensor(spec.rope.frequencies, dtype=torch.float64)
     return Components(
-        axes_FGG=axes_FGG.flip(-1),
-        energy_FG=energy_FG.flip(-1).clamp_min(0),
+        axes_FGG=axes_FGG,
+        energy_FG=energy_FG.clamp_min(0),
         weight_FG=weight_FG,
         rho_HF=expected_rotation(frequencies, stats.distances_HT),
         frequencies_F=frequencies,

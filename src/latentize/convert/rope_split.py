@@ -17,6 +17,7 @@ from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights
 from latentize.calibrate.stats import CalibrationStats
+from latentize.linalg import eigh
 from latentize.spec import AttentionSpec
 
 __all__ = ["RopeSplit", "Selection", "rorope", "select_pairs", "split_per_head"]
@@ -144,7 +145,7 @@ def rorope(
     if w.k_bias_Gd is not None:
         k_bias_2bc = w.k_bias_Gd.view(G, 2, blocks, freqfold).permute(1, 2, 0, 3).flatten(2, 3)
     moment_bcc = stats.moment_of(k_2bcD, k_bias_2bc).sum(0)
-    axes_bcj = torch.linalg.eigh(moment_bcc).eigenvectors.flip(-1)
+    axes_bcj = eigh(moment_bcc)[1]
     turned_2bjD = axes_bcj.mT @ k_2bcD
     leading = torch.arange(freqfold * G) < keep
     # (rung, part) order of the shared key: rung = block, component; halves are the two parts.
