@@ -87,7 +87,8 @@ def _read_file(path: Path) -> Iterator[str]:
             import pyarrow.parquet as pq
 
             for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
-                yield from batch.column("text").to_pylist()
+                for text in batch.column("text").to_pylist():
+                    yield _text_field({"text": text}, str(path))
         else:
             raise DataError(
                 f"cannot read text from a {path.suffix or 'nameless'} file",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +62,26 @@ def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
             header = json.loads(stream.read(length))
         except ValueError as reason:
             raise CheckpointError(f"the header is damaged: {reason}", where=str(path)) from reason
+    if not isinstance(header, dict):
+        raise CheckpointError("the header should hold one JSON object", where=str(path))
     header.pop("__metadata__", None)
     for name, entry in header.items():
         _check_entry(path, name, entry, size - 8 - length)
+    spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
+    if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
+        raise CheckpointError("tensors overlap in the file", where=str(path), fix="download the file again")
     return 8 + length, header
 
 
-def _check_entry(path: Path, name: str, entry: Mapping[str, Any], data_bytes: int) -> None:
+def _check_entry(path: Path, name: str, entry: Any, data_bytes: int) -> None:
     where = f"{path}, tensor {name}"
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError("the header entry is malformed", where=where) from None
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise CheckpointError("the header entry is malformed", where=where)
     if dtype not in _ITEM_BYTES:
         raise CheckpointError(
             f"the weights are stored as {dtype}",
@@ -82,7 +91,7 @@ def _check_entry(path: Path, name: str, entry: Mapping[str, Any], data_bytes: in
     count = 1
     for n in shape:
         count *= n
-    if not 0 <= begin <= end or end - begin != count * _ITEM_BYTES[dtype]:
+    if end < begin or end - begin != count * _ITEM_BYTES[dtype]:
         raise CheckpointError("shape and size of the tensor disagree", where=where)
     if end > data_bytes:
         raise CheckpointError("the file is truncated", where=where, fix="download the file again")
@@ -120,6 +129,7 @@ class Checkpoint:
         index, single = self.folder / INDEX_NAME, self.folder / SINGLE_NAME
         if not index.exists():
             if single.is_file():
+                self._check_link(single)
                 return {single: None}
             pickles = sorted(p.name for p in self.folder.glob("*.bin"))
             raise CheckpointError(
@@ -128,7 +138,10 @@ class Checkpoint:
                 fix="save it with save_pretrained" if pickles else "is this the folder of a model?",
             )
         promised: dict[Path, set[str]] = {}
-        for name, file in _read_json(index, CheckpointError).get("weight_map", {}).items():
+        weight_map = _read_json(index, CheckpointError).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError("the weight_map of the index should map tensors to file names", where=str(index))
+        for name, file in weight_map.items():
             if Path(file).name != file:
                 raise CheckpointError(f"the index points outside the folder: '{file}'", where=str(index))
             promised.setdefault(self.folder / file, set()).add(name)
@@ -137,7 +150,16 @@ class Checkpoint:
         for path in promised:
             if not path.is_file():
                 raise CheckpointError("a shard is missing", where=str(path), fix="download the file again")
+            self._check_link(path)
         return dict(promised)
+
+    def _check_link(self, path: Path) -> None:
+        """A link may point into the folder, or, in a hub cache, to the blobs that snapshots share."""
+        real, folder = path.resolve(), self.folder.resolve()
+        if real.parent != folder and real.parent != folder.parent.parent / "blobs":
+            raise CheckpointError(
+                f"the file is a link out of the folder, to {real}", where=str(path), fix="put the file itself there"
+            )
 
     @property
     def files(self) -> list[Path]:

@@ -74,13 +74,23 @@ def settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
         UnsupportedModelError: the method cannot treat this attention.
     """
     found = list(_mha2mla(recipe, spec) if recipe.method == "mha2mla" else _shared_key(recipe, spec))
+    if not found and recipe.freqfold is not None:
+        raise OptionError(
+            f"blocks of {recipe.freqfold} frequencies fit no roped key of this budget",
+            where="--freqfold",
+            fix=f"it should divide {spec.head_dim // 2} and be a multiple of head size / roped key size",
+        )
     if not found:
         raise OptionError(
             f"no split into latent and roped key fits {_budget(recipe, spec)} values per token and layer",
             where="--keep",
             fix="keep more, or give --kv-lora-rank and --qk-rope-head-dim",
         )
-    if spec.qk_norm and any(s.rope_heads * s.qk_rope_head_dim < spec.num_kv_heads * spec.head_dim for s in found):
+    if spec.qk_norm:
+        # A normalised key is exact only where no part of it is compressed.
+        whole = spec.num_kv_heads * spec.head_dim
+        found = [s for s in found if s.rope_heads * s.qk_rope_head_dim == whole and s.rope_heads == spec.num_kv_heads]
+    if not found:
         raise UnsupportedModelError(
             f"'{recipe.method}' cannot compress keys that are normalised per head (qk-norm)",
             where="config.json, model_type",
@@ -103,9 +113,10 @@ def _sizes(recipe: Recipe, spec: AttentionSpec, rope_heads: int) -> Iterator[tup
             raise OptionError(
                 f"a roped key of {rope} does not divide heads of {spec.head_dim}", where="--qk-rope-head-dim"
             )
-        if rank > full - rope_heads * rope:
+        largest = min(full - rope_heads * rope, spec.hidden_size)
+        if rank > largest:
             raise OptionError(
-                f"a latent of {rank} is larger than all it is made from ({full - rope_heads * rope})",
+                f"a latent of {rank} is larger than all it is made from ({largest})",
                 where="--kv-lora-rank",
             )
         yield rank, rope
@@ -113,7 +124,8 @@ def _sizes(recipe: Recipe, spec: AttentionSpec, rope_heads: int) -> Iterator[tup
     fitting = []
     rope = spec.head_dim
     while rope >= 2 and rope % 2 == 0:
-        rank = min(_budget(recipe, spec), full) - rope_heads * rope
+        # Nothing that is linear in the hidden state has a higher rank than it.
+        rank = min(_budget(recipe, spec) - rope_heads * rope, spec.hidden_size)
         if rank >= 1:
             fitting.append((rank, rope))
         rope //= 2

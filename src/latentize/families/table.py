@@ -186,6 +186,8 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     if heads % kv_heads:
         raise ConfigError(f"{heads} query heads are not a multiple of {kv_heads} kv heads", where="config.json")
     head_dim = _int(config, "head_dim", hidden // heads)
+    if head_dim % 2:
+        raise ConfigError(f"heads of {head_dim} cannot be rotated: RoPE needs pairs", where="config.json, head_dim")
     feature = {name: _feature(key, config) for name, key in table.attention.items()}
     window = feature.get("sliding_window") if feature.get("sliding_window_switch", True) else None
     if window is not None:
@@ -195,12 +197,18 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
             fix="if the window was never meant to be active, set it to null",
         )
     eps = float(config.get("rms_norm_eps", 1e-6))
+    rope = rope_spec(config, head_dim)
+    if rope.rotary_dim != head_dim:
+        raise UnsupportedModelError(
+            f"'{model_type}' with RoPE on a part of each head cannot be converted",
+            where="config.json, partial_rotary_factor",
+        )
     attention = AttentionSpec(
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        rope=rope_spec(config, head_dim),
+        rope=rope,
         qkv_bias=bool(feature.get("qkv_bias")),
         o_bias=bool(feature.get("o_bias")),
         qk_norm=bool(feature.get("qk_norm")),

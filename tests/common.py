@@ -1,0 +1,217 @@
+"""What the tests share: picomodels with random weights, a byte tokenizer, text, and how to run things."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Largest relative errors that are allowed, fixed for every machine.
+FP32 = 1e-5  # two orders of summation, float32
+FP64 = 1e-10  # the same, float64
+STOCK = 1e-4  # stock DeepSeek-V3, whose latent norm is linear to 2**-16
+STREAM = 1e-4  # one measurement made in two ways
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# What a conversion of a picomodel needs so that it takes less than a second.
+SMALL: dict[str, Any] = {
+    "tokens": 2048,
+    "sequence_length": 64,
+    "evaluation_tokens": 1024,
+    "selection_tokens": 256,
+    "dtype": "float32",
+}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest value of ``b``."""
+    assert a.shape == b.shape
+    a, b = a.detach(), b.detach()
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+def pico_config(family: str = "llama", kv_heads: int = 2, **changes: Any) -> Any:
+    """A transformers config of a tiny model: hidden 64, 2 layers, 4 heads of 16, 257 tokens."""
+    from transformers import AutoConfig
+
+    entries: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 16,
+        "vocab_size": 257,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if family == "mistral":
+        entries["sliding_window"] = None
+    return AutoConfig.for_model(family, **{**entries, **changes})
+
+
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Random weights of a size that makes attention pick, biases and norms that are not their defaults."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            parameter.data = 0.3 * noise if name.endswith("bias") else (1 + 0.3 * noise).abs() + 0.1
+        elif "embed" in name:
+            parameter.data = noise
+        else:
+            gain = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+            parameter.data = gain * noise / parameter.shape[1] ** 0.5
+
+
+def pico_model(family: str = "llama", kv_heads: int = 2, seed: int = 0, **changes: Any) -> Any:
+    """The model in memory, float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(pico_config(family, kv_heads, **changes), dtype=torch.float32)
+    randomize(model, seed)
+    return model.eval()
+
+
+def byte_tokenizer() -> Any:
+    """One token for each byte, and one that ends a text."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    fast = Fast(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=pieces[0], bos_token=pieces[0])
+
+
+def pico(
+    tmp_path: Path,
+    family: str = "llama",
+    kv_heads: int = 2,
+    *,
+    seed: int = 0,
+    name: str = "source",
+    shard: str | None = None,
+    stored: torch.dtype = torch.float32,
+    **config: Any,
+) -> Path:
+    """Save a picomodel and its tokenizer, as ``save_pretrained`` does.
+
+    Args:
+        tmp_path: Where its folder goes.
+        family: ``model_type``.
+        kv_heads: Key/value heads, of 4 query heads.
+        seed: Of the weights.
+        name: Of the folder.
+        shard: Largest shard, as transformers writes it (``"40KB"``).
+        stored: Precision of the saved weights.
+        config: Entries of the config.
+    """
+    folder = tmp_path / name
+    options = {} if shard is None else {"max_shard_size": shard}
+    pico_model(family, kv_heads, seed, **config).to(stored).save_pretrained(folder, **options)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def _sentences() -> tuple[str, ...]:
+    draw = random.Random(0)
+    letters = "etaoinshrdlu"
+    words = ["".join(draw.choices(letters, k=draw.randint(2, 7))) for _ in range(60)]
+    return tuple(" ".join(draw.choices(words, k=45)) + ".\n" for _ in range(150))
+
+
+def text_file(tmp_path: Path) -> str:
+    """A .jsonl of 150 short documents, the same on every machine."""
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in _sentences()))
+    return str(path)
+
+
+def random_tokens(batch: int = 2, length: int = 48, seed: int = 0, vocab: int = 257) -> Tensor:
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(folder: Path, tokens: Tensor) -> Tensor:
+    """Logits of a saved model, loaded as users load it; every weight has to find its place."""
+    from latentize.evaluate.load import load_model
+
+    return load_model(folder)(input_ids=tokens, use_cache=False).logits
+
+
+def leftovers(tmp_path: Path, out: Path) -> list[str]:
+    """What a conversion to ``out`` has left in its folder."""
+    return sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(out.name))
+
+
+def _environment(extra: dict[str, str] | None) -> dict[str, str]:
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return {**os.environ, **offline, **(extra or {})}
+
+
+def run_python(
+    code: str, *args: object, cwd: Path | None = None, env: dict[str, str] | None = None, flags: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter, ``args`` in ``sys.argv[1:]``."""
+    command = [sys.executable, *flags, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=_environment(env), timeout=300)
+
+
+def run_cli(
+    *args: object, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "latentize.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=_environment(env), timeout=600)
+
+
+@dataclass
+class Outcome:
+    """What a command has printed, and its status."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def call_cli(capsys: Any, *args: object) -> Outcome:
+    """Run the command line in this process, which saves the seconds that imports take."""
+    from latentize.cli import main
+
+    capsys.readouterr()
+    argv, sys.argv = sys.argv, ["latentize", *map(str, args)]
+    try:
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = argv
+    return Outcome(status, *capsys.readouterr())
+
+
+def last_json(stdout: str) -> Any:
+    """The JSON object on the last line."""
+    return json.loads(stdout.strip().splitlines()[-1])

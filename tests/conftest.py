@@ -1,0 +1,40 @@
+"""Every test starts from the same random state, hypothesis from the same examples; models are made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from tests.common import pico, text_file
+
+settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of text for calibration and evaluation."""
+    return text_file(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Picomodels on disk, not to be changed: ``source(family, kv_heads, **config)``."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", kv_heads: int = 2, **config: Any) -> Path:
+        key = repr((family, kv_heads, sorted(config.items(), key=lambda item: item[0])))
+        if key not in made:
+            made[key] = pico(tmp_path_factory.mktemp(family), family, kv_heads, **config)
+        return made[key]
+
+    return make

@@ -1,0 +1,236 @@
+"""Each command as users run it: one JSON object last, errors with a code and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.common import call_cli, last_json, leftovers, run_cli
+
+SIZES = ("--tokens", 2048, "--sequence-length", 64, "--dtype", "float32")
+CONVERT_KEYS = {
+    "format",
+    "method",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "rope_theta",
+    "cache_values_per_token_layer",
+    "source_cache_values_per_token_layer",
+    "keep",
+    "calibration_tokens",
+    "seconds",
+    "peak_rss_bytes",
+    "layers",
+    "source_perplexity",
+    "perplexity",
+    "kl",
+    "top1_agreement",
+}
+EVAL_KEYS = {"perplexity", "reference_perplexity", "kl", "top1_agreement", "tokens"}
+
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def ok(capsys: pytest.CaptureFixture[str]) -> Ask:
+    """Run a command with ``--json``: its last line of stdout is one object."""
+
+    def ask(*args: object) -> dict[str, Any]:
+        done = call_cli(capsys, *args, "--json")
+        assert done.returncode == 0, done.stderr
+        result = last_json(done.stdout)
+        assert isinstance(result, dict)
+        return result
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def converted(
+    source: Callable[..., Path], text: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """One conversion in a process of its own, as a user's shell starts it."""
+    out = tmp_path_factory.mktemp("cli") / "out"
+    done = run_cli("convert", source("llama", 2), out, "--keep", "50%", "--data", text, *SIZES, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return out, last_json(done.stdout)
+
+
+def test_convert(converted: tuple[Path, dict[str, Any]]) -> None:
+    out, result = converted
+    assert result.keys() >= CONVERT_KEYS
+    assert result["format"] == "deepseek_v3"
+    assert result["method"] == "transmla"
+    assert result["kv_lora_rank"] + result["qk_rope_head_dim"] == result["cache_values_per_token_layer"] == 32
+    assert result["source_cache_values_per_token_layer"] == 64
+    assert result["keep"] == 0.5
+    assert result["calibration_tokens"] == 2048
+    assert len(result["layers"]) == 2
+    assert all(entry.keys() >= {"error_before_refine", "error_after_refine"} for entry in result["layers"])
+    assert all(0 < entry["error_after_refine"] < 2 for entry in result["layers"])
+    assert result["seconds"] > 0
+    assert 50e6 < result["peak_rss_bytes"] < 50e9
+    assert result["perplexity"] > 1 < result["source_perplexity"]
+    assert result["kl"] > 0
+    assert 0 < result["top1_agreement"] <= 1
+    assert json.loads((out / "config.json").read_text())["kv_lora_rank"] == result["kv_lora_rank"]
+
+
+def test_verify(ok: Ask, converted: tuple[Path, dict[str, Any]]) -> None:
+    result = ok("verify", converted[0])
+    assert result["ok"] is True
+    assert result["cache_values_per_token_layer"] == 32
+    assert result.keys() >= {"absorbed_error", "decode_error", "files", "tensors", "tolerance"}
+
+
+def test_eval(ok: Ask, converted: tuple[Path, dict[str, Any]], source: Callable[..., Path], text: str) -> None:
+    options = ("--data", text, "--tokens", 1024, "--sequence-length", 64)
+    result = ok("eval", converted[0], "--reference", source("llama", 2), *options)
+    assert result.keys() >= EVAL_KEYS
+    assert result["tokens"] == 16 * 63
+    assert result["kl"] > 0
+    alone = ok("eval", converted[0], *options)
+    assert alone.keys() >= EVAL_KEYS
+    assert alone["kl"] is alone["reference_perplexity"] is alone["top1_agreement"] is None
+    assert alone["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
+
+
+def test_generate(ok: Ask, converted: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = converted
+    result = ok("generate", out, "some words", "--max-new-tokens", 6)
+    assert isinstance(result["text"], str)
+    assert 1 <= result["tokens"] <= 6
+    assert result["cache_values_per_token_layer"] == 32
+    # float32, two layers; the last token is not cached.
+    assert result["cache_bytes"] == 32 * 2 * 4 * (len("some words") + result["tokens"] - 1)
+    assert ok("generate", out, "some words", "--max-new-tokens", 6)["text"] == result["text"]
+    sampled = [
+        ok("generate", out, "some words", "--max-new-tokens", 6, "--temperature", 1.5, "--seed", seed)["text"]
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize(("family", "methods"), [("llama", ["deepseek_v3", "deepseek_v3", "native"]), ("qwen3", None)])
+def test_inspect(ok: Ask, source: Callable[..., Path], family: str, methods: list[str] | None) -> None:
+    result = ok("inspect", source(family, 2))
+    assert result["model_type"] == family
+    assert (result["attention"], result["layers"], result["head_dim"]) == ("GQA", 2, 16)
+    assert result["cache_values_per_token_layer"] == 64
+    assert result["cache_bytes_per_token"] == 64 * 2 * 2
+    assert result["qk_norm"] == (family == "qwen3")
+    attention = 64 * 64 * 2 + 2 * 64 * 32 + (32 if family == "qwen3" else 0)
+    assert result["parameters"] == 2 * 257 * 64 + 64 + 2 * (attention + 3 * 64 * 96 + 2 * 64)
+    assert [entry["method"] for entry in result["methods"]] == ["transmla", "care", "mha2mla"]
+    assert [entry["result"] for entry in result["methods"]] == (methods or ["refused"] * 3)
+    assert all(entry["why"] for entry in result["methods"] if entry["result"] != "deepseek_v3")
+
+
+def test_plan(ok: Ask) -> None:
+    result = ok("plan", "llama-2-7b", "--context", 4096)
+    assert result["context"] == 4096
+    assert result["batch"] == 1
+    assert [r["gib"] for r in result["rows"] if r["name"].startswith(("MHA (", "MLA 512"))] == [2.0, 0.1406]
+    for row in result["rows"]:
+        assert row.keys() >= {"name", "values_per_token_layer", "bits", "tokens", "cache_bytes", "ratio", "gib"}
+
+
+def test_tables_for_people(
+    converted: tuple[Path, dict[str, Any]], source: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without ``--json``: plain text with the same numbers, also where the output is not a terminal."""
+    out, _ = converted
+    for args, words in (
+        (("inspect", source("llama", 2)), ["GQA", "transmla", "64"]),
+        (("plan", "llama-2-7b", "--context", 4096), ["2.00", "0.14", "MLA 512+64"]),
+        (("verify", out), ["is whole", "32"]),
+        (("generate", out, "some words", "--max-new-tokens", 2), ["some words"]),
+    ):
+        done = call_cli(capsys, *args)
+        assert done.returncode == 0, done.stderr
+        for word in words:
+            assert word in done.stdout, done.stdout
+
+
+def test_a_recipe_file_and_options_over_it(ok: Ask, source: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"method: mha2mla\nselection: high\nkeep: 75%\ndata: [{text}]\nsequence_length: 64\ntokens: 512\n"
+    )
+    out = tmp_path / "out"
+    result = ok("convert", source("llama", 2), out, "--recipe", recipe, "--keep", "50%", "--tokens", 512)
+    assert result["method"] == "mha2mla"
+    assert result["setting"]["selection"] == "high"
+    assert result["keep"] == 0.5
+    assert result["calibration_tokens"] == 512
+
+
+MODEL, OUT = "{model}", "{out}"
+ERRORS: list[tuple[str, tuple[object, ...], str]] = [
+    ("no model", ("convert", "./nowhere", OUT), "LZ101"),
+    ("no model to inspect", ("inspect", "./nowhere"), "LZ101"),
+    ("no output to verify", ("verify", "./nowhere"), "LZ101"),
+    ("not an output", ("verify", MODEL), "LZ101"),
+    ("no config", ("plan", "{empty}"), "LZ102"),
+    ("cannot be kept", ("convert", "{qwen3}", OUT), "LZ201"),
+    ("not in that format", ("convert", MODEL, OUT, "--method", "mha2mla", "--format", "deepseek_v3"), "LZ202"),
+    ("no share", ("convert", MODEL, OUT, "--keep", "150%"), "LZ301"),
+    ("no such method", ("convert", MODEL, OUT, "--method", "svd"), "LZ301"),
+    ("no recipe", ("convert", MODEL, OUT, "--recipe", "nowhere.yaml"), "LZ301"),
+    ("no text", ("convert", MODEL, OUT, "--data", "nowhere.txt"), "LZ302"),
+    ("exists", ("convert", MODEL, "{empty}"), "LZ401"),
+    ("overwrites", ("convert", MODEL, MODEL), "LZ401"),
+]
+
+
+@pytest.mark.parametrize(("args", "code"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS])
+def test_user_errors(
+    source: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[object, ...],
+    code: str,
+) -> None:
+    """Status 2, the code, where it is, nothing on stdout, nothing written."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(tmp_path)
+    places = {"model": source("llama", 2), "qwen3": source("qwen3", 2), "empty": empty, "out": tmp_path / "out"}
+    done = call_cli(capsys, *(str(a).format(**places) for a in args), "--json")
+    assert done.returncode == 2, done.stderr
+    assert code in done.stderr
+    assert "where:" in done.stderr
+    assert done.stdout == ""
+    assert leftovers(tmp_path, tmp_path / "out") == []
+    assert os.listdir(empty) == []
+
+
+def test_a_user_error_in_a_shell(source: Callable[..., Path], tmp_path: Path) -> None:
+    """No traceback reaches the user, and the status is that of wrong usage."""
+    done = run_cli("convert", source("llama", 2), tmp_path / "out", "--method", "svd", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("LZ301")
+    assert "Traceback" not in done.stderr
+    assert "--method" in done.stderr
+
+
+@pytest.mark.parametrize("args", [("convert",), ("plan", "llama-3-8b", "--context", "0"), ("convrt", "a", "b")])
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], args: tuple[str, ...]) -> None:
+    done = call_cli(capsys, *args)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    done = call_cli(capsys, "--help")
+    assert done.returncode == 0
+    for command in ("inspect", "plan", "convert", "eval", "verify", "generate", "demo"):
+        assert command in done.stdout

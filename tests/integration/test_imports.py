@@ -1,0 +1,71 @@
+"""Light until something heavy is needed, and the names that users are promised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.common import pico_config, run_python
+
+import latentize
+
+HEAVY = """
+import sys
+heavy = {"torch", "transformers", "safetensors", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_import_latentize_imports_no_torch() -> None:
+    done = run_python(f"import latentize; latentize.Recipe{HEAVY}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_plan_imports_no_torch(tmp_path: Path) -> None:
+    """Through the command line, with a name, and with a config of one's own."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(pico_config().to_json_string(use_diff=False))))
+    code = f"""
+import sys
+from latentize.cli import main
+for model in ("llama-3-8b", {str(config)!r}):
+    sys.argv = ["latentize", "plan", model, "--json"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+{HEAVY}
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().splitlines()) == 2
+
+
+def test_the_modules_below_torch_stay_below() -> None:
+    code = f"import latentize.spec, latentize.errors, latentize.recipe, latentize.families, latentize.plan{HEAVY}"
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_that_are_packages_can_be_called_too() -> None:
+    """``latentize.convert`` is a function to users, whatever was imported before."""
+    code = """
+import latentize
+import latentize.convert.pooling, latentize.evaluate.quality
+from latentize.errors import LatentizeError
+for call in (lambda: latentize.convert("./nowhere", "out"), lambda: latentize.evaluate("./nowhere")):
+    try:
+        call()
+    except LatentizeError as error:
+        assert error.code == "LZ101", error
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names() -> None:
+    for name in latentize.__all__:
+        assert getattr(latentize, name) is not None
+    assert callable(latentize.convert)
+    assert callable(latentize.evaluate)
+    assert callable(latentize.verify)

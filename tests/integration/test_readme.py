@@ -1,0 +1,57 @@
+"""What the README tells users to type works, on the model that ships."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tests.common import call_cli
+
+import latentize
+from latentize.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+# A command of the README says less than these; what it says counts.
+QUICK = {"tokens": 4096, "selection_tokens": 512, "evaluation_tokens": 1024}
+BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[list[str]]:
+    """Lines of fenced ``sh`` blocks that call latentize, in order, split as a shell does."""
+    text = "".join(BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))).replace("\\\n", " ")
+    return [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.startswith("latentize ")]
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other in one folder where ``models`` is the repository's, on less text to be quick."""
+    found = commands()
+    assert any(command[0] == "convert" for command in found), "the README shows how to convert"
+    build = Recipe.build
+    monkeypatch.setattr(Recipe, "build", lambda **entries: build(**{**QUICK, **entries}))
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    for command in found:
+        done = call_cli(capsys, *command)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+        assert done.stdout.strip(), shlex.join(command)
+
+
+@pytest.mark.slow
+def test_the_bundled_model_is_a_real_one(tmp_path: Path) -> None:
+    """Far below the perplexity of guessing, and what ``convert`` measures is what ``evaluate`` does."""
+    model, out = ROOT / "models" / "tiny-llama-gqa", tmp_path / "out"
+    options = {"tokens": 4096, "evaluation_tokens": 4096, "freqfold": 2}
+    report = latentize.convert(model, out, kv_lora_rank=48, qk_rope_head_dim=16, **options)
+    assert report["format"] == "deepseek_v3"
+    assert report["cache_values_per_token_layer"] == 64
+    assert 1 < report["source_perplexity"] < 20
+    assert report["source_perplexity"] < report["perplexity"] < 200
+    measured = latentize.evaluate(out, model, tokens=4096)
+    assert measured["tokens"] == report["evaluation_tokens"]
+    assert measured["perplexity"] == pytest.approx(report["perplexity"], rel=1e-3)
+    assert measured["kl"] == pytest.approx(report["kl"], rel=1e-2)

@@ -1,0 +1,78 @@
+"""No compression, no loss: the source's logits, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.common import FAMILIES, FP32, LLAMA3_SCALING, SMALL, STOCK, logits, random_tokens, relative_error
+
+import latentize
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", {"rope_parameters": LLAMA3_SCALING, "rms_norm_eps": 1e-5}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("mistral", {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"head_dim": 32, "attention_bias": True, "rms_norm_eps": 1e-5}),
+]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=["MQA", "GQA", "MHA"])
+@pytest.mark.parametrize(("family", "config"), CASES, ids=[f"{f}-{'-'.join(c) or 'plain'}" for f, c in CASES])
+def test_native_at_full_rank_is_the_source(
+    source: Callable[..., Path], text: str, tmp_path: Path, family: str, config: dict[str, Any], kv_heads: int
+) -> None:
+    model, out = source(family, kv_heads, **config), tmp_path / "out"
+    report = latentize.convert(model, out, method="mha2mla", keep="100%", format="native", data=(text,), **SMALL)
+    tokens = random_tokens()
+    assert relative_error(logits(out, tokens), logits(model, tokens)) <= FP32
+    assert report["format"] == "native"
+    assert report["cache_values_per_token_layer"] == report["source_cache_values_per_token_layer"]
+    assert report["kl"] == pytest.approx(0, abs=1e-6)
+    assert report["top1_agreement"] == 1
+    assert all(layer["error_after_refine"] <= 1e-8 for layer in report["layers"])
+    verdict = latentize.verify(out)
+    assert verdict["absorbed_error"] <= FP32
+    assert verdict["decode_error"] <= FP32
+    assert verdict["cache_values_per_token_layer"] == 2 * kv_heads * config.get("head_dim", 16)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {}),
+        ("llama", {"rms_norm_eps": 1e-5}),
+        ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+        ("mistral", {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
+    ],
+    ids=lambda c: c if isinstance(c, str) else "-".join(c) or "plain",
+)
+def test_mqa_in_a_stock_deepseek_checkpoint_is_the_source(
+    source: Callable[..., Path], text: str, tmp_path: Path, family: str, config: dict[str, Any]
+) -> None:
+    """One kv head is one shared roped key and a latent of one value head; only the latent's norm is not exact."""
+    model, out = source(family, 1, **config), tmp_path / "out"
+    sizes = {"kv_lora_rank": 16, "qk_rope_head_dim": 16}
+    report = latentize.convert(model, out, method="transmla", format="deepseek_v3", data=(text,), **sizes, **SMALL)
+    assert report["setting"]["freqfold"] == 1
+    tokens = random_tokens()
+    assert relative_error(logits(out, tokens), logits(model, tokens)) <= STOCK
+    assert report["top1_agreement"] == 1
+    assert latentize.verify(out)["cache_values_per_token_layer"] == 32
+
+
+def test_bf16_costs_no_more_than_bf16(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    """The default precision, on weights that are not representable in it."""
+    model, out = source("llama", 2), tmp_path / "out"
+    options = {**SMALL, "dtype": "bfloat16"}
+    report = latentize.convert(model, out, method="mha2mla", keep="100%", format="native", data=(text,), **options)
+    tokens = random_tokens()
+    error = relative_error(logits(out, tokens), logits(model, tokens))
+    assert 1e-4 < error < 0.1
+    assert report["kl"] < 0.01
+    assert latentize.verify(out)["ok"]

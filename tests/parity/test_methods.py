@@ -1,0 +1,241 @@
+"""Every method, in every format that can hold it, for every family: what is saved computes and caches what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from tests.common import FP32, LLAMA3_SCALING, SMALL, STREAM, leftovers, logits, random_tokens
+
+import latentize
+from latentize.calibrate.text import documents
+from latentize.calibrate.tokenizer import load_tokenizer
+from latentize.calibrate.tokens import pack
+from latentize.convert.rope_split import Selection
+from latentize.errors import CheckpointError, DataError, FormatError, LatentizeError, OptionError, OutputError
+from latentize.errors import UnsupportedModelError as Unsupported
+from latentize.evaluate.load import load_model
+
+MHA2MLA = [
+    {"method": "mha2mla", "svd": svd, "selection": selection}
+    for svd in ("joint", "split")
+    for selection in get_args(Selection)
+]
+METHODS: list[dict[str, Any]] = [{"method": "transmla"}, {"method": "care"}, *MHA2MLA]
+
+
+def cases() -> Iterator[tuple[str, int, dict[str, Any], str, str]]:
+    """Family, kv heads, recipe, asked format, expected format."""
+    for family in ("llama", "mistral", "qwen2"):
+        for recipe in METHODS:
+            portable = recipe["method"] != "mha2mla" and family != "qwen2"
+            yield family, 2, recipe, "auto", "deepseek_v3" if portable else "native"
+    for recipe in METHODS:
+        yield "llama", 4, recipe, "auto", "native" if recipe["method"] == "mha2mla" else "deepseek_v3"
+    # With one kv head mha2mla makes one roped key, on a ladder if it takes every n-th frequency.
+    for recipe in METHODS:
+        ladder = recipe.get("selection", "uniform") == "uniform"
+        yield "llama", 1, recipe, "auto", "deepseek_v3" if ladder else "native"
+    for method in ("transmla", "care"):
+        yield "llama", 2, {"method": method}, "native", "native"
+        yield "qwen2", 4, {"method": method}, "native", "native"
+        yield "mistral", 1, {"method": method}, "deepseek_v3", "deepseek_v3"
+
+
+def case_id(case: tuple[str, int, dict[str, Any], str, str]) -> str:
+    family, kv_heads, recipe, asked, _ = case
+    return f"{family}{kv_heads}-{'-'.join(recipe.values())}-{asked}"
+
+
+@torch.no_grad()
+def cached_values(folder: Path, new: int = 5) -> list[int]:
+    """Values per token of each layer, counted in the tensors of the cache after ``generate``."""
+    model, prompt = load_model(folder), random_tokens(1, 7)
+    out = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    assert out.sequences.shape == (1, 7 + new)
+    for layer in out.past_key_values.layers:
+        assert layer.keys.shape[2] == layer.values.shape[2] == 7 + new - 1
+    return [sum(t.numel() // t.shape[2] for t in (layer.keys, layer.values)) for layer in out.past_key_values.layers]
+
+
+@torch.no_grad()
+def quality_of_files(out: Path, model: Path, text: str) -> dict[str, float]:
+    """Loss and KL of the two models as transformers runs them, on the held-out text, written out in float64."""
+    rows = pack(load_tokenizer(model), documents((text,), "heldout"), tokens=1024, sequence_length=64)
+    log_p, log_r = (logits(f, rows)[:, :-1].double().log_softmax(-1) for f in (out, model))
+    target = rows[:, 1:, None]
+    return {
+        "perplexity": float((-log_p.gather(-1, target)).mean().exp()),
+        "source_perplexity": float((-log_r.gather(-1, target)).mean().exp()),
+        "kl": float((log_r.exp() * (log_r - log_p)).sum(-1).mean()),
+    }
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=case_id)
+def test_what_is_saved_computes_and_caches_what_it_says(
+    source: Callable[..., Path], text: str, tmp_path: Path, case: tuple[str, int, dict[str, Any], str, str]
+) -> None:
+    family, kv_heads, recipe, asked, expected = case
+    model, out = source(family, kv_heads, rms_norm_eps=1e-5), tmp_path / "out"
+    report = latentize.convert(model, out, keep="50%", format=asked, data=(text,), **recipe, **SMALL)
+    assert report["format"] == expected
+    setting = report["setting"]
+    cache = setting["kv_lora_rank"] + setting["rope_heads"] * setting["qk_rope_head_dim"]
+    assert report["cache_values_per_token_layer"] == cache <= kv_heads * 16
+    assert cached_values(out) == [cache, cache]
+    verdict = latentize.verify(out)
+    assert verdict["absorbed_error"] <= FP32
+    assert verdict["decode_error"] <= FP32
+    assert verdict["cache_values_per_token_layer"] == cache
+    # What was measured in streams, layer by layer, is what the files compute.
+    for name, value in quality_of_files(out, model, text).items():
+        assert report[name] == pytest.approx(value, rel=STREAM), name
+    assert report["kl"] > 1e-3, "the conversion loses something that can be compared"
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        ("llama", {"method": "transmla", "keep": "50%"}),
+        ("qwen2", {"method": "mha2mla", "keep": "50%"}),
+        ("mistral", {"method": "care", "keep": "25%"}),
+        ("qwen3", {"to": "mqa"}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "-".join(v.values()),
+)
+def test_quality_measured_in_streams_includes_bf16(
+    source: Callable[..., Path], text: str, tmp_path: Path, family: str, recipe: dict[str, Any]
+) -> None:
+    """The default precision: new weights are rounded before they are measured."""
+    model, out = source(family, 2, stored=torch.bfloat16), tmp_path / "out"
+    report = latentize.convert(model, out, data=(text,), **{**SMALL, "dtype": "bfloat16", **recipe})
+    for name, value in quality_of_files(out, model, text).items():
+        assert report[name] == pytest.approx(value, rel=STREAM), name
+
+
+def test_evaluate_measures_the_same(source: Callable[..., Path], tmp_path: Path) -> None:
+    """``latentize eval`` on the held-out part of the default text gives the numbers that ``convert`` reported."""
+    model, out = source("llama", 2), tmp_path / "out"
+    report = latentize.convert(model, out, keep="50%", freqfold=8, **SMALL)
+    measured = latentize.evaluate(out, model, tokens=1024, sequence_length=64)
+    assert measured["tokens"] == report["evaluation_tokens"] == 16 * 63
+    assert measured["perplexity"] == pytest.approx(report["perplexity"], rel=STREAM)
+    assert measured["reference_perplexity"] == pytest.approx(report["source_perplexity"], rel=STREAM)
+    assert measured["kl"] == pytest.approx(report["kl"], rel=STREAM)
+    assert measured["top1_agreement"] == pytest.approx(report["top1_agreement"], abs=2 / 1008)
+
+
+REFUSED: list[tuple[str, str, int, dict[str, Any], dict[str, Any], type[LatentizeError]]] = [
+    ("qwen2 portable", "qwen2", 2, {}, {"format": "deepseek_v3"}, FormatError),
+    ("llama3 portable", "llama", 2, {"rope_parameters": LLAMA3_SCALING}, {"format": "deepseek_v3"}, FormatError),
+    ("mha2mla portable", "llama", 2, {}, {"format": "deepseek_v3", "method": "mha2mla"}, FormatError),
+    ("qwen3 compressed", "qwen3", 2, {}, {}, Unsupported),
+    ("qwen3 compressed per head", "qwen3", 2, {}, {"method": "mha2mla", "keep": "50%"}, Unsupported),
+    ("too little budget", "llama", 2, {}, {"keep": "2%"}, OptionError),
+    ("too large a latent", "llama", 2, {}, {"kv_lora_rank": 64, "qk_rope_head_dim": 16}, OptionError),
+    ("nothing to pool", "llama", 1, {}, {"to": "mqa"}, OptionError),
+    ("an unknown entry", "llama", 2, {}, {"kv_rank": 3}, OptionError),
+    ("too little text", "llama", 2, {}, {"sequence_length": 1_000_000}, DataError),
+    ("no text", "llama", 2, {}, {"data": ("nowhere.txt",)}, DataError),
+    ("an embedding too small", "llama", 2, {"vocab_size": 100}, {}, CheckpointError),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_heads", "config", "recipe", "error"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED]
+)
+def test_what_cannot_be_done_is_refused_and_leaves_nothing(
+    source: Callable[..., Path],
+    text: str,
+    tmp_path: Path,
+    family: str,
+    kv_heads: int,
+    config: dict[str, Any],
+    recipe: dict[str, Any],
+    error: type[LatentizeError],
+) -> None:
+    model, out = source(family, kv_heads, **config), tmp_path / "out"
+    with pytest.raises(error) as caught:
+        latentize.convert(model, out, **{**SMALL, "data": (text,), **recipe})
+    assert caught.value.code in str(caught.value)
+    assert leftovers(tmp_path, out) == []
+
+
+def test_one_roped_key_off_the_ladder_is_refused_by_the_portable_format(
+    source: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    """With one kv head the first candidate ropes the whole head, which is a ladder; the others are not."""
+    model, out = source("llama", 1), tmp_path / "out"
+    with pytest.raises(FormatError, match="ladder"):
+        latentize.convert(model, out, method="mha2mla", keep="75%", format="deepseek_v3", data=(text,), **SMALL)
+    assert leftovers(tmp_path, out) == []
+
+
+def test_damage_that_shows_half_way_leaves_nothing(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    """Weights are read layer by layer, so the last layer's NaN is found after the first layer was converted."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model, out = Path(shutil.copytree(source("llama", 2), tmp_path / "model")), tmp_path / "out"
+    tensors = load_file(str(model / "model.safetensors"))
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, str(model / "model.safetensors"), metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
+        latentize.convert(model, out, data=(text,), **SMALL)
+    assert leftovers(tmp_path, out) == []
+
+
+def test_the_source_and_what_exists_are_not_written_to(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    model = source("llama", 2)
+    before = {p.name: p.read_bytes() for p in model.iterdir()}
+    with pytest.raises(OutputError):
+        latentize.convert(model, model, data=(text,), **SMALL)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError):
+        latentize.convert(model, tmp_path / "out", data=(text,), **SMALL)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert {p.name: p.read_bytes() for p in model.iterdir()} == before
+
+
+def test_no_tokenizer_is_said(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    import shutil
+
+    model = Path(shutil.copytree(source("llama", 2), tmp_path / "model"))
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        latentize.convert(model, tmp_path / "out", data=(text,), **SMALL)
+    assert leftovers(tmp_path, tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "missing", "manifest"])
+def test_verify_finds_damage(source: Callable[..., Path], text: str, tmp_path: Path, damage: str) -> None:
+    out = tmp_path / "out"
+    latentize.convert(source("llama", 2), out, freqfold=8, data=(text,), **SMALL)
+    weights = out / "model.safetensors"
+    if damage == "flip":
+        raw = bytearray(weights.read_bytes())
+        raw[-100] ^= 1
+        weights.write_bytes(raw)
+    elif damage == "missing":
+        (out / "tokenizer.json").unlink()
+    else:
+        manifest = json.loads((out / "latentize.json").read_text())
+        manifest["measurements"]["cache_values_per_token_layer"] += 1
+        (out / "latentize.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError) as caught:
+        latentize.verify(out)
+    word = {"flip": "model.safetensors", "missing": "tokenizer.json", "manifest": "values per token"}[damage]
+    assert word in str(caught.value)
