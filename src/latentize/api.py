@@ -82,20 +82,23 @@ def _tokens(folder: Path, recipe: Recipe) -> _Text:
     return _Text(calibration, selection, draw("heldout", recipe.evaluation_tokens))
 
 
-def _format(recipe: Recipe, spec: ModelSpec, setting: Setting) -> tuple[type[FormatWriter], list[str]]:
-    """The writer, and why not the portable one if it was not asked for."""
-    reasons = portable_reasons(spec, setting)
+def _format(
+    recipe: Recipe, spec: ModelSpec, candidates: list[Setting]
+) -> tuple[type[FormatWriter], list[Setting], list[str]]:
+    """The writer, the settings that it can hold, and why not the portable one if it was not asked for."""
     if recipe.format == "native":
-        return NativeWriter, []
-    if not reasons:
-        return DeepseekWriter, []
+        return NativeWriter, candidates, []
+    portable = [setting for setting in candidates if not portable_reasons(spec, setting)]
+    if portable:
+        return DeepseekWriter, portable, []
+    reasons = portable_reasons(spec, candidates[-1])
     if recipe.format == "deepseek_v3":
         raise FormatError(
             "the deepseek_v3 format cannot hold this: " + "; ".join(reasons),
             where="--format deepseek_v3",
             fix="use --format native (or auto)",
         )
-    return NativeWriter, [f"native format, because {reason}" for reason in reasons]
+    return NativeWriter, candidates, [f"native format, because {reason}" for reason in reasons]
 
 
 def convert(
@@ -175,7 +178,7 @@ class _Job:
         )
         self.folder.copy_tokenizer(self.checkpoint.folder)
         self.folder.write_text("README.md", card.render(model, self.spec, self.recipe, report, self.notes))
-        self.folder.finish(self.writer.config(self.setting), manifest)
+        self.folder.finish(self.writer.config(), manifest)
         return report
 
     def _report(self, done: Converted, seconds: float) -> dict[str, Any]:
@@ -206,8 +209,8 @@ class _LatentJob(_Job):
     """To multi-head latent attention."""
 
     def make_writer(self) -> FormatWriter:
-        self.candidates = settings(self.recipe, self.spec.attention)
-        writer, self.notes = _format(self.recipe, self.spec, self.candidates[0])
+        allowed = settings(self.recipe, self.spec.attention)
+        writer, self.candidates, self.notes = _format(self.recipe, self.spec, allowed)
         return writer(self.folder, self.checkpoint, self.spec, self.dtype)
 
     def convert(self, source: SourceModel, text: _Text, progress: Progress) -> Converted:

@@ -91,11 +91,11 @@ def inspect(model: str) -> dict[str, Any]:
     methods = []
     for method in ("transmla", "care", "mha2mla"):
         try:
-            setting = settings(Recipe.build(method=method), spec.attention)[0]
+            allowed = settings(Recipe.build(method=method), spec.attention)
         except LatentizeError as error:
             methods.append({"method": method, "result": "refused", "why": error.what})
             continue
-        reasons = portable_reasons(spec, setting)
+        reasons = min((portable_reasons(spec, setting) for setting in allowed), key=len)
         methods.append({"method": method, "result": "native" if reasons else "deepseek_v3", "why": "; ".join(reasons)})
     parameters = 0
     for name in checkpoint.names():

@@ -124,6 +124,25 @@ def test_quality_measured_in_streams_includes_bf16(
         assert report[name] == pytest.approx(value, rel=STREAM), name
 
 
+def test_large_models_multiply_in_bf16(
+    source: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From some size on layers run in bf16: the numbers are near those of float32, the weights nearly the same."""
+    from latentize.convert import source as module
+
+    model, recipe = source("llama", 2), {"keep": "50%", "freqfold": 4, "kv_lora_rank": None}
+    reports = []
+    for limit in (module._LARGE, 0):
+        monkeypatch.setattr(module, "_LARGE", limit)
+        out = tmp_path / str(limit)
+        reports.append(latentize.convert(model, out, data=(text,), **recipe, **SMALL))
+        assert latentize.verify(out)["ok"]
+    exact, rough = reports
+    assert rough["kl"] != exact["kl"]
+    assert rough["kl"] == pytest.approx(exact["kl"], rel=0.1)
+    assert rough["source_perplexity"] == pytest.approx(exact["source_perplexity"], rel=0.02)
+
+
 def test_evaluate_measures_the_same(source: Callable[..., Path], tmp_path: Path) -> None:
     """``latentize eval`` on the held-out part of the default text gives the numbers that ``convert`` reported."""
     model, out = source("llama", 2), tmp_path / "out"

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Checkpoint, OutputFolder
-from latentize.convert.methods import Setting
 from latentize.convert.pipeline import LayerResult
 from latentize.families import ModelSpec
 
@@ -46,8 +45,8 @@ class FormatWriter(ABC):
         """Write what lies outside the layers."""
 
     @abstractmethod
-    def config(self, setting: Setting | None) -> dict[str, Any]:
-        """``config.json`` of the output."""
+    def config(self) -> dict[str, Any]:
+        """``config.json`` of the output, once all layers are written."""
 
     def _add(self, name: str, tensor: Tensor, factor: float = 1.0) -> None:
         """Write ``factor · tensor``, rounded once."""

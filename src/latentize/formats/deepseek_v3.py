@@ -48,7 +48,9 @@ def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
     reasons = []
     if setting.rope_heads > 1:
         reasons.append(f"the method keeps {setting.rope_heads} roped keys (one a kv head), DeepSeek's layout has one")
-    elif setting.selection not in (None, "uniform") and setting.qk_rope_head_dim < a.head_dim:
+    elif setting.selection is not None and setting.qk_rope_head_dim == a.head_dim:
+        reasons.append("the method leaves no un-roped part, DeepSeek's layout needs one")
+    elif setting.selection not in (None, "uniform"):
         reasons.append(f"'{setting.selection}' selection leaves frequencies that are not one ladder")
     if a.qkv_bias or a.o_bias:
         reasons.append("the attention has biases, DeepSeek's layout has none")
@@ -197,6 +199,7 @@ class DeepseekWriter(FormatWriter):
 
     def layer(self, result: LayerResult) -> None:
         assert result.latent is not None
+        self._latent = result.latent.spec
         prefix = f"model.layers.{result.index}."
         norm = LatentNorm.of(*result.latent_rms)
         for name, tensor in encode_attention(result.latent, norm, self.stream_scale).items():
@@ -216,9 +219,8 @@ class DeepseekWriter(FormatWriter):
         self._add("model.embed_tokens.weight", embedding, scale)
         self._add("model.norm.weight", self.checkpoint.load("model.norm.weight"))
 
-    def config(self, setting: Setting | None) -> dict[str, Any]:
-        assert setting is not None
-        source, a = self.spec.config, self.spec.attention
+    def config(self) -> dict[str, Any]:
+        source, a, latent = self.spec.config, self.spec.attention, self._latent
         # The ladder of R / 2 rungs that takes every (d / R)-th frequency has the source's own base.
         theta = a.rope.theta
         kept = ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "initializer_range")
@@ -234,10 +236,10 @@ class DeepseekWriter(FormatWriter):
             "num_attention_heads": a.num_heads,
             "num_key_value_heads": a.num_heads,
             "q_lora_rank": None,
-            "kv_lora_rank": setting.kv_lora_rank,
-            "qk_rope_head_dim": setting.qk_rope_head_dim,
-            "qk_nope_head_dim": a.head_dim,
-            "v_head_dim": a.head_dim,
+            "kv_lora_rank": latent.kv_lora_rank,
+            "qk_rope_head_dim": latent.qk_rope_head_dim,
+            "qk_nope_head_dim": latent.qk_nope_head_dim,
+            "v_head_dim": latent.v_head_dim,
             "max_position_embeddings": self.spec.max_positions,
             "rope_theta": theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": theta},

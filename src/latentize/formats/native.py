@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention, state_dict
-from latentize.convert.methods import Setting
 from latentize.convert.pipeline import LayerResult
 from latentize.formats.base import FormatWriter
 from latentize.spec import LatentSpec
@@ -153,7 +152,7 @@ class NativeWriter(FormatWriter):
         if not self.spec.tied:
             self._add("source.lm_head.weight", self.checkpoint.load("lm_head.weight"))
 
-    def config(self, setting: Setting | None) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         source = dict(self.spec.config)
         return {
             "architectures": ["LatentizeForCausalLM"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from latentize.attention.latent import LatentWeights
-from latentize.convert.methods import Setting
 from latentize.convert.pipeline import LayerResult
 from latentize.formats.base import FormatWriter
 
@@ -39,5 +38,5 @@ class PooledWriter(FormatWriter):
         for name in names:
             self._add(name, self.checkpoint.load(name))
 
-    def config(self, setting: Setting | None) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         return {**self.spec.config, "num_key_value_heads": self.kv_heads, "dtype": self._dtype_name()}
