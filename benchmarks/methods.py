@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-llama-gqa")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--tokens", type=int, default=65_536, help="held-out tokens")
+    parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens")
     parser.add_argument("--budgets", nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--data", nargs="*", default=(), help="calibration text; the standard library by default")

@@ -78,7 +78,7 @@ def _tokens(folder: Path, recipe: Recipe) -> _Text:
 
     rows = draw("calibration", recipe.tokens + recipe.selection_tokens, recipe.seed)
     held = max(1, min(recipe.selection_tokens // length, len(rows) // 4)) if len(rows) > 1 else 0
-    selection, calibration = rows[:held], rows[held:]
+    selection, calibration = rows[:held], rows[held : held + max(1, recipe.tokens // length)]
     return _Text(calibration, selection, draw("heldout", recipe.evaluation_tokens))
 
 

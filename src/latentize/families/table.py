@@ -168,6 +168,8 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
         UnsupportedModelError: unknown family, or a feature that conversion cannot keep.
         ConfigError: sizes that are missing or contradict each other.
     """
+    if not isinstance(config, Mapping):
+        raise ConfigError("the file should hold one JSON object", where="config.json")
     model_type = config.get("model_type")
     table = families().get(str(model_type))
     for key, meaning in _UNSUPPORTED.items():
