@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -170,9 +170,20 @@ def convert(
     }
     given = {name: value for name, value in given.items() if value is not None}
     built = Recipe.load(recipe, **given) if recipe else Recipe.build(**given)
+    _return_freed_memory()
     with _progress() as progress:
         result = run(model, out, built, device=device, progress=progress)
     _emit(result, as_json, _conversion_table(out, result))
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give every freed tensor back to the system, so that layers do not add up by fragmentation."""
+    import ctypes
+
+    threshold = -3  # M_MMAP_THRESHOLD
+    # Another libc does as it likes.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(threshold, 1 << 22)
 
 
 def _conversion_table(out: Path, r: dict[str, Any]) -> Table:

@@ -146,6 +146,7 @@ def choose(
             latent = convert_layer(layer.weights, source.spec.attention, stats, setting).to(torch.float32)
             layer.run(hidden, attention=LatentAttention.from_weights(latent))
         progress("comparing settings", layer.index + 1, source.spec.layers)
+    del calibration, layer
     logits = source.head()
     scored = []
     for setting, hidden in zip(candidates, streams, strict=True):

@@ -90,7 +90,7 @@ def compare_streams(
     logits: Callable[[Tensor], Tensor],
     *,
     vocab_size: int,
-    logit_bytes: int = 1 << 26,
+    logit_bytes: int = 1 << 25,
 ) -> Quality:
     """Quality of final hidden states against a reference's; logits exist for a few tokens at a time."""
     total = Quality()
