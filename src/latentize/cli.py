@@ -149,7 +149,6 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to latent attention and say what it cost."""
-    from latentize.api import convert as run
     from latentize.recipe import Recipe
 
     given = {
@@ -170,6 +169,8 @@ def convert(
     }
     given = {name: value for name, value in given.items() if value is not None}
     built = Recipe.load(recipe, **given) if recipe else Recipe.build(**given)
+    from latentize.api import convert as run
+
     _return_freed_memory()
     with _progress() as progress:
         result = run(model, out, built, device=device, progress=progress)

@@ -13,7 +13,7 @@ __all__ = ["PROMPT", "bundled_model", "demo"]
 
 PROMPT = "def read_file(path, encoding=None):\n"
 _NAME = "tiny-llama-gqa"
-_BUDGETS = ("75%", "50%", "25%")
+_BUDGETS = ("50%", "25%")
 
 
 def bundled_model() -> Path:
@@ -29,8 +29,8 @@ def bundled_model() -> Path:
     raise CheckpointError("the bundled model is not installed", where=str(package), fix="install latentize again")
 
 
-def demo(out: Path, progress: Progress = silent, *, evaluation_tokens: int = 16_384) -> dict[str, Any]:
-    """Convert the bundled model at three budgets; verify, evaluate and run the results.
+def demo(out: Path, progress: Progress = silent, *, evaluation_tokens: int = 8_192) -> dict[str, Any]:
+    """Convert the bundled model at two budgets; verify, evaluate and run the results.
 
     Args:
         out: Folder for the results; must not exist.

@@ -102,7 +102,7 @@ def refine(
             made_BTD = forward(x_NTD[rows], w)
         loss = (made_BTD.float() - target_NTD[rows]).square().mean() * scale
         gradients = torch.autograd.grad(loss, [t for t in parameters.values() if t.numel()])
-        if not math.isfinite(float(loss)):
+        if not math.isfinite(float(loss.detach())):
             raise FloatingPointError(f"refinement diverged at step {step}")
         for group, gradient in zip(optimiser.param_groups, gradients, strict=True):
             group["params"][0].grad = gradient
