@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
     "evaluation_tokens": 1024,
     "selection_tokens": 256,
     "dtype": "float32",
+    "fast": True,
 }
 LLAMA3_SCALING = {
     "rope_type": "llama3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ import pytest
 import torch
 from hypothesis import settings
 from tests.common import pico, text_file
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    # Two workers with two threads each on two cores wait for each other: five times slower.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("reproducible")

@@ -19,7 +19,17 @@ from latentize.calibrate.tokens import pack
 from latentize.checkpoint import Checkpoint, Manifest, OutputFolder, resolve
 from latentize.checkpoint.manifest import sha256
 from latentize.convert.methods import Setting, pooled_heads, settings
-from latentize.convert.pipeline import Converted, Progress, choose, convert_latent, convert_pooled, silent
+from latentize.convert.pipeline import (
+    Converted,
+    Effort,
+    Progress,
+    choose,
+    convert_latent,
+    convert_pooled,
+    silent,
+)
+from latentize.convert.polish import Polish
+from latentize.convert.refine import Refinement
 from latentize.convert.source import SourceModel
 from latentize.errors import ConfigError, FormatError, OptionError, OutputError
 from latentize.families import ModelSpec, model_spec
@@ -76,9 +86,10 @@ def _tokens(folder: Path, recipe: Recipe) -> _Text:
         stream = documents(recipe.data, split)  # type: ignore[arg-type]
         return pack(tokenizer, stream, tokens=tokens, sequence_length=length, seed=seed)
 
-    rows = draw("calibration", recipe.tokens + recipe.selection_tokens, recipe.seed)
+    rows = draw("calibration", recipe.calibration_tokens + recipe.selection_tokens, recipe.seed)
     held = max(1, min(recipe.selection_tokens // length, len(rows) // 4)) if len(rows) > 1 else 0
-    selection, calibration = rows[:held], rows[held : held + max(1, recipe.tokens // length)]
+    # One sequence alone has to serve for everything.
+    selection, calibration = rows[: held or 1], rows[held : held + max(1, recipe.calibration_tokens // length)]
     return _Text(calibration, selection, draw("heldout", recipe.evaluation_tokens))
 
 
@@ -86,19 +97,22 @@ def _format(
     recipe: Recipe, spec: ModelSpec, candidates: list[Setting]
 ) -> tuple[type[FormatWriter], list[Setting], list[str]]:
     """The writer, the settings that it can hold, and why not the portable one if it was not asked for."""
+    # A format that holds any frequencies has no use for a ladder.
+    free = [setting for setting in candidates if setting.stride is None]
     if recipe.format == "native":
-        return NativeWriter, candidates, []
+        return NativeWriter, free, []
     portable = [setting for setting in candidates if not portable_reasons(spec, setting)]
     if portable:
         return DeepseekWriter, portable, []
-    reasons = portable_reasons(spec, candidates[-1])
+    ladders = [setting for setting in candidates if setting.stride is not None]
+    reasons = portable_reasons(spec, (ladders or candidates)[-1])
     if recipe.format == "deepseek_v3":
         raise FormatError(
             "the deepseek_v3 format cannot hold this: " + "; ".join(reasons),
             where="--format deepseek_v3",
             fix="use --format native (or auto)",
         )
-    return NativeWriter, candidates, [f"native format, because {reason}" for reason in reasons]
+    return NativeWriter, free, [f"native format, because {reason}" for reason in reasons]
 
 
 def convert(
@@ -137,6 +151,15 @@ def convert(
             job = _LatentJob(recipe, checkpoint, spec, folder)
         result = job.run(str(model), device, progress, started)
     return result
+
+
+def _effort(recipe: Recipe, source: SourceModel) -> Effort:
+    """What is done beyond the closed form. The order of the sequences follows from the seed."""
+    if not recipe.refines:
+        return Effort()
+    # The whole model has to be in memory for it, and moves at every step.
+    polish = not source.large if recipe.polish is None else recipe.polish
+    return Effort(Refinement(seed=recipe.seed), Polish(seed=recipe.seed) if polish else None)
 
 
 class _Job:
@@ -192,11 +215,11 @@ class _Job:
             "calibration_text": describe(self.recipe.data),
             "seconds": round(seconds, 2),
             "peak_rss_bytes": peak_rss_bytes(),
-            # No method here refines: what was made is what was saved.
-            "layers": [{"error_before_refine": e, "error_after_refine": e} for e in done.errors],
+            "layers": [{"error_before_refine": b, "error_after_refine": a} for b, a in done.errors],
             "source_perplexity": quality["reference_perplexity"],
             "perplexity": quality["perplexity"],
             "excess_loss": done.quality.excess,
+            "closed_form_excess_loss": None if done.closed_form is None else done.closed_form.excess,
             "kl": quality["kl"],
             "top1_agreement": quality["top1_agreement"],
             "evaluation_tokens": quality["tokens"],
@@ -214,10 +237,14 @@ class _LatentJob(_Job):
         return writer(self.folder, self.checkpoint, self.spec, self.dtype)
 
     def convert(self, source: SourceModel, text: _Text, progress: Progress) -> Converted:
-        best, scores = choose(source, self.candidates, text.calibration_NT, text.selection_NT, progress)
+        effort = _effort(self.recipe, source)
+        best, scores = choose(source, self.candidates, text.calibration_NT, text.selection_NT, effort, progress)
         self.setting = best
+        self.writer.rope_theta = best.rope_theta(self.spec.attention)
         self.scores = [{**s.describe(), "selection_kl": kl} for s, kl in scores]
-        return convert_latent(source, best, self.writer, text.calibration_NT, text.evaluation_NT, progress)
+        self.notes += best.approximations(self.spec.attention)
+        texts = (text.calibration_NT, text.selection_NT, text.evaluation_NT)
+        return convert_latent(source, best, self.writer, *texts, effort, progress)
 
     def shape(self) -> dict[str, Any]:
         s = self.setting
@@ -227,7 +254,7 @@ class _LatentJob(_Job):
             "setting": s.describe(),
             "kv_lora_rank": s.kv_lora_rank,
             "qk_rope_head_dim": s.qk_rope_head_dim,
-            "rope_theta": self.spec.attention.rope.theta,
+            "rope_theta": self.writer.rope_theta,
             "cache_values_per_token_layer": s.cache_values,
             "keep": s.cache_values / self.spec.cache_values,
         }

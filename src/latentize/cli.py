@@ -49,16 +49,17 @@ def _progress() -> Iterator[Progress]:
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
     )
     with Progress(*columns, console=status, disable=not status.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
-        def tell(what: str, done: int, total: int) -> None:
+        def tell(what: str, done: int, total: int, detail: str = "") -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
+                tasks[what] = bar.add_task(what, total=total, detail="")
+            bar.update(tasks[what], completed=done, detail=detail)
             if not status.is_terminal:
-                print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
+                print(f"{what}: {done}/{total}  {detail}".rstrip(), file=sys.stderr, flush=True)
 
         yield tell
 
@@ -132,15 +133,22 @@ def convert(
     kv_lora_rank: Annotated[int | None, typer.Option(help="Size of the latent, instead of --keep.")] = None,
     qk_rope_head_dim: Annotated[int | None, typer.Option(help="Size of a roped key, instead of --keep.")] = None,
     to: Annotated[str | None, typer.Option(help="mla, or gqa / mqa by mean-pooling heads. [mla]")] = None,
-    method: Annotated[str | None, typer.Option(help="transmla, mha2mla or care. [transmla]")] = None,
+    method: Annotated[str | None, typer.Option(help="calibrated, transmla, mha2mla or care. [calibrated]")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="auto, deepseek_v3 or native. [auto]")] = None,
+    preset: Annotated[str | None, typer.Option(help="512+64: sizes that fast kernels are made for.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Closed form only: seconds instead of minutes.")] = False,
+    polish: Annotated[
+        bool | None, typer.Option(help="Train all layers together for a few steps. [where the model is small]")
+    ] = None,
     freqfold: Annotated[
         int | None, typer.Option(help="transmla, care: frequencies folded; searched if absent.")
     ] = None,
     selection: Annotated[str | None, typer.Option(help="mha2mla: high, low, uniform or 2-norm. [2-norm]")] = None,
     svd: Annotated[str | None, typer.Option(help="mha2mla: joint or split. [joint]")] = None,
     data: Data = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens. [32768]")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Calibration tokens. [131072; 32768 if nothing is refined]")
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. [512]")] = None,
     dtype: Annotated[str | None, typer.Option(help="Saved precision: bfloat16 or float32. [bfloat16]")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe, or an output's latentize.json.")] = None,
@@ -156,6 +164,9 @@ def convert(
         "kv_lora_rank": kv_lora_rank,
         "qk_rope_head_dim": qk_rope_head_dim,
         "to": to,
+        "preset": preset,
+        "fast": fast or None,
+        "polish": polish,
         "method": method,
         "format": format_,
         "freqfold": freqfold,

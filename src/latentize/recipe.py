@@ -11,7 +11,10 @@ from latentize.errors import OptionError
 
 __all__ = ["Recipe", "parse_keep"]
 
-Method = Literal["transmla", "mha2mla", "care"]
+Method = Literal["calibrated", "transmla", "mha2mla", "care"]
+
+# Enough to refine on; statistics alone settle earlier.
+_TOKENS_REFINED, _TOKENS_CLOSED = 131_072, 32_768
 
 
 def parse_keep(value: Any) -> Any:
@@ -29,18 +32,22 @@ class Recipe(BaseModel):
 
     Attributes:
         to: Attention of the result: latent, or fewer kv heads by mean pooling.
-        method: How latent weights are found.
+        method: How latent weights are found; ``calibrated`` loses least.
         format: ``deepseek_v3`` loads everywhere, ``native`` holds everything; ``auto`` prefers the former.
         keep: Cached values per token and layer, at most this share of the source's ``2 G d``.
         kv_lora_rank: Size of the latent, instead of ``keep``.
         qk_rope_head_dim: Size of a roped key, instead of ``keep``.
+        preset: Sizes that fast kernels are made for, instead of ``keep``.
+        fast: ``calibrated``: the closed form only, seconds instead of minutes.
+        polish: ``calibrated``: train the converted layers together for a few steps. The whole model has to be in
+            memory; by default where that is small.
         freqfold: ``transmla``, ``care``: frequencies folded together; searched when not given.
         selection: ``mha2mla``: which pairs keep RoPE.
         svd: ``mha2mla``: keys and values in one SVD or in two.
         damping: ``care``: fraction of the mean diagonal added to the input covariance.
         data: Text files or hub data sets; without any, the Python standard library's text.
         dtype: Precision that weights are saved in.
-        tokens: Calibration tokens.
+        tokens: Calibration tokens; by default 131,072 where layers are refined and 32,768 where not.
         sequence_length: Tokens per calibration sequence.
         selection_tokens: Tokens of held-out calibration text that candidates are compared on.
         evaluation_tokens: Tokens of held-out text that the reported quality is measured on.
@@ -50,18 +57,21 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     to: Literal["mla", "gqa", "mqa"] = "mla"
-    method: Method = "transmla"
+    method: Method = "calibrated"
     format: Literal["auto", "deepseek_v3", "native"] = "auto"
     keep: float | None = Field(None, gt=0, le=1)
     kv_lora_rank: int | None = Field(None, gt=0)
     qk_rope_head_dim: int | None = Field(None, gt=0)
+    preset: Literal["512+64"] | None = None
+    fast: bool = False
+    polish: bool | None = None
     freqfold: int | None = Field(None, gt=0)
     selection: Literal["high", "low", "uniform", "2-norm"] = "2-norm"
     svd: Literal["joint", "split"] = "joint"
     damping: float = Field(0.01, ge=0)
     data: tuple[str, ...] = ()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    tokens: int = Field(32_768, gt=0)
+    tokens: int | None = Field(None, gt=0)
     sequence_length: int = Field(512, gt=1)
     selection_tokens: int = Field(4_096, gt=0)
     evaluation_tokens: int = Field(16_384, gt=0)
@@ -79,9 +89,39 @@ class Recipe(BaseModel):
             raise ValueError("kv_lora_rank and qk_rope_head_dim belong together")
         if explicit and self.keep is not None:
             raise ValueError("give either keep, or kv_lora_rank with qk_rope_head_dim")
+        if self.preset is not None and (explicit or self.keep is not None):
+            raise ValueError("a preset is a pair of sizes: give no other and no keep beside it")
+        if self.fast and self.polish:
+            raise ValueError("fast leaves out what polish would add; give one of them")
+        if self.freqfold is not None and self.method not in ("transmla", "care"):
+            raise ValueError(f"freqfold belongs to transmla and care, not to '{self.method}'")
+        if self.polish and (self.method != "calibrated" or self.to != "mla"):
+            raise ValueError("only the calibrated method is polished")
         if self.qk_rope_head_dim is not None and self.qk_rope_head_dim % 2:
             raise ValueError("qk_rope_head_dim should be even: RoPE rotates pairs")
         return self
+
+    @property
+    def refines(self) -> bool:
+        """Whether layers are trained after the closed form."""
+        return self.to == "mla" and self.method == "calibrated" and not self.fast
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Calibration tokens, the default filled in."""
+        if self.tokens is not None:
+            return self.tokens
+        return _TOKENS_REFINED if self.refines else _TOKENS_CLOSED
+
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """``(kv_lora_rank, qk_rope_head_dim)`` where they are given."""
+        if self.preset is not None:
+            rank, rope = self.preset.split("+")
+            return int(rank), int(rope)
+        if self.kv_lora_rank is None or self.qk_rope_head_dim is None:
+            return None
+        return self.kv_lora_rank, self.qk_rope_head_dim
 
     @property
     def budget(self) -> float:

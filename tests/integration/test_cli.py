@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.common import call_cli, last_json, leftovers, run_cli
 
-SIZES = ("--tokens", 2048, "--sequence-length", 64, "--dtype", "float32")
+SIZES = ("--tokens", 2048, "--sequence-length", 64, "--dtype", "float32", "--fast")
 CONVERT_KEYS = {
     "format",
     "method",
@@ -66,7 +66,7 @@ def test_convert(converted: tuple[Path, dict[str, Any]]) -> None:
     out, result = converted
     assert result.keys() >= CONVERT_KEYS
     assert result["format"] == "deepseek_v3"
-    assert result["method"] == "transmla"
+    assert result["method"] == "calibrated"
     assert result["kv_lora_rank"] + result["qk_rope_head_dim"] == result["cache_values_per_token_layer"] == 32
     assert result["source_cache_values_per_token_layer"] == 64
     assert result["keep"] == 0.5
@@ -178,7 +178,7 @@ ERRORS: list[tuple[str, tuple[object, ...], str]] = [
     ("no output to verify", ("verify", "./nowhere"), "LZ101"),
     ("not an output", ("verify", MODEL), "LZ101"),
     ("no config", ("plan", "{empty}"), "LZ102"),
-    ("cannot be kept", ("convert", "{qwen3}", OUT), "LZ201"),
+    ("cannot be kept", ("convert", "{qwen3}", OUT, "--method", "transmla"), "LZ201"),
     ("not in that format", ("convert", MODEL, OUT, "--method", "mha2mla", "--format", "deepseek_v3"), "LZ202"),
     ("no share", ("convert", MODEL, OUT, "--keep", "150%"), "LZ301"),
     ("no such method", ("convert", MODEL, OUT, "--method", "svd"), "LZ301"),

@@ -42,6 +42,9 @@ else:
 from transformers import AutoModelForCausalLM
 """
 
+# One setting, so that no candidates have to be compared.
+FOLDED = {"method": "transmla", "keep": "50%", "freqfold": 8}
+
 
 def loaded_elsewhere(preamble: str, folder: Path, tmp_path: Path) -> torch.Tensor:
     """Logits on random tokens, computed by another process in another folder."""
@@ -61,7 +64,7 @@ def test_portable_output_needs_no_latentize(
     source: Callable[..., Path], text: str, tmp_path: Path, family: str, config: dict[str, Any]
 ) -> None:
     out = tmp_path / "out"
-    report = latentize.convert(source(family, 2, **config), out, keep="50%", freqfold=8, data=(text,), **SMALL)
+    report = latentize.convert(source(family, 2, **config), out, data=(text,), **FOLDED, **SMALL)
     assert report["format"] == "deepseek_v3"
     assert "latentize" not in (out / "config.json").read_text()
     got = loaded_elsewhere(WITHOUT_LATENTIZE, out, tmp_path)
@@ -133,7 +136,7 @@ def test_a_recipe_out_of_a_manifest_gives_the_same_bytes(
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
-@pytest.mark.parametrize("recipe", [{"freqfold": 8}, {"method": "mha2mla", "format": "native"}, {"to": "mqa"}])
+@pytest.mark.parametrize("recipe", [FOLDED, {"method": "mha2mla", "format": "native"}, {"to": "mqa"}])
 def test_shards_of_the_source_do_not_matter(text: str, tmp_path: Path, recipe: dict[str, Any]) -> None:
     whole, sharded = pico(tmp_path, name="whole"), pico(tmp_path, name="sharded", shard="60KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
@@ -170,7 +173,7 @@ def test_tokenizer_and_generation_settings_travel(source: Callable[..., Path], t
     from transformers import AutoTokenizer
 
     model, out = source("llama", 2), tmp_path / "out"
-    latentize.convert(model, out, freqfold=8, data=(text,), **SMALL)
+    latentize.convert(model, out, **FOLDED, data=(text,), **SMALL)
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     assert (out / "generation_config.json").read_bytes() == (model / "generation_config.json").read_bytes()
     line = "Grüße, 世界\n"
@@ -188,7 +191,7 @@ def test_tied_and_untied_heads(source: Callable[..., Path], text: str, tmp_path:
     from transformers import AutoModelForCausalLM
 
     model, out = source("llama", 2, tie_word_embeddings=tied, rms_norm_eps=1e-5), tmp_path / "out"
-    latentize.convert(model, out, freqfold=8, format=form, data=(text,), **SMALL)
+    latentize.convert(model, out, format=form, data=(text,), **FOLDED, **SMALL)
     stored = load_file(str(out / "model.safetensors"))
     loaded = AutoModelForCausalLM.from_pretrained(out)
     same = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
@@ -206,7 +209,7 @@ def test_a_batch_with_padding_is_as_each_alone(
     from latentize.evaluate.load import load_model
 
     out = tmp_path / "out"
-    latentize.convert(source("llama", 2), out, keep="50%", freqfold=8, format=form, data=(text,), **SMALL)
+    latentize.convert(source("llama", 2), out, format=form, data=(text,), **FOLDED, **SMALL)
     model, prompt = load_model(out), random_tokens(1, 9)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.int64), prompt[:, :5]], dim=1)
     batch = torch.cat([prompt, padded])

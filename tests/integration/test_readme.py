@@ -14,7 +14,7 @@ from latentize.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 # A command of the README says less than these; what it says counts.
-QUICK = {"tokens": 4096, "selection_tokens": 512, "evaluation_tokens": 1024}
+QUICK = {"fast": True, "tokens": 4096, "selection_tokens": 512, "evaluation_tokens": 1024}
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -45,7 +45,7 @@ def test_every_command_of_the_readme(
 def test_the_bundled_model_is_a_real_one(tmp_path: Path) -> None:
     """Far below the perplexity of guessing, and what ``convert`` measures is what ``evaluate`` does."""
     model, out = ROOT / "models" / "tiny-llama-gqa", tmp_path / "out"
-    options = {"tokens": 4096, "evaluation_tokens": 4096, "freqfold": 2}
+    options = {"tokens": 4096, "evaluation_tokens": 4096, "fast": True}
     report = latentize.convert(model, out, kv_lora_rank=48, qk_rope_head_dim=16, **options)
     assert report["format"] == "deepseek_v3"
     assert report["cache_values_per_token_layer"] == 64

@@ -13,10 +13,23 @@ from tests.unit.layers import attention_spec, inputs, random_attention, stats_of
 from tests.unit.test_rope_split import project, source_logits, split_logits
 from torch import Tensor
 
+from latentize.attention.grouped import attend, queries_keys
+from latentize.attention.masks import causal_mask
+from latentize.attention.rope import rope_angles, rotate_half
 from latentize.calibrate import distance
 from latentize.calibrate.distance import attended_distances, expected_rotation
-from latentize.calibrate.stats import CalibrationStats
-from latentize.convert.position import assign_rungs, key_components, ladder, position_aware_split, rung_gains
+from latentize.calibrate.stats import CalibrationStats, Needed, gather
+from latentize.convert.position import (
+    assign_rungs,
+    dearest,
+    key_components,
+    ladder,
+    linearised,
+    on_ladder,
+    position_aware_split,
+    rope_cost,
+    rung_gains,
+)
 from latentize.spec import AttentionSpec, RopeSpec
 
 
@@ -133,24 +146,30 @@ def test_every_rung_gets_its_own_component() -> None:
     assert assign_rungs(gain).tolist() == [[1, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_at_distance_zero_only_the_constants_count(kv_heads: int) -> None:
+def test_at_distance_zero_only_the_constants_count(kv_heads: int, biases: bool) -> None:
     """With ``ρ = 1`` (everything looks at itself) the split is ``q · k``, whichever components rotate."""
     spec = attention_spec(kv_heads)
-    w = random_attention(spec)
+    w = random_attention(spec, biases=biases)
     here = torch.zeros(4, 40, dtype=torch.float64)
     here[:, 0] = 1
     stats = replace(stats_of(w), distances_HT=here)
-    split = position_aware_split(w, spec, key_components(w, spec, stats), ladder(50.0, 16, 8, 1.0))
+    c = key_components(w, spec, stats)
+    split = position_aware_split(w, spec, c, *on_ladder(c, ladder(50.0, 16, 8, 1.0)))
     x = inputs(batch=1, length=6)[0]
-    assert relative_error(split_logits(split, x, rotate=False), source_logits(w, spec, x, rotate=False)) <= FP64
+    got, exact = split_logits(split, x, rotate=False), source_logits(w, spec, x, rotate=False)
+    # The bias of an un-roped key adds the same to all logits of a query; a softmax does not see that.
+    assert relative_error(got - got.mean(-1, keepdim=True), exact - exact.mean(-1, keepdim=True)) <= FP64
+    assert biases or relative_error(got, exact) <= FP64
     assert split.k_rope_PRD.shape[:2] == (1, 8)
 
 
 def test_one_head_with_a_rung_for_each_frequency_is_exact() -> None:
     spec = attention_spec(1)
     w, (stats, _) = random_attention(spec), position_stats(spec)
-    split = position_aware_split(w, spec, key_components(w, spec, stats), ladder(50.0, 16, 16, 1.0))
+    c = key_components(w, spec, stats)
+    split = position_aware_split(w, spec, c, *on_ladder(c, ladder(50.0, 16, 16, 1.0)))
     x = inputs(batch=1, length=9)[0]
     assert relative_error(split_logits(split, x, rotate=True), source_logits(w, spec, x, rotate=True)) <= FP64
     assert float(split.k_nope_CD.abs().max()) <= FP64
@@ -169,9 +188,84 @@ def test_it_loses_less_than_an_even_ladder() -> None:
 
     def loss(stride: float, *, constants: bool = True) -> float:
         used = c if constants else replace(c, rho_HF=torch.ones_like(c.rho_HF))
-        split = position_aware_split(w, spec, used, ladder(50.0, 16, 8, stride))
+        split = position_aware_split(w, spec, used, *on_ladder(used, ladder(50.0, 16, 8, stride)))
         gap = split_logits(split, x, rotate=True) - exact
         return float((weight_HTS * gap.square()).sum())
 
     assert loss(1.0) < loss(2.0)
     assert loss(1.0) < loss(1.0, constants=False), "the constants earn their place"
+
+
+def test_free_frequencies_lose_no_more_than_any_ladder() -> None:
+    spec = attention_spec(2)
+    w, (stats, _) = random_attention(spec), position_stats(spec)
+    c = key_components(w, spec, stats)
+    at_J2, rungs_J = dearest(c, 4)
+    assert rungs_J.tolist() == sorted(rungs_J.tolist(), reverse=True)
+    # Each rotates at its own frequency: what is lost is what is given up.
+    constant_F = 1 - expected_rotation(c.frequencies_F, c.distances_T[None])[0].abs().square()
+    cost_Fc = constant_F[:, None] * c.energy_FG
+    lost = float(cost_Fc.sum() - cost_Fc[at_J2[:, 0], at_J2[:, 1]].sum())
+    for stride in (1.0, 1.3, 2.0):
+        assert lost <= rope_cost(c, ladder(50.0, 16, 8, stride)) + FP64
+
+
+def test_the_linear_fit_of_a_linear_layer_is_the_layer() -> None:
+    spec = attention_spec(2)
+    w = random_attention(spec)
+    fit = linearised(w, stats_of(w))
+    for name in ("q_HdD", "k_GdD", "v_GdD", "o_DHd"):
+        assert torch.equal(getattr(fit, name), getattr(w, name)), name
+
+
+def assert_least_squares(x_nD: Tensor, w_hdD: Tensor, y_nk: Tensor) -> None:
+    """It leaves what LAPACK's solution leaves, but for the damping that unseen directions need."""
+    left = (x_nD @ w_hdD.flatten(0, 1).T - y_nk).square().sum()
+    best = (x_nD @ torch.linalg.lstsq(x_nD, y_nk).solution - y_nk).square().sum()
+    assert best > 1e-6 * y_nk.square().sum(), "a fit that is exact would prove nothing"
+    assert float(left - best) <= 1e-5 * float(y_nk.square().sum())
+
+
+def test_the_linear_fit_of_biases_is_least_squares() -> None:
+    """Against numpy's own solver on the tokens themselves."""
+    spec = attention_spec(2)
+    w = random_attention(spec, biases=True)
+    x_nD = inputs(batch=8, length=40).flatten(0, 1) + 0.5
+    fit = linearised(w, CalibrationStats.of(x_nD[None].float()))
+    assert w.k_bias_Gd is not None
+    y_nk = x_nD @ w.k_GdD.flatten(0, 1).T + w.k_bias_Gd.flatten()
+    assert_least_squares(x_nD, fit.k_GdD, y_nk)
+    assert fit.q_bias_Hd is None and fit.v_bias_Gd is None
+
+
+def test_the_linear_fit_of_norms_is_least_squares() -> None:
+    spec = replace(attention_spec(2), qk_norm=True)
+    w = random_attention(spec)
+    w = replace(w, q_norm_d=torch.rand(16, dtype=torch.float64) + 0.5, k_norm_d=torch.rand(16, dtype=torch.float64))
+    x_BTD = inputs(batch=8, length=40)
+    fit = linearised(w, gather(x_BTD, w.to(torch.float32), spec, Needed(cross=True)))
+    q_BHTd, k_BGTd = queries_keys(x_BTD, w, spec.norm_eps)
+    for y, got in ((q_BHTd, fit.q_HdD), (k_BGTd, fit.k_GdD)):
+        y_nk = y.transpose(1, 2).flatten(2).flatten(0, 1)
+        assert_least_squares(x_BTD.flatten(0, 1), got, y_nk)
+    assert fit.q_norm_d is None
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_gathered_distances_are_those_of_the_layer(window: int | None) -> None:
+    spec = replace(attention_spec(2), sliding_window=window)
+    w = random_attention(spec, biases=True)
+    x_BTD = inputs(batch=2, length=12)
+    histogram = gather(x_BTD, w.to(torch.float32), spec, Needed(distances=True)).distances_HT
+    assert histogram is not None
+    assert torch.allclose(histogram.sum(1), torch.full((4,), 24.0, dtype=torch.float64))
+    # The layer itself with values that say where they are: Σ p (t - s), as values of every head.
+    positions = torch.arange(12, dtype=torch.float64)
+    frequencies = torch.tensor([spec.rope.frequencies], dtype=torch.float64)
+    cos, sin = rope_angles(frequencies, positions[None])
+    q_BHTd, k_BGTd = (rotate_half(y, cos, sin) for y in queries_keys(x_BTD, w, spec.norm_eps))
+    k_BHTd = k_BGTd.repeat_interleave(2, dim=1)
+    where_BHT1 = positions[None, None, :, None].expand(2, 4, 12, 1)
+    mean_BHT1 = attend(q_BHTd, k_BHTd, where_BHT1, causal_mask(12, 12, window=window), spec.softmax_scale)
+    far = (where_BHT1 - mean_BHT1).sum((0, 2, 3))
+    assert relative_error(histogram @ positions, far) <= 1e-5

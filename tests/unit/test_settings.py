@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.layers import attention_spec, random_attention, stats_of
 
-from latentize.convert.methods import Setting, convert_layer, pooled_heads, settings
+from latentize.convert.methods import Setting, convert_layer, ladder_costs, pooled_heads, settings
 from latentize.errors import OptionError, UnsupportedModelError
 from latentize.recipe import Recipe
 from latentize.spec import AttentionSpec, RopeSpec
@@ -78,15 +78,15 @@ def test_explicit_sizes_are_taken(method: str) -> None:
 
 def test_explicit_folding_is_taken_or_refused() -> None:
     sizes = {"kv_lora_rank": 20, "qk_rope_head_dim": 8}
-    found = settings(Recipe.build(**sizes, freqfold=4), attention_spec(2))
+    found = settings(Recipe.build(method="care", **sizes, freqfold=4), attention_spec(2))
     assert [s.freqfold for s in found] == [4]
     with pytest.raises(OptionError):
-        settings(Recipe.build(**sizes, freqfold=3), attention_spec(2))
+        settings(Recipe.build(method="care", **sizes, freqfold=3), attention_spec(2))
 
 
 def test_a_refused_folding_names_its_option() -> None:
     with pytest.raises(OptionError) as caught:
-        settings(Recipe.build(keep="50%", freqfold=3), attention_spec(2))
+        settings(Recipe.build(method="transmla", keep="50%", freqfold=3), attention_spec(2))
     assert "freqfold" in str(caught.value)
 
 
@@ -208,3 +208,71 @@ def test_value_bias_becomes_an_output_bias() -> None:
     with_bias, without = (convert_layer(weights, spec, stats_of(w), setting).expanded(x) for weights in (w, bare))
     v_bias_Hd = w.v_bias_Gd.repeat_interleave(2, dim=0)
     assert torch.allclose((with_bias - without)[0, 0], torch.einsum("DHd,Hd->D", w.o_DHd, v_bias_Hd))
+
+
+@given(
+    shape=st.sampled_from([(4, 4, 16), (8, 2, 32), (4, 1, 16), (32, 8, 128), (6, 2, 24), (8, 8, 40)]),
+    keep=st.floats(0.01, 1.0),
+)
+def test_calibrated_settings_stay_within_the_budget(shape: tuple[int, int, int], keep: float) -> None:
+    spec = spec_of(*shape)
+    budget = int(keep * spec.cache_values + 1e-9)
+    if budget < 4:
+        with pytest.raises(OptionError, match="--keep"):
+            settings(Recipe.build(keep=keep), spec)
+        return
+    found = settings(Recipe.build(keep=keep), spec)
+    assert len(set(found)) == len(found)
+    for setting in found:
+        assert setting.cache_values <= budget
+        assert setting.kv_lora_rank >= setting.qk_rope_head_dim or setting.qk_rope_head_dim == 2
+        assert setting.qk_rope_head_dim % 2 == 0
+        assert setting.qk_rope_head_dim <= spec.num_kv_heads * spec.head_dim
+        # Rungs lie within the source's own frequencies.
+        theta = setting.rope_theta(spec)
+        slowest = theta ** (-2 * (setting.qk_rope_head_dim // 2 - 1) / setting.qk_rope_head_dim)
+        assert slowest >= (1 - 1e-9) * spec.rope.frequencies[-1] * spec.rope.theta ** (-2 / spec.head_dim)
+    sizes = {(s.kv_lora_rank, s.qk_rope_head_dim) for s in found}
+    for size in sizes:
+        mine = [s for s in found if (s.kv_lora_rank, s.qk_rope_head_dim) == size]
+        assert sum(s.stride is None for s in mine) == 1, "one with free frequencies"
+        assert any(s.stride == 1.0 for s in mine)
+
+
+def test_a_preset_is_a_pair_of_sizes() -> None:
+    found = settings(Recipe.build(preset="512+64"), spec_of(32, 8, 128))
+    assert {(s.kv_lora_rank, s.qk_rope_head_dim) for s in found} == {(512, 64)}
+    with pytest.raises(OptionError, match="latent of 512"):
+        settings(Recipe.build(preset="512+64"), spec_of(8, 2, 32))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("keep", ["15%", "50%", "100%"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_calibrated_layer_has_the_size_of_its_setting(keep: str, kv_heads: int, biases: bool) -> None:
+    spec = attention_spec(kv_heads, qkv_bias=biases)
+    w = random_attention(spec, biases=biases)
+    stats = replace(stats_of(w), distances_HT=torch.rand(4, 40, dtype=torch.float64))
+    for setting in settings(Recipe.build(keep=keep), spec):
+        latent = convert_layer(w, spec, stats, setting)
+        assert latent.spec.cache_values == setting.cache_values
+        assert (latent.q_nope_bias_HN is not None) == (biases and not setting.linear)
+        assert latent.frequencies_PF.shape == (1, setting.qk_rope_head_dim // 2)
+        if setting.stride is None:
+            assert set(latent.frequencies_PF[0].tolist()) <= set(spec.rope.frequencies)
+        assert latent.expanded(torch.randn(1, 5, spec.hidden_size, dtype=torch.float64)).isfinite().all()
+
+
+def test_the_ladder_that_costs_least_is_the_one_that_is_needed() -> None:
+    """A layer that looks at one distance only loses nothing by any constant; one that looks everywhere does."""
+    spec = attention_spec(2)
+    w = random_attention(spec)
+    candidates = [s for s in settings(Recipe.build(keep="50%"), spec) if s.stride is not None]
+    here = torch.zeros(4, 40, dtype=torch.float64)
+    here[:, 3] = 1
+    near, far = (
+        ladder_costs(w, spec, replace(stats_of(w), distances_HT=h), candidates) for h in (here, torch.ones_like(here))
+    )
+    assert max(near) <= 1e-9
+    assert min(far) > 1e-3
+    assert len(set(far)) > 1, "candidates differ"

@@ -18,7 +18,7 @@ from latentize.attention.masks import causal_mask
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.spec import AttentionSpec
 
-__all__ = ["AttentionWeights", "attend", "grouped_attention", "rms_norm"]
+__all__ = ["AttentionWeights", "attend", "grouped_attention", "queries_keys", "rms_norm"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,15 @@ def _project(x_BTD: Tensor, w_hdD: Tensor, bias_hd: Tensor | None) -> Tensor:
     return y_BhTd if bias_hd is None else y_BhTd + bias_hd[:, None]
 
 
+def queries_keys(x_BTD: Tensor, w: AttentionWeights, eps: float) -> tuple[Tensor, Tensor]:
+    """Queries ``[B, H, T, d]`` and keys ``[B, G, T, d]`` before RoPE, biases and per-head norms applied."""
+    q_BHTd = _project(x_BTD, w.q_HdD, w.q_bias_Hd)
+    k_BGTd = _project(x_BTD, w.k_GdD, w.k_bias_Gd)
+    if w.q_norm_d is not None and w.k_norm_d is not None:
+        return rms_norm(q_BHTd, w.q_norm_d, eps), rms_norm(k_BGTd, w.k_norm_d, eps)
+    return q_BHTd, k_BGTd
+
+
 def attend(q_BHTd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, allowed_TS: Tensor, scale: float) -> Tensor:
     """Softmax attention, written out: ``softmax(scale · q kᵀ) v`` over the allowed keys."""
     score_BHTS = scale * (q_BHTd @ k_BHSd.mT)
@@ -92,11 +101,8 @@ def grouped_attention(
     past = cache.get_seq_length(layer_idx) if cache else 0
     if positions_BT is None:
         positions_BT = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
-    q_BHTd = _project(x_BTD, w.q_HdD, w.q_bias_Hd)
-    k_BGTd = _project(x_BTD, w.k_GdD, w.k_bias_Gd)
+    q_BHTd, k_BGTd = queries_keys(x_BTD, w, spec.norm_eps)
     v_BGSd = _project(x_BTD, w.v_GdD, w.v_bias_Gd)
-    if w.q_norm_d is not None and w.k_norm_d is not None:
-        q_BHTd, k_BGTd = rms_norm(q_BHTd, w.q_norm_d, spec.norm_eps), rms_norm(k_BGTd, w.k_norm_d, spec.norm_eps)
     frequencies = torch.tensor([spec.rope.frequencies], device=x_BTD.device, dtype=torch.float64)
     cos, sin = rope_angles(frequencies, positions_BT)
     q_BHTd, k_BGSd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)

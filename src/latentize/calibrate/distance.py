@@ -15,13 +15,14 @@ __all__ = ["attended_distances", "expected_rotation"]
 _SCORES_AT_ONCE = 1 << 25
 
 
-def attended_distances(q_BHTd: Tensor, k_BGTd: Tensor, scale: float) -> Tensor:
+def attended_distances(q_BHTd: Tensor, k_BGTd: Tensor, scale: float, *, window: int | None = None) -> Tensor:
     """Attention probability that falls on each distance, summed over queries and batch.
 
     Args:
         q_BHTd: Queries, after RoPE.
         k_BGTd: Keys, after RoPE.
         scale: Softmax scale.
+        window: Tokens that a query sees, itself included; ``None`` is all.
 
     Returns:
         ``[H, T]`` float64; entry ``Δ`` is ``Σ p(t, t - Δ)``. A row sums to ``B T``.
@@ -34,6 +35,8 @@ def attended_distances(q_BHTd: Tensor, k_BGTd: Tensor, scale: float) -> Tensor:
         end = min(tokens, start + chunk)
         score_BHcS = scale * (q_BHTd[:, :, start:end] @ k_BHTd[:, :, :end].mT)
         hidden = torch.ones(end - start, end, dtype=torch.bool, device=score_BHcS.device).triu(start + 1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(start - window)
         p_HcS = score_BHcS.masked_fill(hidden, -torch.inf).softmax(-1).sum(0)
         histogram_HT[:, :end] += _sum_diagonals(p_HcS)
     return histogram_HT

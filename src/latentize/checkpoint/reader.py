@@ -20,6 +20,7 @@ __all__ = ["Checkpoint"]
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _HEADER_CAP = 100_000_000
+_CHECKED_AT_ONCE = 1 << 22
 # Integers are index tables (the native format has one); what is quantised comes in other types.
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
 _TORCH_NAMES = {
@@ -71,6 +72,11 @@ def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
         raise CheckpointError("tensors overlap in the file", where=str(path), fix="download the file again")
     return 8 + length, header
+
+
+def _is_finite(part: Any) -> bool:
+    # A sum is finite only if all terms are; the exact test is for sums that overflow.
+    return math.isfinite(float(part.float().sum())) or bool(part.isfinite().all())
 
 
 def _check_entry(path: Path, name: str, entry: Any, data_bytes: int) -> None:
@@ -217,7 +223,9 @@ class Checkpoint:
         dtype = getattr(torch, _TORCH_NAMES[entry["dtype"]])
         tensor = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
         tensor = tensor.view(entry["shape"])
-        # A sum is finite only if all terms are; the exact test is for sums that overflow.
-        if not math.isfinite(float(tensor.sum(dtype=torch.float32))) and not tensor.isfinite().all():
+        # In parts: a sum in float32 makes a float32 copy of what it sums.
+        if tensor.is_floating_point() and not all(
+            _is_finite(part) for part in tensor.flatten().split(_CHECKED_AT_ONCE)
+        ):
             raise CheckpointError("the tensor holds NaN or infinity", where=f"{path}, tensor {name}")
         return tensor

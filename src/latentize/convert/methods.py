@@ -12,21 +12,37 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
-from latentize.calibrate.stats import CalibrationStats
+from latentize.calibrate.stats import CalibrationStats, Needed
 from latentize.convert.low_rank import Factors, balanced_pca, joint_svd, split_svd, whitened_svd
+from latentize.convert.position import (
+    Components,
+    dearest,
+    key_components,
+    ladder,
+    linearised,
+    on_ladder,
+    position_aware_split,
+    rope_cost,
+)
 from latentize.convert.rope_split import RopeSplit, rorope, select_pairs, split_per_head
 from latentize.errors import OptionError, UnsupportedModelError
 from latentize.recipe import Recipe
 from latentize.spec import AttentionSpec
 
-__all__ = ["Setting", "convert_layer", "pooled_heads", "settings"]
+__all__ = ["Setting", "convert_layer", "ladder_costs", "pooled_heads", "settings"]
 
 # Candidates under a budget: sizes of the roped key, largest first, and block sizes, smallest first.
 _ROPE_SIZES = 3
 _FREQFOLDS = 3
+# Roped keys that the calibrated method tries, in units of a head, and how far apart rungs may lie.
+_ROPE_SHARES = (0.25, 0.5, 0.75, 1.0)
+_STRIDES = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+# Weight of keys against values in the joint PCA, relative to TransMLA's balance.
+_KEY_BALANCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,13 +50,16 @@ class Setting:
     """Everything that decides a layer's conversion, but its weights.
 
     Attributes:
-        method: ``transmla``, ``mha2mla`` or ``care``.
+        method: ``calibrated``, ``transmla``, ``mha2mla`` or ``care``.
         kv_lora_rank: Size of the latent.
         qk_rope_head_dim: Size of a roped key.
         rope_heads: Roped keys: one, or one a kv head.
         freqfold: ``transmla``, ``care``.
         selection, svd: ``mha2mla``.
         damping: ``care``.
+        stride: ``calibrated``: rungs of the ladder lie this many of the source's apart. Without one, each layer keeps
+            the frequencies that serve it best, which only the native format holds.
+        linear: ``calibrated``: biases and per-head norms are replaced by the nearest linear projections.
     """
 
     method: str
@@ -51,19 +70,40 @@ class Setting:
     selection: str | None = None
     svd: str | None = None
     damping: float | None = None
+    stride: float | None = None
+    linear: bool = False
 
     @property
     def cache_values(self) -> int:
         return self.kv_lora_rank + self.rope_heads * self.qk_rope_head_dim
 
-    @property
-    def needs_norms(self) -> bool:
-        """Whether statistics must hold the mean norms of query and key pairs."""
-        return self.selection == "2-norm"
+    def needs(self, spec: AttentionSpec) -> Needed:
+        """Statistics that the method looks at."""
+        calibrated = self.method == "calibrated"
+        return Needed(
+            norms=self.selection == "2-norm", distances=calibrated, cross=calibrated and self.linear and spec.qk_norm
+        )
+
+    def rope_theta(self, spec: AttentionSpec) -> float:
+        """Base of the ladder that rotates the shared key, ``θ^(σ R / d)``."""
+        if self.stride is None:
+            return spec.rope.theta
+        return spec.rope.theta ** (self.stride * self.qk_rope_head_dim / spec.head_dim)
+
+    def approximations(self, spec: AttentionSpec) -> list[str]:
+        """What of the source was replaced by the nearest that the format holds, before anything was compressed."""
+        found = []
+        if self.linear and spec.qk_norm:
+            found.append("normalisation of queries and keys is replaced by its best linear fit (approximate)")
+        if self.linear and (spec.qkv_bias or spec.o_bias):
+            found.append("biases are replaced by their best linear fit (approximate)")
+        if self.stride is not None and not spec.rope.is_plain:
+            found.append(f"'{spec.rope.rope_type}' RoPE is replaced by the nearest plain ladder (approximate)")
+        return found
 
     def describe(self) -> dict[str, Any]:
         """The entries that mean something for this method."""
-        return {k: v for k, v in asdict(self).items() if v is not None}
+        return {k: v for k, v in asdict(self).items() if v is not None and v is not False}
 
 
 def settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
@@ -73,6 +113,8 @@ def settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
         OptionError: no setting fits the budget, or explicit sizes are out of range.
         UnsupportedModelError: the method cannot treat this attention.
     """
+    if recipe.method == "calibrated":
+        return _calibrated(recipe, spec)
     found = list(_mha2mla(recipe, spec) if recipe.method == "mha2mla" else _shared_key(recipe, spec))
     if not found and recipe.freqfold is not None:
         raise OptionError(
@@ -107,8 +149,8 @@ def _budget(recipe: Recipe, spec: AttentionSpec) -> int:
 def _sizes(recipe: Recipe, spec: AttentionSpec, rope_heads: int) -> Iterator[tuple[int, int]]:
     """``(kv_lora_rank, qk_rope_head_dim)`` that use the budget, roped keys of ``d``, ``d/2``, ``d/4``, … each."""
     full = spec.cache_values
-    if recipe.kv_lora_rank is not None and recipe.qk_rope_head_dim is not None:
-        rank, rope = recipe.kv_lora_rank, recipe.qk_rope_head_dim
+    if recipe.sizes is not None:
+        rank, rope = recipe.sizes
         if rope > spec.head_dim or spec.head_dim % rope:
             raise OptionError(
                 f"a roped key of {rope} does not divide heads of {spec.head_dim}", where="--qk-rope-head-dim"
@@ -153,6 +195,56 @@ def _shared_key(recipe: Recipe, spec: AttentionSpec) -> Iterator[Setting]:
             yield Setting(recipe.method, rank, rope, freqfold=fold, damping=damping)
 
 
+def _calibrated(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
+    """Ladders for formats with one base for all layers; free frequencies for the others.
+
+    Raises:
+        OptionError: no split fits the budget, or explicit sizes are out of range.
+    """
+    not_linear = spec.qkv_bias or spec.o_bias or spec.qk_norm
+    found = []
+    for rank, rope in _calibrated_sizes(recipe, spec):
+        widest = max(1.0, spec.head_dim / rope)
+        for stride in _STRIDES:
+            if stride <= widest:
+                found.append(Setting("calibrated", rank, rope, stride=stride, linear=not_linear))
+        found.append(Setting("calibrated", rank, rope, linear=spec.qk_norm))
+    if not found:
+        raise OptionError(
+            f"no split into latent and roped key fits {_budget(recipe, spec)} values per token and layer",
+            where="--keep",
+            fix="keep more, or give --kv-lora-rank and --qk-rope-head-dim",
+        )
+    return found
+
+
+def _calibrated_sizes(recipe: Recipe, spec: AttentionSpec) -> Iterator[tuple[int, int]]:
+    """``(kv_lora_rank, qk_rope_head_dim)``: at least half of the budget is latent where anything is compressed."""
+    full, hidden = spec.cache_values, spec.hidden_size
+    if recipe.sizes is not None:
+        rank, rope = recipe.sizes
+        if rope > full // 2:
+            raise OptionError(f"the keys have {full // 2} values, fewer than {rope}", where="--qk-rope-head-dim")
+        if rank > min(full - rope, hidden):
+            raise OptionError(
+                f"a latent of {rank} is larger than all it is made from ({min(full - rope, hidden)})",
+                where="--kv-lora-rank",
+            )
+        yield rank, rope
+        return
+    budget = _budget(recipe, spec)
+    tried = set()
+    for share in _ROPE_SHARES:
+        rope = max(2, 2 * round(share * spec.head_dim / 2))
+        rank = min(budget - rope, full - rope, hidden)
+        if rank >= max(1, rope) and rope not in tried:
+            tried.add(rope)
+            yield rank, rope
+    if not tried and budget >= 4:
+        rope = 2 * max(1, budget // 8)
+        yield min(budget - rope, hidden), rope
+
+
 def convert_layer(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> LatentWeights:
     """Convert one layer.
 
@@ -166,6 +258,8 @@ def convert_layer(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationSt
         float64 weights. With nothing dropped and nothing compressed they compute what ``w`` does.
     """
     w = w.to(torch.float64)
+    if setting.linear:
+        w = linearised(w, stats)
     split = _split(w, spec, stats, setting)
     v_ED = w.v_GdD.flatten(0, 1)
     factors = _compress(split, v_ED, stats, setting)
@@ -195,7 +289,38 @@ def convert_layer(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationSt
     )
 
 
+def ladder_costs(
+    w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, candidates: list[Setting]
+) -> list[float]:
+    """Mean squared error of a head's logits that each candidate's choice of roped components leaves.
+
+    Args:
+        w: The layer.
+        spec: Its description.
+        stats: Statistics of its inputs.
+        candidates: Of the calibrated method.
+    """
+    w = w.to(torch.float64)
+    if candidates[0].linear:
+        w = linearised(w, stats)
+    components = key_components(w, spec, stats)
+    per_head = spec.softmax_scale**2 / spec.num_heads
+    return [per_head * rope_cost(components, _rungs(setting, spec, components)[1]) for setting in candidates]
+
+
+def _rungs(setting: Setting, spec: AttentionSpec, components: Components) -> tuple[Tensor, Tensor]:
+    """What rotates, and at which frequencies."""
+    size = setting.qk_rope_head_dim
+    if setting.stride is None:
+        return dearest(components, size // 2)
+    return on_ladder(components, ladder(spec.rope.theta, spec.head_dim, size, setting.stride))
+
+
 def _split(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> RopeSplit:
+    if setting.method == "calibrated":
+        components = key_components(w, spec, stats)
+        at_J2, rungs_J = _rungs(setting, spec, components)
+        return position_aware_split(w, spec, components, at_J2, rungs_J)
     if setting.method == "mha2mla":
         pairs = select_pairs(setting.selection or "2-norm", spec, setting.qk_rope_head_dim, stats)  # type: ignore[arg-type]
         return split_per_head(w, spec, pairs)
@@ -205,6 +330,8 @@ def _split(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, se
 
 def _compress(split: RopeSplit, v_ED: torch.Tensor, stats: CalibrationStats, setting: Setting) -> Factors:
     k_CD, rank = split.k_nope_CD, setting.kv_lora_rank
+    if setting.method == "calibrated":
+        return balanced_pca(k_CD, v_ED, stats, rank, balance=_KEY_BALANCE)
     if setting.method == "transmla":
         return balanced_pca(k_CD, v_ED, stats, rank)
     if setting.method == "care":

@@ -1,14 +1,16 @@
-"""Layer by layer: statistics, conversion, and what it did to the model's predictions.
+"""Layer by layer: statistics, conversion, refinement, and what they did to the model's predictions.
 
-Several streams of hidden states move through the source together. The calibration stream stays the source's. The
-evaluation text runs twice, as the source and as what the model has become so far; so the final loss and KL are
-those of the whole converted model, and no second model is ever in memory.
+Several streams of hidden states move through the source together. One calibration stream stays the source's; with
+refinement a second is what the model has become so far, so that each layer learns on the inputs that it will see.
+The evaluation text runs as the source, as the closed form and as what is saved; so the final loss and KL are those
+of the whole converted model, and no second model is ever in memory.
+
+N sequences, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -17,26 +19,46 @@ from torch import Tensor, nn
 from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
-from latentize.calibrate.stats import CalibrationStats
-from latentize.convert.methods import Setting, convert_layer
+from latentize.calibrate.stats import CalibrationStats, Needed, gather
+from latentize.convert.methods import Setting, convert_layer, ladder_costs
+from latentize.convert.polish import Polish, polish
 from latentize.convert.pooling import pool_heads
 from latentize.convert.quality import Quality, compare_streams
-from latentize.convert.source import Recorded, SourceLayer, SourceModel
+from latentize.convert.refine import Refinement, expand_heads, refine
+from latentize.convert.source import SourceLayer, SourceModel
+from latentize.spec import AttentionSpec
 
-__all__ = ["Converted", "LayerResult", "Progress", "Sink", "choose", "convert_latent", "convert_pooled"]
+__all__ = ["Converted", "Effort", "LayerResult", "Progress", "Sink", "choose", "convert_latent", "convert_pooled"]
 
 
+# Ranking settings takes fewer tokens and steps than converting with one.
 _SEARCH_TOKENS = 8192
+_DISTANCE_TOKENS = 16_384
+_RMS_TOKENS = 16_384
+_SEARCH_REFINEMENT = Refinement(steps=12, batch=2, warmup=3)
 
 
 class Progress(Protocol):
     """Told how far a long step is."""
 
-    def __call__(self, what: str, done: int, total: int) -> None: ...
+    def __call__(self, what: str, done: int, total: int, detail: str = "") -> None: ...
 
 
-def silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int, detail: str = "") -> None:
     """A progress that says nothing."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What is done beyond the closed form.
+
+    Attributes:
+        refinement: Of each layer, or ``None``.
+        polish: Of the whole model, or ``None``.
+    """
+
+    refinement: Refinement | None = None
+    polish: Polish | None = None
 
 
 @dataclass
@@ -46,10 +68,9 @@ class LayerResult:
     Attributes:
         index: Its number.
         source: The source's layer, tensors as stored.
-        latent: MLA weights in float64, or ``None`` for head pooling.
+        latent: MLA weights, or ``None`` for head pooling.
         grouped: Pooled weights, or ``None``.
         latent_rms: Largest and mean root mean square of a token's latent on the calibration text.
-        error: ``‖attn(x) - attn_source(x)‖² / var``, on the evaluation text, inputs of the source.
     """
 
     index: int
@@ -57,7 +78,6 @@ class LayerResult:
     latent: LatentWeights | None = None
     grouped: AttentionWeights | None = None
     latent_rms: tuple[float, float] = (0.0, 0.0)
-    error: float = 0.0
 
 
 class Sink(Protocol):
@@ -78,37 +98,99 @@ class Converted:
 
     Attributes:
         quality: On the evaluation text, the source as reference.
-        errors: Relative attention error of each layer.
-        calibration_tokens: Tokens that statistics came from.
+        closed_form: The same before anything was refined, or ``None`` where nothing was.
+        errors: For each layer ``‖h - h_source‖² / ‖h_source - mean‖²`` of the residual stream that leaves it, on the
+            evaluation text: in closed form, and as saved.
+        calibration_tokens: Tokens that statistics and refinement came from.
     """
 
     quality: Quality
-    errors: list[float] = field(default_factory=list)
+    closed_form: Quality | None = None
+    errors: list[tuple[float, float]] = field(default_factory=list)
     calibration_tokens: int = 0
 
 
-def _gather(layer: SourceLayer, hidden_NTD: Tensor, setting: Setting) -> tuple[CalibrationStats, list[Tensor]]:
-    """Advance the calibration stream and take the statistics that a method needs."""
-    inputs = layer.run(hidden_NTD, record=True).inputs
-    weights = layer.weights if setting.needs_norms else None
-    stats = CalibrationStats.of(inputs[0], weights)
-    for x_BTD in inputs[1:]:
-        stats = stats + CalibrationStats.of(x_BTD, weights)
-    return stats, inputs
+def _stream_error(hidden_NTD: Tensor, reference_NTD: Tensor) -> float:
+    mean_D = reference_NTD.mean((0, 1))
+    pairs = list(zip(hidden_NTD, reference_NTD, strict=True))
+    wrong = sum(float((h - r).double().square().sum()) for h, r in pairs)
+    return wrong / sum(float((r - mean_D).double().square().sum()) for _, r in pairs)
 
 
-def _relative_error(layer: SourceLayer, attention: nn.Module, recorded: Recorded) -> float:
-    wrong, size = 0.0, 0.0
-    for x_BTD, y_BTD in zip(recorded.inputs, recorded.outputs, strict=True):
-        wrong += float((layer.attend(attention, x_BTD) - y_BTD).double().square().sum())
-        size += float((y_BTD - y_BTD.mean((0, 1))).double().square().sum())
-    return wrong / size
+@dataclass
+class _Seen:
+    """One layer of the source, as the calibration text saw it.
+
+    Attributes:
+        stats: Statistics of the attention's inputs.
+        residual_NTD: The residual stream after the attention; where it was asked for.
+    """
+
+    stats: CalibrationStats
+    residual_NTD: Tensor | None = None
 
 
-def _latent_rms(w: LatentWeights, inputs: list[Tensor]) -> tuple[float, float]:
-    down_rD = w.kv_a_rD.float()
-    squares = torch.cat([(x_BTD @ down_rD.T).square().mean(-1).flatten() for x_BTD in inputs])
-    return float(squares.max()) ** 0.5, float(squares.mean()) ** 0.5
+def _observe(
+    layer: SourceLayer, spec: AttentionSpec, hidden_NTD: Tensor, needed: Needed, *, residual: bool = False
+) -> _Seen:
+    """Advance the source's calibration stream through a layer."""
+    kept = torch.empty_like(hidden_NTD) if residual else None
+    total: CalibrationStats | None = None
+    # What is refined does not need the last digits of where it starts.
+    for rows, x_BTD, after_BTD in layer.stream(hidden_NTD, fast=residual):
+        # Distances settle early, and cost more than everything else.
+        enough = total is not None and total.tokens >= _DISTANCE_TOKENS
+        part = gather(x_BTD, layer.weights, spec, replace(needed, distances=needed.distances and not enough))
+        total = part if total is None else total + part
+        if kept is not None:
+            kept[rows] = after_BTD
+    assert total is not None
+    return _Seen(total, kept)
+
+
+class _Draft:
+    """A converted model in the making.
+
+    Args:
+        setting: How layers are converted.
+        spec: What they are.
+        refinement: How they are refined, or ``None``.
+        hidden_NTD: The calibration text as it enters the first layer; copied.
+    """
+
+    def __init__(
+        self, setting: Setting, spec: AttentionSpec, refinement: Refinement | None, hidden_NTD: Tensor
+    ) -> None:
+        self.setting, self.spec, self.refinement = setting, spec, refinement
+        self.hidden_NTD = hidden_NTD.clone()
+
+    def convert(self, layer: SourceLayer, seen: _Seen) -> tuple[LatentWeights, LatentWeights]:
+        """The layer in closed form, and refined."""
+        closed = convert_layer(layer.weights, self.spec, seen.stats, self.setting)
+        if self.refinement is None:
+            return closed, closed
+        hidden_NTD = self.hidden_NTD
+        assert seen.residual_NTD is not None
+        target_NTD = seen.residual_NTD - hidden_NTD
+        refined = refine(
+            expand_heads(closed),
+            lambda rows: layer.normalise(hidden_NTD[rows]),
+            target_NTD,
+            self.refinement,
+            autocast=layer.fast_matmul,
+        )
+        return closed, refined
+
+    def advance(self, layer: SourceLayer, attention: nn.Module) -> None:
+        """Take the calibration text through the converted layer."""
+        layer.run(self.hidden_NTD, attention, fast=self.refinement is not None)
+
+    def latent_rms(self, layer: SourceLayer, w: LatentWeights) -> tuple[float, float]:
+        """Largest and mean root mean square of a token's latent."""
+        down_rD = w.kv_a_rD.float()
+        parts = (layer.normalise(h_TD) @ down_rD.T for h_TD in self.hidden_NTD)
+        squares = torch.cat([c_Tr.square().mean(-1) for c_Tr in parts])
+        return float(squares.max()) ** 0.5, float(squares.mean()) ** 0.5
 
 
 @torch.no_grad()
@@ -117,36 +199,47 @@ def choose(
     candidates: list[Setting],
     calibration_NT: Tensor,
     selection_NT: Tensor,
+    effort: Effort | None = None,
     progress: Progress = silent,
 ) -> tuple[Setting, list[tuple[Setting, float]]]:
     """The candidate nearest to the source on held-out calibration text, and what each scored.
 
-    One pass over the source, with a converted stream for every candidate.
+    The stride of a ladder follows from what it costs the logits. Sizes are compared by converting with each, and
+    with a short refinement where layers will be refined: what that can repair, the closed form does not see.
 
     Args:
         source: The model.
         candidates: Settings, the same for all layers.
         calibration_NT: Tokens for statistics.
         selection_NT: Tokens to compare on; never those that are reported on.
+        effort: What will be done beyond the closed form.
         progress: Told after each layer.
 
     Returns:
-        The best, and ``(setting, KL from the source in nats per token)`` of all.
+        The best, and ``(setting, KL from the source in nats per token)`` of all that were compared.
     """
+    calibration_NT = calibration_NT[: max(1, _SEARCH_TOKENS // calibration_NT.shape[1])]
+    if any(setting.stride is not None for setting in candidates):
+        candidates = _best_strides(source, candidates, calibration_NT, progress)
     if len(candidates) == 1:
         return candidates[0], []
-    # Ranking candidates takes fewer statistics than converting with one.
-    calibration = source.embed(calibration_NT[: max(1, _SEARCH_TOKENS // calibration_NT.shape[1])])
+    spec = source.spec.attention
+    refinement = None if effort is None or effort.refinement is None else _SEARCH_REFINEMENT
+    own = source.embed(calibration_NT)
+    drafts = [_Draft(setting, spec, refinement, own) for setting in candidates]
     reference = source.embed(selection_NT)
     streams = [reference.clone() for _ in candidates]
     for layer in source.layers():
-        stats, _ = _gather(layer, calibration, candidates[0])
+        seen = _observe(layer, spec, own, candidates[0].needs(spec), residual=refinement is not None)
         layer.run(reference)
-        for setting, hidden in zip(candidates, streams, strict=True):
-            latent = convert_layer(layer.weights, source.spec.attention, stats, setting).to(torch.float32)
-            layer.run(hidden, attention=LatentAttention.from_weights(latent))
+        for draft, hidden in zip(drafts, streams, strict=True):
+            attention = LatentAttention.from_weights(draft.convert(layer, seen)[1].to(torch.float32))
+            layer.run(hidden, attention)
+            if refinement is not None:
+                draft.advance(layer, attention)
         progress("comparing settings", layer.index + 1, source.spec.layers)
-    del calibration, layer
+        del layer, seen, attention
+    del own, drafts
     logits = source.head()
     scored = []
     for setting, hidden in zip(candidates, streams, strict=True):
@@ -157,13 +250,36 @@ def choose(
     return min(scored, key=lambda pair: pair[1])[0], scored
 
 
+def _best_strides(
+    source: SourceModel, candidates: list[Setting], calibration_NT: Tensor, progress: Progress
+) -> list[Setting]:
+    """For each pair of sizes the ladder that costs the logits least, all layers together."""
+    spec, costs = source.spec.attention, [0.0] * len(candidates)
+    hidden_NTD = source.embed(calibration_NT)
+    for layer in source.layers():
+        seen = _observe(layer, spec, hidden_NTD, candidates[0].needs(spec))
+        for index, cost in enumerate(ladder_costs(layer.weights, spec, seen.stats, candidates)):
+            # Beyond about one nat a logit is lost, however large its error.
+            costs[index] += cost / (1 + cost)
+        progress("choosing the ladder", layer.index + 1, source.spec.layers)
+        del layer, seen
+    best: dict[tuple[int, int], tuple[float, Setting]] = {}
+    for cost, setting in zip(costs, candidates, strict=True):
+        sizes = (setting.kv_lora_rank, setting.qk_rope_head_dim)
+        if sizes not in best or cost < best[sizes][0]:
+            best[sizes] = (cost, setting)
+    return [setting for _, setting in best.values()]
+
+
 @torch.no_grad()
 def convert_latent(
     source: SourceModel,
     setting: Setting,
     sink: Sink,
     calibration_NT: Tensor,
+    selection_NT: Tensor,
     evaluation_NT: Tensor,
+    effort: Effort | None = None,
     progress: Progress = silent,
 ) -> Converted:
     """Convert every layer to MLA and hand it to ``sink``.
@@ -172,22 +288,123 @@ def convert_latent(
         source: The model.
         setting: What to do.
         sink: Rounds weights to what it saves, and saves them.
-        calibration_NT: Tokens for statistics.
+        calibration_NT: Tokens for statistics and refinement.
+        selection_NT: Tokens that tell whether polishing helps.
         evaluation_NT: Tokens that the result is measured on.
-        progress: Told after each layer.
+        effort: What to do beyond the closed form.
+        progress: Told after each layer, and each step of the polish.
     """
-    spec = source.spec.attention
-    calibration = source.embed(calibration_NT)
-
-    def make(layer: SourceLayer) -> tuple[LayerResult, nn.Module]:
-        stats, inputs = _gather(layer, calibration, setting)
-        latent = convert_layer(layer.weights, spec, stats, setting)
-        result = LayerResult(layer.index, layer, latent=latent, latent_rms=_latent_rms(latent, inputs))
-        return result, LatentAttention.from_weights(sink.saved(result))
-
+    effort = effort or Effort()
+    make: _Make = _LayerByLayer(source, setting, sink, calibration_NT, effort.refinement)
+    if effort.polish is not None:
+        make = _polished(source, make, calibration_NT, selection_NT, effort.polish, sink, progress)
     result = _convert(source, make, sink, evaluation_NT, progress)
     result.calibration_tokens = calibration_NT.numel()
     return result
+
+
+class _Make(Protocol):
+    """Makes the layers of a converted model, in order."""
+
+    def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
+        """The layer, its attention as saved, and where that is something else, in closed form."""
+        ...
+
+    def release(self) -> None:
+        """Let go of all streams."""
+        ...
+
+
+class _LayerByLayer:
+    """Closed form and refinement, one layer after the other."""
+
+    def __init__(
+        self, source: SourceModel, setting: Setting, sink: Sink, calibration_NT: Tensor, refinement: Refinement | None
+    ) -> None:
+        self.own_NTD: Tensor | None = source.embed(calibration_NT)
+        self.draft: _Draft | None = _Draft(setting, source.spec.attention, refinement, self.own_NTD)
+        self.setting, self.sink, self.spec = setting, sink, source.spec.attention
+
+    def weights(self, layer: SourceLayer) -> tuple[LatentWeights, LatentWeights]:
+        assert self.own_NTD is not None and self.draft is not None
+        refines = self.draft.refinement is not None
+        seen = _observe(layer, self.spec, self.own_NTD, self.setting.needs(self.spec), residual=refines)
+        return self.draft.convert(layer, seen)
+
+    def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
+        assert self.draft is not None
+        closed, refined = self.weights(layer)
+        result = LayerResult(layer.index, layer, latent=refined, latent_rms=self.draft.latent_rms(layer, refined))
+        attention = LatentAttention.from_weights(self.sink.saved(result))
+        self.draft.advance(layer, attention)
+        return result, attention, None if closed is refined else LatentAttention.from_weights(closed.to(torch.float32))
+
+    def release(self) -> None:
+        self.own_NTD = self.draft = None
+
+
+class _Given:
+    """Layers whose weights are known already."""
+
+    def __init__(self, draft: _Draft, pairs: list[tuple[LatentWeights, LatentWeights]], sink: Sink) -> None:
+        self.draft: _Draft | None = draft
+        self.pairs, self.sink = pairs, sink
+
+    def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
+        assert self.draft is not None
+        closed, final = self.pairs[layer.index]
+        result = LayerResult(layer.index, layer, latent=final, latent_rms=self.draft.latent_rms(layer, final))
+        attention = LatentAttention.from_weights(self.sink.saved(result))
+        self.draft.advance(layer, attention)
+        return result, attention, LatentAttention.from_weights(closed)
+
+    def release(self) -> None:
+        self.draft = None
+        self.pairs = []
+
+
+def _polished(
+    source: SourceModel,
+    first: _LayerByLayer,
+    calibration_NT: Tensor,
+    selection_NT: Tensor,
+    how: Polish,
+    sink: Sink,
+    progress: Progress,
+) -> _Given:
+    """All layers, refined one by one and then polished together."""
+    closed, refined = [], []
+    for layer in source.layers():
+        assert first.draft is not None
+        pair = first.weights(layer)
+        first.draft.advance(layer, LatentAttention.from_weights(pair[1].to(torch.float32)))
+        closed.append(pair[0].to(torch.float32))
+        refined.append(pair[1])
+        progress("refining layers", layer.index + 1, source.spec.layers)
+        del layer, pair
+    assert first.own_NTD is not None
+    final = polish(source, refined, calibration_NT, first.own_NTD, selection_NT, how, progress)
+    first.release()
+    few_NT = calibration_NT[: max(1, _RMS_TOKENS // calibration_NT.shape[1])]
+    draft = _Draft(first.setting, first.spec, None, source.embed(few_NT))
+    return _Given(draft, list(zip(closed, final, strict=True)), sink)
+
+
+class _Pooled:
+    """Mean-pooled kv heads."""
+
+    def __init__(self, spec: AttentionSpec, kv_heads: int, dtype: torch.dtype) -> None:
+        self.spec, self.kv_heads, self.dtype = spec, kv_heads, dtype
+
+    def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
+        pooled = pool_heads(layer.weights, self.kv_heads).to(self.dtype)
+        # The same heads, repeated, fit into the layer that is there.
+        repeat = self.spec.num_kv_heads // self.kv_heads
+        attention = layer.with_kv_heads(pooled.to(torch.float32), repeat)
+        return LayerResult(layer.index, layer, grouped=pooled), attention, None
+
+    def release(self) -> None:
+        pass
 
 
 @torch.no_grad()
@@ -201,34 +418,33 @@ def convert_pooled(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Converted:
     """Mean-pool the kv heads of every layer. It needs no calibration."""
-    spec = source.spec.attention
-
-    def make(layer: SourceLayer) -> tuple[LayerResult, nn.Module]:
-        pooled = pool_heads(layer.weights, kv_heads).to(dtype)
-        # The same heads, repeated, fit into the layer that is there.
-        repeat = spec.num_kv_heads // kv_heads
-        return LayerResult(layer.index, layer, grouped=pooled), layer.with_kv_heads(pooled.to(torch.float32), repeat)
-
-    return _convert(source, make, sink, evaluation_NT, progress)
+    return _convert(source, _Pooled(source.spec.attention, kv_heads, dtype), sink, evaluation_NT, progress)
 
 
-def _convert(
-    source: SourceModel,
-    make: Callable[[SourceLayer], tuple[LayerResult, nn.Module]],
-    sink: Sink,
-    evaluation_NT: Tensor,
-    progress: Progress,
-) -> Converted:
+def _convert(source: SourceModel, make: _Make, sink: Sink, evaluation_NT: Tensor, progress: Progress) -> Converted:
     reference = source.embed(evaluation_NT)
-    hidden = reference.clone()
-    errors: list[float] = []
+    hidden, before = reference.clone(), None
+    errors: list[tuple[float, float]] = []
     for layer in source.layers():
-        result, attention = make(layer)
-        recorded = layer.run(reference, record=True)
-        result.error = _relative_error(layer, attention, recorded)
-        layer.run(hidden, attention=attention)
+        result, attention, closed = make(layer)
+        if closed is not None:
+            before = reference.clone() if before is None else before
+            layer.run(before, closed)
+        layer.run(reference)
+        layer.run(hidden, attention)
         sink.layer(result)
-        errors.append(result.error)
-        progress("converting layers", layer.index + 1, source.spec.layers)
-    quality = compare_streams(hidden, reference, evaluation_NT, source.head(), vocab_size=source.spec.vocab_size)
-    return Converted(quality, errors)
+        after = _stream_error(hidden, reference)
+        errors.append((after if before is None else _stream_error(before, reference), after))
+        progress("converting layers", layer.index + 1, source.spec.layers, _shown(*errors[-1]))
+        # The next layer is read before these names are bound again.
+        del layer, result, attention, closed
+    make.release()
+    head, vocab = source.head(), source.spec.vocab_size
+    quality = compare_streams(hidden, reference, evaluation_NT, head, vocab_size=vocab)
+    if before is None:
+        return Converted(quality, None, errors)
+    return Converted(quality, compare_streams(before, reference, evaluation_NT, head, vocab_size=vocab), errors)
+
+
+def _shown(before: float, after: float) -> str:
+    return f"error {after:.4f}" if before == after else f"error {before:.4f} → {after:.4f}"

@@ -3,14 +3,15 @@
 A key pair is a complex number. A logit is ``Re Σ_f q_f conj(k_f) e^{i ω_f Δ}``; giving up the rotation of a component
 of logit energy ``λ`` and putting its best constant ``ρ_f = E[e^{i ω_f Δ}]`` in its place costs ``λ (1 - |ρ_f|²)``, with
 ``Δ`` distributed as the layer attends. The components that are the most expensive to give up keep rotating, in one
-shared key, each at a rung of one ladder of frequencies.
+shared key: each at a rung of one ladder of frequencies, or each at its own where a format can hold that.
 
-H query heads, G kv heads, s = H / G, d head size, F = d / 2 pairs, D hidden, R roped dimensions, J = R / 2 rungs.
+H query heads, G kv heads, s = H / G, d head size, F = d / 2 pairs, D inputs, R roped dimensions, J = R / 2 rungs.
+A bias is the weight of one more input that is always one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,21 @@ from latentize.convert.rope_split import RopeSplit
 from latentize.linalg import eigh
 from latentize.spec import AttentionSpec
 
-__all__ = ["Components", "assign_rungs", "key_components", "ladder", "position_aware_split", "rung_gains"]
+__all__ = [
+    "Components",
+    "assign_rungs",
+    "dearest",
+    "key_components",
+    "ladder",
+    "linearised",
+    "on_ladder",
+    "position_aware_split",
+    "rope_cost",
+    "rung_gains",
+]
+
+# Relative to the mean of the diagonal: directions in which inputs hardly vary stay as they are without the fit.
+_FIT_DAMPING = 1e-4
 
 
 def ladder(theta: float, head_dim: int, rope_dim: int, stride: float) -> Tensor:
@@ -31,6 +46,40 @@ def ladder(theta: float, head_dim: int, rope_dim: int, stride: float) -> Tensor:
     Stride 1 is the source's fastest frequencies, ``d / R`` an even choice of all.
     """
     return theta ** (-2 * stride * torch.arange(rope_dim // 2, dtype=torch.float64) / head_dim)
+
+
+def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights:
+    """The nearest attention without biases and per-head norms: ``E[y xᵀ] E[x xᵀ]⁻¹`` for every projection, damped.
+
+    Args:
+        w: The layer, float64.
+        stats: Of its inputs, with the cross moments of queries and keys where these are normalised.
+    """
+    second = stats.second_moment_DD
+    damping = _FIT_DAMPING * second.diagonal().mean()
+    damped = second + damping * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    mean_D = stats.x_D / stats.tokens
+
+    def constant(bias_hd: Tensor) -> Tensor:
+        # The linear function of x that comes nearest to one.
+        return bias_hd[..., None] * torch.linalg.solve(damped, mean_D)
+
+    def fit(w_hdD: Tensor, cross_hdD: Tensor) -> Tensor:
+        # What one factor for all tokens of a head leaves over is fitted; there is little of it.
+        expected_hdD = w_hdD @ second
+        share_h = (w_hdD * cross_hdD / stats.tokens).sum((1, 2)) / (w_hdD * expected_hdD).sum((1, 2))
+        left_hdD = cross_hdD / stats.tokens - share_h[:, None, None] * expected_hdD
+        return share_h[:, None, None] * w_hdD + torch.linalg.solve(damped, left_hdD.mT).mT
+
+    q, k, v = w.q_HdD, w.k_GdD, w.v_GdD
+    if w.q_norm_d is not None and w.k_norm_d is not None:
+        assert stats.qx_HdD is not None and stats.kx_GdD is not None
+        q, k = fit(w.q_norm_d[:, None] * q, stats.qx_HdD), fit(w.k_norm_d[:, None] * k, stats.kx_GdD)
+    elif w.q_bias_Hd is not None and w.k_bias_Gd is not None:
+        q, k = q + constant(w.q_bias_Hd), k + constant(w.k_bias_Gd)
+    if w.v_bias_Gd is not None:
+        v = v + constant(w.v_bias_Gd)
+    return AttentionWeights(q, k, v, w.o_DHd)
 
 
 @dataclass(frozen=True)
@@ -54,7 +103,9 @@ class Components:
     distances_T: Tensor
 
 
-def _complex_rows(w_hdD: Tensor) -> Tensor:
+def _complex_rows(w_hdD: Tensor, bias_hd: Tensor | None = None) -> Tensor:
+    if bias_hd is not None:
+        w_hdD = torch.cat([w_hdD, bias_hd[..., None]], dim=-1)
     re, im = w_hdD.chunk(2, dim=1)
     return torch.complex(re, im)
 
@@ -72,10 +123,10 @@ def key_components(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationS
         stats: Second moments of its inputs and attended distances.
     """
     assert stats.distances_HT is not None
-    second = stats.second_moment_DD.to(torch.complex128)
-    k_FGD = _complex_rows(w.k_GdD).transpose(0, 1)
+    second = (stats.second_moment_DD if w.q_bias_Hd is None else stats.affine_moment).to(torch.complex128)
+    k_FGD = _complex_rows(w.k_GdD, w.k_bias_Gd).transpose(0, 1)
     moment_FGG = k_FGD @ second @ k_FGD.mH
-    q_HFD = _complex_rows(w.q_HdD)
+    q_HFD = _complex_rows(w.q_HdD, w.q_bias_Hd)
     q_energy_HF = torch.einsum("hfD,DE,hfE->hf", q_HFD, second, q_HFD.conj()).real
     weight_FG = q_energy_HF.unflatten(0, (spec.num_kv_heads, spec.group_size)).sum(1).T.clamp_min(1e-30)
     root_FG = weight_FG.sqrt()
@@ -104,6 +155,35 @@ def rung_gains(c: Components, rungs_J: Tensor) -> Tensor:
     return (constant_F - mismatch_JF)[..., None] * c.energy_FG
 
 
+def dearest(c: Components, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` components that cost most to give up, wherever they lie, each at its own frequency.
+
+    Returns:
+        ``[J, 2]`` of (frequency, component), fastest first, and the frequencies ``[J]``.
+    """
+    constant_F = 1 - expected_rotation(c.frequencies_F, c.distances_T[None])[0].abs().square()
+    cost_Fc = constant_F[:, None] * c.energy_FG
+    heads = cost_Fc.shape[1]
+    # A stable sort: equal costs must not depend on the machine.
+    chosen_J = cost_Fc.flatten().argsort(descending=True, stable=True)[:count].sort().values
+    at_J2 = torch.stack([chosen_J // heads, chosen_J % heads], dim=1)
+    return at_J2, c.frequencies_F[at_J2[:, 0]]
+
+
+def on_ladder(c: Components, rungs_J: Tensor) -> tuple[Tensor, Tensor]:
+    """The best component for each rung: ``[J, 2]`` of (frequency, component), and the rungs."""
+    return assign_rungs(rung_gains(c, rungs_J)), rungs_J
+
+
+def rope_cost(c: Components, rungs_J: Tensor) -> float:
+    """Energy of the logits that is lost with the best components on these rungs, all heads together."""
+    constant_F = 1 - expected_rotation(c.frequencies_F, c.distances_T[None])[0].abs().square()
+    gain_JFG = rung_gains(c, rungs_J)
+    at = assign_rungs(gain_JFG)
+    kept = gain_JFG[torch.arange(len(at)), at[:, 0], at[:, 1]].clamp_min(0).sum()
+    return float((constant_F[:, None] * c.energy_FG).sum() - kept)
+
+
 def assign_rungs(gain_JFG: Tensor) -> Tensor:
     """One component for every rung, the largest gain first: ``[J, 2]`` of (frequency, component)."""
     left_Jc = gain_JFG.flatten(1).clone()
@@ -116,36 +196,52 @@ def assign_rungs(gain_JFG: Tensor) -> Tensor:
     return torch.stack([chosen_J // heads, chosen_J % heads], dim=1)
 
 
-def position_aware_split(w: AttentionWeights, spec: AttentionSpec, c: Components, rungs_J: Tensor) -> RopeSplit:
-    """Split a layer's keys: the best component for each rung rotates, the rest takes its constant.
+def position_aware_split(
+    w: AttentionWeights, spec: AttentionSpec, c: Components, at_J2: Tensor, rungs_J: Tensor
+) -> RopeSplit:
+    """Split a layer's keys: the chosen components rotate, the rest takes its constant.
 
     Args:
         w: The layer, float64.
         spec: Its description.
         c: Its components.
+        at_J2: (frequency, component) on each rung.
         rungs_J: Frequencies of the shared key.
     """
     G, s, d = spec.num_kv_heads, spec.group_size, spec.head_dim
-    k_GFD, q_HFD = _complex_rows(w.k_GdD), _complex_rows(w.q_HdD)
-    at = assign_rungs(rung_gains(c, rungs_J))
+    k_GFD, q_HFD = _complex_rows(w.k_GdD, w.k_bias_Gd), _complex_rows(w.q_HdD, w.q_bias_Hd)
+    at_F, at_c = at_J2.unbind(1)
     # κ = Σ_g conj(v_g) sqrt(a_g) k_g, read back as v_g / sqrt(a_g).
-    axis_JG = c.axes_FGG[at[:, 0], :, at[:, 1]]
-    root_JG = c.weight_FG[at[:, 0]].sqrt()
-    kappa_JD = torch.einsum("jg,gjD->jD", axis_JG.conj() * root_JG, k_GFD[:, at[:, 0]])
+    axis_JG = c.axes_FGG[at_F, :, at_c]
+    root_JG = c.weight_FG[at_F].sqrt()
+    kappa_JD = torch.einsum("jg,gjD->jD", axis_JG.conj() * root_JG, k_GFD[:, at_F])
     read_JG = axis_JG / root_JG
     size = root_JG.square().mean(1, keepdim=True).sqrt()
     kappa_JD, read_JG = kappa_JD / size, read_JG * size
-    q_rope_HJD = q_HFD[:, at[:, 0]] * read_JG.conj().T.repeat_interleave(s, dim=0)[..., None]
+    q_rope_HJD = q_HFD[:, at_F] * read_JG.conj().T.repeat_interleave(s, dim=0)[..., None]
     residual_GFD = k_GFD.clone()
-    for j, f in enumerate(at[:, 0].tolist()):
+    for j, f in enumerate(at_F.tolist()):
         residual_GFD[:, f] -= read_JG[j][:, None] * kappa_JD[j]
-    q_nope_HFD = c.rho_HF[..., None] * q_HFD
-    k_rope_1RD = _real_rows(kappa_JD[None])
-    return RopeSplit(
-        q_nope_HND=_real_rows(q_nope_HFD),
+    split = RopeSplit(
+        q_nope_HND=_real_rows(c.rho_HF[..., None] * q_HFD),
         q_rope_HRD=_real_rows(q_rope_HJD),
         k_nope_CD=_real_rows(residual_GFD).flatten(0, 1),
-        read_UNC=torch.eye(G * d, dtype=torch.float64).view(G, d, G * d),
-        k_rope_PRD=k_rope_1RD,
+        read_UNC=torch.eye(G * d, dtype=torch.float64, device=k_GFD.device).view(G, d, G * d),
+        k_rope_PRD=_real_rows(kappa_JD[None]),
         frequencies_PF=rungs_J[None],
+    )
+    return split if w.q_bias_Hd is None else _without_ones(split)
+
+
+def _without_ones(split: RopeSplit) -> RopeSplit:
+    """Biases back out of the weights; that of an un-roped key is the same for all keys and drops out of the softmax."""
+    return replace(
+        split,
+        q_nope_HND=split.q_nope_HND[..., :-1],
+        q_rope_HRD=split.q_rope_HRD[..., :-1],
+        k_nope_CD=split.k_nope_CD[:, :-1],
+        k_rope_PRD=split.k_rope_PRD[..., :-1],
+        q_nope_bias_HN=split.q_nope_HND[..., -1],
+        q_rope_bias_HR=split.q_rope_HRD[..., -1],
+        k_rope_bias_PR=split.k_rope_PRD[..., -1],
     )

@@ -9,16 +9,17 @@ N sequences, T tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from latentize.attention.latent import LatentWeights, cache_rows, output, queries
-from latentize.attention.module import prefill
+from latentize.attention.latent import LatentWeights
+from latentize.attention.module import LatentAttention
+from latentize.convert.descent import Descent, batches
 
-__all__ = ["Refinement", "batches", "expand_heads", "refine", "trainable"]
+__all__ = ["Refinement", "expand_heads", "refine", "refined"]
 
 
 @dataclass(frozen=True)
@@ -26,29 +27,22 @@ class Refinement:
     """How a layer is refined.
 
     Attributes:
-        steps: Adam steps.
+        steps: At most so many.
         batch: Sequences a step.
-        rate: Step of each tensor, in units of its root mean square.
+        rate: Size of a full step, relative to each tensor.
         warmup: Steps of linear warm-up; then a linear decay to zero.
         seed: Order of the sequences.
+        probe: Sequences that are not learnt from and tell whether it helped; at most an eighth of all.
+        enough: Relative error at which nothing is left to gain.
     """
 
-    steps: int = 80
+    steps: int = 30
     batch: int = 8
-    rate: float = 0.03
-    warmup: int = 10
+    rate: float = 0.02
+    warmup: int = 5
     seed: int = 0
-
-    def factor(self, step: int) -> float:
-        """Share of the full step at ``step``."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        return (self.steps - step) / max(1, self.steps - self.warmup)
-
-
-def trainable(w: LatentWeights) -> dict[str, Tensor]:
-    """The projections of a layer, by field name."""
-    return {n: t for n, t in vars(w).items() if isinstance(t, Tensor) and n != "frequencies_PF"}
+    probe: int = 8
+    enough: float = 1e-6
 
 
 def expand_heads(w: LatentWeights) -> LatentWeights:
@@ -59,53 +53,59 @@ def expand_heads(w: LatentWeights) -> LatentWeights:
     )
 
 
-def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless shuffled batches of sequence numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count - count % min(size, count)].split(min(size, count))
-
-
-def forward(x_BTD: Tensor, w: LatentWeights) -> Tensor:
-    """The layer's output on whole sequences, by fused attention."""
-    positions = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
-    q_nope, q_rope = queries(x_BTD, w, positions)
-    c, k_rope = cache_rows(x_BTD, w, positions)
-    return output(prefill(q_nope, q_rope, c, k_rope, w), w)
+def refined(attention: LatentAttention, start: LatentWeights) -> LatentWeights:
+    """The weights of a trained module, with the frequencies of ``start`` in their full precision."""
+    w = attention.weights()
+    detached = {n: t.detach().clone() for n, t in vars(w).items() if isinstance(t, Tensor)}
+    return replace(w, **{**detached, "frequencies_PF": start.frequencies_PF})
 
 
 def refine(
-    w: LatentWeights, x_NTD: Tensor, target_NTD: Tensor, how: Refinement, *, autocast: bool = False
+    w: LatentWeights,
+    inputs: Callable[[Tensor], Tensor],
+    target_NTD: Tensor,
+    how: Refinement,
+    *,
+    autocast: bool = False,
 ) -> LatentWeights:
     """Minimise ``‖attn(x) - target‖²`` relative to the target's variance.
 
     Args:
         w: The start.
-        x_NTD: Normalised inputs of the layer.
+        inputs: From sequence numbers to normalised inputs of the layer, ``[B, T, D]``.
         target_NTD: What its attention should add to the residual stream.
         how: Steps and rates.
         autocast: Multiply in bfloat16.
 
     Returns:
-        float32 weights.
+        float32 weights; those of the start where no step was an improvement.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
     """
-    parameters = {n: t.to(torch.float32).clone().requires_grad_(True) for n, t in trainable(w).items()}
-    groups = [
-        {"params": [t], "rms": float(t.detach().square().mean().sqrt())} for t in parameters.values() if t.numel()
-    ]
-    optimiser = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-    w = replace(w, **parameters, frequencies_PF=w.frequencies_PF.to(torch.float32))
-    scale = 1 / float(target_NTD.var())
-    for step, rows in zip(range(how.steps), batches(len(x_NTD), how.batch, how.seed), strict=False):
-        with torch.autocast(x_NTD.device.type, torch.bfloat16, enabled=autocast):
-            made_BTD = forward(x_NTD[rows], w)
-        loss = (made_BTD.float() - target_NTD[rows]).square().mean() * scale
-        gradients = torch.autograd.grad(loss, [t for t in parameters.values() if t.numel()])
+    start = w.to(torch.float32)
+    attention = LatentAttention.from_weights(start).requires_grad_(True)
+    descent = Descent(list(attention.parameters()), rate=how.rate, steps=how.steps, warmup=how.warmup)
+    scale = 1 / max(float(target_NTD.float().var()), 1e-30)
+
+    def error(rows: Tensor) -> Tensor:
+        x_BTD = inputs(rows)
+        with torch.autocast(x_BTD.device.type, torch.bfloat16, enabled=autocast):
+            made_BTD = attention(x_BTD)[0]
+            return (made_BTD.float() - target_NTD[rows].float()).square().mean() * scale
+
+    count = len(target_NTD)
+    learnt = count - min(how.probe, count // 8)
+    probe = torch.arange(learnt, count) if learnt < count else torch.arange(count)
+    with torch.no_grad():
+        before = float(error(probe))
+    if before < how.enough:
+        return start
+    for step, rows in zip(range(how.steps), batches(learnt, how.batch, how.seed), strict=False):
+        with torch.enable_grad():
+            loss = error(rows)
         if not math.isfinite(float(loss.detach())):
             raise FloatingPointError(f"refinement diverged at step {step}")
-        for group, gradient in zip(optimiser.param_groups, gradients, strict=True):
-            group["params"][0].grad = gradient
-            group["lr"] = how.rate * how.factor(step) * group["rms"]
-        optimiser.step()
-    return replace(w, **{n: t.detach() for n, t in parameters.items()})
+        descent.step(loss)
+    with torch.no_grad():
+        return refined(attention, w) if float(error(probe)) < before else start

@@ -57,14 +57,6 @@ def attention_weights(tensors: dict[str, Tensor], spec: ModelSpec) -> AttentionW
 
 
 @dataclass
-class Recorded:
-    """What entered and left an attention, a list of ``[B, T, D]``."""
-
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-
-
-@dataclass
 class SourceLayer:
     """One decoder layer in memory.
 
@@ -72,6 +64,7 @@ class SourceLayer:
         index: Its number.
         tensors: As stored, by name without the layer's prefix.
         weights: Its attention, in float32.
+        fast_matmul: Whether bfloat16 is faster here, for what does not need more.
     """
 
     index: int
@@ -80,10 +73,14 @@ class SourceLayer:
     _module: nn.Module
     _rotary: Callable[..., Any]
     _autocast: bool = False
+    fast_matmul: bool = False
 
-    def _call(self, module: nn.Module, hidden_BTD: Tensor) -> Any:
+    def _call(self, module: nn.Module, hidden_BTD: Tensor, *, fast: bool = False) -> Any:
         positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
-        with torch.autocast(hidden_BTD.device.type, torch.bfloat16, enabled=self._autocast):
+        # Within somebody else's autocast it stays as that is.
+        kind = hidden_BTD.device.type
+        narrow = self._autocast or torch.is_autocast_enabled(kind) or (fast and self.fast_matmul)
+        with torch.autocast(kind, torch.bfloat16, enabled=narrow):
             return module(
                 hidden_states=hidden_BTD,
                 attention_mask=None,
@@ -91,9 +88,52 @@ class SourceLayer:
                 position_embeddings=self._rotary(hidden_BTD, positions),
             )
 
-    def attend(self, attention: nn.Module, x_BTD: Tensor) -> Tensor:
-        """What ``attention`` makes of normalised hidden states."""
-        return self._call(attention, x_BTD)[0]
+    def normalise(self, hidden_BTD: Tensor) -> Tensor:
+        """What the layer's attention sees of the residual stream."""
+        norm = self._module.input_layernorm
+        assert isinstance(norm, nn.Module)
+        return norm(hidden_BTD)
+
+    def with_attention(self, attention: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The layer as a differentiable function, with another attention."""
+        self._module.self_attn = attention
+        return lambda hidden_BTD: self._call(self._module, hidden_BTD)
+
+    @torch.no_grad()
+    def stream(
+        self, hidden_NTD: Tensor, attention: nn.Module | None = None, *, fast: bool = False
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Advance hidden states through the layer, in place and part by part.
+
+        Args:
+            hidden_NTD: Hidden states that enter it; each part holds those that leave it once it was yielded.
+            attention: Stands in for the layer's own attention.
+            fast: May multiply in bfloat16, where the machine is faster at it.
+
+        Yields:
+            Which sequences, the attention's normalised input, and the residual stream after the attention.
+        """
+        size, original = max(1, _TOKENS_AT_ONCE // hidden_NTD.shape[1]), self._module.self_attn
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple, kwargs: dict, result: tuple[Tensor, Any]) -> None:
+            kept[:] = [kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], result[0]]
+
+        current = attention or original
+        assert isinstance(current, nn.Module)
+        self._module.self_attn = current
+        hook = current.register_forward_hook(keep, with_kwargs=True)
+        try:
+            for start in range(0, len(hidden_NTD), size):
+                part = hidden_NTD[start : start + size]
+                after = self._call(self._module, part, fast=fast)
+                x_BTD, y_BTD = kept
+                residual = part + y_BTD
+                part.copy_(after)
+                yield slice(start, start + size), x_BTD, residual
+        finally:
+            self._module.self_attn = original
+            hook.remove()
 
     def with_kv_heads(self, w: AttentionWeights, repeat: int) -> nn.Module:
         """The layer's attention with other keys and values, each head of ``w`` serving ``repeat`` of its own."""
@@ -108,35 +148,16 @@ class SourceLayer:
         assert isinstance(attention, nn.Module)
         return attention
 
-    @torch.no_grad()
-    def run(self, hidden_NTD: Tensor, *, attention: nn.Module | None = None, record: bool = False) -> Recorded:
-        """Advance hidden states through the layer, in place.
+    def run(self, hidden_NTD: Tensor, attention: nn.Module | None = None, *, fast: bool = False) -> None:
+        """Advance hidden states through the layer, in place; arguments as for :meth:`stream`."""
+        for _ in self.stream(hidden_NTD, attention, fast=fast):
+            pass
 
-        Args:
-            hidden_NTD: Hidden states that enter it; holds those that leave it afterwards.
-            attention: Stands in for the layer's own attention.
-            record: Keep what enters and what leaves the attention.
-        """
-        recorded = Recorded([], [])
-        original = self._module.self_attn
-        if attention is not None:
-            self._module.self_attn = attention
 
-        def keep(_: nn.Module, args: tuple, kwargs: dict, result: tuple[Tensor, Any]) -> None:
-            recorded.inputs.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-            recorded.outputs.append(result[0])
-
-        current = self._module.self_attn
-        assert isinstance(current, nn.Module)
-        hook = current.register_forward_hook(keep, with_kwargs=True) if record else None
-        try:
-            for part in hidden_NTD.split(max(1, _TOKENS_AT_ONCE // hidden_NTD.shape[1])):
-                part.copy_(self._call(self._module, part))
-        finally:
-            self._module.self_attn = original
-            if hook is not None:
-                hook.remove()
-        return recorded
+def _has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16; one that emulates it is slower than with float32."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported and supported())
 
 
 class SourceModel:
@@ -149,6 +170,8 @@ class SourceModel:
 
     Attributes:
         autocast: Whether layers multiply in bfloat16; the residual stream is float32 in any case.
+        fast_matmul: Whether training may too, because the machine is faster at it.
+        large: Whether the model is too big to be trained as a whole without being asked to.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu") -> None:
@@ -156,7 +179,9 @@ class SourceModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.checkpoint, self.spec, self.device = checkpoint, spec, device
-        self.autocast = sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()) > _LARGE
+        self.large = sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()) > _LARGE
+        self.autocast = self.large
+        self.fast_matmul = self.autocast or device != "cpu" or _has_bfloat16()
         config = AutoConfig.from_pretrained(checkpoint.folder)
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
@@ -182,7 +207,7 @@ class SourceModel:
         return table[tokens_NT].to(self.device, torch.float32)
 
     def layers(self) -> Iterator[SourceLayer]:
-        """The decoder layers in order; each is valid until the next is asked for."""
+        """The decoder layers in order; for memory, let go of one before asking for the next."""
         for index, empty in enumerate(self._skeleton.model.layers):
             prefix = self.spec.layer_prefix(index)
             names = [n for n in self.checkpoint.names() if n.startswith(prefix) and "rotary_emb" not in n]
@@ -191,7 +216,13 @@ class SourceModel:
             wide = {name: t.to(self.device, torch.float32) for name, t in stored.items()}
             module.load_state_dict(wide, strict=True, assign=True)
             weights = attention_weights(wide, self.spec)
-            yield SourceLayer(index, stored, weights, module.requires_grad_(False), self._rotary, self.autocast)
+            layer = SourceLayer(
+                index, stored, weights, module.requires_grad_(False), self._rotary, self.autocast, self.fast_matmul
+            )
+            # Nothing here may hold a layer while the next is read.
+            del stored, wide, weights, module
+            yield layer
+            del layer
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """A function from final hidden states ``[n, D]`` to logits ``[n, vocab]``, both float32."""
@@ -200,7 +231,6 @@ class SourceModel:
         tied = "lm_head.weight" not in self.checkpoint
         table = self.checkpoint.load("model.embed_tokens.weight" if tied else "lm_head.weight").to(self.device)
 
-        @torch.no_grad()
         def logits(hidden_nD: Tensor) -> Tensor:
             normed_nD = norm(hidden_nD)
             # The table is wide and stays as it is stored; only slices of it are ever float32.

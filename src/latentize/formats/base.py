@@ -33,6 +33,8 @@ class FormatWriter(ABC):
 
     def __init__(self, folder: OutputFolder, checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> None:
         self.folder, self.checkpoint, self.spec, self.dtype = folder, checkpoint, spec, dtype
+        # Base of the roped key's frequencies; a method may choose another.
+        self.rope_theta = spec.attention.rope.theta
 
     @abstractmethod
     def saved(self, result: LayerResult) -> LatentWeights: ...

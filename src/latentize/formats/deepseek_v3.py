@@ -52,14 +52,14 @@ def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
         reasons.append("the method leaves no un-roped part, DeepSeek's layout needs one")
     elif setting.selection not in (None, "uniform"):
         reasons.append(f"'{setting.selection}' selection leaves frequencies that are not one ladder")
-    if a.qkv_bias or a.o_bias:
+    if setting.method == "calibrated" and setting.stride is None:
+        reasons.append("each layer keeps frequencies of its own, DeepSeek's layout has one ladder for all")
+    if (a.qkv_bias or a.o_bias) and not setting.linear:
         reasons.append("the attention has biases, DeepSeek's layout has none")
-    if a.qk_norm:
+    if a.qk_norm and not setting.linear:
         reasons.append("queries and keys are normalised per head, which is not linear")
-    if not a.rope.is_plain:
+    if not a.rope.is_plain and setting.stride is None:
         reasons.append(f"RoPE is scaled ('{a.rope.rope_type}'), which engines read in different ways")
-    if a.rope.rotary_dim != a.head_dim:
-        reasons.append("only a part of each head is rotated")
     if model.config.get("mlp_bias"):
         reasons.append("the MLP has biases, DeepSeek's has none")
     return reasons
@@ -221,8 +221,7 @@ class DeepseekWriter(FormatWriter):
 
     def config(self) -> dict[str, Any]:
         source, a, latent = self.spec.config, self.spec.attention, self._latent
-        # The ladder of R / 2 rungs that takes every (d / R)-th frequency has the source's own base.
-        theta = a.rope.theta
+        theta = self.rope_theta
         kept = ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "initializer_range")
         return {
             "architectures": ["DeepseekV3ForCausalLM"],

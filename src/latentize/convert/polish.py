@@ -1,0 +1,144 @@
+"""Polish: a few steps on what the whole converted model predicts, after its layers were refined one by one.
+
+All attention projections learn together from ``KL(source ‖ model)`` on the calibration text, without labels, as
+healing would, but for seconds. The whole model is in memory, so this is for models that fit.
+
+N sequences, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentize.attention.latent import LatentWeights
+from latentize.attention.module import LatentAttention
+from latentize.convert.descent import Descent, batches
+from latentize.convert.refine import refined
+from latentize.convert.source import SourceModel
+
+__all__ = ["Polish", "divergence", "polish"]
+
+# Bounds the float32 logits that exist at once.
+_LOGIT_BYTES = 1 << 27
+
+
+@dataclass(frozen=True)
+class Polish:
+    """How the whole model is polished.
+
+    Attributes:
+        steps: Steps.
+        batch: Sequences a step.
+        rate: Size of a full step, relative to each tensor.
+        warmup: Steps of linear warm-up; then a linear decay to zero.
+        seed: Order of the sequences.
+        look: Steps between two looks at held-out text; the best of what was seen is kept.
+    """
+
+    steps: int = 60
+    batch: int = 8
+    rate: float = 0.006
+    warmup: int = 5
+    seed: int = 0
+    look: int = 20
+
+
+def divergence(
+    hidden_nD: Tensor, reference_nD: Tensor, head: Callable[[Tensor], Tensor], *, at_once: int
+) -> tuple[float, Tensor]:
+    """Mean ``KL(reference ‖ model)`` in nats per token, and its gradient by the hidden states.
+
+    Logits, and what is derived from them, exist for ``at_once`` tokens at a time.
+
+    Args:
+        hidden_nD, reference_nD: Hidden states that leave the last layer.
+        head: From those to logits.
+        at_once: Tokens.
+    """
+    total, gradients = 0.0, []
+    for part_nD, reference in zip(hidden_nD.detach().split(at_once), reference_nD.split(at_once), strict=True):
+        log_p_nV = head(reference).float().log_softmax(-1)
+        part_nD.requires_grad_(True)
+        with torch.enable_grad():
+            logits_nV = head(part_nD)
+        log_q_nV = logits_nV.detach().float().log_softmax(-1)
+        p_nV = log_p_nV.exp()
+        total += float((p_nV * log_p_nV.sub_(log_q_nV)).sum())
+        # The gradient by the logits is the difference of the two distributions.
+        by_logits_nV = log_q_nV.exp_().sub_(p_nV).div_(len(hidden_nD))
+        gradients += torch.autograd.grad(logits_nV, part_nD, by_logits_nV.to(logits_nV.dtype))
+    return total / len(hidden_nD), torch.cat(gradients)
+
+
+def polish(
+    source: SourceModel,
+    weights: Sequence[LatentWeights],
+    tokens_NT: Tensor,
+    teacher_NTD: Tensor,
+    check_NT: Tensor,
+    how: Polish,
+    progress: Callable[..., None],
+) -> list[LatentWeights]:
+    """Train all attention layers together.
+
+    Args:
+        source: The model that was converted.
+        weights: Its converted layers, the start.
+        tokens_NT: Calibration tokens.
+        teacher_NTD: Hidden states that leave the source's last layer on these tokens.
+        check_NT: Tokens that are not learnt from and tell whether it helps.
+        how: Steps and rates.
+        progress: Told after each step.
+
+    Returns:
+        float32 weights of every layer.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    attentions = [LatentAttention.from_weights(w.to(torch.float32)).requires_grad_(True) for w in weights]
+    check_NTD, layers = source.embed(check_NT), []
+    for layer, attention in zip(source.layers(), attentions, strict=True):
+        layer.run(check_NTD)
+        layers.append(layer.with_attention(attention))
+    embedded_NTD, embedded_check_NTD, head = source.embed(tokens_NT), source.embed(check_NT), source.head()
+    at_once = max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
+    parameters = [p for a in attentions for p in a.parameters()]
+    descent = Descent(parameters, rate=how.rate, steps=how.steps, warmup=how.warmup)
+
+    def run(hidden_BTD: Tensor) -> Tensor:
+        for layer in layers:
+            hidden_BTD = layer(hidden_BTD)
+        return hidden_BTD.flatten(0, 1)
+
+    def look() -> float:
+        total = 0.0
+        for part, teacher in zip(embedded_check_NTD.split(how.batch), check_NTD.split(how.batch), strict=True):
+            with torch.no_grad():
+                hidden_nD = run(part)
+            value, _ = divergence(hidden_nD, teacher.flatten(0, 1), head, at_once=at_once)
+            total += value * len(part) / len(embedded_check_NTD)
+        return total
+
+    best, kept = look(), [p.detach().clone() for p in parameters]
+    for step, rows in zip(range(how.steps), batches(len(tokens_NT), how.batch, how.seed), strict=False):
+        with torch.autocast(tokens_NT.device.type, torch.bfloat16, enabled=source.fast_matmul):
+            with torch.enable_grad():
+                hidden_nD = run(embedded_NTD[rows])
+            value, by_hidden_nD = divergence(hidden_nD, teacher_NTD[rows].flatten(0, 1), head, at_once=at_once)
+        if not math.isfinite(value):
+            raise FloatingPointError(f"polishing diverged at step {step}")
+        descent.step(hidden_nD, by_hidden_nD)
+        if (step + 1) % how.look == 0 or step + 1 == how.steps:
+            seen = look()
+            if seen < best:
+                best, kept = seen, [p.detach().clone() for p in parameters]
+        progress("polishing", step + 1, how.steps, f"KL {value:.4f}, held out {best:.4f}")
+    for parameter, value in zip(parameters, kept, strict=True):
+        parameter.data.copy_(value)
+    return [refined(a, w) for a, w in zip(attentions, weights, strict=True)]
