@@ -43,10 +43,10 @@ CONFIG = {
 SHARDS = 3
 # Half of the cache. One setting, so that no candidates have to be compared: memory is the same, minutes are saved.
 RECIPE = """
-method: transmla
+method: calibrated
+fast: true
 kv_lora_rank: 448
 qk_rope_head_dim: 64
-freqfold: 4
 evaluation_tokens: 4096
 """
 

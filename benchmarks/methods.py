@@ -3,7 +3,7 @@
     python benchmarks/methods.py                                  # the bundled model
     python benchmarks/methods.py --model /tmp/mha --out /tmp/r    # another one
 
-Writes ``benchmarks/results/methods-<model>.json`` and prints the table as Markdown. Each conversion is written
+Writes ``benchmarks/results/methods-<model>.json``, where rows that are not made again stay, and prints the table as Markdown. Each conversion is written
 to disk and measured by ``latentize eval`` on what transformers loads, never on the converter's own word.
 """
 
@@ -23,8 +23,12 @@ import latentize
 from latentize.errors import OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
+TODAY = datetime.date.today().isoformat()
 BUDGETS = ("50%", "25%", "12.5%")
 ROWS: dict[str, dict[str, Any]] = {
+    "calibrated": {},
+    "calibrated --fast": {"fast": True},
+    "calibrated, native": {"format": "native"},
     "mha2mla": {"method": "mha2mla"},
     "transmla": {"method": "transmla"},
     "care": {"method": "care"},
@@ -82,26 +86,37 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-llama-gqa")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens")
-    parser.add_argument("--budgets", nargs="+", default=BUDGETS)
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS, choices=BUDGETS)
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--data", nargs="*", default=(), help="calibration text; the standard library by default")
     args = parser.parse_args()
-    rows = []
+    path = args.out / f"methods-{args.model.name}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for keep in args.budgets:
         for name in args.methods:
-            rows.append(measure(args.model, name, keep, args.tokens, tuple(args.data)))
-            print(json.dumps(rows[-1]), flush=True)
+            new = {**measure(args.model, name, keep, args.tokens, tuple(args.data)), "date": TODAY}
+            print(json.dumps(new), flush=True)
+            rows = [r for r in rows if (r["method"], r["keep"]) != (name, keep)] + [new]
+            save(path, args.model.name, rows)
+    print(markdown(sort(rows)))
+
+
+def sort(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda r: (BUDGETS.index(r["keep"]), list(ROWS).index(r["method"])))
+
+
+def save(path: Path, model: str, rows: list[dict[str, Any]]) -> None:
+    """Rows of earlier runs stay, each with the day that it was made on."""
+    measured = next((r for r in rows if "refused" not in r), {})
     result = {
-        "model": args.model.name,
-        "date": datetime.date.today().isoformat(),
+        "model": model,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "source_perplexity": next(r["reference_perplexity"] for r in rows if "refused" not in r),
-        "evaluation_tokens": next(r["tokens"] for r in rows if "refused" not in r),
-        "rows": rows,
+        "source_perplexity": measured.get("reference_perplexity"),
+        "evaluation_tokens": measured.get("tokens"),
+        "rows": sort(rows),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"methods-{args.model.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(markdown(rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

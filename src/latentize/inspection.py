@@ -89,14 +89,16 @@ def inspect(model: str) -> dict[str, Any]:
     spec = model_spec(checkpoint.config)
     checkpoint.check_tensors(spec.tensor_shapes(), ignore=["lm_head.weight"] if spec.tied else [])
     methods = []
-    for method in ("transmla", "care", "mha2mla"):
+    for method in ("calibrated", "transmla", "care", "mha2mla"):
         try:
             allowed = settings(Recipe.build(method=method), spec.attention)
         except LatentizeError as error:
             methods.append({"method": method, "result": "refused", "why": error.what})
             continue
-        reasons = min((portable_reasons(spec, setting) for setting in allowed), key=len)
-        methods.append({"method": method, "result": "native" if reasons else "deepseek_v3", "why": "; ".join(reasons)})
+        nearest = min(allowed, key=lambda setting: len(portable_reasons(spec, setting)))
+        reasons = portable_reasons(spec, nearest)
+        why = "; ".join(reasons or nearest.approximations(spec.attention))
+        methods.append({"method": method, "result": "native" if reasons else "deepseek_v3", "why": why})
     parameters = 0
     for name in checkpoint.names():
         count = 1

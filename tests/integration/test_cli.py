@@ -117,8 +117,10 @@ def test_generate(ok: Ask, converted: tuple[Path, dict[str, Any]]) -> None:
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-@pytest.mark.parametrize(("family", "methods"), [("llama", ["deepseek_v3", "deepseek_v3", "native"]), ("qwen3", None)])
-def test_inspect(ok: Ask, source: Callable[..., Path], family: str, methods: list[str] | None) -> None:
+@pytest.mark.parametrize(
+    ("family", "others"), [("llama", ["deepseek_v3", "deepseek_v3", "native"]), ("qwen3", ["refused"] * 3)]
+)
+def test_inspect(ok: Ask, source: Callable[..., Path], family: str, others: list[str]) -> None:
     result = ok("inspect", source(family, 2))
     assert result["model_type"] == family
     assert (result["attention"], result["layers"], result["head_dim"]) == ("GQA", 2, 16)
@@ -127,8 +129,9 @@ def test_inspect(ok: Ask, source: Callable[..., Path], family: str, methods: lis
     assert result["qk_norm"] == (family == "qwen3")
     attention = 64 * 64 * 2 + 2 * 64 * 32 + (32 if family == "qwen3" else 0)
     assert result["parameters"] == 2 * 257 * 64 + 64 + 2 * (attention + 3 * 64 * 96 + 2 * 64)
-    assert [entry["method"] for entry in result["methods"]] == ["transmla", "care", "mha2mla"]
-    assert [entry["result"] for entry in result["methods"]] == (methods or ["refused"] * 3)
+    assert [entry["method"] for entry in result["methods"]] == ["calibrated", "transmla", "care", "mha2mla"]
+    assert [entry["result"] for entry in result["methods"]] == ["deepseek_v3", *others]
+    assert ("linear fit (approximate)" in result["methods"][0]["why"]) == (family == "qwen3")
     assert all(entry["why"] for entry in result["methods"] if entry["result"] != "deepseek_v3")
 
 

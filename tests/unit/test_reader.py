@@ -91,6 +91,8 @@ def test_a_whole_checkpoint_opens_and_reads_as_saved(saved: dict[str, Path], kin
     for name, tensor in stored.items():
         assert checkpoint.shape(name) == tuple(tensor.shape)
         assert torch.equal(checkpoint.load(name), tensor)
+        some = [len(tensor) - 1, 0, 1, 1]
+        assert torch.equal(checkpoint.load_rows(name, some), tensor[some])
     assert "no.such.tensor" not in checkpoint
     with pytest.raises(CheckpointError, match=r"no\.such\.tensor"):
         checkpoint.load("no.such.tensor")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -211,8 +211,6 @@ class Checkpoint:
         """
         if name not in self:
             raise CheckpointError("a tensor is missing", where=f"{self.folder}, tensor {name}")
-        import torch
-
         path, entry = self._file_of[name], self._entry[name]
         begin, end = entry["data_offsets"]
         # Read, not mapped: mapped pages would stay in memory as long as the file is open.
@@ -220,12 +218,32 @@ class Checkpoint:
         with path.open("rb") as stream:
             stream.seek(self._data_start[path] + begin)
             stream.readinto(buffer)
-        dtype = getattr(torch, _TORCH_NAMES[entry["dtype"]])
+        return self._tensor(name, buffer, entry["shape"])
+
+    def load_rows(self, name: str, rows: Sequence[int]) -> Any:
+        """Some rows of a matrix, in the order asked for; the others are not read.
+
+        Raises:
+            CheckpointError: as :meth:`load`, for these rows.
+        """
+        path, entry = self._file_of[name], self._entry[name]
+        begin, end = entry["data_offsets"]
+        count, *rest = entry["shape"]
+        size = (end - begin) // count
+        buffer = bytearray(size * len(rows))
+        view = memoryview(buffer)
+        with path.open("rb") as stream:
+            for place, row in enumerate(rows):
+                stream.seek(self._data_start[path] + begin + row * size)
+                stream.readinto(view[place * size : (place + 1) * size])
+        return self._tensor(name, buffer, [len(rows), *rest])
+
+    def _tensor(self, name: str, buffer: bytearray, shape: list[int]) -> Any:
+        import torch
+
+        dtype = getattr(torch, _TORCH_NAMES[self._entry[name]["dtype"]])
         tensor = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-        tensor = tensor.view(entry["shape"])
         # In parts: a sum in float32 makes a float32 copy of what it sums.
-        if tensor.is_floating_point() and not all(
-            _is_finite(part) for part in tensor.flatten().split(_CHECKED_AT_ONCE)
-        ):
-            raise CheckpointError("the tensor holds NaN or infinity", where=f"{path}, tensor {name}")
-        return tensor
+        if tensor.is_floating_point() and not all(_is_finite(part) for part in tensor.split(_CHECKED_AT_ONCE)):
+            raise CheckpointError("the tensor holds NaN or infinity", where=f"{self._file_of[name]}, tensor {name}")
+        return tensor.view(shape)

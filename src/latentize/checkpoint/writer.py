@@ -21,7 +21,7 @@ from latentize.errors import OutputError
 __all__ = ["OutputFolder"]
 
 # What gathers in memory before it is written; so files are smaller than is usual.
-SHARD_BYTES = 512 << 20
+SHARD_BYTES = 256 << 20
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -322,7 +322,9 @@ class _LayerByLayer:
         self, source: SourceModel, setting: Setting, sink: Sink, calibration_NT: Tensor, refinement: Refinement | None
     ) -> None:
         self.own_NTD: Tensor | None = source.embed(calibration_NT)
-        self.draft: _Draft | None = _Draft(setting, source.spec.attention, refinement, self.own_NTD)
+        # Without refinement nothing is learnt from the converted stream but how large its latents get.
+        few = len(calibration_NT) if refinement else max(1, _RMS_TOKENS // calibration_NT.shape[1])
+        self.draft: _Draft | None = _Draft(setting, source.spec.attention, refinement, self.own_NTD[:few])
         self.setting, self.sink, self.spec = setting, sink, source.spec.attention
 
     def weights(self, layer: SourceLayer) -> tuple[LatentWeights, LatentWeights]:

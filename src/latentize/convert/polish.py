@@ -40,12 +40,12 @@ class Polish:
         look: Steps between two looks at held-out text; the best of what was seen is kept.
     """
 
-    steps: int = 60
+    steps: int = 30
     batch: int = 8
-    rate: float = 0.006
+    rate: float = 0.004
     warmup: int = 5
     seed: int = 0
-    look: int = 20
+    look: int = 10
 
 
 def divergence(

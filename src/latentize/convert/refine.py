@@ -36,9 +36,9 @@ class Refinement:
         enough: Relative error at which nothing is left to gain.
     """
 
-    steps: int = 30
+    steps: int = 70
     batch: int = 8
-    rate: float = 0.02
+    rate: float = 0.05
     warmup: int = 5
     seed: int = 0
     probe: int = 8

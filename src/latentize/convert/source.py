@@ -197,14 +197,16 @@ class SourceModel:
         Raises:
             CheckpointError: a token has no row in the embedding.
         """
-        table = self.checkpoint.load("model.embed_tokens.weight")
-        if int(tokens_NT.max()) >= table.shape[0]:
+        name = "model.embed_tokens.weight"
+        rows = self.checkpoint.shape(name)[0]
+        if int(tokens_NT.max()) >= rows:
             raise CheckpointError(
-                f"the tokenizer makes token {int(tokens_NT.max())}, the embedding has {table.shape[0]} rows",
+                f"the tokenizer makes token {int(tokens_NT.max())}, the embedding has {rows} rows",
                 where=str(self.checkpoint.folder),
                 fix="is this the model's own tokenizer?",
             )
-        return table[tokens_NT].to(self.device, torch.float32)
+        used, which_NT = tokens_NT.cpu().unique(return_inverse=True)
+        return self.checkpoint.load_rows(name, used.tolist()).to(self.device, torch.float32)[which_NT]
 
     def layers(self) -> Iterator[SourceLayer]:
         """The decoder layers in order; for memory, let go of one before asking for the next."""
