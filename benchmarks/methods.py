@@ -3,8 +3,9 @@
     python benchmarks/methods.py                                  # the bundled model
     python benchmarks/methods.py --model /tmp/mha --out /tmp/r    # another one
 
-Writes ``benchmarks/results/methods-<model>.json``, where rows that are not made again stay, and prints the table as Markdown. Each conversion is written
-to disk and measured by ``latentize eval`` on what transformers loads, never on the converter's own word.
+Writes ``benchmarks/results/methods-<model>.json``, where rows that are not made again stay, and prints the table as
+Markdown. Each conversion is written to disk and measured by ``latentize eval`` on what transformers loads, never on
+the converter's own word.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def measure(model: Path, name: str, keep: str, tokens: int, data: tuple[str, ...
         except OptionError as error:
             return {"method": name, "keep": keep, "refused": error.what}
         found = latentize.evaluate(out, model, tokens=tokens)
+        files = json.loads((out / "latentize.json").read_text())["files"]
     sizes = made.get("setting") or {"num_key_value_heads": made["num_key_value_heads"]}
     return {
         "method": name,
@@ -55,6 +57,7 @@ def measure(model: Path, name: str, keep: str, tokens: int, data: tuple[str, ...
         "cache_values_per_token_layer": made["cache_values_per_token_layer"],
         "seconds": made["seconds"],
         "calibration_tokens": made["calibration_tokens"],
+        "weights_sha256": files["model.safetensors"],
         **found,
     }
 

@@ -313,7 +313,8 @@ def _rungs(setting: Setting, spec: AttentionSpec, components: Components) -> tup
     size = setting.qk_rope_head_dim
     if setting.stride is None:
         return dearest(components, size // 2)
-    return on_ladder(components, ladder(spec.rope.theta, spec.head_dim, size, setting.stride))
+    rungs_J = ladder(spec.rope.theta, spec.head_dim, size, setting.stride)
+    return on_ladder(components, rungs_J.to(components.frequencies_F.device))
 
 
 def _split(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> RopeSplit:

@@ -132,7 +132,7 @@ def key_components(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationS
     root_FG = weight_FG.sqrt()
     weighted = root_FG[:, :, None] * moment_FGG * root_FG[:, None, :]
     energy_FG, axes_FGG = eigh(weighted)
-    frequencies = torch.tensor(spec.rope.frequencies, dtype=torch.float64)
+    frequencies = torch.tensor(spec.rope.frequencies, dtype=torch.float64, device=second.device)
     return Components(
         axes_FGG=axes_FGG,
         energy_FG=energy_FG.clamp_min(0),
