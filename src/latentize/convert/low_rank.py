@@ -57,12 +57,12 @@ def key_balance(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats) -> float:
     return float(norm_k / norm_v)
 
 
-def balanced_pca(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int, *, balance: float = 1.0) -> Factors:
-    """PCA of the stacked outputs ``[k / (balance · ρ); v]`` (TransMLA, arXiv 2502.07864, section 4.3: ``balance = 1``).
+def balanced_pca(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int) -> Factors:
+    """PCA of the stacked outputs ``[k / ρ; v]`` (TransMLA, arXiv 2502.07864, section 4.3).
 
     Its damping, a multiple of the identity, does not move eigenvectors and so is left out.
     """
-    rho = balance * key_balance(k_CD, v_ED, stats) if len(k_CD) else 1.0
+    rho = key_balance(k_CD, v_ED, stats) if len(k_CD) else 1.0
     w_oD = torch.cat([k_CD / rho, v_ED])
     axes_or = eigh(stats.moment_of(w_oD))[1][:, :rank]
     return Factors(axes_or.T @ w_oD, rho * axes_or[: len(k_CD)], axes_or[len(k_CD) :])

@@ -39,10 +39,8 @@ __all__ = ["Setting", "convert_layer", "ladder_costs", "pooled_heads", "settings
 _ROPE_SIZES = 3
 _FREQFOLDS = 3
 # Roped keys that the calibrated method tries, in units of a head, and how far apart rungs may lie.
-_ROPE_SHARES = (0.25, 0.5, 0.75, 1.0)
+_ROPE_SHARES = (0.25, 0.375, 0.5, 1.0)
 _STRIDES = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
-# Weight of keys against values in the joint PCA, relative to TransMLA's balance.
-_KEY_BALANCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -331,9 +329,7 @@ def _split(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, se
 
 def _compress(split: RopeSplit, v_ED: torch.Tensor, stats: CalibrationStats, setting: Setting) -> Factors:
     k_CD, rank = split.k_nope_CD, setting.kv_lora_rank
-    if setting.method == "calibrated":
-        return balanced_pca(k_CD, v_ED, stats, rank, balance=_KEY_BALANCE)
-    if setting.method == "transmla":
+    if setting.method in ("calibrated", "transmla"):
         return balanced_pca(k_CD, v_ED, stats, rank)
     if setting.method == "care":
         return whitened_svd(k_CD, v_ED, stats, rank, damping=setting.damping or 0.0)

@@ -259,8 +259,7 @@ def _best_strides(
     for layer in source.layers():
         seen = _observe(layer, spec, hidden_NTD, candidates[0].needs(spec))
         for index, cost in enumerate(ladder_costs(layer.weights, spec, seen.stats, candidates)):
-            # Beyond about one nat a logit is lost, however large its error.
-            costs[index] += cost / (1 + cost)
+            costs[index] += cost
         progress("choosing the ladder", layer.index + 1, source.spec.layers)
         del layer, seen
     best: dict[tuple[int, int], tuple[float, Setting]] = {}
