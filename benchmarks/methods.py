@@ -77,9 +77,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             sizes = f"{s['kv_lora_rank']} + {roped}{s['qk_rope_head_dim']}"
         else:
             sizes = f"{s['num_key_value_heads']} kv head"
+        seconds = "" if r["seconds"] is None else f"{r['seconds']:.1f}"
         lines.append(
             f"| {r['keep']} | {r['method']} | {r['format']} | {sizes} | {r['perplexity']:.2f} | {r['excess_loss']:.3f} "
-            f"| {r['kl']:.3f} | {r['top1_agreement']:.1%} | {r['seconds']:.1f} |"
+            f"| {r['kl']:.3f} | {r['top1_agreement']:.1%} | {seconds} |"
         )
     return "\n".join(lines)
 
