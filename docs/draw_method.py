@@ -15,9 +15,10 @@ import torch
 
 from latentize.api import _tokens, open_source
 from latentize.calibrate.stats import Needed
+from latentize.convert.draft import observe
 from latentize.convert.methods import Setting
-from latentize.convert.pipeline import _best_strides, _observe
 from latentize.convert.position import Components, dearest, key_components, ladder, on_ladder
+from latentize.convert.search import best_strides
 from latentize.convert.source import SourceModel
 from latentize.demo import bundled_model
 from latentize.recipe import Recipe
@@ -100,7 +101,7 @@ def rope_figure() -> str:
     calibration_NT = _tokens(checkpoint.folder, Recipe(tokens=TOKENS)).calibration_NT
     sizes = (a.cache_values // 2 - ROPE_DIM, ROPE_DIM)
     strides = [Setting("calibrated", *sizes, stride=s) for s in (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0)]
-    stride = _best_strides(source, strides, calibration_NT, lambda *_: None)[0].stride
+    stride = best_strides(source, strides, calibration_NT, lambda *_: None)[0].stride
     assert stride is not None
     rungs_J = ladder(a.rope.theta, a.head_dim, ROPE_DIM, stride)
     hidden, parts = source.embed(calibration_NT), []
@@ -108,7 +109,7 @@ def rope_figure() -> str:
     parts.append(f'<text x="0" y="18" style="font-size:14px">{title}</text>')
     pairs, cell, left, top = a.head_dim // 2, 36, 70, 40
     for layer in source.layers():
-        seen = _observe(layer, a, hidden, Needed(distances=True))
+        seen = observe(layer, a, hidden, Needed(distances=True))
         weights = layer.weights.to(torch.float64)
         c = key_components(weights, a, seen.stats)
         y = top + cell * layer.index

@@ -19,17 +19,11 @@ from latentize.calibrate.tokens import pack
 from latentize.checkpoint import Checkpoint, Manifest, OutputFolder, resolve
 from latentize.checkpoint.manifest import sha256
 from latentize.convert.methods import Setting, pooled_heads, settings
-from latentize.convert.pipeline import (
-    Converted,
-    Effort,
-    Progress,
-    choose,
-    convert_latent,
-    convert_pooled,
-    silent,
-)
+from latentize.convert.pipeline import Converted, Effort, convert_latent, convert_pooled
 from latentize.convert.polish import Polish
+from latentize.convert.progress import Progress, silent
 from latentize.convert.refine import Refinement
+from latentize.convert.search import choose
 from latentize.convert.source import SourceModel
 from latentize.errors import ConfigError, FormatError, OptionError, OutputError
 from latentize.families import ModelSpec, model_spec
@@ -238,7 +232,9 @@ class _LatentJob(_Job):
 
     def convert(self, source: SourceModel, text: _Text, progress: Progress) -> Converted:
         effort = _effort(self.recipe, source)
-        best, scores = choose(source, self.candidates, text.calibration_NT, text.selection_NT, effort, progress)
+        best, scores = choose(
+            source, self.candidates, text.calibration_NT, text.selection_NT, self.recipe.refines, progress
+        )
         self.setting = best
         self.writer.rope_theta = best.rope_theta(self.spec.attention)
         self.scores = [{**s.describe(), "selection_kl": kl} for s, kl in scores]

@@ -16,7 +16,7 @@ from rich.table import Table
 from latentize.errors import LatentizeError
 
 if TYPE_CHECKING:
-    from latentize.convert.pipeline import Progress
+    from latentize.convert.progress import Progress
 
 app = typer.Typer(
     help="The same model, a smaller KV cache: turns attention into multi-head latent attention (MLA).",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentize.api import convert, evaluate, generate, verify
-from latentize.convert.pipeline import Progress, silent
+from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, OutputError
 
 __all__ = ["PROMPT", "bundled_model", "demo"]

@@ -10,7 +10,7 @@ N sequences, T tokens, D hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -19,33 +19,20 @@ from torch import Tensor, nn
 from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
-from latentize.calibrate.stats import CalibrationStats, Needed, gather
-from latentize.convert.methods import Setting, convert_layer, ladder_costs
+from latentize.convert.draft import Draft, observe
+from latentize.convert.methods import Setting
 from latentize.convert.polish import Polish, polish
 from latentize.convert.pooling import pool_heads
+from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import Quality, compare_streams
-from latentize.convert.refine import Refinement, expand_heads, refine
+from latentize.convert.refine import Refinement
 from latentize.convert.source import SourceLayer, SourceModel
 from latentize.spec import AttentionSpec
 
-__all__ = ["Converted", "Effort", "LayerResult", "Progress", "Sink", "choose", "convert_latent", "convert_pooled"]
+__all__ = ["Converted", "Effort", "LayerResult", "Sink", "convert_latent", "convert_pooled"]
 
 
-# Ranking settings takes fewer tokens and steps than converting with one.
-_SEARCH_TOKENS = 8192
-_DISTANCE_TOKENS = 16_384
 _RMS_TOKENS = 16_384
-_SEARCH_REFINEMENT = Refinement(steps=12, batch=2, warmup=3)
-
-
-class Progress(Protocol):
-    """Told how far a long step is."""
-
-    def __call__(self, what: str, done: int, total: int, detail: str = "") -> None: ...
-
-
-def silent(what: str, done: int, total: int, detail: str = "") -> None:
-    """A progress that says nothing."""
 
 
 @dataclass(frozen=True)
@@ -117,159 +104,6 @@ def _stream_error(hidden_NTD: Tensor, reference_NTD: Tensor) -> float:
     return wrong / sum(float((r - mean_D).double().square().sum()) for _, r in pairs)
 
 
-@dataclass
-class _Seen:
-    """One layer of the source, as the calibration text saw it.
-
-    Attributes:
-        stats: Statistics of the attention's inputs.
-        residual_NTD: The residual stream after the attention; where it was asked for.
-    """
-
-    stats: CalibrationStats
-    residual_NTD: Tensor | None = None
-
-
-def _observe(
-    layer: SourceLayer, spec: AttentionSpec, hidden_NTD: Tensor, needed: Needed, *, residual: bool = False
-) -> _Seen:
-    """Advance the source's calibration stream through a layer."""
-    kept = torch.empty_like(hidden_NTD) if residual else None
-    total: CalibrationStats | None = None
-    # What is refined does not need the last digits of where it starts.
-    for rows, x_BTD, after_BTD in layer.stream(hidden_NTD, fast=residual):
-        # Distances settle early, and cost more than everything else.
-        enough = total is not None and total.tokens >= _DISTANCE_TOKENS
-        part = gather(x_BTD, layer.weights, spec, replace(needed, distances=needed.distances and not enough))
-        total = part if total is None else total + part
-        if kept is not None:
-            kept[rows] = after_BTD
-    assert total is not None
-    return _Seen(total, kept)
-
-
-class _Draft:
-    """A converted model in the making.
-
-    Args:
-        setting: How layers are converted.
-        spec: What they are.
-        refinement: How they are refined, or ``None``.
-        hidden_NTD: The calibration text as it enters the first layer; copied.
-    """
-
-    def __init__(
-        self, setting: Setting, spec: AttentionSpec, refinement: Refinement | None, hidden_NTD: Tensor
-    ) -> None:
-        self.setting, self.spec, self.refinement = setting, spec, refinement
-        self.hidden_NTD = hidden_NTD.clone()
-
-    def convert(self, layer: SourceLayer, seen: _Seen) -> tuple[LatentWeights, LatentWeights]:
-        """The layer in closed form, and refined."""
-        closed = convert_layer(layer.weights, self.spec, seen.stats, self.setting)
-        if self.refinement is None:
-            return closed, closed
-        hidden_NTD = self.hidden_NTD
-        assert seen.residual_NTD is not None
-        target_NTD = seen.residual_NTD - hidden_NTD
-        refined = refine(
-            expand_heads(closed),
-            lambda rows: layer.normalise(hidden_NTD[rows]),
-            target_NTD,
-            self.refinement,
-            autocast=layer.fast_matmul,
-        )
-        return closed, refined
-
-    def advance(self, layer: SourceLayer, attention: nn.Module) -> None:
-        """Take the calibration text through the converted layer."""
-        layer.run(self.hidden_NTD, attention, fast=self.refinement is not None)
-
-    def latent_rms(self, layer: SourceLayer, w: LatentWeights) -> tuple[float, float]:
-        """Largest and mean root mean square of a token's latent."""
-        down_rD = w.kv_a_rD.float()
-        parts = (layer.normalise(h_TD) @ down_rD.T for h_TD in self.hidden_NTD)
-        squares = torch.cat([c_Tr.square().mean(-1) for c_Tr in parts])
-        return float(squares.max()) ** 0.5, float(squares.mean()) ** 0.5
-
-
-@torch.no_grad()
-def choose(
-    source: SourceModel,
-    candidates: list[Setting],
-    calibration_NT: Tensor,
-    selection_NT: Tensor,
-    effort: Effort | None = None,
-    progress: Progress = silent,
-) -> tuple[Setting, list[tuple[Setting, float]]]:
-    """The candidate nearest to the source on held-out calibration text, and what each scored.
-
-    The stride of a ladder follows from what it costs the logits. Sizes are compared by converting with each, and
-    with a short refinement where layers will be refined: what that can repair, the closed form does not see.
-
-    Args:
-        source: The model.
-        candidates: Settings, the same for all layers.
-        calibration_NT: Tokens for statistics.
-        selection_NT: Tokens to compare on; never those that are reported on.
-        effort: What will be done beyond the closed form.
-        progress: Told after each layer.
-
-    Returns:
-        The best, and ``(setting, KL from the source in nats per token)`` of all that were compared.
-    """
-    calibration_NT = calibration_NT[: max(1, _SEARCH_TOKENS // calibration_NT.shape[1])]
-    if any(setting.stride is not None for setting in candidates):
-        candidates = _best_strides(source, candidates, calibration_NT, progress)
-    if len(candidates) == 1:
-        return candidates[0], []
-    spec = source.spec.attention
-    refinement = None if effort is None or effort.refinement is None else _SEARCH_REFINEMENT
-    own = source.embed(calibration_NT)
-    drafts = [_Draft(setting, spec, refinement, own) for setting in candidates]
-    reference = source.embed(selection_NT)
-    streams = [reference.clone() for _ in candidates]
-    for layer in source.layers():
-        seen = _observe(layer, spec, own, candidates[0].needs(spec), residual=refinement is not None)
-        layer.run(reference)
-        for draft, hidden in zip(drafts, streams, strict=True):
-            attention = LatentAttention.from_weights(draft.convert(layer, seen)[1].to(torch.float32))
-            layer.run(hidden, attention)
-            if refinement is not None:
-                draft.advance(layer, attention)
-        progress("comparing settings", layer.index + 1, source.spec.layers)
-        del layer, seen, attention
-    del own, drafts
-    logits = source.head()
-    scored = []
-    for setting, hidden in zip(candidates, streams, strict=True):
-        quality = compare_streams(hidden, reference, selection_NT, logits, vocab_size=source.spec.vocab_size)
-        kl = quality.kl / quality.tokens
-        # A setting that overflows is worse than any that does not.
-        scored.append((setting, kl if kl == kl else float("inf")))
-    return min(scored, key=lambda pair: pair[1])[0], scored
-
-
-def _best_strides(
-    source: SourceModel, candidates: list[Setting], calibration_NT: Tensor, progress: Progress
-) -> list[Setting]:
-    """For each pair of sizes the ladder that costs the logits least, all layers together."""
-    spec, costs = source.spec.attention, [0.0] * len(candidates)
-    hidden_NTD = source.embed(calibration_NT)
-    for layer in source.layers():
-        seen = _observe(layer, spec, hidden_NTD, candidates[0].needs(spec))
-        for index, cost in enumerate(ladder_costs(layer.weights, spec, seen.stats, candidates)):
-            costs[index] += cost
-        progress("choosing the ladder", layer.index + 1, source.spec.layers)
-        del layer, seen
-    best: dict[tuple[int, int], tuple[float, Setting]] = {}
-    for cost, setting in zip(costs, candidates, strict=True):
-        sizes = (setting.kv_lora_rank, setting.qk_rope_head_dim)
-        if sizes not in best or cost < best[sizes][0]:
-            best[sizes] = (cost, setting)
-    return [setting for _, setting in best.values()]
-
-
 @torch.no_grad()
 def convert_latent(
     source: SourceModel,
@@ -323,13 +157,13 @@ class _LayerByLayer:
         self.own_NTD: Tensor | None = source.embed(calibration_NT)
         # Without refinement nothing is learnt from the converted stream but how large its latents get.
         few = len(calibration_NT) if refinement else max(1, _RMS_TOKENS // calibration_NT.shape[1])
-        self.draft: _Draft | None = _Draft(setting, source.spec.attention, refinement, self.own_NTD[:few])
+        self.draft: Draft | None = Draft(setting, source.spec.attention, refinement, self.own_NTD[:few])
         self.setting, self.sink, self.spec = setting, sink, source.spec.attention
 
     def weights(self, layer: SourceLayer) -> tuple[LatentWeights, LatentWeights]:
         assert self.own_NTD is not None and self.draft is not None
         refines = self.draft.refinement is not None
-        seen = _observe(layer, self.spec, self.own_NTD, self.setting.needs(self.spec), residual=refines)
+        seen = observe(layer, self.spec, self.own_NTD, self.setting.needs(self.spec), residual=refines)
         return self.draft.convert(layer, seen)
 
     def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
@@ -347,8 +181,8 @@ class _LayerByLayer:
 class _Given:
     """Layers whose weights are known already."""
 
-    def __init__(self, draft: _Draft, pairs: list[tuple[LatentWeights, LatentWeights]], sink: Sink) -> None:
-        self.draft: _Draft | None = draft
+    def __init__(self, draft: Draft, pairs: list[tuple[LatentWeights, LatentWeights]], sink: Sink) -> None:
+        self.draft: Draft | None = draft
         self.pairs, self.sink = pairs, sink
 
     def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
@@ -387,7 +221,7 @@ def _polished(
     final = polish(source, refined, calibration_NT, first.own_NTD, selection_NT, how, progress)
     first.release()
     few_NT = calibration_NT[: max(1, _RMS_TOKENS // calibration_NT.shape[1])]
-    draft = _Draft(first.setting, first.spec, None, source.embed(few_NT))
+    draft = Draft(first.setting, first.spec, None, source.embed(few_NT))
     return _Given(draft, list(zip(closed, final, strict=True)), sink)
 
 

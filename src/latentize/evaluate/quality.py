@@ -9,7 +9,7 @@ import torch
 from latentize.calibrate.text import documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import pack
-from latentize.convert.pipeline import Progress, silent
+from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import Quality, compare_logits
 from latentize.errors import DataError
 from latentize.evaluate.load import load_model

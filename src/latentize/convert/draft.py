@@ -1,0 +1,98 @@
+"""A converted model in the making: what a layer of the source is seen to do, and what it becomes.
+
+N sequences, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from latentize.attention.latent import LatentWeights
+from latentize.calibrate.stats import CalibrationStats, Needed, gather
+from latentize.convert.methods import Setting, convert_layer
+from latentize.convert.refine import Refinement, expand_heads, refine
+from latentize.convert.source import SourceLayer
+from latentize.spec import AttentionSpec
+
+__all__ = ["Draft", "Seen", "observe"]
+
+_DISTANCE_TOKENS = 16_384
+
+
+@dataclass
+class Seen:
+    """One layer of the source, as the calibration text saw it.
+
+    Attributes:
+        stats: Statistics of the attention's inputs.
+        residual_NTD: The residual stream after the attention; where it was asked for.
+    """
+
+    stats: CalibrationStats
+    residual_NTD: Tensor | None = None
+
+
+def observe(
+    layer: SourceLayer, spec: AttentionSpec, hidden_NTD: Tensor, needed: Needed, *, residual: bool = False
+) -> Seen:
+    """Advance the source's calibration stream through a layer."""
+    kept = torch.empty_like(hidden_NTD) if residual else None
+    total: CalibrationStats | None = None
+    # What is refined does not need the last digits of where it starts.
+    for rows, x_BTD, after_BTD in layer.stream(hidden_NTD, fast=residual):
+        # Distances settle early, and cost more than everything else.
+        enough = total is not None and total.tokens >= _DISTANCE_TOKENS
+        part = gather(x_BTD, layer.weights, spec, replace(needed, distances=needed.distances and not enough))
+        total = part if total is None else total + part
+        if kept is not None:
+            kept[rows] = after_BTD
+    assert total is not None
+    return Seen(total, kept)
+
+
+class Draft:
+    """A converted model in the making.
+
+    Args:
+        setting: How layers are converted.
+        spec: What they are.
+        refinement: How they are refined, or ``None``.
+        hidden_NTD: The calibration text as it enters the first layer; copied.
+    """
+
+    def __init__(
+        self, setting: Setting, spec: AttentionSpec, refinement: Refinement | None, hidden_NTD: Tensor
+    ) -> None:
+        self.setting, self.spec, self.refinement = setting, spec, refinement
+        self.hidden_NTD = hidden_NTD.clone()
+
+    def convert(self, layer: SourceLayer, seen: Seen) -> tuple[LatentWeights, LatentWeights]:
+        """The layer in closed form, and refined."""
+        closed = convert_layer(layer.weights, self.spec, seen.stats, self.setting)
+        if self.refinement is None:
+            return closed, closed
+        hidden_NTD = self.hidden_NTD
+        assert seen.residual_NTD is not None
+        target_NTD = seen.residual_NTD - hidden_NTD
+        refined = refine(
+            expand_heads(closed),
+            lambda rows: layer.normalise(hidden_NTD[rows]),
+            target_NTD,
+            self.refinement,
+            autocast=layer.fast_matmul,
+        )
+        return closed, refined
+
+    def advance(self, layer: SourceLayer, attention: nn.Module) -> None:
+        """Take the calibration text through the converted layer."""
+        layer.run(self.hidden_NTD, attention, fast=self.refinement is not None)
+
+    def latent_rms(self, layer: SourceLayer, w: LatentWeights) -> tuple[float, float]:
+        """Largest and mean root mean square of a token's latent."""
+        down_rD = w.kv_a_rD.float()
+        parts = (layer.normalise(h_TD) @ down_rD.T for h_TD in self.hidden_NTD)
+        squares = torch.cat([c_Tr.square().mean(-1) for c_Tr in parts])
+        return float(squares.max()) ** 0.5, float(squares.mean()) ** 0.5

@@ -1,0 +1,97 @@
+"""Which of the settings that a budget allows: tried on held-out calibration text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latentize.attention.module import LatentAttention
+from latentize.convert.draft import Draft, observe
+from latentize.convert.methods import Setting, ladder_costs
+from latentize.convert.progress import Progress, silent
+from latentize.convert.quality import compare_streams
+from latentize.convert.refine import Refinement
+from latentize.convert.source import SourceModel
+
+__all__ = ["best_strides", "choose"]
+
+# Ranking settings takes fewer tokens and steps than converting with one.
+_SEARCH_TOKENS = 8192
+_SEARCH_REFINEMENT = Refinement(steps=12, batch=2, warmup=3)
+
+
+@torch.no_grad()
+def choose(
+    source: SourceModel,
+    candidates: list[Setting],
+    calibration_NT: Tensor,
+    selection_NT: Tensor,
+    refines: bool = False,
+    progress: Progress = silent,
+) -> tuple[Setting, list[tuple[Setting, float]]]:
+    """The candidate nearest to the source on held-out calibration text, and what each scored.
+
+    The stride of a ladder follows from what it costs the logits. Sizes are compared by converting with each, and
+    with a short refinement where layers will be refined: what that can repair, the closed form does not see.
+
+    Args:
+        source: The model.
+        candidates: Settings, the same for all layers.
+        calibration_NT: Tokens for statistics.
+        selection_NT: Tokens to compare on; never those that are reported on.
+        refines: Whether layers will be refined.
+        progress: Told after each layer.
+
+    Returns:
+        The best, and ``(setting, KL from the source in nats per token)`` of all that were compared.
+    """
+    calibration_NT = calibration_NT[: max(1, _SEARCH_TOKENS // calibration_NT.shape[1])]
+    if any(setting.stride is not None for setting in candidates):
+        candidates = best_strides(source, candidates, calibration_NT, progress)
+    if len(candidates) == 1:
+        return candidates[0], []
+    spec = source.spec.attention
+    refinement = _SEARCH_REFINEMENT if refines else None
+    own = source.embed(calibration_NT)
+    drafts = [Draft(setting, spec, refinement, own) for setting in candidates]
+    reference = source.embed(selection_NT)
+    streams = [reference.clone() for _ in candidates]
+    for layer in source.layers():
+        seen = observe(layer, spec, own, candidates[0].needs(spec), residual=refinement is not None)
+        layer.run(reference)
+        for draft, hidden in zip(drafts, streams, strict=True):
+            attention = LatentAttention.from_weights(draft.convert(layer, seen)[1].to(torch.float32))
+            layer.run(hidden, attention)
+            if refinement is not None:
+                draft.advance(layer, attention)
+        progress("comparing settings", layer.index + 1, source.spec.layers)
+        del layer, seen, attention
+    del own, drafts
+    logits = source.head()
+    scored = []
+    for setting, hidden in zip(candidates, streams, strict=True):
+        quality = compare_streams(hidden, reference, selection_NT, logits, vocab_size=source.spec.vocab_size)
+        kl = quality.kl / quality.tokens
+        # A setting that overflows is worse than any that does not.
+        scored.append((setting, kl if kl == kl else float("inf")))
+    return min(scored, key=lambda pair: pair[1])[0], scored
+
+
+def best_strides(
+    source: SourceModel, candidates: list[Setting], calibration_NT: Tensor, progress: Progress
+) -> list[Setting]:
+    """For each pair of sizes the ladder that costs the logits least, all layers together."""
+    spec, costs = source.spec.attention, [0.0] * len(candidates)
+    hidden_NTD = source.embed(calibration_NT)
+    for layer in source.layers():
+        seen = observe(layer, spec, hidden_NTD, candidates[0].needs(spec))
+        for index, cost in enumerate(ladder_costs(layer.weights, spec, seen.stats, candidates)):
+            costs[index] += cost
+        progress("choosing the ladder", layer.index + 1, source.spec.layers)
+        del layer, seen
+    best: dict[tuple[int, int], tuple[float, Setting]] = {}
+    for cost, setting in zip(costs, candidates, strict=True):
+        sizes = (setting.kv_lora_rank, setting.qk_rope_head_dim)
+        if sizes not in best or cost < best[sizes][0]:
+            best[sizes] = (cost, setting)
+    return [setting for _, setting in best.values()]
