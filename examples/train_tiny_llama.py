@@ -5,7 +5,7 @@
     python examples/train_tiny_llama.py /tmp/qwen3 --family qwen3
 
 6 layers, hidden 256, heads of 32, byte-level BPE of 4,096. Sequences of 512, then for the last part of
-2,048 tokens, so that the model is a model of 2,048 tokens of context. About 40 minutes on two CPU cores.
+2,048 tokens, so that the model is a model of 2,048 tokens of context. About 20 minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -27,6 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from latentize.attention.module import causal_blocks
 from latentize.calibrate.text import stdlib_documents
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -81,6 +83,14 @@ def heldout_loss(model: torch.nn.Module, stream: torch.Tensor, length: int, limi
     return sum(losses) / len(losses)
 
 
+def attention_in_blocks(module, query, key, value, attention_mask, scaling=None, **_):
+    """transformers' attention function; on a CPU the fused one spends most of a training step in its backward pass."""
+    share = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(share, dim=1), value.repeat_interleave(share, dim=1)
+    heads = causal_blocks(query.bfloat16(), key.bfloat16(), value.bfloat16(), scaling)
+    return heads.transpose(1, 2).contiguous(), None
+
+
 def build(args: argparse.Namespace) -> torch.nn.Module:
     config = CONFIGS[args.family](
         vocab_size=args.vocab,
@@ -97,7 +107,8 @@ def build(args: argparse.Namespace) -> torch.nn.Module:
         eos_token_id=0,
         rms_norm_eps=1e-5 if args.family == "llama" else 1e-6,
     )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    AttentionInterface.register("blocks", attention_in_blocks)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="blocks")
 
 
 def optimisers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
@@ -183,6 +194,7 @@ def main() -> None:
     print(f"{len(stream):,} tokens to train on, {len(heldout):,} held out", flush=True)
     model = build(args)
     seconds = train(model, stream, args)
+    model.set_attn_implementation("sdpa")
     model = model.to(torch.bfloat16).eval()
     losses = {length: heldout_loss(model, heldout, length) for length in (512, LONG)}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,12 @@ from tests.unit.layers import attention_spec, inputs, random_attention, stats_of
 
 from latentize.attention.grouped import grouped_attention
 from latentize.attention.latent import LatentWeights
-from latentize.convert.descent import Descent, batches
+from latentize.convert.descent import Descent, Schedule
 from latentize.convert.methods import Setting, convert_layer
 from latentize.convert.refine import Refinement, expand_heads, refine
 
-HOW = Refinement(steps=30, batch=4)
+HOW = Refinement(steps=30, tokens=96)
+ONE_STEP = Schedule(steps=1, rate=0.1, warmup=1)
 
 
 @pytest.fixture
@@ -85,8 +86,7 @@ def test_heads_that_shared_projections_compute_the_same_apart(job) -> None:
 
 
 def test_the_rate_warms_up_and_decays() -> None:
-    descent = Descent([torch.nn.Parameter(torch.ones(2, 2))], rate=1.0, steps=20, warmup=5)
-    factors = [descent.factor(step) for step in range(20)]
+    factors = [Schedule(steps=20, rate=1.0, warmup=5).factor(step) for step in range(20)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5:] == sorted(factors[5:], reverse=True)
     assert 0 < factors[-1] < 0.1
@@ -99,7 +99,7 @@ def test_a_step_is_relative_to_the_matrix(shape: tuple[int, int], scale: float) 
     matrix = torch.nn.Parameter(scale * torch.randn(shape))
     before = matrix.detach().clone()
     expected = 0.1 * torch.linalg.svdvals(before).square().mean().sqrt()
-    descent = Descent([matrix], rate=0.1, steps=1, warmup=1)
+    descent = Descent([matrix], ONE_STEP)
     descent.step((matrix * torch.randn(shape)).sum())
     moved = torch.linalg.svdvals(matrix.detach() - before) / expected
     # Newton and Schulz' iteration, in bfloat16, brings singular values near one, no more.
@@ -110,15 +110,21 @@ def test_a_gradient_may_be_given_from_outside() -> None:
     weight, x = torch.randn(4, 4), torch.randn(3, 4)
     one, two = (torch.nn.Parameter(weight.clone()) for _ in range(2))
     y = x @ one
-    Descent([one], rate=0.1, steps=1, warmup=1).step(y.square().sum())
+    Descent([one], ONE_STEP).step(y.square().sum())
     z = x @ two
-    Descent([two], rate=0.1, steps=1, warmup=1).step(z, 2 * z.detach())
+    Descent([two], ONE_STEP).step(z, 2 * z.detach())
     assert torch.equal(one, two)
 
 
 def test_batches_visit_every_sequence_once_a_round() -> None:
-    stream = batches(6, 2, seed=0)
-    first, second = ([next(stream) for _ in range(3)] for _ in range(2))
-    assert sorted(torch.cat(first).tolist()) == sorted(torch.cat(second).tolist()) == list(range(6))
-    assert torch.cat(first).tolist() != torch.cat(second).tolist()
-    assert len(next(batches(3, 8, seed=0))) == 3
+    rows = list(Schedule(steps=7, tokens=48, rate=0.1).batches(count=6, length=24))
+    first, second = torch.cat(rows[:3]).tolist(), torch.cat(rows[3:6]).tolist()
+    assert len(rows) == 7
+    assert sorted(first) == sorted(second) == list(range(6))
+    assert first != second
+
+
+@pytest.mark.parametrize(("length", "expected"), [(6, 3), (24, 2), (48, 1), (100, 1)])
+def test_a_batch_is_as_many_tokens_whatever_the_length(length: int, expected: int) -> None:
+    (rows,) = Schedule(steps=1, tokens=48, rate=0.1).batches(count=3, length=length)
+    assert len(rows) == expected

@@ -17,7 +17,30 @@ from torch.nn import functional as F
 from latentize.attention.latent import LatentWeights, absorbed_heads, cache_rows, expand, output, queries
 from latentize.spec import LatentSpec
 
-__all__ = ["LatentAttention", "prefill"]
+__all__ = ["LatentAttention", "causal_blocks", "prefill"]
+
+# Training on a CPU attends in so many blocks of queries, while their scores do not exceed so many elements.
+_BLOCKS = 4
+_SCORES = 1 << 27
+
+
+def causal_blocks(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, scale: float) -> Tensor:
+    """Causal attention by plain matrix products, ``[B, H, T, V]``, each block of queries on the keys up to its end.
+
+    On a CPU with bfloat16 matrix units it is twice as fast as the fused operator to train through (whose backward pass
+    takes six times its forward pass), for memory in proportion to ``T²``. Scores are rounded to the inputs' precision.
+    """
+    lead, tokens = q_BHTd.shape[:2], q_BHTd.shape[2]
+    q_nTd, k_nTd, v_nTV = (q_BHTd * scale).flatten(0, 1), k_BHTd.flatten(0, 1), v_BHTV.flatten(0, 1)
+    size = -(-tokens // _BLOCKS)
+    later = torch.full((size, size), -torch.inf, dtype=q_nTd.dtype, device=q_nTd.device).triu(1)
+    heads = []
+    for start in range(0, tokens, size):
+        end = min(start + size, tokens)
+        mask = F.pad(later[: end - start, : end - start], (start, 0))
+        score_ntS = torch.baddbmm(mask, q_nTd[:, start:end], k_nTd[:, :end].mT)
+        heads.append(score_ntS.softmax(-1) @ v_nTV[:, :end])
+    return torch.cat(heads, dim=1).unflatten(0, lead)
 
 
 def prefill(
@@ -38,6 +61,8 @@ def prefill(
     q_BHTd = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
     k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w)
     size, v_size = q_BHTd.shape[-1], v_BHSV.shape[-1]
+    if mask is None and _trains_in_blocks(q_BHTd, k_BHSd):
+        return causal_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale)
     if mask is None and q_BHTd.shape[2] != k_BHSd.shape[2]:
         tokens, keys = q_BHTd.shape[2], k_BHSd.shape[2]
         mask = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTd.device).tril(keys - tokens)
@@ -53,6 +78,13 @@ def prefill(
         scale=w.softmax_scale,
     )
     return heads[..., :v_size]
+
+
+def _trains_in_blocks(q_BHTd: Tensor, k_BHSd: Tensor) -> bool:
+    square = q_BHTd.shape[2] == k_BHSd.shape[2]
+    scores = q_BHTd.shape[:3].numel() * k_BHSd.shape[2]
+    narrow = q_BHTd.dtype == k_BHSd.dtype == torch.bfloat16
+    return q_BHTd.requires_grad and narrow and square and scores <= _SCORES and q_BHTd.device.type == "cpu"
 
 
 class LatentAttention(nn.Module):

@@ -8,29 +8,73 @@ scales are arbitrary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Descent", "batches"]
+__all__ = ["Descent", "Schedule"]
 
 _MOMENTUM = 0.9
 _BETAS = (0.9, 0.95)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How many steps, how long, and on how much text.
+
+    Attributes:
+        steps: Steps.
+        tokens: Calibration tokens a step, rounded to whole sequences.
+        rate: Size of a full step, relative to each tensor.
+        warmup: Steps of linear warm-up; then a linear decay to zero.
+        seed: Order of the sequences.
+    """
+
+    steps: int
+    tokens: int = 4096
+    rate: float
+    warmup: int = 5
+    seed: int = 0
+
+    def sequences(self, length: int) -> int:
+        """Sequences a step."""
+        return max(1, self.tokens // length)
+
+    def factor(self, step: int) -> float:
+        """Share of the full rate at ``step``."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return (self.steps - step) / max(1, self.steps - self.warmup)
+
+    def batches(self, count: int, length: int) -> Iterator[Tensor]:
+        """For each step the numbers of its sequences: shuffled epochs of whole batches.
+
+        Args:
+            count: Sequences that there are.
+            length: Tokens of each.
+        """
+        generator, size, step = torch.Generator().manual_seed(self.seed), min(self.sequences(length), count), 0
+        while True:
+            order = torch.randperm(count, generator=generator)
+            for rows in order[: count - count % size].split(size):
+                if step == self.steps:
+                    return
+                yield rows
+                step += 1
+
+
 class Descent:
-    """Muon (Jordan et al., 2024) with relative steps, linear warm-up and linear decay to zero.
+    """Muon (Jordan et al., 2024) with relative steps.
 
     Args:
         parameters: What to train.
-        rate: Size of a full step, relative to each tensor.
-        steps: How many there will be.
-        warmup: How many of them the warm-up takes.
+        schedule: How large each step is.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, rate: float, steps: int, warmup: int) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], schedule: Schedule) -> None:
         self.parameters = [p for p in parameters if p.numel()]
-        self._rate, self._steps, self._warmup, self._step = rate, steps, warmup, 0
+        self._schedule, self._step = schedule, 0
         matrices = [_group(p) for p in self.parameters if p.ndim == 2]
         vectors = [_group(p) for p in self.parameters if p.ndim != 2]
         self._optimisers: list[torch.optim.Optimizer] = []
@@ -39,18 +83,12 @@ class Descent:
         if vectors:
             self._optimisers.append(torch.optim.Adam(vectors, lr=0.0, betas=_BETAS))
 
-    def factor(self, step: int) -> float:
-        """Share of the full step at ``step``."""
-        if step < self._warmup:
-            return (step + 1) / self._warmup
-        return (self._steps - step) / max(1, self._steps - self._warmup)
-
     def step(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """One step down: ``output`` is a loss, or comes with the gradient of a loss by it."""
         gradients = torch.autograd.grad(output, self.parameters, gradient)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        size = self._rate * self.factor(self._step)
+        size = self._schedule.rate * self._schedule.factor(self._step)
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = size * group["size"]
@@ -66,11 +104,3 @@ def _group(parameter: nn.Parameter) -> dict:
     # torch's Muon enlarges the steps of tall matrices; here all have the size that is asked for.
     tall = max(1.0, rows / columns) ** 0.5
     return {"params": [parameter], "size": float(p.norm()) / min(rows, columns) ** 0.5 / tall}
-
-
-def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless shuffled batches of sequence numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count - count % min(size, count)].split(min(size, count))

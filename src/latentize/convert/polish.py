@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
-from latentize.convert.descent import Descent, batches
+from latentize.convert.descent import Descent, Schedule
 from latentize.convert.refine import refined
 from latentize.convert.source import SourceModel
 
@@ -27,24 +27,16 @@ __all__ = ["Polish", "divergence", "polish"]
 _LOGIT_BYTES = 1 << 27
 
 
-@dataclass(frozen=True)
-class Polish:
+@dataclass(frozen=True, kw_only=True)
+class Polish(Schedule):
     """How the whole model is polished.
 
     Attributes:
-        steps: Steps.
-        batch: Sequences a step.
-        rate: Size of a full step, relative to each tensor.
-        warmup: Steps of linear warm-up; then a linear decay to zero.
-        seed: Order of the sequences.
         look: Steps between two looks at held-out text; the best of what was seen is kept.
     """
 
     steps: int = 30
-    batch: int = 8
     rate: float = 0.004
-    warmup: int = 5
-    seed: int = 0
     look: int = 10
 
 
@@ -109,7 +101,7 @@ def polish(
     embedded_NTD, embedded_check_NTD, head = source.embed(tokens_NT), source.embed(check_NT), source.head()
     at_once = max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
     parameters = [p for a in attentions for p in a.parameters()]
-    descent = Descent(parameters, rate=how.rate, steps=how.steps, warmup=how.warmup)
+    descent, size = Descent(parameters, how), how.sequences(tokens_NT.shape[1])
 
     def run(hidden_BTD: Tensor) -> Tensor:
         for layer in layers:
@@ -118,7 +110,7 @@ def polish(
 
     def look() -> float:
         total = 0.0
-        for part, teacher in zip(embedded_check_NTD.split(how.batch), check_NTD.split(how.batch), strict=True):
+        for part, teacher in zip(embedded_check_NTD.split(size), check_NTD.split(size), strict=True):
             with torch.no_grad():
                 hidden_nD = run(part)
             value, _ = divergence(hidden_nD, teacher.flatten(0, 1), head, at_once=at_once)
@@ -126,7 +118,7 @@ def polish(
         return total
 
     best, kept = look(), [p.detach().clone() for p in parameters]
-    for step, rows in zip(range(how.steps), batches(len(tokens_NT), how.batch, how.seed), strict=False):
+    for step, rows in enumerate(how.batches(*tokens_NT.shape)):
         with torch.autocast(tokens_NT.device.type, torch.bfloat16, enabled=source.fast_matmul):
             with torch.enable_grad():
                 hidden_nD = run(embedded_NTD[rows])

@@ -17,31 +17,23 @@ from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
-from latentize.convert.descent import Descent, batches
+from latentize.convert.descent import Descent, Schedule
 
 __all__ = ["Refinement", "expand_heads", "refine", "refined"]
 
 
-@dataclass(frozen=True)
-class Refinement:
+@dataclass(frozen=True, kw_only=True)
+class Refinement(Schedule):
     """How a layer is refined.
 
     Attributes:
-        steps: At most so many.
-        batch: Sequences a step.
-        rate: Size of a full step, relative to each tensor.
-        warmup: Steps of linear warm-up; then a linear decay to zero.
-        seed: Order of the sequences.
-        probe: Sequences that are not learnt from and tell whether it helped; at most an eighth of all.
+        probe: Tokens that are not learnt from and tell whether it helped; at most an eighth of all.
         enough: Relative error at which nothing is left to gain.
     """
 
     steps: int = 70
-    batch: int = 8
     rate: float = 0.05
-    warmup: int = 5
-    seed: int = 0
-    probe: int = 8
+    probe: int = 4096
     enough: float = 1e-6
 
 
@@ -85,7 +77,7 @@ def refine(
     """
     start = w.to(torch.float32)
     attention = LatentAttention.from_weights(start).requires_grad_(True)
-    descent = Descent(list(attention.parameters()), rate=how.rate, steps=how.steps, warmup=how.warmup)
+    descent = Descent(list(attention.parameters()), how)
     scale = 1 / max(float(target_NTD.float().var()), 1e-30)
 
     def error(rows: Tensor) -> Tensor:
@@ -94,14 +86,14 @@ def refine(
             made_BTD = attention(x_BTD)[0]
             return (made_BTD.float() - target_NTD[rows].float()).square().mean() * scale
 
-    count = len(target_NTD)
-    learnt = count - min(how.probe, count // 8)
+    count, length = target_NTD.shape[:2]
+    learnt = count - min(max(1, how.probe // length), count // 8)
     probe = torch.arange(learnt, count) if learnt < count else torch.arange(count)
     with torch.no_grad():
         before = float(error(probe))
     if before < how.enough:
         return start
-    for step, rows in zip(range(how.steps), batches(learnt, how.batch, how.seed), strict=False):
+    for step, rows in enumerate(how.batches(learnt, length)):
         with torch.enable_grad():
             loss = error(rows)
         if not math.isfinite(float(loss.detach())):
