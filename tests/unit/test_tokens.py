@@ -1,4 +1,4 @@
-"""Packing is deterministic, and says when there is too little text."""
+"""Drawing sequences is deterministic, goes all over the text, and says when there is too little of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.common import byte_tokenizer
 
-from latentize.calibrate.tokens import pack
+from latentize.calibrate.tokens import _pieces, pack
 from latentize.errors import DataError
 
 # 200 texts of 100 bytes and one separator each; no two stretches are alike.
@@ -35,15 +35,33 @@ def test_a_seed_decides_the_draw(tokenizer: Any) -> None:
     assert not torch.equal(one.sort(0).values, other.sort(0).values), "other sequences, not only another order"
 
 
-def test_drawn_sequences_are_distinct_stretches_of_the_text(tokenizer: Any) -> None:
-    """Documents follow each other with a separator between them, and no sequence is drawn twice."""
-    stream: list[int] = []
-    for text in TEXTS:
-        stream += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    stretches = [stream[i : i + 64] for i in range(0, len(stream) - 63, 64)]
-    places = [stretches.index(row) for row in pack(tokenizer, TEXTS, tokens=1280, sequence_length=64).tolist()]
-    assert len(set(places)) == 20
-    assert max(places) >= 100, "from all of the text, not its beginning"
+def test_sequences_are_stretches_of_documents_from_all_over(tokenizer: Any) -> None:
+    rows = pack(tokenizer, TEXTS, tokens=1280, sequence_length=64)
+    texts = [tokenizer.decode(row[:64]) for row in rows.tolist()]
+    whole = [text for text in texts if any(text in document for document in TEXTS)]
+    assert len(whole) >= 12, "the rest is joined from what was left over"
+    assert len(set(texts)) == 20
+    numbers = [int(text[:9]) for text in whole]
+    assert min(numbers) < 500 and max(numbers) > 1500
+
+
+def test_no_part_of_the_text_is_drawn_twice_or_lost(tokenizer: Any) -> None:
+    drawn = pack(tokenizer, TEXTS, tokens=10**9, sequence_length=4).flatten().tolist()
+    kept = [token for token in drawn if token != tokenizer.eos_token_id]
+    everything = [t for text in TEXTS for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert len(everything) - 4 < len(kept) <= len(everything)
+    left = torch.bincount(torch.tensor(everything)) - torch.bincount(torch.tensor(kept))
+    assert int(left.min()) >= 0 and int(left.sum()) < 4
+
+
+@pytest.mark.parametrize("line", [7, 50, 128, 129, 1000])
+def test_long_documents_are_cut_at_line_ends_where_there_are_any(line: int) -> None:
+    text = ("x" * (line - 1) + "\n") * 20
+    pieces = list(_pieces(text, 128))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 128
+    if line <= 128:
+        assert all(piece.endswith("\n") for piece in pieces)
 
 
 def test_reading_stops_when_there_is_enough(tokenizer: Any) -> None:
@@ -55,10 +73,10 @@ def test_reading_stops_when_there_is_enough(tokenizer: Any) -> None:
             yield text
 
     pack(tokenizer, texts(), tokens=128, sequence_length=64, pool=600)
-    assert len(read) == 6, "the pool, where it is larger"
+    assert len(read) == 6, "one pool"
     read.clear()
     pack(tokenizer, texts(), tokens=1280, sequence_length=64, pool=600)
-    assert len(read) == 13, "what is wanted, where that is"
+    assert len(read) == 18, "as many pools as it takes"
 
 
 def test_too_little_text(tokenizer: Any) -> None:

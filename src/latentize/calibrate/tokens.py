@@ -1,9 +1,9 @@
-"""From documents to packed token sequences."""
+"""From documents to token sequences."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from latentize.errors import DataError
 
 __all__ = ["pack"]
 
+# Pieces of about two sequences: few enough from one place, and few that are made of several ends.
+_CHARS_PER_TOKEN = 8
+
 
 def pack(
     tokenizer: Any,
@@ -21,17 +24,20 @@ def pack(
     tokens: int,
     sequence_length: int,
     seed: int = 0,
-    pool: int = 262_144,
+    pool: int = 1 << 24,
 ) -> Tensor:
-    """Concatenate documents, separated by the end-of-text token, and cut into equal sequences.
+    """Draw sequences from all over the documents.
+
+    Documents are cut at line ends into pieces, and only pieces that are drawn are tokenised. A sequence is a
+    contiguous stretch of a piece; what is left of pieces is joined, with the end-of-text token between.
 
     Args:
         tokenizer: A transformers tokenizer.
-        documents: Text, in a fixed order. Reading stops when enough tokens are there.
+        documents: Text, in a fixed order.
         tokens: Upper bound on the tokens returned; rounded down to whole sequences (at least one).
         sequence_length: Tokens per sequence ``T``.
-        seed: The sequences are drawn at random.
-        pool: Tokens to draw from, at least; more where ``tokens`` is more.
+        seed: Which pieces are drawn.
+        pool: Characters to read and draw from at a time; reading stops when there are enough tokens.
 
     Returns:
         ``[N, T]`` int64 with ``N = max(1, tokens // T)``, fewer if the text ends before.
@@ -40,22 +46,53 @@ def pack(
         DataError: the text does not fill one sequence.
     """
     wanted = max(1, tokens // sequence_length)
-    separator = tokenizer.eos_token_id
-    enough = max(pool, wanted * sequence_length)
-    stream: list[int] = []
-    for text in documents:
-        stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if separator is not None:
-            stream.append(separator)
-        if len(stream) >= enough:
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows: list[list[int]] = []
+    ends: list[int] = []
+    for piece in _drawn(documents, _CHARS_PER_TOKEN * sequence_length, pool, random.Random(seed)):
+        ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = len(ids) // sequence_length * sequence_length
+        ends += ids[whole:] + separator
+        rows += _cut(ids[:whole], sequence_length)
+        if len(ends) >= sequence_length:
+            rows.append(ends[:sequence_length])
+            del ends[:sequence_length]
+        if len(rows) >= wanted:
             break
-    available = len(stream) // sequence_length
-    if available == 0:
+    rows += _cut(ends, sequence_length)
+    if not rows:
         raise DataError(
-            f"the text has {len(stream)} tokens, fewer than one sequence of {sequence_length}",
+            f"the text has {len(ends)} tokens, fewer than one sequence of {sequence_length}",
             fix="pass more text with --data, or a shorter --sequence-length",
         )
-    chosen = list(range(available))
-    random.Random(seed).shuffle(chosen)
-    rows = torch.tensor(stream[: available * sequence_length], dtype=torch.int64)
-    return rows.view(available, sequence_length)[chosen[:wanted]].contiguous()
+    return torch.tensor(rows[:wanted], dtype=torch.int64)
+
+
+def _cut(ids: list[int], length: int) -> list[list[int]]:
+    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+
+
+def _drawn(documents: Iterable[str], size: int, pool: int, order: random.Random) -> Iterator[str]:
+    """Pieces of about ``size`` characters, shuffled a pool at a time."""
+    pieces: list[str] = []
+    read = 0
+    for text in documents:
+        pieces += _pieces(text, size)
+        read += len(text)
+        if read >= pool:
+            order.shuffle(pieces)
+            yield from pieces
+            pieces, read = [], 0
+    order.shuffle(pieces)
+    yield from pieces
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """``text``, cut at line ends where there are any."""
+    start = 0
+    while start < len(text):
+        end = min(start + size, len(text))
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end

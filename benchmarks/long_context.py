@@ -1,0 +1,80 @@
+"""Does it matter how long the calibration text is? Calibrated at 512 and at 2,048 tokens, evaluated at both.
+
+    python benchmarks/long_context.py [--model DIR] [--keep 50%]
+
+Writes ``benchmarks/results/long-context-<model>.json`` and prints the table as Markdown. Same number of calibration
+tokens either way; held-out text of the same tokens, cut to one length or the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import latentize
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTHS = (512, 2048)
+
+
+def measure(model: Path, keep: str, calibrated_at: int, tokens: int) -> list[dict[str, Any]]:
+    """One conversion, evaluated at every length."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        made = latentize.convert(model, out, keep=keep, sequence_length=calibrated_at)
+        return [
+            {
+                "keep": keep,
+                "calibrated_at": calibrated_at,
+                "setting": made["setting"],
+                "seconds": made["seconds"],
+                "evaluated_at": length,
+                **latentize.evaluate(out, model, tokens=tokens, sequence_length=length),
+            }
+            for length in LENGTHS
+        ]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| keep | calibrated at | sizes, stride | evaluated at | source ppl | excess, nats | KL, nats | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        s = r["setting"]
+        lines.append(
+            f"| {r['keep']} | {r['calibrated_at']} | {s['kv_lora_rank']} + {s['qk_rope_head_dim']}, {s['stride']:g} "
+            f"| {r['evaluated_at']} | {r['reference_perplexity']:.2f} | {r['excess_loss']:.4f} | {r['kl']:.4f} "
+            f"| {r['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-llama-gqa")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--keep", nargs="+", default=["50%"])
+    parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens")
+    args = parser.parse_args()
+    rows = [row for keep in args.keep for length in LENGTHS for row in measure(args.model, keep, length, args.tokens)]
+    result = {
+        "model": args.model.name,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"long-context-{args.model.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
