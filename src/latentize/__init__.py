@@ -15,11 +15,27 @@ from latentize._registration import install as _install
 if TYPE_CHECKING:
     from latentize.api import convert, evaluate, verify
     from latentize.recipe import Recipe
+    from latentize.runtime.accelerate import accelerate, decelerate, is_accelerated
+    from latentize.runtime.cache import LatentCache
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "convert", "evaluate", "verify"]
+__all__ = [
+    "LatentCache",
+    "Recipe",
+    "__version__",
+    "accelerate",
+    "convert",
+    "decelerate",
+    "evaluate",
+    "is_accelerated",
+    "verify",
+]
 
 _HOMES = {
+    "LatentCache": "latentize.runtime.cache",
+    "accelerate": "latentize.runtime.accelerate",
+    "decelerate": "latentize.runtime.accelerate",
+    "is_accelerated": "latentize.runtime.accelerate",
     "verify": "latentize.api",
     "Recipe": "latentize.recipe",
 }

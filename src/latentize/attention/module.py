@@ -216,11 +216,19 @@ class LatentAttention(nn.Module):
         c, k_rope = cache_rows(hidden_states, w, position_ids)
         if past_key_values is not None:
             c, k_rope = past_key_values.update(c, k_rope, self.layer_idx)
-        if hidden_states.shape[1] == 1 and past_key_values is not None:
-            heads = absorbed_heads(q_nope, q_rope, c, k_rope, _allowed(attention_mask, hidden_states), w)
-        else:
-            heads = prefill(q_nope, q_rope, c, k_rope, w, attention_mask)
-        return output(heads, w), None
+        if attention_mask is None and hidden_states.shape[1] > 1 and isinstance(c, Tensor):
+            # A static cache has room beyond what was written.
+            written = hidden_states.shape[1] if c.shape[2] == hidden_states.shape[1] else int(position_ids[0, -1]) + 1
+            c, k_rope = c[:, :, :written], k_rope[:, :, :written]
+        return output(self.heads(q_nope, q_rope, c, k_rope, w, attention_mask), w), None
+
+    def heads(
+        self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, w: LatentWeights, mask: Tensor | None
+    ) -> Tensor:
+        """``[B, H, T, V]``: one token after others is decoded absorbed, everything else is expanded."""
+        if q_nope.shape[2] == 1 and c.shape[2] > 1:
+            return absorbed_heads(q_nope, q_rope, c, k_rope, _allowed(mask, q_nope), w)
+        return prefill(q_nope, q_rope, c, k_rope, w, mask)
 
 
 def _allowed(mask: Tensor | None, like: Tensor) -> Tensor:

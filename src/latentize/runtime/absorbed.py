@@ -1,0 +1,145 @@
+"""Attention over cached latents that are never expanded, fast.
+
+Absorbed, every query head sees the same keys, the cached rows ``[c, k_R]``, and sums the same rows: multi-query
+attention with one shared head whose value is its key. What the sum has beyond the latent is dropped.
+
+A long cache is attended in blocks, each with its own softmax, and the blocks are merged by their log-sum-exp: so a
+block may be quantised, and several may be under way at once.
+
+B batch, T new tokens, S cached tokens, H query heads, r kv_lora_rank, R qk_rope_head_dim, d = r + R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["attend_block", "attend_block_fused", "attend_rows", "has_fused", "merge"]
+
+# Where the fused operator was seen to take what is asked of it here.
+_FUSED_VERSIONS = ((2, 4), (2, 99))
+# Cached tokens that one thread attends at a time; below twice that nothing is split.
+_SPLIT = 2048
+
+
+def has_fused() -> bool:
+    """Whether this PyTorch has the CPU operator that returns the log-sum-exp. It is private, so it may go."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    known = _FUSED_VERSIONS[0] <= version <= _FUSED_VERSIONS[1]
+    return known and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+
+
+def attend_block(
+    q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over some rows, by matrix products: the twin of :func:`attend_block_fused`.
+
+    Args:
+        q_BQd: Absorbed queries; heads and new tokens share the axis ``Q``.
+        rows_Bsd: Rows, keys and values at once.
+        scale: Factor on the logits.
+        mask_BQs: Added to the logits, broadcastable; ``-inf`` where nothing may be seen.
+
+    Returns:
+        Weighted sums of rows, ``[B, Q, d]``, and log-sum-exps of the logits, ``[B, Q]`` in float32. A query that may
+        see nothing here gets zeros, and ``-inf``.
+    """
+    rows = rows_Bsd.to(torch.promote_types(rows_Bsd.dtype, torch.float32))
+    # Rows on the left: for few queries this product is twice as fast as its transpose.
+    score_BQs = (rows @ q_BQd.to(rows.dtype).mT).mT * scale
+    if mask_BQs is not None:
+        score_BQs = score_BQs + mask_BQs
+    lse_BQ = score_BQs.logsumexp(-1)
+    p_BQs = (score_BQs - lse_BQ.clamp_min(torch.finfo(lse_BQ.dtype).min)[..., None]).exp()
+    return (p_BQs @ rows).to(q_BQd.dtype), lse_BQ
+
+
+def attend_block_fused(
+    q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`attend_block`, by PyTorch's fused CPU operator."""
+    mask = None if mask_BQs is None else mask_BQs[:, None].to(q_BQd.dtype)
+    rows = rows_Bsd[:, None]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_BQd[:, None], rows, rows, 0.0, False, attn_mask=mask, scale=scale
+    )
+    lse_BQ = lse[:, 0]
+    if mask_BQs is not None:
+        # For a query that may see nothing the operator returns 0.
+        lse_BQ = lse_BQ.masked_fill((mask_BQs == -torch.inf).all(-1), -torch.inf)
+    return out[:, 0], lse_BQ
+
+
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One attention out of those over disjoint blocks."""
+    if len(parts) == 1:
+        return parts[0]
+    lse_nBQ = torch.stack([lse for _, lse in parts])
+    total_BQ = lse_nBQ.logsumexp(0)
+    share_nBQ = (lse_nBQ - total_BQ.clamp_min(torch.finfo(total_BQ.dtype).min)).exp()
+    # The shares are in float32 or wider, and so is the sum.
+    out_BQd = sum(s[..., None] * out for s, (out, _) in zip(share_nBQ, parts, strict=True))
+    assert isinstance(out_BQd, Tensor)
+    return out_BQd.to(parts[0][0].dtype), total_BQ
+
+
+def attend_rows(
+    q_BHTd: Tensor,
+    blocks: Iterable[Tensor],
+    scale: float,
+    mask_BhTS: Tensor | None = None,
+    *,
+    fused: bool | None = None,
+) -> Tensor:
+    """Absorbed attention over a cache.
+
+    Args:
+        q_BHTd: Absorbed queries ``[W_UKᵀ q_C, q_R]``.
+        blocks: The cache's rows ``[B, s, d]``, in order.
+        scale: Factor on the logits.
+        mask_BhTS: Boolean or additive, for all rows together; ``h`` is 1 or H. Without one everything is seen.
+        fused: Use the fused operator; by default where there is one for the tensors.
+
+    Returns:
+        ``[B, H, T, d]``, of which the first ``r`` are the sum of latents.
+    """
+    heads, tokens = q_BHTd.shape[1:3]
+    q_BQd = q_BHTd.flatten(1, 2)
+    if fused is None:
+        fused = q_BHTd.device.type == "cpu" and not q_BHTd.requires_grad and has_fused()
+    parts, start = [], 0
+    for rows_Bsd in blocks:
+        mask_BQs = None
+        if mask_BhTS is not None:
+            mask_BQs = _additive(mask_BhTS[..., start : start + rows_Bsd.shape[1]], heads, q_BHTd.dtype)
+        start += rows_Bsd.shape[1]
+        if fused:
+            parts += _split(q_BQd, rows_Bsd, scale, mask_BQs)
+        else:
+            parts.append(attend_block(q_BQd, rows_Bsd, scale, mask_BQs))
+    return merge(parts)[0].unflatten(1, (heads, tokens))
+
+
+def _split(q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """A long block as a batch of shorter ones: more to do in parallel, and each stays in a core's cache."""
+    batch, tokens = rows_Bsd.shape[:2]
+    count = tokens // _SPLIT
+    if batch > 1 or count < 2 or mask_BQs is not None:
+        return [attend_block_fused(q_BQd, rows_Bsd, scale, mask_BQs)]
+    even = count * _SPLIT
+    out_nQd, lse_nQ = attend_block_fused(
+        q_BQd.expand(count, -1, -1), rows_Bsd[0, :even].unflatten(0, (count, _SPLIT)), scale
+    )
+    parts = [(out[None], lse[None]) for out, lse in zip(out_nQd, lse_nQ, strict=True)]
+    if even < tokens:
+        parts.append(attend_block_fused(q_BQd, rows_Bsd[:, even:], scale))
+    return parts
+
+
+def _additive(mask_BhTs: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """``[B, Q, s]`` for queries that hold all heads."""
+    if mask_BhTs.dtype == torch.bool:
+        mask_BhTs = torch.zeros((), dtype=dtype, device=mask_BhTs.device).masked_fill(~mask_BhTs, -torch.inf)
+    return mask_BhTs.expand(-1, heads, -1, -1).flatten(1, 2)

