@@ -310,10 +310,32 @@ def generate(
     seed: int = 0,
     dtype: str = "float32",
     device: str = "cpu",
+    cache: str | None = None,
+    window: int | None = None,
     stream: bool = False,
 ) -> dict[str, Any]:
-    """What ``latentize generate --json`` prints; with ``stream`` the text is printed as it comes."""
+    """What ``latentize generate --json`` prints; with ``stream`` the text is printed as it comes.
+
+    A model with latent attention is accelerated.
+
+    Args:
+        model: A folder or a hub id.
+        prompt: Text to continue.
+        max_new_tokens: At most so many.
+        temperature: 0 takes the most likely token.
+        seed: For sampling.
+        dtype: Precision to run in.
+        device: Where.
+        cache: ``LATENT[+ROPE]``, formats of :class:`LatentCache`.
+        window: Keep the last so many tokens, and the first four.
+        stream: Print the text as it comes.
+
+    Raises:
+        OptionError: a cache format or a window for a model that has no latents.
+    """
     from latentize.evaluate.load import load_model
+    from latentize.runtime.accelerate import accelerate, has_latents, no_latents
+    from latentize.runtime.cache import LatentCache, cache_formats
     from latentize.runtime.generate import generate as run
 
     folder = resolve(model)
@@ -326,6 +348,10 @@ def generate(
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     torch.manual_seed(seed)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "streamer": streamer}
+    if has_latents(loaded):
+        options["cache"] = LatentCache(accelerate(loaded).config, window=window, **cache_formats(cache))
+    elif cache is not None or window is not None:
+        raise no_latents("--cache, --window")
     return vars(run(loaded, tokenizer, prompt, **options))
 
 

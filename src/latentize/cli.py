@@ -35,6 +35,10 @@ Data = Annotated[
     list[str] | None,
     typer.Option(help="Text: .txt, .jsonl or .parquet files, or a hub data set. Repeat for several."),
 ]
+CacheFormat = Annotated[
+    str | None,
+    typer.Option(metavar="LATENT[+ROPE]", help="Cache in bf16, fp16, fp32, fp8, int8 or int4; as int4 or int4+bf16."),
+]
 Keep = Annotated[str | None, typer.Option(help="Share of the source's cached values to keep, as 25% or 0.25.")]
 
 
@@ -224,12 +228,13 @@ def evaluate(
     sequence_length: Annotated[int, typer.Option(min=2, help="Context of the predictions.")] = 512,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    cache: CacheFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, and KL and top-1 agreement with a reference, on held-out text."""
     from latentize.api import evaluate as run
 
-    options = {"data": tuple(data or ()), "tokens": tokens, "sequence_length": sequence_length}
+    options = {"data": tuple(data or ()), "tokens": tokens, "sequence_length": sequence_length, "cache": cache}
     with _progress() as progress:
         result = run(model, reference, dtype=dtype, device=device, progress=progress, **options)
     shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in result.items() if v is not None}
@@ -258,6 +263,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    cache: CacheFormat = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Cache only so many tokens, and the first 4.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
@@ -271,6 +278,8 @@ def generate(
         seed=seed,
         dtype=dtype,
         device=device,
+        cache=cache,
+        window=window,
         stream=not as_json,
     )
     if as_json:

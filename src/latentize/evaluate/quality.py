@@ -13,6 +13,8 @@ from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import Quality, compare_logits
 from latentize.errors import DataError
 from latentize.evaluate.load import load_model
+from latentize.runtime.accelerate import accelerate, has_latents, no_latents
+from latentize.runtime.cache import LatentCache, cache_formats
 
 __all__ = ["evaluate"]
 
@@ -30,6 +32,7 @@ def evaluate(
     sequence_length: int = 512,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    cache: str | None = None,
     progress: Progress = silent,
 ) -> Quality:
     """Measure a model on held-out text.
@@ -43,9 +46,11 @@ def evaluate(
         sequence_length: Context that predictions are made in.
         device: Where.
         dtype: Precision to run in.
+        cache: ``LATENT[+ROPE]``: predict from a cache of these formats, as generation would.
         progress: Told after each batch.
 
     Raises:
+        OptionError: a cache format for a model without latents.
         DataError: the two models do not share a vocabulary, or the text is too short.
         CheckpointError: a model cannot be loaded.
     """
@@ -57,12 +62,18 @@ def evaluate(
         sequence_length=sequence_length,
     )
     subject = load_model(model, dtype=dtype, device=device)
+    formats = cache_formats(cache)
+    if formats and not has_latents(subject):
+        raise no_latents("--cache")
+    if formats:
+        accelerate(subject)
     source = None if reference is None else load_model(reference, dtype=dtype, device=device)
     total = Quality()
     batches = rows.split(max(1, _TOKENS_AT_ONCE // sequence_length))
     for number, batch in enumerate(batches):
         batch = batch.to(device)
-        logits = subject(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+        stored = {"past_key_values": LatentCache(subject.config, **formats)} if formats else {"use_cache": False}
+        logits = subject(input_ids=batch, **stored).logits[:, :-1].flatten(0, 1)
         expected = None
         if source is not None:
             expected = source(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)

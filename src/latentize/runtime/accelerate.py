@@ -17,11 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from latentize.attention.module import LatentAttention
-from latentize.errors import UnsupportedModelError
+from latentize.errors import OptionError, UnsupportedModelError
 from latentize.runtime.cache import LatentCache
 from latentize.runtime.heads import Up, heads
 
-__all__ = ["accelerate", "decelerate", "is_accelerated"]
+__all__ = ["accelerate", "decelerate", "has_latents", "is_accelerated", "no_latents"]
 
 _NAME = "latentize"
 _STATE = "_latentize_accelerated"
@@ -97,6 +97,24 @@ def _is_mla(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in parts)
 
 
+def _latent_layers(model: Any) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, LatentAttention) or _is_mla(m)]
+
+
+def has_latents(model: Any) -> bool:
+    """Whether a model has latent attention that :func:`accelerate` can treat."""
+    return bool(_latent_layers(model))
+
+
+def no_latents(where: str) -> OptionError:
+    """What to raise where somebody asks for a latent cache in vain."""
+    return OptionError(
+        "this model has no latents to store",
+        where=where,
+        fix="convert it first; for other models transformers has its own QuantizedCache",
+    )
+
+
 def is_accelerated(model: Any) -> bool:
     """Whether :func:`accelerate` was called on this instance."""
     return hasattr(model, _STATE)
@@ -120,7 +138,7 @@ def accelerate(model: Any) -> Any:
     """
     if is_accelerated(model):
         return model
-    layers = [m for m in model.modules() if isinstance(m, LatentAttention) or _is_mla(m)]
+    layers = _latent_layers(model)
     if not layers:
         raise UnsupportedModelError(
             f"'{type(model).__name__}' has no latent attention to absorb",

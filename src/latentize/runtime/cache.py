@@ -25,7 +25,7 @@ from latentize.attention.rope import rotate_half, rotate_interleaved
 from latentize.errors import OptionError
 from latentize.runtime.codecs import Codec, Plain, codec
 
-__all__ = ["LatentCache", "LatentLayer", "Rows"]
+__all__ = ["LatentCache", "LatentLayer", "Rows", "cache_formats"]
 
 # Rows that are restored at once: they stay in a core's cache until they are attended.
 _BLOCK = 2048
@@ -313,6 +313,24 @@ class LatentLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map(lambda t: t[indices])
+
+
+def cache_formats(text: str | None) -> dict[str, str]:
+    """Arguments of :class:`LatentCache` from ``LATENT[+ROPE]``: ``"int4"``, ``"int4+bf16"``.
+
+    A roped key without a format of its own gets that of the latent, but never fewer than 8 bits: it is small, and
+    what it loses is not spread over others.
+
+    Raises:
+        OptionError: an unknown format.
+    """
+    if text is None:
+        return {}
+    latent, _, rope = text.partition("+")
+    rope = rope or ("int8" if latent == "int4" else latent)
+    for name in (latent, rope):
+        codec(name, 2)
+    return {"latent": latent, "rope": rope}
 
 
 class LatentCache(Cache):

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["Generated", "generate"]
+from latentize.runtime.cache import LatentCache
+
+__all__ = ["Generated", "cache_bytes", "generate"]
+
+# Longer prompts go through the model in parts, so that the memory of their activations is bounded.
+_PREFILL = 2048
 
 
 @dataclass
@@ -21,6 +26,7 @@ class Generated:
         seconds: Prompt and generation together.
         cache_bytes: Bytes of the tensors that the cache held in the end.
         cache_values_per_token_layer: Counted in them.
+        prompt_tokens: Tokens of the prompt.
     """
 
     text: str
@@ -28,6 +34,7 @@ class Generated:
     seconds: float
     cache_bytes: int
     cache_values_per_token_layer: int
+    prompt_tokens: int
 
 
 @torch.no_grad()
@@ -39,6 +46,7 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     streamer: Any = None,
+    cache: Any = None,
 ) -> Generated:
     """Continue ``prompt`` through transformers' own ``generate``.
 
@@ -49,6 +57,7 @@ def generate(
         max_new_tokens: At most so many.
         temperature: 0 takes the most likely token.
         streamer: transformers' streamer, told of each token.
+        cache: Instead of the one that transformers makes.
     """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     started = time.time()
@@ -60,14 +69,25 @@ def generate(
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         return_dict_in_generate=True,
         streamer=streamer,
+        past_key_values=cache,
+        prefill_chunk_size=_PREFILL if inputs["input_ids"].shape[1] > _PREFILL else None,
         **sampling,
     )
     new = out.sequences[0, inputs["input_ids"].shape[1] :]
-    tensors = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+    used = out.past_key_values
     return Generated(
         text=tokenizer.decode(new, skip_special_tokens=True),
         tokens=len(new),
         seconds=time.time() - started,
-        cache_bytes=sum(t.numel() * t.element_size() for t in tensors),
-        cache_values_per_token_layer=sum(t[0, :, 0].numel() for t in tensors[:2]),
+        cache_bytes=cache_bytes(used),
+        cache_values_per_token_layer=sum(t[0, :, 0].numel() for t in (used.layers[0].keys, used.layers[0].values)),
+        prompt_tokens=inputs["input_ids"].shape[1],
     )
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of a cache's tensors; transformers' own, or a :class:`LatentCache`."""
+    if isinstance(cache, LatentCache):
+        return cache.nbytes
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    return sum(t.numel() * t.element_size() for t in tensors)
