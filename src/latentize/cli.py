@@ -77,7 +77,9 @@ def _emit(entries: Any, as_json: bool, *tables: Table) -> None:
 
 
 def _facts(title: str, rows: dict[str, Any]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left")
+    # A title is folded to the table's width; a path should not be.
+    width = min(len(title), console.width)
+    table = Table(title=title, show_header=False, title_justify="left", min_width=width)
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table
