@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -353,6 +354,76 @@ def generate(
     elif cache is not None or window is not None:
         raise no_latents("--cache, --window")
     return vars(run(loaded, tokenizer, prompt, **options))
+
+
+def bench(
+    model: str | Path,
+    reference: str | Path | None = None,
+    *,
+    contexts: Sequence[int] = (512, 2048),
+    batches: Sequence[int] = (1,),
+    cache: str | None = None,
+    stock: bool = True,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    steps: int = 16,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """What ``latentize bench --json`` prints: prefill and decode, side by side in one run.
+
+    Args:
+        model: A folder or a hub id.
+        reference: The source, to compare with.
+        contexts: Tokens of the prompt.
+        batches: Sequences.
+        cache: ``LATENT[+ROPE]``: measure that cache, too.
+        stock: Measure the model without ``accelerate``, too.
+        dtype: Precision to run in.
+        device: Where.
+        steps: Decode steps that are timed.
+        progress: Told how far it is.
+
+    Raises:
+        OptionError: a cache format for a model that has no latents.
+    """
+    from transformers import DynamicCache
+
+    from latentize.bench.decode import Subject, copy_bandwidth, measure
+    from latentize.evaluate.load import load_model
+    from latentize.runtime.accelerate import accelerate, has_latents, no_latents
+    from latentize.runtime.cache import LatentCache, cache_formats
+
+    precision = _torch_dtype(dtype)
+    formats, folder = cache_formats(cache), resolve(model)
+    plain = load_model(folder, dtype=precision, device=device)
+    latent = has_latents(plain)
+    if formats and not latent:
+        raise no_latents("--cache")
+    subjects = []
+    if latent:
+        fast = accelerate(load_model(folder, dtype=precision, device=device))
+        subjects.append(Subject("latentize", fast, lambda: LatentCache(fast.config)))
+        if formats:
+            name = f"latentize, {formats['latent']}+{formats['rope']}"
+            subjects.append(Subject(name, fast, lambda: LatentCache(fast.config, **formats)))
+    if stock or not latent:
+        subjects.append(Subject("transformers", plain, DynamicCache))
+    if reference is not None:
+        source = load_model(resolve(reference), dtype=precision, device=device)
+        subjects.append(Subject("source, transformers", source, DynamicCache))
+    bandwidth = copy_bandwidth(device)
+    options: dict[str, Any] = {"steps": steps, "bandwidth": bandwidth, "device": device, "progress": progress}
+    rows = [row for b in batches for c in contexts for row in measure(subjects, context=c, batch=b, **options)]
+    return {
+        "model": str(model),
+        "reference": None if reference is None else str(reference),
+        "dtype": dtype,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "copy_bytes_per_second": bandwidth,
+        "rows": [row.describe() for row in rows],
+    }
 
 
 def verify(out: str | Path) -> dict[str, Any]:

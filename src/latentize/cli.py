@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from latentize.errors import LatentizeError
+from latentize.errors import LatentizeError, OptionError
 
 if TYPE_CHECKING:
     from latentize.convert.progress import Progress
@@ -292,6 +292,64 @@ def generate(
             f"\n{result['tokens']} tokens, {rate:.1f} a second; cache {result['cache_bytes'] / 2**20:.2f} MiB, "
             f"{result['cache_values_per_token_layer']} values per token and layer"
         )
+
+
+def _numbers(text: str, where: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise OptionError(f"'{text}' is not a list of numbers", where=where, fix="as 512,2048")
+    return numbers
+
+
+@app.command()
+def bench(
+    model: Model,
+    reference: Annotated[str | None, typer.Option(help="The source, measured beside it.")] = None,
+    context: Annotated[str, typer.Option(metavar="N,N", help="Tokens of the prompt.")] = "512,2048",
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Sequences at a time.")] = "1",
+    cache: CacheFormat = None,
+    stock: Annotated[bool, typer.Option(help="Measure transformers' own decode, too.")] = True,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps that are timed.")] = 16,
+    plot: Annotated[Path | None, typer.Option(help="Write a chart, .svg.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure prefill, decode and cache against context, interleaved with the source."""
+    from latentize.api import bench as run
+
+    contexts, batches = _numbers(context, "--context"), _numbers(batch, "--batch")
+    options = {"cache": cache, "stock": stock, "dtype": dtype, "device": device, "steps": steps}
+    with _progress() as progress:
+        result = run(model, reference, contexts=contexts, batches=batches, progress=progress, **options)
+    if plot is not None:
+        from latentize.report.chart import line_chart
+
+        series: dict[str, list[tuple[float, float]]] = {}
+        for row in result["rows"]:
+            name = row["name"] if len(batches) == 1 else f"{row['name']}, batch {row['batch']}"
+            series.setdefault(name, []).append((row["context"], row["milliseconds_per_token"]))
+        title = "Milliseconds a decode step"
+        plot.write_text(line_chart(series, title=title, x_label="tokens of context"), encoding="utf-8")
+    table = Table(title=f"{model}, {dtype} on {device}", title_justify="left")
+    table.add_column("context", justify="right")
+    table.add_column("", no_wrap=True)
+    for column in ("prefill tok/s", "decode tok/s", "ms a step", "cache MiB", "of roof"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['batch']} x {row['context']:,}",
+            row["name"],
+            f"{row['prefill_tokens_per_second']:,.0f}",
+            f"{row['decode_tokens_per_second']:,.1f}",
+            f"{row['milliseconds_per_token']:,.2f}",
+            f"{row['cache_bytes'] / 2**20:,.2f}",
+            f"{row['roofline_share']:.0%}",
+        )
+    _emit(result, as_json, table)
 
 
 @app.command()

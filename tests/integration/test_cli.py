@@ -113,6 +113,27 @@ def test_generate_and_evaluate_from_a_smaller_cache(
     assert lossy["perplexity"] == pytest.approx(exact["perplexity"], rel=0.3 if "int4" in cache else 0.03)
 
 
+def test_bench(ok: Ask, converted: tuple[Path, dict[str, Any]], source: Callable[..., Path], tmp_path: Path) -> None:
+    plot = tmp_path / "bench.svg"
+    options = ("--context", "20,40", "--batch", "1,2", "--cache", "int4", "--steps", 2, "--dtype", "float32")
+    result = ok("bench", converted[0], "--reference", source("llama", 2), *options, "--plot", plot)
+    names = ["latentize", "latentize, int4+int8", "transformers", "source, transformers"]
+    assert [(r["batch"], r["context"], r["name"]) for r in result["rows"]] == [
+        (b, c, n) for b in (1, 2) for c in (20, 40) for n in names
+    ]
+    fast, small, stock, grouped = result["rows"][4:8]
+    # Two layers of 32 values, of 64 in the source, at 40 tokens in float32.
+    assert stock["cache_bytes"] == 2 * 32 * 4 * 40 and grouped["cache_bytes"] == 2 * 64 * 4 * 40
+    assert small["cache_bytes"] < fast["cache_bytes"] / 4
+    for row in result["rows"]:
+        assert row["prefill_tokens_per_second"] > 0 < row["milliseconds_per_token"]
+        assert row["decode_tokens_per_second"] == pytest.approx(row["batch"] * 1e3 / row["milliseconds_per_token"])
+        assert 0 < row["roofline_share"] < 1
+    assert result["copy_bytes_per_second"] > 1e8
+    drawn = plot.read_text()
+    assert drawn.startswith("<svg") and "latentize, int4+int8, batch 2" in drawn
+
+
 def test_generate_in_a_window(ok: Ask, converted: tuple[Path, dict[str, Any]]) -> None:
     out, _ = converted
     whole, windowed = (
@@ -176,6 +197,7 @@ def test_tables_for_people(
         (("plan", "llama-2-7b", "--context", 4096), ["2.00", "0.14", "MLA 512+64"]),
         (("verify", out), ["is whole", "32"]),
         (("generate", out, "some words", "--max-new-tokens", 2), ["some words"]),
+        (("bench", out, "--context", "8", "--steps", "1"), ["latentize", "transformers", "MiB"]),
     ):
         done = call_cli(capsys, *args)
         assert done.returncode == 0, done.stderr
@@ -208,6 +230,7 @@ ERRORS: list[tuple[str, tuple[object, ...], str]] = [
     ("no latents to store", ("generate", MODEL, "some words", "--cache", "int8"), "LZ301"),
     ("no latents to measure", ("eval", MODEL, "--cache", "int8"), "LZ301"),
     ("no such cache", ("generate", MODEL, "some words", "--window", "32"), "LZ301"),
+    ("no contexts", ("bench", MODEL, "--context", "many"), "LZ301"),
     ("no share", ("convert", MODEL, OUT, "--keep", "150%"), "LZ301"),
     ("no such method", ("convert", MODEL, OUT, "--method", "svd"), "LZ301"),
     ("no recipe", ("convert", MODEL, OUT, "--recipe", "nowhere.yaml"), "LZ301"),
@@ -260,5 +283,5 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], args: tuple[str, ...]) 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     done = call_cli(capsys, "--help")
     assert done.returncode == 0
-    for command in ("inspect", "plan", "convert", "eval", "verify", "generate", "demo"):
+    for command in ("inspect", "plan", "convert", "eval", "verify", "generate", "bench", "demo"):
         assert command in done.stdout

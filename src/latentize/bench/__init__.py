@@ -1,0 +1,1 @@
+"""How fast models generate, and how much memory that takes: measured side by side."""
