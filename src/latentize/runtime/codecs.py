@@ -73,26 +73,37 @@ class Float8:
 
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         byte_BSn, scale_BS1 = stored
-        # Sign, exponent and mantissa at their places in a bfloat16, whose exponents lie 120 higher. Ten times as
-        # fast as PyTorch's own conversion.
-        wide_BSn = byte_BSn.to(torch.int16)
-        bits_BSn = ((wide_BSn & 0x80) << 8) | ((wide_BSn & 0x7F) << 4)
-        return (bits_BSn.view(torch.bfloat16) * 2.0**120).to(dtype) * scale_BS1.to(dtype)
+        # A table is three times as fast as PyTorch's conversion; so is arithmetic on the bits, but for subnormals.
+        return _looked_up(byte_BSn, _float8s(dtype, byte_BSn.device)) * scale_BS1.to(dtype)
+
+
+@cache
+def _float8s(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).to(dtype)[:, None]
 
 
 @cache
 def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The two values of each byte, ``[256, 2]``."""
+    """The two steps of each byte, ``[256, 2]``."""
     byte = torch.arange(256, device=device)
     return torch.stack([byte & 15, byte >> 4], dim=1).to(dtype) - 7.5
+
+
+def _looked_up(byte_BSm: Tensor, table_bv: Tensor) -> Tensor:
+    """The values of each byte, side by side."""
+    # One wide integer for all values of a byte: one fetch instead of several.
+    wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}[table_bv.shape[1] * table_bv.element_size()]
+    table_b = table_bv.contiguous().view(wide).flatten()
+    found_n = table_b.index_select(0, byte_BSm.flatten().to(torch.int32))
+    return found_n.view(table_bv.dtype).view(*byte_BSm.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
 class Int4:
     """Sixteen levels, half-integers from -7.5 to 7.5: none is wasted on a zero that rotated values never have.
 
-    Values ``[0, n / 2)`` are in the low halves of the bytes, ``[n / 2, n)`` in the high ones; an odd
-    ``n`` is rounded up.
+    Values of even number are in the low halves of the bytes, those after them in the high ones; an odd ``n`` is
+    rounded up.
 
     Attributes:
         size: ``n``.
@@ -105,13 +116,11 @@ class Int4:
         level_BSn = (x_BSn.float() / scale_BS1.float() + 7.5).round().clamp(0, 15).to(torch.uint8)
         if level_BSn.shape[-1] % 2:
             level_BSn = torch.nn.functional.pad(level_BSn, (0, 1))
-        low, high = level_BSn.chunk(2, dim=-1)
-        return low | (high << 4), scale_BS1
+        return level_BSn[..., ::2] | (level_BSn[..., 1::2] << 4), scale_BS1
 
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         byte_BSm, scale_BS1 = stored
-        pair_BSm2 = _pairs(dtype, byte_BSm.device)[byte_BSm.int()]
-        return torch.cat(pair_BSm2.unbind(-1), dim=-1)[..., : self.size] * scale_BS1.to(dtype)
+        return _looked_up(byte_BSm, _pairs(dtype, byte_BSm.device))[..., : self.size] * scale_BS1.to(dtype)
 
 
 _FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
