@@ -3,8 +3,9 @@
     python benchmarks/decode_model.py [--context 512 2048 8192] [--threads 2]
 
 Random weights: 8 layers, hidden 1,024, MLP 2,816, 16 query heads of 64, 4 kv heads (512 cached values a token and
-layer); as MLA at half of that, 224 + 32. bfloat16, 4,096 tokens of vocabulary. Each decode step of every model in turn. Writes
-``benchmarks/results/decode-model.json`` and ``docs/decode.svg``, prints Markdown with the break-even context.
+layer); as MLA at half of that, 224 + 32. bfloat16, 4,096 tokens of vocabulary. Each decode step of every model in
+turn. Writes ``benchmarks/results/decode-model.json`` and ``docs/decode.svg``, prints Markdown with the break-even
+context.
 """
 
 from __future__ import annotations

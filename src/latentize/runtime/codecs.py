@@ -92,10 +92,10 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
 def _looked_up(byte_BSm: Tensor, table_bv: Tensor) -> Tensor:
     """The values of each byte, side by side."""
     # One wide integer for all values of a byte: one fetch instead of several.
-    wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}[table_bv.shape[1] * table_bv.element_size()]
-    table_b = table_bv.contiguous().view(wide).flatten()
-    found_n = table_b.index_select(0, byte_BSm.flatten().to(torch.int32))
-    return found_n.view(table_bv.dtype).view(*byte_BSm.shape[:-1], -1)
+    wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(table_bv.shape[1] * table_bv.element_size())
+    table = table_bv if wide is None else table_bv.contiguous().view(wide)
+    found = table.index_select(0, byte_BSm.flatten().to(torch.int32))
+    return found.view(table_bv.dtype).view(*byte_BSm.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
