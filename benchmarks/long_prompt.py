@@ -2,8 +2,8 @@
 
     python benchmarks/long_prompt.py [--tokens 32768]
 
-A random deepseek_v3 model (4 layers, hidden 512, 16 heads of 128 + 64, latents of 512 + 64) takes a prompt and generates
-8 tokens, each way in a process of its own; prints the peak resident memory beyond that of the loaded model.
+A random deepseek_v3 model (4 layers, hidden 512, 16 heads of 128 + 64, latents of 512 + 64) takes a prompt and
+generates 8 tokens, each way in a process of its own; prints the peak resident memory beyond that of the loaded model.
 """
 
 from __future__ import annotations

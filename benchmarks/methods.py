@@ -58,6 +58,7 @@ def measure(model: Path, name: str, keep: str, tokens: int, data: tuple[str, ...
         "seconds": made["seconds"],
         "calibration_tokens": made["calibration_tokens"],
         "weights_sha256": files["model.safetensors"],
+        "layers": made["layers"],
         **found,
     }
 

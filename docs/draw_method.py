@@ -1,6 +1,6 @@
-"""Draw the figures of ``docs/method.md``: loss against budget, and where rope went.
+"""Draw the figures of ``docs/method.md``: loss against budget, error layer by layer, and where rope went.
 
-    python docs/draw_method.py            # docs/loss.svg from benchmarks/results, docs/rope.svg from the bundled model
+    python docs/draw_method.py   # docs/loss.svg and error.svg from benchmarks/results, rope.svg from the bundled model
 
 Only ``rope.svg`` runs the model, for a few seconds: statistics of the calibration text, no conversion.
 """
@@ -8,8 +8,8 @@ Only ``rope.svg`` runs the model, for a few seconds: statistics of the calibrati
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,14 +22,10 @@ from latentize.convert.search import best_strides
 from latentize.convert.source import SourceModel
 from latentize.demo import bundled_model
 from latentize.recipe import Recipe
+from latentize.report.chart import line_chart, svg
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "methods-tiny-llama-gqa.json"
-STYLE = (
-    "<style>text{fill:#24292f;font-size:13px}.dim{fill:#57606a;font-size:12px}.axis{stroke:#8c959f}"
-    ".cell{stroke:#8c959f;stroke-width:.5}"
-    "@media (prefers-color-scheme:dark){text{fill:#e6edf3}.dim{fill:#9198a1}}</style>"
-)
 COLOURS = {
     "calibrated": "#e45756",
     "calibrated, native": "#b279a2",
@@ -39,49 +35,39 @@ COLOURS = {
     "mha2mla": "#54a24b",
     "gqa (mean pool)": "#9d755d",
 }
+ERROR_COLOURS = {
+    "50%, closed form": "#f2a59d",
+    "50%, refined": "#e45756",
+    "25%, closed form": "#9ecae9",
+    "25%, refined": "#4c78a8",
+    "12.5%, closed form": "#88d27a",
+    "12.5%, refined": "#54a24b",
+}
 ROPE_DIM, TOKENS = 16, 8192
 
 
-def _svg(width: int, height: int, label: str, parts: list[str]) -> str:
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'font-family="system-ui, sans-serif" role="img" aria-label="{label}">'
-    )
-    return "\n".join([head, STYLE, *parts, "</svg>"]) + "\n"
+def loss_figure(rows: list[dict[str, Any]]) -> str:
+    """Excess loss against the share of the cache that is kept."""
+    series: dict[str, list[tuple[float, float]]] = {name: [] for name in COLOURS}
+    for row in rows:
+        if row["method"] in series:
+            series[row["method"]].append((float(row["keep"].rstrip("%")), max(row["excess_loss"], 1e-3)))
+    drawn = {name: points for name, points in series.items() if points}
+    title = "Nats per token above the source, held-out text"
+    return line_chart(drawn, title=title, x_label="per cent of the cache", colours=COLOURS)
 
 
-def loss_figure() -> str:
-    """Excess loss, on a logarithmic scale, against the share of the cache that is kept."""
-    rows = [r for r in json.loads(RESULTS.read_text())["rows"] if "refused" not in r]
-    left, top, width, height = 60, 40, 420, 260
-    low, high = math.log10(0.01), math.log10(10)
-
-    def x(keep: str) -> float:
-        return left + width * (math.log2(float(keep.rstrip("%")) / 12.5) + 0.3) / 2.6
-
-    def y(excess: float) -> float:
-        return top + height * (high - math.log10(max(excess, 0.01))) / (high - low)
-
-    parts = ['<text x="0" y="18" style="font-size:15px">Nats per token above the source, held-out text</text>']
-    for tick in (0.01, 0.03, 0.1, 0.3, 1, 3, 10):
-        parts.append(f'<line class="axis" x1="{left}" x2="{left + width}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" ')
-        parts[-1] += 'opacity="0.35"/>'
-        parts.append(f'<text class="dim" x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for keep in ("12.5%", "25%", "50%"):
-        at = f'x="{x(keep):.1f}" y="{top + height + 20}" text-anchor="middle"'
-        parts.append(f'<text class="dim" {at}>{keep} of the cache</text>')
-    for number, (name, colour) in enumerate(COLOURS.items()):
-        mine = sorted(
-            (x(r["keep"]), y(r["excess_loss"])) for r in rows if r["method"] == name and r["excess_loss"] is not None
-        )
-        if not mine:
+def error_figure(rows: list[dict[str, Any]]) -> str:
+    """What leaves each layer, relative to the source's: in closed form, and as saved."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["method"] != "calibrated" or "layers" not in row:
             continue
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in mine)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{colour}"/>' for px, py in mine]
-        parts.append(f'<rect x="510" y="{top + 24 * number}" width="12" height="12" fill="{colour}"/>')
-        parts.append(f'<text x="530" y="{top + 11 + 24 * number}">{name}</text>')
-    return _svg(700, 340, "Excess loss against the share of the cache that is kept, by method", parts)
+        for name, key in (("closed form", "error_before_refine"), ("refined", "error_after_refine")):
+            points = [(number, layer[key]) for number, layer in enumerate(row["layers"], 1)]
+            series[f"{row['keep']}, {name}"] = points
+    title = "Relative error of the residual stream after each layer"
+    return line_chart(series, title=title, x_label="layer", colours=ERROR_COLOURS)
 
 
 def _cost(c: Components) -> torch.Tensor:
@@ -128,11 +114,13 @@ def rope_figure() -> str:
         at = f'x="{left + cell * f + cell / 2}" y="{bottom}" text-anchor="middle"'
         parts.append(f'<text class="dim" {at}>{f}</text>')
     parts.append(f'<text class="dim" x="0" y="{bottom}">frequency</text>')
-    return _svg(left + cell * pairs + 4, bottom + 10, "Which frequencies keep RoPE, layer by layer", parts)
+    return svg(left + cell * pairs + 4, bottom + 10, "Which frequencies keep RoPE, layer by layer", parts)
 
 
 def main() -> None:
-    (DOCS / "loss.svg").write_text(loss_figure())
+    rows = [r for r in json.loads(RESULTS.read_text())["rows"] if "refused" not in r]
+    (DOCS / "loss.svg").write_text(loss_figure(rows))
+    (DOCS / "error.svg").write_text(error_figure(rows))
     (DOCS / "rope.svg").write_text(rope_figure())
 
 
