@@ -66,6 +66,10 @@ def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:
     return checkpoint, spec
 
 
+# Steps of refinement where the layers are polished together afterwards, which is then the better use of the time.
+_BEFORE_POLISH = 50
+
+
 @dataclass
 class _Text:
     calibration_NT: Tensor
@@ -154,7 +158,9 @@ def _effort(recipe: Recipe, source: SourceModel) -> Effort:
         return Effort()
     # The whole model has to be in memory for it, and moves at every step.
     polish = not source.large if recipe.polish is None else recipe.polish
-    return Effort(Refinement(seed=recipe.seed), Polish(seed=recipe.seed) if polish else None)
+    if not polish:
+        return Effort(Refinement(seed=recipe.seed))
+    return Effort(Refinement(seed=recipe.seed, steps=_BEFORE_POLISH), Polish(seed=recipe.seed))
 
 
 class _Job:

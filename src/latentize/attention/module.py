@@ -38,7 +38,7 @@ def causal_blocks(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, scale: float) 
     for start in range(0, tokens, size):
         end = min(start + size, tokens)
         mask = F.pad(later[: end - start, : end - start], (start, 0))
-        score_ntS = torch.baddbmm(mask, q_nTd[:, start:end], k_nTd[:, :end].mT)
+        score_ntS = q_nTd[:, start:end] @ k_nTd[:, :end].mT + mask
         heads.append(score_ntS.softmax(-1) @ v_nTV[:, :end])
     return torch.cat(heads, dim=1).unflatten(0, lead)
 

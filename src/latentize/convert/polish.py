@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,13 +31,16 @@ _LOGIT_BYTES = 1 << 27
 class Polish(Schedule):
     """How the whole model is polished.
 
+    A step is as large as there is something to repair: the rate is multiplied by the root of the divergence that the
+    polish starts from, in nats per token.
+
     Attributes:
         look: Steps between two looks at held-out text; the best of what was seen is kept.
     """
 
-    steps: int = 30
-    rate: float = 0.004
-    look: int = 10
+    steps: int = 100
+    rate: float = 0.02
+    look: int = 20
 
 
 def divergence(
@@ -101,7 +104,7 @@ def polish(
     embedded_NTD, embedded_check_NTD, head = source.embed(tokens_NT), source.embed(check_NT), source.head()
     at_once = max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
     parameters = [p for a in attentions for p in a.parameters()]
-    descent, size = Descent(parameters, how), how.sequences(tokens_NT.shape[1])
+    size = how.sequences(tokens_NT.shape[1])
 
     def run(hidden_BTD: Tensor) -> Tensor:
         for layer in layers:
@@ -118,6 +121,7 @@ def polish(
         return total
 
     best, kept = look(), [p.detach().clone() for p in parameters]
+    descent = Descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5))
     for step, rows in enumerate(how.batches(*tokens_NT.shape)):
         with torch.autocast(tokens_NT.device.type, torch.bfloat16, enabled=source.fast_matmul):
             with torch.enable_grad():
