@@ -410,7 +410,7 @@ def bench(
         fast = accelerate(load_model(folder, dtype=precision, device=device))
         subjects.append(Subject("latentize", fast, lambda: LatentCache(fast.config)))
         if formats:
-            name = f"latentize, {formats['latent']}+{formats['rope']}"
+            name = f"latentize, {formats.get('latent')}+{formats.get('rope')}"
             subjects.append(Subject(name, fast, lambda: LatentCache(fast.config, **formats)))
     if stock or not latent:
         subjects.append(Subject("transformers", plain, DynamicCache))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -315,7 +315,14 @@ class LatentLayer(CacheLayerMixin):
         self._map(lambda t: t[indices])
 
 
-def cache_formats(text: str | None) -> dict[str, str]:
+class CacheFormats(TypedDict, total=False):
+    """Arguments of :class:`LatentCache`."""
+
+    latent: str
+    rope: str
+
+
+def cache_formats(text: str | None) -> CacheFormats:
     """Arguments of :class:`LatentCache` from ``LATENT[+ROPE]``: ``"int4"``, ``"int4+bf16"``.
 
     A roped key without a format of its own gets that of the latent, but never fewer than 8 bits: it is small, and
@@ -366,9 +373,10 @@ class LatentCache(Cache):
                 f"a window of {window} tokens with {residual} in full precision", where="LatentCache", fix="widen it"
             )
         count = config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[LatentLayer(latent, rope, window, sinks, residual) for _ in range(count)])
+        self._rows = [LatentLayer(latent, rope, window, sinks, residual) for _ in range(count)]
+        super().__init__(layers=list(self._rows))
 
     @property
     def nbytes(self) -> int:
         """Bytes that all layers' tensors take up."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self._rows)
