@@ -12,23 +12,29 @@ B batch, T new tokens, S cached tokens, H query heads, r kv_lora_rank, R qk_rope
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 __all__ = ["attend_block", "attend_block_fused", "attend_rows", "has_fused", "merge"]
 
-# Where the fused operator was seen to take what is asked of it here.
-_FUSED_VERSIONS = ((2, 4), (2, 99))
 # Cached tokens that one thread attends at a time; below twice that nothing is split.
 _SPLIT = 2048
 
 
+@cache
 def has_fused() -> bool:
-    """Whether this PyTorch has the CPU operator that returns the log-sum-exp. It is private, so it may go."""
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    known = _FUSED_VERSIONS[0] <= version <= _FUSED_VERSIONS[1]
-    return known and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    """Whether this PyTorch has the CPU operator that returns the log-sum-exp, and it does what its twin does.
+
+    It is private, so it may change or go: it is tried, once.
+    """
+    q_BQd, rows_Bsd = torch.ones(1, 2, 3), torch.arange(12.0).view(1, 4, 3)
+    try:
+        made = attend_block_fused(q_BQd, rows_Bsd, 0.1)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(made, attend_block(q_BQd, rows_Bsd, 0.1), strict=True))
 
 
 def attend_block(

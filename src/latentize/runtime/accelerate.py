@@ -9,6 +9,7 @@ Whatever else a family does (query compression, interleaved RoPE, YaRN's factors
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -143,7 +144,7 @@ def accelerate(model: Any) -> Any:
         raise UnsupportedModelError(
             f"'{type(model).__name__}' has no latent attention to absorb",
             where="accelerate",
-            fix="convert the model first; with transformers older than 5.10, upgrade it",
+            fix="convert the model first; transformers 5.23 is known to work, older ones may lack `expand_kv`",
         )
     hooks = []
     rotary = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
@@ -152,10 +153,10 @@ def accelerate(model: Any) -> Any:
     for layer in layers:
         if isinstance(layer, LatentAttention):
             layer.heads = MethodType(_native_heads, layer)
-            frequencies = _native_frequencies(layer)
+            frequencies = layer.frequencies
         else:
             layer.expand_kv = MethodType(_as_they_are, layer)
-            frequencies = _frequencies(rotary)
+            frequencies = partial(getattr, rotary, "inv_freq", None)
         hooks.append(layer.register_forward_pre_hook(_announce(frequencies, interleaved), with_kwargs=True))
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [(config, config._attn_implementation) for config in configs.values()]
@@ -180,14 +181,6 @@ def decelerate(model: Any) -> Any:
     del model.generate
     delattr(model, _STATE)
     return model
-
-
-def _frequencies(rotary: Any) -> Callable[[], Tensor | None]:
-    return lambda: getattr(rotary, "inv_freq", None)
-
-
-def _native_frequencies(layer: LatentAttention) -> Callable[[], Tensor | None]:
-    return layer.frequencies
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:

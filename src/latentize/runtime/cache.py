@@ -178,7 +178,7 @@ class LatentLayer(CacheLayerMixin):
         turn, c_BTr, new = self.rotation(torch.float32), key_states[:, 0], key_states.shape[2]
         if turn is not None:
             c_BTr = (c_BTr.float() @ turn).to(c_BTr.dtype)
-        self._trim(new)
+        self._trim()
         self.recent.append((torch.cat([c_BTr, value_states.transpose(1, 2).flatten(2)], dim=-1),))
         self.seen += new
         if not self.plain and self.recent.length >= 2 * self.residual + 1:
@@ -209,13 +209,12 @@ class LatentLayer(CacheLayerMixin):
         latent, rope = self.codecs
         return torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
 
-    def _trim(self, new: int) -> None:
+    def _trim(self) -> None:
         """Let go of what no later token will see, now and then."""
         if self.window is None or self._kept < self.sinks + 2 * self.window:
             return
         if self.stored.length:
-            tail = self.window - self.recent.length
-            self.stored.keep(self.sinks, tail)
+            self.stored.keep(self.sinks, self.window - self.recent.length)
         else:
             self.recent.keep(self.sinks, self.window)
 
