@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,18 +29,13 @@ from latentize.families import ModelSpec, model_spec
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
 from latentize.formats.pooled import PooledWriter
+from latentize.machine import peak_rss_bytes
 from latentize.recipe import Recipe
 
 if TYPE_CHECKING:
     from latentize.formats.base import FormatWriter
 
 __all__ = ["convert", "evaluate", "generate", "open_source", "verify"]
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:

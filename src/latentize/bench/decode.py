@@ -6,9 +6,7 @@ reaches on the same machine, are the least time that it could take (the roofline
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from latentize.convert.progress import Progress, silent
+from latentize.machine import peak_rss_bytes
 from latentize.runtime.generate import cache_bytes
 
 __all__ = ["Measurement", "Subject", "copy_bandwidth", "measure"]
@@ -99,11 +98,6 @@ def _weight_bytes(model: Any) -> int:
     return total - embedding.weight.numel() * embedding.weight.element_size()
 
 
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 @torch.no_grad()
 def measure(
     subjects: Sequence[Subject],
@@ -168,7 +162,7 @@ def measure(
                 cache_bytes=size,
                 weight_bytes=weights,
                 roofline_share=(weights + size) / bandwidth / step_time,
-                peak_rss_bytes=_peak_rss(),
+                peak_rss_bytes=peak_rss_bytes(),
             )
         )
     return rows

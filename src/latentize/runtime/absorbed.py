@@ -17,7 +17,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["attend_block", "attend_block_fused", "attend_rows", "has_fused", "merge"]
+__all__ = [
+    "additive",
+    "attend_block",
+    "attend_block_fused",
+    "attend_rows",
+    "fused_attention",
+    "has_fused",
+    "merge",
+]
 
 # Cached tokens that one thread attends at a time; below twice that nothing is split.
 _SPLIT = 2048
@@ -66,16 +74,23 @@ def attend_block_fused(
     q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As :func:`attend_block`, by PyTorch's fused CPU operator."""
-    mask = None if mask_BQs is None else mask_BQs[:, None].to(q_BQd.dtype)
-    rows = rows_Bsd[:, None]
+    rows, mask = rows_Bsd[:, None], None if mask_BQs is None else mask_BQs[:, None]
+    out, lse = fused_attention(q_BQd[:, None], rows, rows, scale, mask)
+    return out[:, 0], lse[:, 0]
+
+
+def fused_attention(
+    q_BHTd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, scale: float, mask: Tensor | None = None, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Heads ``[B, H, T, d]`` and log-sum-exps ``[B, H, T]``, by the private operator; an additive mask, or none."""
+    mask = None if mask is None else mask.to(q_BHTd.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_BQd[:, None], rows, rows, 0.0, False, attn_mask=mask, scale=scale
+        q_BHTd, k_BHSd, v_BHSd, 0.0, causal, attn_mask=mask, scale=scale
     )
-    lse_BQ = lse[:, 0]
-    if mask_BQs is not None:
+    if mask is not None:
         # For a query that may see nothing the operator returns 0.
-        lse_BQ = lse_BQ.masked_fill((mask_BQs == -torch.inf).all(-1), -torch.inf)
-    return out[:, 0], lse_BQ
+        lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
+    return out, lse
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -119,7 +134,8 @@ def attend_rows(
     for rows_Bsd in blocks:
         mask_BQs = None
         if mask_BhTS is not None:
-            mask_BQs = _additive(mask_BhTS[..., start : start + rows_Bsd.shape[1]], heads, q_BHTd.dtype)
+            mask_BhTs = additive(mask_BhTS[..., start : start + rows_Bsd.shape[1]], q_BHTd.dtype)
+            mask_BQs = mask_BhTs.expand(-1, heads, -1, -1).flatten(1, 2)
         start += rows_Bsd.shape[1]
         if fused:
             parts += _split(q_BQd, rows_Bsd, scale, mask_BQs)
@@ -144,8 +160,8 @@ def _split(q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | Non
     return parts
 
 
-def _additive(mask_BhTs: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """``[B, Q, s]`` for queries that hold all heads."""
-    if mask_BhTs.dtype == torch.bool:
-        mask_BhTs = torch.zeros((), dtype=dtype, device=mask_BhTs.device).masked_fill(~mask_BhTs, -torch.inf)
-    return mask_BhTs.expand(-1, heads, -1, -1).flatten(1, 2)
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as one that is added to logits; another as it is."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentize.runtime.absorbed import attend_rows, has_fused, merge
+from latentize.runtime.absorbed import additive, attend_rows, fused_attention, has_fused, merge
 from latentize.runtime.cache import Rows
 
 __all__ = ["Up", "decode", "heads", "prefill"]
@@ -116,15 +116,7 @@ def _fused(
     padded = max(size, v_size)
     # The operator wants equal head sizes; zeros cost less than the unfused path.
     q, k, v = F.pad(q_BHTd, (0, padded - size)), F.pad(k_BHsd, (0, padded - size)), F.pad(v_BHsV, (0, padded - v_size))
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros((), dtype=q.dtype).masked_fill(~mask, -torch.inf)
-        mask = mask.to(q.dtype)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-    )
-    if mask is not None:
-        lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
+    out, lse = fused_attention(q, k, v, scale, None if mask is None else additive(mask, q.dtype), causal=causal)
     return out[..., :v_size], lse
 
 
