@@ -54,10 +54,14 @@ def grouped(batch: int, context: int) -> dict[str, Callable[[], Any]]:
         score = (k @ folded.mT).mT * SCALE
         return score.float().softmax(-1).to(v.dtype) @ v
 
+    def narrow_products() -> Any:
+        return ((folded * SCALE) @ k.mT).softmax(-1) @ v
+
     forms = {
         "GQA-8, SDPA enable_gqa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         "GQA-8, SDPA, group as queries": lambda: F.scaled_dot_product_attention(folded, k, v),
         "GQA-8, matrix products": products,
+        "GQA-8, matrix products, scores in bf16": narrow_products,
     }
     return forms | ({"GQA-8, split": split} if splits > 1 else {})
 

@@ -22,6 +22,7 @@ from latentize.attention.grouped import AttentionWeights
 from latentize.checkpoint import Checkpoint
 from latentize.errors import CheckpointError
 from latentize.families import ModelSpec
+from latentize.machine import multiplies_bfloat16
 
 __all__ = ["SourceLayer", "SourceModel", "attention_weights"]
 
@@ -154,12 +155,6 @@ class SourceLayer:
             pass
 
 
-def _has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16; one that emulates it is slower than with float32."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported and supported())
-
-
 class SourceModel:
     """A checkpoint as a sequence of layers.
 
@@ -181,7 +176,7 @@ class SourceModel:
         self.checkpoint, self.spec, self.device = checkpoint, spec, device
         self.large = sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()) > _LARGE
         self.autocast = self.large
-        self.fast_matmul = self.autocast or device != "cpu" or _has_bfloat16()
+        self.fast_matmul = self.autocast or multiplies_bfloat16(torch.device(device).type)
         config = AutoConfig.from_pretrained(checkpoint.folder)
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
