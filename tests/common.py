@@ -18,6 +18,7 @@ from torch import Tensor, nn
 # Largest relative errors that are allowed, fixed for every machine.
 FP32 = 1e-5  # two orders of summation, float32
 FP64 = 1e-10  # the same, float64
+BF16 = 1e-2  # two orders of summation, bfloat16
 STOCK = 1e-4  # stock DeepSeek-V3, whose latent norm is linear to 2**-16
 STREAM = 1e-4  # one measurement made in two ways
 

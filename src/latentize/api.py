@@ -385,31 +385,14 @@ def bench(
     Raises:
         OptionError: a cache format for a model that has no latents.
     """
-    from transformers import DynamicCache
+    from latentize.bench.decode import copy_bandwidth, measure
+    from latentize.bench.subjects import subjects_of
+    from latentize.runtime.cache import cache_formats
 
-    from latentize.bench.decode import Subject, copy_bandwidth, measure
-    from latentize.evaluate.load import load_model
-    from latentize.runtime.accelerate import accelerate, has_latents, no_latents
-    from latentize.runtime.cache import LatentCache, cache_formats
-
-    precision = _torch_dtype(dtype)
-    formats, folder = cache_formats(cache), resolve(model)
-    plain = load_model(folder, dtype=precision, device=device)
-    latent = has_latents(plain)
-    if formats and not latent:
-        raise no_latents("--cache")
-    subjects = []
-    if latent:
-        fast = accelerate(load_model(folder, dtype=precision, device=device))
-        subjects.append(Subject("latentize", fast, lambda: LatentCache(fast.config)))
-        if formats:
-            name = f"latentize, {formats.get('latent')}+{formats.get('rope')}"
-            subjects.append(Subject(name, fast, lambda: LatentCache(fast.config, **formats)))
-    if stock or not latent:
-        subjects.append(Subject("transformers", plain, DynamicCache))
-    if reference is not None:
-        source = load_model(resolve(reference), dtype=precision, device=device)
-        subjects.append(Subject("source, transformers", source, DynamicCache))
+    source = None if reference is None else resolve(reference)
+    subjects = subjects_of(
+        resolve(model), source, cache_formats(cache), stock=stock, dtype=_torch_dtype(dtype), device=device
+    )
     bandwidth = copy_bandwidth(device)
     options: dict[str, Any] = {"steps": steps, "bandwidth": bandwidth, "device": device, "progress": progress}
     rows = [row for b in batches for c in contexts for row in measure(subjects, context=c, batch=b, **options)]

@@ -83,7 +83,7 @@ def attend_block(
     if mask_BQs is not None:
         blind_BQ = top_BQ == -torch.inf
         lse_BQ, p_BQs = lse_BQ.masked_fill(blind_BQ, -torch.inf), p_BQs.masked_fill(blind_BQ[..., None], 0)
-    return (p_BQs @ rows).to(q_BQd.dtype), lse_BQ
+    return (p_BQs.to(rows.dtype) @ rows).to(q_BQd.dtype), lse_BQ
 
 
 def attend_block_fused(
