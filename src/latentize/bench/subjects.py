@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from latentize.bench.decode import Subject
 from latentize.evaluate.load import load_model
 from latentize.runtime.accelerate import accelerate, has_latents, no_latents
-from latentize.runtime.cache import LatentCache
+from latentize.runtime.cache import CacheFormats, LatentCache
 
 __all__ = ["subjects_of"]
 
@@ -18,7 +18,7 @@ __all__ = ["subjects_of"]
 def subjects_of(
     model: Path,
     reference: Path | None,
-    formats: dict[str, str],
+    formats: CacheFormats,
     *,
     stock: bool,
     dtype: torch.dtype,
