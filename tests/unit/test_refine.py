@@ -57,6 +57,16 @@ def test_what_is_exact_is_left_alone(job) -> None:
         assert torch.equal(getattr(same, name), tensor.float()), name
 
 
+def test_a_refinement_that_makes_it_worse_gives_the_start_back(job) -> None:
+    start, x, target = job
+    start = start.to(torch.float32)
+    given = {n: t.clone() for n, t in projections(start).items()}
+    same = refine(start, x.__getitem__, target, replace(HOW, steps=5, rate=30.0))
+    for name, tensor in given.items():
+        assert torch.equal(getattr(start, name), tensor), f"{name} was trained in place"
+        assert torch.equal(getattr(same, name), tensor), name
+
+
 def test_the_same_seed_gives_the_same_weights(job) -> None:
     start, x, target = job
     one, same, other = (refine(start, x.__getitem__, target, replace(HOW, steps=4, seed=s)) for s in (1, 1, 2))

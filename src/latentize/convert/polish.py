@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
-from latentize.attention.module import LatentAttention
 from latentize.convert.descent import Descent, Schedule
-from latentize.convert.refine import refined
+from latentize.convert.refine import refined, trainable
 from latentize.convert.source import SourceModel
 
 __all__ = ["Polish", "divergence", "polish"]
@@ -96,7 +95,7 @@ def polish(
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    attentions = [LatentAttention.from_weights(w.to(torch.float32)).requires_grad_(True) for w in weights]
+    attentions = [trainable(w) for w in weights]
     check_NTD, layers = source.embed(check_NT), []
     for layer, attention in zip(source.layers(), attentions, strict=True):
         layer.run(check_NTD)

@@ -8,6 +8,7 @@ N sequences, T tokens, D hidden.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
 from latentize.convert.descent import Descent, Schedule
 
-__all__ = ["Refinement", "expand_heads", "refine", "refined"]
+__all__ = ["Refinement", "expand_heads", "refine", "refined", "trainable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,11 @@ def expand_heads(w: LatentWeights) -> LatentWeights:
     return replace(
         w, k_up_UNr=w.k_up_UNr.repeat_interleave(share, dim=0), v_up_UVr=w.v_up_UVr.repeat_interleave(share, dim=0)
     )
+
+
+def trainable(w: LatentWeights) -> LatentAttention:
+    """A float32 module that starts at ``w`` and shares nothing with it."""
+    return copy.deepcopy(LatentAttention.from_weights(w.to(torch.float32))).requires_grad_(True)
 
 
 def refined(attention: LatentAttention, start: LatentWeights) -> LatentWeights:
@@ -76,7 +82,7 @@ def refine(
         FloatingPointError: the loss is no longer finite.
     """
     start = w.to(torch.float32)
-    attention = LatentAttention.from_weights(start).requires_grad_(True)
+    attention = trainable(start)
     descent = Descent(list(attention.parameters()), how)
     scale = 1 / max(float(target_NTD.float().var()), 1e-30)
 
