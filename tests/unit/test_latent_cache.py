@@ -19,7 +19,7 @@ from latentize.runtime.cache import LatentCache, LatentLayer
 from latentize.runtime.codecs import FORMATS
 from latentize.runtime.heads import Up, decode, heads, prefill
 
-# Relative error (Frobenius) of what is restored: half a step, uniformly, at the worst ratio of largest to typical value.
+# Relative error (Frobenius) of what is restored: half a step, uniformly, where the largest value is three typical ones.
 LOSSY = {None: 0.0, "bf16": 4e-3, "fp16": 5e-4, "fp32": FP32, "fp8": 0.05, "int8": 0.01, "int4": 0.15}
 
 
