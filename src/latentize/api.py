@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from latentize.families import ModelSpec, model_spec
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
 from latentize.formats.pooled import PooledWriter
-from latentize.machine import peak_rss_bytes
+from latentize.machine import keeping_freed_memory, peak_rss_bytes
 from latentize.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -180,7 +181,9 @@ class _Job:
     def run(self, model: str, device: str, progress: Progress, started: float) -> dict[str, Any]:
         text = _tokens(self.checkpoint.folder, self.recipe)
         source = SourceModel(self.checkpoint, self.spec, device)
-        done = self.convert(source, text, progress)
+        # A model that is large beside the machine's memory has none to keep.
+        with contextlib.nullcontext() if source.large else keeping_freed_memory():
+            done = self.convert(source, text, progress)
         self.writer.top()
         report = self._report(done, time.time() - started)
         measurements = {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes", "layers")}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 __all__ = ["attended_distances", "expected_rotation"]
 
-_SCORES_AT_ONCE = 1 << 25
+# Few enough for a core's cache, and for most chunks not to look at what comes later.
+_SCORES_AT_ONCE = 1 << 21
 
 
 def attended_distances(q_BHTd: Tensor, k_BGTd: Tensor, scale: float, *, window: int | None = None) -> Tensor:
@@ -37,7 +38,7 @@ def attended_distances(q_BHTd: Tensor, k_BGTd: Tensor, scale: float, *, window: 
         hidden = torch.ones(end - start, end, dtype=torch.bool, device=score_BHcS.device).triu(start + 1)
         if window is not None:
             hidden |= torch.ones_like(hidden).tril(start - window)
-        p_HcS = score_BHcS.masked_fill(hidden, -torch.inf).softmax(-1).sum(0)
+        p_HcS = score_BHcS.masked_fill_(hidden, -torch.inf).softmax(-1).sum(0)
         histogram_HT[:, :end] += _sum_diagonals(p_HcS)
     return histogram_HT
 

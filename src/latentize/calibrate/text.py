@@ -10,6 +10,7 @@ import hashlib
 import json
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -45,23 +46,27 @@ def stdlib_documents(split: Split) -> Iterator[str]:
     name, so that a prefix of the stream is a fair sample of the whole.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = [
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*.py")
-        if not _NOT_TEXT.intersection(path.relative_to(root).parts)
-    ]
+    names = _text_files(root)
     if not names:
         raise DataError(
             "the Python standard library's sources are not on this machine",
             where=str(root),
             fix="pass text with --data FILE (.txt, .jsonl or .parquet)",
         )
-    for name in sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest()[8:]):
+    for name in names:
         if not _belongs(name, split, heldout_permille=20):
             continue
         text = (root / name).read_text(encoding="utf-8", errors="replace")
         if len(text) > 200:
             yield text
+
+
+@cache
+def _text_files(root: Path) -> list[str]:
+    """Names below ``root``, in the order of their hashes; thousands, so they are looked for once."""
+    found = (path.relative_to(root) for path in root.rglob("*.py"))
+    names = [path.as_posix() for path in found if not _NOT_TEXT.intersection(path.parts)]
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()[8:])
 
 
 def _segments(text: str) -> Iterator[str]:
