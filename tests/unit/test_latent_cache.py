@@ -209,6 +209,19 @@ def test_a_window_holds_constant_memory_and_sees_what_it_should() -> None:
         assert relative_error(got[t], expected) <= 3 * FP32, t
 
 
+def test_a_window_over_twenty_thousand_tokens() -> None:
+    made, sizes = layer("int8", "int8", window=64), set()
+    made.frequencies_F = torch.tensor([1.0, 0.1])
+    c, k_rope = torch.randn(2, 1, 1, 16), torch.randn(2, 1, 1, 4)
+    for t in range(20_000):
+        rows, _ = made.update(c, k_rope)
+        if t >= 1000:
+            sizes.add(made.nbytes)
+    assert made.seen == 20_000
+    assert rows.tensors()[0].shape[2] == 64 + 4
+    assert max(sizes) <= 2 * 2 * (64 + 4) * (16 + 4 + 2 * 2), "bytes of two windows, with their scales"
+
+
 @pytest.mark.parametrize("past", [0, 3, 30, 100])
 def test_many_tokens_under_a_window_see_what_each_alone_would(past: int) -> None:
     """Before anything was let go of, or with no first tokens, a window is a band of the mask."""
