@@ -38,10 +38,12 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(model: Path, name: str, keep: str, tokens: int, data: tuple[str, ...]) -> dict[str, Any]:
+def measure(
+    model: Path, name: str, keep: str, tokens: int, data: tuple[str, ...], outputs: Path | None
+) -> dict[str, Any]:
     """One row: convert, then evaluate what was written."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
+        out = (outputs or Path(folder)) / f"{model.name} {name} {keep}".replace(" ", "-").replace(",", "")
         try:
             made = latentize.convert(model, out, keep=keep, data=data, **ROWS[name])
         except OptionError as error:
@@ -56,6 +58,7 @@ def measure(model: Path, name: str, keep: str, tokens: int, data: tuple[str, ...
         "setting": sizes,
         "cache_values_per_token_layer": made["cache_values_per_token_layer"],
         "seconds": made["seconds"],
+        "threads": torch.get_num_threads(),
         "calibration_tokens": made["calibration_tokens"],
         "weights_sha256": files["model.safetensors"],
         "layers": made["layers"],
@@ -93,13 +96,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens")
     parser.add_argument("--budgets", nargs="+", default=BUDGETS, choices=BUDGETS)
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--outputs", type=Path, help="keep the converted models in this folder")
     parser.add_argument("--data", nargs="*", default=(), help="calibration text; the standard library by default")
     args = parser.parse_args()
     path = args.out / f"methods-{args.model.name}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for keep in args.budgets:
         for name in args.methods:
-            new = {**measure(args.model, name, keep, args.tokens, tuple(args.data)), "date": TODAY}
+            new = {**measure(args.model, name, keep, args.tokens, tuple(args.data), args.outputs), "date": TODAY}
             print(json.dumps(new), flush=True)
             rows = [r for r in rows if (r["method"], r["keep"]) != (name, keep)] + [new]
             save(path, args.model.name, rows)

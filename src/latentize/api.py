@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:
 
 
 # Steps of refinement where the layers are polished together afterwards, which is then the better use of the time.
-_BEFORE_POLISH = 50
+_BEFORE_POLISH = 200
 
 
 @dataclass
@@ -152,9 +152,12 @@ def _effort(recipe: Recipe, source: SourceModel) -> Effort:
         return Effort()
     # The whole model has to be in memory for it, and moves at every step.
     polish = not source.large if recipe.polish is None else recipe.polish
+    width = source.spec.attention.hidden_size
+    refinement = Refinement(seed=recipe.seed)
     if not polish:
-        return Effort(Refinement(seed=recipe.seed))
-    return Effort(Refinement(seed=recipe.seed, steps=_BEFORE_POLISH), Polish(seed=recipe.seed))
+        return Effort(refinement.at_width(width))
+    before = replace(refinement, steps=_BEFORE_POLISH)
+    return Effort(before.at_width(width), Polish(seed=recipe.seed).at_width(width))
 
 
 class _Job:

@@ -102,6 +102,15 @@ def test_the_rate_warms_up_and_decays() -> None:
     assert 0 < factors[-1] < 0.1
 
 
+@pytest.mark.parametrize(
+    ("hidden", "tokens", "steps"), [(64, 1024, 200), (256, 1024, 200), (512, 2048, 100), (8192, 4096, 50)]
+)
+def test_a_wider_model_takes_the_same_text_in_fewer_steps(hidden: int, tokens: int, steps: int) -> None:
+    made = Refinement(steps=200, tokens=1024, rate=0.03, seed=7).at_width(hidden)
+    assert (made.tokens, made.steps, made.seed) == (tokens, steps, 7)
+    assert made.rate == pytest.approx(0.03 * (tokens / 1024) ** 0.5)
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (24, 6), (6, 24)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_a_step_is_relative_to_the_matrix(shape: tuple[int, int], scale: float) -> None:

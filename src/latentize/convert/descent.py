@@ -8,7 +8,8 @@ scales are arbitrary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 __all__ = ["Descent", "Schedule"]
 
 _MOMENTUM = 0.9
+# Hidden size that the numbers of a schedule are meant for, and how many times as many tokens a step has at most.
+_NARROW, _WIDEST = 256, 4
 _BETAS = (0.9, 0.95)
 
 
@@ -32,10 +35,20 @@ class Schedule:
     """
 
     steps: int
-    tokens: int = 4096
+    tokens: int = 1024
     rate: float
     warmup: int = 5
     seed: int = 0
+
+    def at_width(self, hidden_size: int) -> Self:
+        """The same text in steps that suit a model: more tokens each where a step itself costs more.
+
+        Muon orthogonalises every matrix at each step, for the price of some four tokens a row. The rate goes with the
+        root of the tokens, as the noise of their gradient does.
+        """
+        share = min(_WIDEST, max(1.0, hidden_size / _NARROW))
+        tokens, steps = round(self.tokens * share), max(1, round(self.steps / share))
+        return replace(self, tokens=tokens, steps=steps, rate=self.rate * share**0.5)
 
     def sequences(self, length: int) -> int:
         """Sequences a step."""

@@ -34,12 +34,12 @@ class Polish(Schedule):
     polish starts from, in nats per token.
 
     Attributes:
-        look: Steps between two looks at held-out text; the best of what was seen is kept.
+        looks: How often held-out text is looked at, evenly; the best of what was seen is kept.
     """
 
-    steps: int = 100
-    rate: float = 0.02
-    look: int = 20
+    steps: int = 500
+    rate: float = 0.014
+    looks: int = 5
 
 
 def divergence(
@@ -129,7 +129,7 @@ def polish(
         if not math.isfinite(value):
             raise FloatingPointError(f"polishing diverged at step {step}")
         descent.step(hidden_nD, by_hidden_nD)
-        if (step + 1) % how.look == 0 or step + 1 == how.steps:
+        if (step + 1) * how.looks % how.steps < how.looks:
             seen = look()
             if seen < best:
                 best, kept = seen, [p.detach().clone() for p in parameters]

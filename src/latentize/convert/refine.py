@@ -32,8 +32,8 @@ class Refinement(Schedule):
         enough: Relative error at which nothing is left to gain.
     """
 
-    steps: int = 70
-    rate: float = 0.05
+    steps: int = 280
+    rate: float = 0.045
     probe: int = 4096
     enough: float = 1e-6
 
