@@ -133,6 +133,22 @@ def test_with_a_cache_of_the_users(pair: tuple[Any, Any], kind: str) -> None:
     assert_same(pair, input_ids=prompt(2), past_key_values=made)
 
 
+@pytest.mark.parametrize("kind", ["static", "latent"])
+def test_compiled(kind: str) -> None:
+    """Dynamo takes it, with breaks; the code that Inductor would write from its graphs is not what is tested."""
+    model = stock("deepseek_v3")
+    fast = latentize.accelerate(copy.deepcopy(model))
+    fast.forward = torch.compile(fast.forward, backend="aot_eager")
+    caches = {
+        "static": lambda: StaticCache(model.config, max_cache_len=40),
+        "latent": lambda: LatentCache(model.config, latent="int8", rope="int8"),
+    }
+    expected = generated(latentize.accelerate(model), input_ids=prompt(2), past_key_values=caches[kind]())
+    made = generated(fast, input_ids=prompt(2), past_key_values=caches[kind]())
+    torch.compiler.reset()
+    assert torch.equal(made.sequences, expected.sequences)
+
+
 @torch.no_grad()
 def test_several_tokens_at_a_time_continue_a_cache(pair: tuple[Any, Any]) -> None:
     ids = prompt(2, 60)
