@@ -39,7 +39,7 @@ __all__ = ["Setting", "convert_layer", "ladder_costs", "pooled_heads", "settings
 _ROPE_SIZES = 3
 _FREQFOLDS = 3
 # Roped keys that the calibrated method tries, in units of a head, and how far apart rungs may lie.
-_ROPE_SHARES = (0.25, 0.375, 0.5, 1.0)
+_ROPE_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 _STRIDES = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 
 
