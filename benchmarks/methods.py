@@ -1,7 +1,8 @@
 """Quality of every method at every budget on one model, on held-out text.
 
     python benchmarks/methods.py                                  # the bundled model
-    python benchmarks/methods.py --model /tmp/mha --out /tmp/r    # another one
+    python benchmarks/methods.py --model models/tiny-llama-mha    # another one
+    python benchmarks/methods.py --print                          # the table of what was measured before
 
 Writes ``benchmarks/results/methods-<model>.json``, where rows that are not made again stay, and prints the table as
 Markdown. Each conversion is written to disk and measured by ``latentize eval`` on what transformers loads, never on
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import tempfile
@@ -98,15 +100,16 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--outputs", type=Path, help="keep the converted models in this folder")
     parser.add_argument("--data", nargs="*", default=(), help="calibration text; the standard library by default")
+    parser.add_argument("--print", action="store_true", help="measure nothing")
     args = parser.parse_args()
     path = args.out / f"methods-{args.model.name}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    for keep in args.budgets:
-        for name in args.methods:
-            new = {**measure(args.model, name, keep, args.tokens, tuple(args.data), args.outputs), "date": TODAY}
-            print(json.dumps(new), flush=True)
-            rows = [r for r in rows if (r["method"], r["keep"]) != (name, keep)] + [new]
-            save(path, args.model.name, rows)
+    wanted = [] if args.print else itertools.product(args.budgets, args.methods)
+    for keep, name in wanted:
+        new = {**measure(args.model, name, keep, args.tokens, tuple(args.data), args.outputs), "date": TODAY}
+        print(json.dumps(new), flush=True)
+        rows = [r for r in rows if (r["method"], r["keep"]) != (name, keep)] + [new]
+        save(path, args.model.name, rows)
     print(markdown(sort(rows)))
 
 
