@@ -177,9 +177,12 @@ def test_undone_it_is_the_stock_model_again() -> None:
 
 @torch.no_grad()
 def test_another_instance_stays_as_it_was() -> None:
-    one, other = stock("deepseek_v3"), stock("deepseek_v3")
+    one, config = stock("deepseek_v3"), stock("deepseek_v3").config
+    other = type(one)(config).eval()
+    one, expected = type(one)(config).eval(), other(prompt()).logits
     latentize.accelerate(one)
     assert other.config._attn_implementation == "sdpa"
+    assert torch.equal(other(prompt()).logits, expected)
     assert isinstance(generated(one, input_ids=prompt()).past_key_values, LatentCache)
     assert isinstance(generated(other, input_ids=prompt()).past_key_values, DynamicCache)
 

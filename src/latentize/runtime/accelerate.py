@@ -8,6 +8,7 @@ Whatever else a family does (query compression, interleaved RoPE, YaRN's factors
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
@@ -158,10 +159,12 @@ def accelerate(model: Any) -> Any:
             layer.expand_kv = MethodType(_as_they_are, layer)
             frequencies = partial(getattr, rotary, "inv_freq", None)
         hooks.append(layer.register_forward_pre_hook(_announce(frequencies, interleaved), with_kwargs=True))
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    for config in configs.values():
-        config._attn_implementation = _NAME
+    # Models that were made from one config share it: this one gets its own.
+    before = [(m, m.config) for m in model.modules() if hasattr(m, "config")]
+    own = {id(config): copy.deepcopy(config) for _, config in before}
+    for module, config in before:
+        module.config = own[id(config)]
+        module.config._attn_implementation = _NAME
     setattr(model, _STATE, (layers, hooks, before))
     model.generate = MethodType(_generate, model)
     return model
@@ -176,8 +179,8 @@ def decelerate(model: Any) -> Any:
         delattr(layer, "heads" if isinstance(layer, LatentAttention) else "expand_kv")
     for hook in hooks:
         hook.remove()
-    for config, name in before:
-        config._attn_implementation = name
+    for module, config in before:
+        module.config = config
     del model.generate
     delattr(model, _STATE)
     return model
