@@ -177,9 +177,9 @@ def test_undone_it_is_the_stock_model_again() -> None:
 
 @torch.no_grad()
 def test_another_instance_stays_as_it_was() -> None:
-    one, config = stock("deepseek_v3"), stock("deepseek_v3").config
-    other = type(one)(config).eval()
-    one, expected = type(one)(config).eval(), other(prompt()).logits
+    one = stock("deepseek_v3")
+    other = type(one)(one.config).eval()  # They share it.
+    expected = other(prompt()).logits
     latentize.accelerate(one)
     assert other.config._attn_implementation == "sdpa"
     assert torch.equal(other(prompt()).logits, expected)
