@@ -39,7 +39,7 @@ __all__ = ["Setting", "convert_layer", "ladder_costs", "pooled_heads", "settings
 _ROPE_SIZES = 3
 _FREQFOLDS = 3
 # Roped keys that the calibrated method tries, in units of a head, and how far apart rungs may lie.
-_ROPE_SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
+_ROPE_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 _STRIDES = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 
 
@@ -235,7 +235,9 @@ def _calibrated_sizes(recipe: Recipe, spec: AttentionSpec) -> Iterator[tuple[int
     for share in _ROPE_SHARES:
         rope = max(2, 2 * round(share * spec.head_dim / 2))
         rank = min(budget - rope, full - rope, hidden)
-        if rank >= max(1, rope) and rope not in tried:
+        # Between an eighth and a half of what is kept; but a whole head is enough.
+        wide = 8 * rope >= min(budget, 8 * spec.head_dim)
+        if rank >= max(1, rope) and wide and rope not in tried:
             tried.add(rope)
             yield rank, rope
     if not tried and budget >= 4:
