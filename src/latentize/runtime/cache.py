@@ -29,7 +29,7 @@ __all__ = ["LatentCache", "LatentLayer", "Rows", "cache_formats"]
 
 # Rows that are restored at once: they stay in a core's cache until they are attended.
 _BLOCK = 2048
-_GROWTH, _LEAST = 16, 64
+_GROWTH, _LEAST = 32, 64
 
 
 @cache
