@@ -17,7 +17,7 @@ __all__ = ["best_strides", "choose"]
 
 # Ranking settings takes fewer tokens and steps than converting with one.
 _SEARCH_TOKENS = 8192
-_SEARCH_REFINEMENT = Refinement(steps=12, rate=0.05, warmup=3)
+_SEARCH_REFINEMENT = Refinement(steps=24, rate=0.05, warmup=3)
 
 
 @torch.no_grad()
