@@ -2,7 +2,7 @@
 
     python benchmarks/long_prompt.py [--tokens 32768]
 
-A random deepseek_v3 model (4 layers, hidden 512, 16 heads of 128 + 64, latents of 512 + 64) takes a prompt and
+A random deepseek_v3 model (2 layers, hidden 512, 16 heads of 128 + 64, latents of 512 + 64) takes a prompt and
 generates 8 tokens, each way in a process of its own; prints the peak resident memory beyond that of the loaded model.
 """
 
@@ -26,7 +26,7 @@ def run(way: str, tokens: int) -> dict[str, float]:
     config = DeepseekV3Config(
         hidden_size=512,
         intermediate_size=1408,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=16,
         num_key_value_heads=16,
         kv_lora_rank=512,
@@ -34,7 +34,7 @@ def run(way: str, tokens: int) -> dict[str, float]:
         qk_nope_head_dim=128,
         v_head_dim=128,
         q_lora_rank=None,
-        first_k_dense_replace=4,
+        first_k_dense_replace=2,
         vocab_size=4096,
         max_position_embeddings=tokens + 64,
         eos_token_id=None,
