@@ -69,7 +69,8 @@ def main() -> None:
     for way in ("latentize", "transformers, in parts", "transformers"):
         command = [sys.executable, __file__, "--tokens", str(args.tokens), "--way", way]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
-        print(done.stdout.strip() or f"{way}: ended with status {done.returncode}", flush=True)
+        why = done.stderr.strip().splitlines()[-1:] or [f"ended with status {done.returncode}"]
+        print(done.stdout.strip() or f"{way}: {why[0]}", flush=True)
 
 
 if __name__ == "__main__":
