@@ -1,7 +1,7 @@
 """Quality of every method at every budget on one model, on held-out text.
 
     python benchmarks/methods.py                                  # the bundled model
-    python benchmarks/methods.py --model models/tiny-llama-mha    # another one
+    python benchmarks/methods.py --model build/sources/tiny-llama-mha    # another one
     python benchmarks/methods.py --print                          # the table of what was measured before
 
 Writes ``benchmarks/results/methods-<model>.json``, where rows that are not made again stay, and prints the table as

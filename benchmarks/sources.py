@@ -1,11 +1,10 @@
 """Train the siblings of the bundled model that the benchmarks compare.
 
-    python benchmarks/sources.py                     # into models/, about 50 minutes for each pair
+    python benchmarks/sources.py                     # into build/sources, about 50 minutes for each pair
     python benchmarks/sources.py tiny-llama-mha      # only this one
 
 Same text, tokens, steps and seed as the bundled model; only the kv heads or the family differ. Two train at a time,
-one thread each: on two cores that is faster than one after the other on both. What is there already stays: those
-that the published tables were made with lie in the repository (not in the package).
+one thread each: on two cores that is faster than one after the other on both. What is there already stays.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def train(name: str, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(SOURCES), help="default: all")
-    parser.add_argument("--folder", type=Path, default=ROOT / "models")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "sources")
     parser.add_argument("--jobs", type=int, default=2, help="models that train at the same time")
     args = parser.parse_args()
     if unknown := set(args.names) - set(SOURCES):
