@@ -1,6 +1,6 @@
 """What each part of the calibrated method is worth: one removed at a time.
 
-    python benchmarks/ablation.py [--model DIR] [--keep 50%] [--only NAME ...]
+    python benchmarks/ablation.py [--model DIR] [--keep 25%] [--only NAME ...]
 
 Every row is a whole conversion with one part replaced by the simplest thing that could stand there, written to disk
 and measured by ``latentize eval`` on held-out text. Parts are replaced from outside, so that the library does not
@@ -105,17 +105,20 @@ def svd_of_weights() -> AbstractContextManager[Any]:
     return patch.object(methods, "balanced_pca", lambda k, v, stats, rank: joint_svd(k, v, rank))
 
 
-def _effort(**changes: Any) -> AbstractContextManager[Any]:
-    original = api._effort
-    return patch.object(api, "_effort", lambda *args: replace(original(*args), **changes))
-
-
 def no_refinement() -> AbstractContextManager[Any]:
-    return _effort(refinement=None)
+    # No steps, not none at all: polish then still finds every head with its own up-projections.
+    original = api._effort
+
+    def effort(*args: Any) -> Any:
+        found = original(*args)
+        return replace(found, refinement=replace(found.refinement, steps=0))
+
+    return patch.object(api, "_effort", effort)
 
 
 def no_polish() -> AbstractContextManager[Any]:
-    return _effort(polish=None)
+    original = api._effort
+    return patch.object(api, "_effort", lambda *args: replace(original(*args), polish=None))
 
 
 def sources_inputs() -> AbstractContextManager[Any]:
@@ -176,7 +179,9 @@ def measure(model: Path, name: str, keep: str, tokens: int) -> dict[str, Any]:
         with PARTS[name]():
             made = latentize.convert(model, out, keep=keep)
         found = latentize.evaluate(out, model, tokens=tokens)
-    return {"without": name, "keep": keep, "setting": made["setting"], "seconds": made["seconds"], **found}
+        sha256 = json.loads((out / "latentize.json").read_text())["files"]["model.safetensors"]
+    facts = {"setting": made["setting"], "seconds": made["seconds"], "threads": torch.get_num_threads()}
+    return {"without": name, "keep": keep, **facts, "weights_sha256": sha256, **found}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -197,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-llama-gqa")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--keep", default="50%")
+    parser.add_argument("--keep", default="25%")
     parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens")
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="NAME")
     args = parser.parse_args()

@@ -3,8 +3,9 @@
     python benchmarks/sources.py                     # into build/sources, about 50 minutes for each pair
     python benchmarks/sources.py tiny-llama-mha      # only this one
 
-Same text, tokens, steps and seed as the bundled model; only the kv heads or the family differ. Two train at a time,
-one thread each: on two cores that is faster than one after the other on both. What is there already stays.
+Same text, steps and seed as the bundled model; only the kv heads or the family differ. Those of another family see
+half as many tokens. Two train at a time, one thread each: on two cores that is faster than one after the other on
+both. What is there already stays.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {
     "tiny-llama-mha": ("--kv-heads", "8"),
     "tiny-llama-mqa": ("--kv-heads", "1"),
-    "tiny-qwen3-gqa": ("--family", "qwen3"),
-    "tiny-qwen2-gqa": ("--family", "qwen2"),
+    "tiny-qwen3-gqa": ("--family", "qwen3", "--tokens", "4000000"),
+    "tiny-qwen2-gqa": ("--family", "qwen2", "--tokens", "4000000"),
 }
 
 
