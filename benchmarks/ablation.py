@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import latentize
-from latentize import api
+from latentize import jobs
 from latentize.convert import descent, draft, methods, polish, position, refine, search
 from latentize.convert.low_rank import joint_svd
 from latentize.convert.rope_split import rorope
@@ -97,7 +97,7 @@ def sizes_by_closed_form() -> AbstractContextManager[Any]:
     def choose(*args: Any, **kwargs: Any) -> Any:
         return original(*args[:4], False, *args[5:], **{k: v for k, v in kwargs.items() if k != "refines"})
 
-    return patch.object(api, "choose", choose)
+    return patch.object(jobs, "choose", choose)
 
 
 def svd_of_weights() -> AbstractContextManager[Any]:
@@ -107,18 +107,18 @@ def svd_of_weights() -> AbstractContextManager[Any]:
 
 def no_refinement() -> AbstractContextManager[Any]:
     # No steps, not none at all: polish then still finds every head with its own up-projections.
-    original = api._effort
+    original = jobs._effort
 
     def effort(*args: Any) -> Any:
         found = original(*args)
         return replace(found, refinement=replace(found.refinement, steps=0))
 
-    return patch.object(api, "_effort", effort)
+    return patch.object(jobs, "_effort", effort)
 
 
 def no_polish() -> AbstractContextManager[Any]:
-    original = api._effort
-    return patch.object(api, "_effort", lambda *args: replace(original(*args), polish=None))
+    original = jobs._effort
+    return patch.object(jobs, "_effort", lambda *args: replace(original(*args), polish=None))
 
 
 def sources_inputs() -> AbstractContextManager[Any]:
@@ -148,12 +148,12 @@ def adam() -> AbstractContextManager[Any]:
 
 def one_passage() -> AbstractContextManager[Any]:
     """Calibration text as one long passage instead of from all over the documents."""
-    original = api.pack
+    original = jobs.pack
 
     def passage(tokenizer: Any, documents: Iterator[str], **options: Any) -> Any:
         return original(tokenizer, documents, **{**options, "pool": 4 * options["tokens"]})
 
-    return patch.object(api, "pack", passage)
+    return patch.object(jobs, "pack", passage)
 
 
 PARTS: dict[str, Part] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from latentize.api import _tokens, open_source
+from latentize.api import open_source
 from latentize.calibrate.stats import Needed
 from latentize.convert.draft import observe
 from latentize.convert.methods import Setting
@@ -21,6 +21,7 @@ from latentize.convert.position import Components, dearest, key_components, ladd
 from latentize.convert.search import best_strides
 from latentize.convert.source import SourceModel
 from latentize.demo import bundled_model
+from latentize.jobs import draw_text
 from latentize.recipe import Recipe
 from latentize.report.chart import line_chart, svg
 
@@ -84,7 +85,7 @@ def rope_figure() -> str:
     """For each layer and frequency: what losing rotation costs, and which components keep it."""
     checkpoint, spec = open_source(bundled_model())
     a, source = spec.attention, SourceModel(checkpoint, spec)
-    calibration_NT = _tokens(checkpoint.folder, Recipe(tokens=TOKENS)).calibration_NT
+    calibration_NT = draw_text(checkpoint.folder, Recipe(tokens=TOKENS)).calibration_NT
     sizes = (a.cache_values // 2 - ROPE_DIM, ROPE_DIM)
     strides = [Setting("calibrated", *sizes, stride=s) for s in (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0)]
     stride = best_strides(source, strides, calibration_NT, lambda *_: None)[0].stride

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from latentize import card
-from latentize.calibrate.text import describe, documents
+from latentize.calibrate.text import describe
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
-from latentize.checkpoint import Checkpoint, Manifest, OutputFolder, resolve
-from latentize.checkpoint.manifest import sha256
-from latentize.convert.methods import Setting, pooled_heads, settings
-from latentize.convert.pipeline import Converted, Effort, convert_latent, convert_pooled
-from latentize.convert.polish import Polish
+from latentize.checkpoint import Checkpoint, OutputFolder, resolve
 from latentize.convert.progress import Progress, silent
-from latentize.convert.refine import Refinement
-from latentize.convert.search import choose
-from latentize.convert.source import SourceModel
-from latentize.errors import ConfigError, FormatError, OptionError, OutputError
+from latentize.errors import ConfigError, OptionError, OutputError
 from latentize.families import ModelSpec, model_spec
-from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
-from latentize.formats.native import NativeWriter
-from latentize.formats.pooled import PooledWriter
-from latentize.machine import keeping_freed_memory, peak_rss_bytes
+from latentize.jobs import LatentJob, PooledJob
 from latentize.recipe import Recipe
-
-if TYPE_CHECKING:
-    from latentize.formats.base import FormatWriter
 
 __all__ = ["convert", "evaluate", "generate", "open_source", "verify"]
 
@@ -58,54 +40,6 @@ def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:
                 fix="set tie_word_embeddings to false",
             )
     return checkpoint, spec
-
-
-# Steps of refinement where the layers are polished together afterwards, which is then the better use of the time.
-_BEFORE_POLISH = 200
-
-
-@dataclass
-class _Text:
-    calibration_NT: Tensor
-    selection_NT: Tensor
-    evaluation_NT: Tensor
-
-
-def _tokens(folder: Path, recipe: Recipe) -> _Text:
-    """Three disjoint sets: for statistics, for choices, for the numbers that are reported."""
-    tokenizer, length = load_tokenizer(folder), recipe.sequence_length
-
-    def draw(split: str, tokens: int, seed: int = 0) -> Tensor:
-        stream = documents(recipe.data, split)  # type: ignore[arg-type]
-        return pack(tokenizer, stream, tokens=tokens, sequence_length=length, seed=seed)
-
-    rows = draw("calibration", recipe.calibration_tokens + recipe.selection_tokens, recipe.seed)
-    held = max(1, min(recipe.selection_tokens // length, len(rows) // 4)) if len(rows) > 1 else 0
-    # One sequence alone has to serve for everything.
-    selection, calibration = rows[: held or 1], rows[held : held + max(1, recipe.calibration_tokens // length)]
-    return _Text(calibration, selection, draw("heldout", recipe.evaluation_tokens))
-
-
-def _format(
-    recipe: Recipe, spec: ModelSpec, candidates: list[Setting]
-) -> tuple[type[FormatWriter], list[Setting], list[str]]:
-    """The writer, the settings that it can hold, and why not the portable one if it was not asked for."""
-    # A format that holds any frequencies has no use for a ladder.
-    free = [setting for setting in candidates if setting.stride is None]
-    if recipe.format == "native":
-        return NativeWriter, free, []
-    portable = [setting for setting in candidates if not portable_reasons(spec, setting)]
-    if portable:
-        return DeepseekWriter, portable, []
-    ladders = [setting for setting in candidates if setting.stride is not None]
-    reasons = portable_reasons(spec, (ladders or candidates)[-1])
-    if recipe.format == "deepseek_v3":
-        raise FormatError(
-            "the deepseek_v3 format cannot hold this: " + "; ".join(reasons),
-            where="--format deepseek_v3",
-            fix="use --format native (or auto)",
-        )
-    return NativeWriter, free, [f"native format, because {reason}" for reason in reasons]
 
 
 def convert(
@@ -139,150 +73,11 @@ def convert(
         raise OutputError("the output would overwrite the model", where=str(out), fix="choose another folder")
     with OutputFolder(Path(out)) as folder:
         if recipe.to != "mla":
-            job = _PooledJob(recipe, checkpoint, spec, folder)
+            job = PooledJob(recipe, checkpoint, spec, folder)
         else:
-            job = _LatentJob(recipe, checkpoint, spec, folder)
+            job = LatentJob(recipe, checkpoint, spec, folder)
         result = job.run(str(model), device, progress, started)
     return result
-
-
-def _effort(recipe: Recipe, source: SourceModel) -> Effort:
-    """What is done beyond the closed form. The order of the sequences follows from the seed."""
-    if not recipe.refines:
-        return Effort()
-    # The whole model has to be in memory for it, and moves at every step.
-    polish = not source.large if recipe.polish is None else recipe.polish
-    width = source.spec.attention.hidden_size
-    refinement = Refinement(seed=recipe.seed)
-    if not polish:
-        return Effort(refinement.at_width(width))
-    before = replace(refinement, steps=_BEFORE_POLISH)
-    return Effort(before.at_width(width), Polish(seed=recipe.seed).at_width(width))
-
-
-class _Job:
-    """One conversion, from checked input to finished folder."""
-
-    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, spec: ModelSpec, folder: OutputFolder) -> None:
-        self.recipe, self.checkpoint, self.spec, self.folder = recipe, checkpoint, spec, folder
-        self.dtype = getattr(torch, recipe.dtype)
-        self.setting: Setting | None = None
-        self.notes: list[str] = []
-        self.scores: list[dict[str, Any]] = []
-        self.writer: FormatWriter = self.make_writer()
-
-    def make_writer(self) -> FormatWriter:
-        raise TypeError
-
-    def convert(self, source: SourceModel, text: _Text, progress: Progress) -> Converted:
-        raise TypeError
-
-    def shape(self) -> dict[str, Any]:
-        """The JSON entries that say what attention became."""
-        raise TypeError
-
-    def run(self, model: str, device: str, progress: Progress, started: float) -> dict[str, Any]:
-        text = _tokens(self.checkpoint.folder, self.recipe)
-        source = SourceModel(self.checkpoint, self.spec, device)
-        # A model that is large beside the machine's memory has none to keep.
-        with contextlib.nullcontext() if source.large else keeping_freed_memory():
-            done = self.convert(source, text, progress)
-        self.writer.top()
-        report = self._report(done, time.time() - started)
-        measurements = {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes", "layers")}
-        source_hashes = {p.name: sha256(p) for p in self.checkpoint.files}
-        manifest = Manifest(
-            format=self.writer.name,
-            source={"model": model, "model_type": self.spec.table.model_type, "files": source_hashes},
-            recipe=self.recipe.model_dump(mode="json"),
-            layers=report["layers"],
-            measurements=measurements,
-            notes=self.notes,
-        )
-        self.folder.copy_tokenizer(self.checkpoint.folder)
-        self.folder.write_text("README.md", card.render(model, self.spec, self.recipe, report, self.notes))
-        self.folder.finish(self.writer.config(), manifest)
-        return report
-
-    def _report(self, done: Converted, seconds: float) -> dict[str, Any]:
-        quality = done.quality.describe()
-        return {
-            "format": self.writer.name,
-            "to": self.recipe.to,
-            **self.shape(),
-            "source_cache_values_per_token_layer": self.spec.cache_values,
-            "calibration_tokens": done.calibration_tokens,
-            "calibration_text": describe(self.recipe.data),
-            "seconds": round(seconds, 2),
-            "peak_rss_bytes": peak_rss_bytes(),
-            "layers": [{"error_before_refine": b, "error_after_refine": a} for b, a in done.errors],
-            "source_perplexity": quality["reference_perplexity"],
-            "perplexity": quality["perplexity"],
-            "excess_loss": done.quality.excess,
-            "closed_form_excess_loss": None if done.closed_form is None else done.closed_form.excess,
-            "kl": quality["kl"],
-            "top1_agreement": quality["top1_agreement"],
-            "evaluation_tokens": quality["tokens"],
-            "candidates": self.scores,
-            "notes": self.notes,
-        }
-
-
-class _LatentJob(_Job):
-    """To multi-head latent attention."""
-
-    def make_writer(self) -> FormatWriter:
-        allowed = settings(self.recipe, self.spec.attention)
-        writer, self.candidates, self.notes = _format(self.recipe, self.spec, allowed)
-        return writer(self.folder, self.checkpoint, self.spec, self.dtype)
-
-    def convert(self, source: SourceModel, text: _Text, progress: Progress) -> Converted:
-        effort = _effort(self.recipe, source)
-        best, scores = choose(
-            source, self.candidates, text.calibration_NT, text.selection_NT, self.recipe.refines, progress
-        )
-        self.setting = best
-        self.writer.rope_theta = best.rope_theta(self.spec.attention)
-        self.scores = [{**s.describe(), "selection_kl": kl} for s, kl in scores]
-        self.notes += best.approximations(self.spec.attention)
-        texts = (text.calibration_NT, text.selection_NT, text.evaluation_NT)
-        return convert_latent(source, best, self.writer, *texts, effort, progress)
-
-    def shape(self) -> dict[str, Any]:
-        s = self.setting
-        assert s is not None
-        return {
-            "method": s.method,
-            "setting": s.describe(),
-            "kv_lora_rank": s.kv_lora_rank,
-            "qk_rope_head_dim": s.qk_rope_head_dim,
-            "rope_theta": self.writer.rope_theta,
-            "cache_values_per_token_layer": s.cache_values,
-            "keep": s.cache_values / self.spec.cache_values,
-        }
-
-
-class _PooledJob(_Job):
-    """To fewer kv heads."""
-
-    def make_writer(self) -> FormatWriter:
-        self.kv_heads = pooled_heads(self.recipe, self.spec.attention)
-        return PooledWriter(self.folder, self.checkpoint, self.spec, self.dtype)
-
-    def convert(self, source: SourceModel, text: _Text, progress: Progress) -> Converted:
-        return convert_pooled(source, self.kv_heads, self.writer, text.evaluation_NT, progress, dtype=self.dtype)
-
-    def shape(self) -> dict[str, Any]:
-        cache_values = 2 * self.kv_heads * self.spec.attention.head_dim
-        return {
-            "method": "mean-pool",
-            "num_key_value_heads": self.kv_heads,
-            "kv_lora_rank": None,
-            "qk_rope_head_dim": None,
-            "rope_theta": self.spec.attention.rope.theta,
-            "cache_values_per_token_layer": cache_values,
-            "keep": cache_values / self.spec.cache_values,
-        }
 
 
 def _torch_dtype(name: str) -> torch.dtype:

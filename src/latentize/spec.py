@@ -11,13 +11,13 @@ Plain frozen values; no torch. Every size that appears elsewhere is derived here
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from latentize.errors import UnsupportedModelError
 
-__all__ = ["AttentionSpec", "LatentSpec", "RopeSpec", "kv_cache_bytes"]
+__all__ = ["AttentionSpec", "LatentSpec", "RopeSpec", "kv_cache_bytes", "mean_over_layers"]
 
 
 @dataclass(frozen=True)
@@ -168,3 +168,9 @@ class LatentSpec:
 def kv_cache_bytes(cache_values: int, *, layers: int, tokens: int, batch: int = 1, bits: float = 16) -> int:
     """Bytes of a KV cache: ``cache_values`` per token and layer, keys and values counted in it once."""
     return round(cache_values * layers * tokens * batch * bits / 8)
+
+
+def mean_over_layers(sizes: Sequence[int]) -> int | float:
+    """The mean of what each layer has; a whole number where it is one, as it is where layers are alike."""
+    total, layers = sum(sizes), len(sizes)
+    return total / layers if total % layers else total // layers

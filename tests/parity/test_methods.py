@@ -129,10 +129,13 @@ def test_what_is_saved_computes_and_caches_what_it_says(
     model, out = source(family, kv_heads, rms_norm_eps=1e-2), tmp_path / "out"
     report = latentize.convert(model, out, keep="50%", format=asked, data=(text,), **recipe, **SMALL)
     assert report["format"] == expected
-    setting = report["setting"]
-    cache = setting["kv_lora_rank"] + setting["rope_heads"] * setting["qk_rope_head_dim"]
+    heads = report["setting"]["rope_heads"]
+    caches = [layer["kv_lora_rank"] + heads * layer["qk_rope_head_dim"] for layer in report["layers"]]
+    assert cached_values(out) == caches
+    cache = sum(caches) / len(caches)
     assert report["cache_values_per_token_layer"] == cache <= kv_heads * 16
-    assert cached_values(out) == [cache, cache]
+    assert report["kv_lora_rank"] + heads * report["qk_rope_head_dim"] == cache
+    assert len(set(caches)) == 1 or expected == "native", "a portable checkpoint has one size for all layers"
     verdict = latentize.verify(out)
     assert verdict["absorbed_error"] <= FP32
     assert verdict["decode_error"] <= FP32
@@ -304,3 +307,21 @@ def test_verify_finds_damage(source: Callable[..., Path], text: str, tmp_path: P
         latentize.verify(out)
     word = {"flip": "model.safetensors", "missing": "tokenizer.json", "manifest": "values per token"}[damage]
     assert word in str(caught.value)
+
+
+def test_layers_get_what_they_need(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    """No value would be worth more in another layer; the sum is that of equal shares. Explicit sizes are for all."""
+    from latentize.convert.allocate import price
+
+    model, options = source("llama", 2), {"format": "native", "data": (text,), **SMALL}
+    report = latentize.convert(model, tmp_path / "out", keep="50%", **options)
+    prices = [price(found["selection_kl_by_rank"]) for found in report["candidates"]]
+    ranks = [layer["kv_lora_rank"] for layer in report["layers"]]
+    assert sum(layer["kv_lora_rank"] + layer["qk_rope_head_dim"] for layer in report["layers"]) == 2 * 32
+    kept = sum(at(rank) for at, rank in zip(prices, ranks, strict=True))
+    for step in (1, -1):
+        moved = [ranks[0] + step, ranks[1] - step]
+        assert kept <= sum(at(rank) for at, rank in zip(prices, moved, strict=True)) + 1e-6
+    fixed = latentize.convert(model, tmp_path / "fixed", kv_lora_rank=20, qk_rope_head_dim=4, **options)
+    assert [layer["kv_lora_rank"] for layer in fixed["layers"]] == [20, 20]
+    assert fixed["kv_lora_rank"] == 20

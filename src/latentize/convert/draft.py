@@ -57,21 +57,18 @@ class Draft:
     """A converted model in the making.
 
     Args:
-        setting: How layers are converted.
-        spec: What they are.
+        spec: What layers are.
         refinement: How they are refined, or ``None``.
         hidden_NTD: The calibration text as it enters the first layer; copied.
     """
 
-    def __init__(
-        self, setting: Setting, spec: AttentionSpec, refinement: Refinement | None, hidden_NTD: Tensor
-    ) -> None:
-        self.setting, self.spec, self.refinement = setting, spec, refinement
+    def __init__(self, spec: AttentionSpec, refinement: Refinement | None, hidden_NTD: Tensor) -> None:
+        self.spec, self.refinement = spec, refinement
         self.hidden_NTD = hidden_NTD.clone()
 
-    def convert(self, layer: SourceLayer, seen: Seen) -> tuple[LatentWeights, LatentWeights]:
+    def convert(self, layer: SourceLayer, seen: Seen, setting: Setting) -> tuple[LatentWeights, LatentWeights]:
         """The layer in closed form, and refined."""
-        closed = convert_layer(layer.weights, self.spec, seen.stats, self.setting)
+        closed = convert_layer(layer.weights, self.spec, seen.stats, setting)
         if self.refinement is None:
             return closed, closed
         hidden_NTD = self.hidden_NTD

@@ -10,6 +10,7 @@ N sequences, T tokens, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -107,7 +108,7 @@ def _stream_error(hidden_NTD: Tensor, reference_NTD: Tensor) -> float:
 @torch.no_grad()
 def convert_latent(
     source: SourceModel,
-    setting: Setting,
+    settings: Sequence[Setting],
     sink: Sink,
     calibration_NT: Tensor,
     selection_NT: Tensor,
@@ -119,7 +120,7 @@ def convert_latent(
 
     Args:
         source: The model.
-        setting: What to do.
+        settings: What to do with each layer.
         sink: Rounds weights to what it saves, and saves them.
         calibration_NT: Tokens for statistics and refinement.
         selection_NT: Tokens that tell whether polishing helps.
@@ -128,7 +129,7 @@ def convert_latent(
         progress: Told after each layer, and each step of the polish.
     """
     effort = effort or Effort()
-    make: _Make = _LayerByLayer(source, setting, sink, calibration_NT, effort.refinement)
+    make: _Make = _LayerByLayer(source, settings, sink, calibration_NT, effort.refinement)
     if effort.polish is not None:
         make = _polished(source, make, calibration_NT, selection_NT, effort.polish, sink, progress)
     result = _convert(source, make, sink, evaluation_NT, progress)
@@ -152,19 +153,25 @@ class _LayerByLayer:
     """Closed form and refinement, one layer after the other."""
 
     def __init__(
-        self, source: SourceModel, setting: Setting, sink: Sink, calibration_NT: Tensor, refinement: Refinement | None
+        self,
+        source: SourceModel,
+        settings: Sequence[Setting],
+        sink: Sink,
+        calibration_NT: Tensor,
+        refinement: Refinement | None,
     ) -> None:
         self.own_NTD: Tensor | None = source.embed(calibration_NT)
         # Without refinement nothing is learnt from the converted stream but how large its latents get.
         few = len(calibration_NT) if refinement else max(1, _RMS_TOKENS // calibration_NT.shape[1])
-        self.draft: Draft | None = Draft(setting, source.spec.attention, refinement, self.own_NTD[:few])
-        self.setting, self.sink, self.spec = setting, sink, source.spec.attention
+        self.draft: Draft | None = Draft(source.spec.attention, refinement, self.own_NTD[:few])
+        self.settings, self.sink, self.spec = settings, sink, source.spec.attention
 
     def weights(self, layer: SourceLayer) -> tuple[LatentWeights, LatentWeights]:
         assert self.own_NTD is not None and self.draft is not None
         refines = self.draft.refinement is not None
-        seen = observe(layer, self.spec, self.own_NTD, self.setting.needs(self.spec), residual=refines)
-        return self.draft.convert(layer, seen)
+        setting = self.settings[layer.index]
+        seen = observe(layer, self.spec, self.own_NTD, setting.needs(self.spec), residual=refines)
+        return self.draft.convert(layer, seen, setting)
 
     def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
         assert self.draft is not None
@@ -221,7 +228,7 @@ def _polished(
     final = polish(source, refined, calibration_NT, first.own_NTD, selection_NT, how, progress)
     first.release()
     few_NT = calibration_NT[: max(1, _RMS_TOKENS // calibration_NT.shape[1])]
-    draft = Draft(first.setting, first.spec, None, source.embed(few_NT))
+    draft = Draft(first.spec, None, source.embed(few_NT))
     return _Given(draft, list(zip(closed, final, strict=True)), sink)
 
 

@@ -13,11 +13,15 @@ from latentize.convert.quality import compare_streams
 from latentize.convert.refine import Refinement
 from latentize.convert.source import SourceModel
 
-__all__ = ["best_strides", "choose"]
+__all__ = ["SEARCH_TOKENS", "best_strides", "choose", "short_refinement"]
 
 # Ranking settings takes fewer tokens and steps than converting with one.
-_SEARCH_TOKENS = 8192
-_SEARCH_REFINEMENT = Refinement(steps=24, rate=0.05, warmup=3)
+SEARCH_TOKENS = 8192
+
+
+def short_refinement(refines: bool) -> Refinement | None:
+    """What stands for the refinement of a conversion, where there will be one."""
+    return Refinement(steps=24, rate=0.05, warmup=3) if refines else None
 
 
 @torch.no_grad()
@@ -45,22 +49,22 @@ def choose(
     Returns:
         The best, and ``(setting, KL from the source in nats per token)`` of all that were compared.
     """
-    calibration_NT = calibration_NT[: max(1, _SEARCH_TOKENS // calibration_NT.shape[1])]
+    calibration_NT = calibration_NT[: max(1, SEARCH_TOKENS // calibration_NT.shape[1])]
     if any(setting.stride is not None for setting in candidates):
         candidates = best_strides(source, candidates, calibration_NT, progress)
     if len(candidates) == 1:
         return candidates[0], []
     spec = source.spec.attention
-    refinement = _SEARCH_REFINEMENT if refines else None
+    refinement = short_refinement(refines)
     own = source.embed(calibration_NT)
-    drafts = [Draft(setting, spec, refinement, own) for setting in candidates]
+    drafts = [Draft(spec, refinement, own) for _ in candidates]
     reference = source.embed(selection_NT)
     streams = [reference.clone() for _ in candidates]
     for layer in source.layers():
         seen = observe(layer, spec, own, candidates[0].needs(spec), residual=refinement is not None)
         layer.run(reference)
-        for draft, hidden in zip(drafts, streams, strict=True):
-            attention = LatentAttention.from_weights(draft.convert(layer, seen)[1].to(torch.float32))
+        for setting, draft, hidden in zip(candidates, drafts, streams, strict=True):
+            attention = LatentAttention.from_weights(draft.convert(layer, seen, setting)[1].to(torch.float32))
             layer.run(hidden, attention)
             if refinement is not None:
                 draft.advance(layer, attention)

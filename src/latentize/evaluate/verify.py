@@ -15,6 +15,7 @@ from latentize.checkpoint.manifest import sha256
 from latentize.errors import CheckpointError
 from latentize.evaluate.load import load_model
 from latentize.formats.deepseek_v3 import decode_attention
+from latentize.runtime.generate import cached_values
 
 __all__ = ["Verdict", "verify"]
 
@@ -38,7 +39,7 @@ class Verdict:
     tensors: int = 0
     absorbed_error: float = 0.0
     decode_error: float = 0.0
-    cache_values_per_token_layer: int = 0
+    cache_values_per_token_layer: int | float = 0
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -49,12 +50,6 @@ class Verdict:
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference, relative to the largest value."""
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-
-
-def cache_values_per_token(cache: Any) -> int:
-    """Numbers that a transformers cache keeps for one token in its first layer."""
-    layer = cache.layers[0]
-    return sum(t[0, :, 0].numel() for t in (layer.keys, layer.values))
 
 
 @torch.no_grad()
@@ -90,7 +85,7 @@ def verify(out: Path) -> Verdict:
         cache = step.past_key_values
         stepwise.append(step.logits)
     verdict.decode_error = relative_error(torch.cat(stepwise, dim=1), at_once)
-    verdict.cache_values_per_token_layer = cache_values_per_token(cache)
+    verdict.cache_values_per_token_layer = cached_values(cache)
     verdict.absorbed_error = _absorbed_error(model, checkpoint)
     _judge(verdict, manifest)
     return verdict

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from latentize.runtime.cache import LatentCache
+from latentize.spec import mean_over_layers
 
-__all__ = ["Generated", "cache_bytes", "generate"]
+__all__ = ["Generated", "cache_bytes", "cached_values", "generate"]
 
 # Longer prompts go through the model in parts, so that the memory of their activations is bounded.
 _PREFILL = 2048
@@ -25,7 +26,7 @@ class Generated:
         tokens: New tokens.
         seconds: Prompt and generation together.
         cache_bytes: Bytes of the tensors that the cache held in the end.
-        cache_values_per_token_layer: Counted in them.
+        cache_values_per_token_layer: Counted in them, the mean over layers.
         prompt_tokens: Tokens of the prompt.
     """
 
@@ -33,7 +34,7 @@ class Generated:
     tokens: int
     seconds: float
     cache_bytes: int
-    cache_values_per_token_layer: int
+    cache_values_per_token_layer: int | float
     prompt_tokens: int
 
 
@@ -80,9 +81,14 @@ def generate(
         tokens=len(new),
         seconds=time.time() - started,
         cache_bytes=cache_bytes(used),
-        cache_values_per_token_layer=sum(t[0, :, 0].numel() for t in (used.layers[0].keys, used.layers[0].values)),
+        cache_values_per_token_layer=cached_values(used),
         prompt_tokens=inputs["input_ids"].shape[1],
     )
+
+
+def cached_values(cache: Any) -> int | float:
+    """Numbers that a transformers cache keeps for one token and layer; their mean where layers differ."""
+    return mean_over_layers([sum(t[0, :, 0].numel() for t in (layer.keys, layer.values)) for layer in cache.layers])
 
 
 def cache_bytes(cache: Any) -> int:

@@ -1,0 +1,184 @@
+"""Sizes layer by layer, for a format that can hold them: values go where losing them costs most.
+
+Each layer is converted alone, with a short refinement, in a model that is otherwise the source's; its price at a size
+is the KL of that model's predictions on held-out calibration text. While errors are small their prices add up, so the
+best sizes for a given total are those where one value more is worth the same in every layer. Values move between
+layers until that is so.
+
+N sequences, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from latentize.attention.module import LatentAttention
+from latentize.calibrate.stats import Needed
+from latentize.convert.draft import Draft, observe
+from latentize.convert.methods import Setting
+from latentize.convert.progress import Progress, silent
+from latentize.convert.quality import compare_streams
+from latentize.convert.refine import Refinement
+from latentize.convert.search import SEARCH_TOKENS, short_refinement
+from latentize.convert.source import SourceLayer, SourceModel
+from latentize.spec import AttentionSpec
+
+__all__ = ["allocate", "exchange", "price"]
+
+# Ranks that are tried, and the least and the most that a layer may get, relative to an equal share.
+_TRIED = (0.5, 1.0, 1.5)
+_LEAST, _MOST = 0.25, 2.0
+# Steps that a rank is made of, at least, and what a move has to gain: rounding must not decide.
+_FINENESS, _WORTH = 12, 1e-9
+# Bounds the hidden states of all trials: one held-out text for each layer and size.
+_STREAM_BYTES = 1 << 30
+
+
+@torch.no_grad()
+def allocate(
+    source: SourceModel,
+    candidates: Sequence[Setting],
+    calibration_NT: Tensor,
+    selection_NT: Tensor,
+    refines: bool = False,
+    progress: Progress = silent,
+) -> tuple[list[Setting], list[dict[int, float]]]:
+    """A setting for every layer; together they keep no more than equal shares would.
+
+    Args:
+        source: The model.
+        candidates: Equal shares: splits of one budget into latent and roped key. Each layer takes the one that serves
+            it best, before ranks are moved between layers.
+        calibration_NT: Tokens for statistics.
+        selection_NT: Tokens to compare on; never those that are reported on.
+        refines: Whether layers will be refined.
+        progress: Told after each layer.
+
+    Returns:
+        The settings, and for each layer the price in nats per token of the ranks that were tried.
+    """
+    spec, layers = source.spec.attention, source.spec.layers
+    a_sequence = 4 * selection_NT.shape[1] * spec.hidden_size * layers * len(_TRIED)
+    own = source.embed(calibration_NT[: max(1, SEARCH_TOKENS // calibration_NT.shape[1])])
+    selection_NT = selection_NT[: max(1, _STREAM_BYTES // a_sequence)]
+    reference = source.embed(selection_NT)
+    equal, trials = [], []
+    for layer in source.layers():
+        for trial in trials:
+            for hidden in trial.values():
+                layer.run(hidden)
+        alone = _Alone(layer, spec, own, reference, candidates[0].needs(spec), short_refinement(refines))
+        made = {setting: alone.converted(setting) for setting in candidates}
+        wrong = {setting: _wrong(hidden, reference) for setting, hidden in made.items()}
+        best = min(wrong, key=wrong.__getitem__)
+        tried = [replace(best, kv_lora_rank=rank) for rank in sorted({_rank(best, x, spec) for x in _TRIED})]
+        equal.append(best)
+        trials.append({s.kv_lora_rank: made[s] if s in made else alone.converted(s) for s in tried})
+        progress("sizing layers", layer.index + 1, layers)
+        del layer, alone, made
+    del own
+    logits, vocab = source.head(), source.spec.vocab_size
+    prices = []
+    for trial in trials:
+        quality = {r: compare_streams(h, reference, selection_NT, logits, vocab_size=vocab) for r, h in trial.items()}
+        prices.append({rank: found.kl / found.tokens for rank, found in quality.items()})
+    bounds = [(_rank(setting, _LEAST, spec), _rank(setting, _MOST, spec)) for setting in equal]
+    ranks = exchange([setting.kv_lora_rank for setting in equal], [price(measured) for measured in prices], bounds)
+    return [replace(setting, kv_lora_rank=rank) for setting, rank in zip(equal, ranks, strict=True)], prices
+
+
+class _Alone:
+    """One layer, converted in a model that is otherwise the source. Takes both texts through it, as the source's.
+
+    Args:
+        layer: The layer.
+        spec: What it is.
+        own_NTD: Calibration text as it enters, then as it leaves.
+        reference_NTD: Held-out text as it enters, then as it leaves.
+        needed: Statistics.
+        refinement: How it is refined, or ``None``.
+    """
+
+    def __init__(
+        self,
+        layer: SourceLayer,
+        spec: AttentionSpec,
+        own_NTD: Tensor,
+        reference_NTD: Tensor,
+        needed: Needed,
+        refinement: Refinement | None,
+    ) -> None:
+        self.layer, self.spec, self.refinement = layer, spec, refinement
+        self.entering_NTD, self.before_NTD = own_NTD.clone(), reference_NTD.clone()
+        self.seen = observe(layer, spec, own_NTD, needed, residual=refinement is not None)
+        layer.run(reference_NTD)
+
+    def converted(self, setting: Setting) -> Tensor:
+        """Held-out text as it leaves the converted layer."""
+        weights = Draft(self.spec, self.refinement, self.entering_NTD).convert(self.layer, self.seen, setting)[1]
+        hidden_NTD = self.before_NTD.clone()
+        self.layer.run(hidden_NTD, LatentAttention.from_weights(weights.to(torch.float32)))
+        return hidden_NTD
+
+
+def _wrong(hidden_NTD: Tensor, reference_NTD: Tensor) -> float:
+    wrong = float((hidden_NTD - reference_NTD).double().square().sum())
+    # A setting that overflows is worse than any that does not.
+    return wrong if wrong == wrong else math.inf
+
+
+def _rank(setting: Setting, share: float, spec: AttentionSpec) -> int:
+    """This share of a setting's rank, as far as there is something to compress."""
+    most = min(spec.cache_values - setting.qk_rope_head_dim, spec.hidden_size)
+    return max(1, min(most, round(share * setting.kv_lora_rank)))
+
+
+def price(measured: dict[int, float]) -> Callable[[int], float]:
+    """KL by rank: its logarithm is straight between measured ranks and beyond them, and never rises.
+
+    Args:
+        measured: KL of the ranks that were tried.
+    """
+    ranks = sorted(measured)
+    logs, least = [], math.inf
+    for rank in ranks:
+        least = min(least, math.log(max(measured[rank], 1e-12)))
+        logs.append(least)
+
+    def at(rank: int) -> float:
+        if len(ranks) == 1:
+            return math.exp(logs[0])
+        right = min(max(1, sum(r < rank for r in ranks)), len(ranks) - 1)
+        (r0, r1), (l0, l1) = ranks[right - 1 : right + 1], logs[right - 1 : right + 1]
+        return math.exp(l0 + (l1 - l0) * (rank - r0) / (r1 - r0))
+
+    return at
+
+
+def exchange(
+    ranks: Sequence[int], prices: Sequence[Callable[[int], float]], bounds: Sequence[tuple[int, int]]
+) -> list[int]:
+    """Move ranks between layers, a few at a time, while that lowers the sum of the prices. The total stays.
+
+    Args:
+        ranks: Where to begin.
+        prices: KL by rank, for each layer.
+        bounds: The least and the most of each.
+    """
+    ranks = list(ranks)
+    step = 1 << max(0, int(math.log2(min(ranks) / _FINENESS)))
+    while True:
+        layers = list(enumerate(zip(ranks, prices, bounds, strict=True)))
+        gain = {i: at(r) - at(r + step) for i, (r, at, (_, most)) in layers if r + step <= most}
+        loss = {j: at(r - step) - at(r) for j, (r, at, (least, _)) in layers if r - step >= least}
+        moves = [(gain[i] - loss[j], i, j) for i in gain for j in loss if i != j]
+        worth, to, by = max(moves, default=(0.0, 0, 0))
+        if worth <= _WORTH:
+            return ranks
+        ranks[to] += step
+        ranks[by] -= step
