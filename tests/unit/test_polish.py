@@ -1,13 +1,22 @@
-"""The gradient of the divergence is right, whatever the chunks."""
+"""The gradient of the divergence is right, whatever the chunks; polish ends when there is nothing to gain."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from tests.common import FP32, relative_error
+from tests.common import FP32, random_tokens, relative_error
 from torch.nn import functional as F
 
-from latentize.convert.polish import divergence
+from latentize.api import open_source
+from latentize.convert.draft import observe
+from latentize.convert.methods import Setting, convert_layer
+from latentize.convert.polish import Polish, divergence, polish
+from latentize.convert.refine import expand_heads
+from latentize.convert.source import SourceModel
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 100])
@@ -27,3 +36,40 @@ def test_nothing_diverges_from_itself() -> None:
     value, gradient = divergence(hidden, hidden.clone(), lambda h: h @ table.T, at_once=4)
     assert abs(value) <= 1e-6
     assert float(gradient.abs().max()) <= 1e-6
+
+
+@pytest.fixture
+def polishing(source: Callable[..., Path]) -> Callable[..., list[tuple[int, str]]]:
+    """Polish a picomodel's layers and tell the steps that were taken."""
+
+    def run(keep_all: bool, **changes: Any) -> list[tuple[int, str]]:
+        checkpoint, spec = open_source(source("llama", 1))
+        model, tokens = SourceModel(checkpoint, spec), random_tokens(16, 24)
+        rank, rope = (16, 16) if keep_all else (8, 4)
+        setting = Setting("transmla", rank, rope, freqfold=1 if keep_all else 4)
+        weights, hidden = [], model.embed(tokens)
+        for layer in model.layers():
+            seen = observe(layer, spec.attention, hidden, setting.needs(spec.attention))
+            weights.append(expand_heads(convert_layer(layer.weights, spec.attention, seen.stats, setting)))
+        told: list[tuple[int, str]] = []
+        how = Polish(tokens=48, **{"steps": 20, "looks": 10, **changes})
+        with torch.no_grad():
+            polish(model, weights, tokens, hidden, tokens[:4], how, lambda _, done, __, what: told.append((done, what)))
+        return told
+
+    return run
+
+
+def test_polish_goes_on_while_it_pays(polishing: Callable[..., list[tuple[int, str]]]) -> None:
+    assert [done for done, _ in polishing(False)] == list(range(1, 21))
+
+
+def test_polish_ends_when_it_no_longer_pays(polishing: Callable[..., list[tuple[int, str]]]) -> None:
+    """Steps that are far too large gain nothing: two looks, and it is over."""
+    told = polishing(False, rate=30.0)
+    assert [done for done, _ in told] == [1, 2, 3, 4, 20]
+    assert told[-1][1].startswith("no gain")
+
+
+def test_what_is_exact_is_not_polished(polishing: Callable[..., list[tuple[int, str]]]) -> None:
+    assert polishing(True) == []

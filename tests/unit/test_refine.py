@@ -34,8 +34,18 @@ def error(w, x, target) -> float:
 
 def test_the_error_shrinks(job) -> None:
     start, x, target = job
-    before, after = error(start, x, target), error(refine(start, x.__getitem__, target, HOW), x, target)
+    before, after = error(start, x, target), error(refine(start, x.__getitem__, target, HOW).weights, x, target)
     assert after < 0.7 * before
+
+
+def test_a_refinement_says_what_it_was_worth(job) -> None:
+    start, x, target = job
+    found = refine(start, x.__getitem__, target, replace(HOW, probe=24))
+    held = slice(len(x) - 1, len(x))
+    for weights, said in ((start, found.before), (found.weights, found.after)):
+        made = weights.to(torch.float32).expanded(x[held])
+        assert said == pytest.approx(float((made - target[held]).square().mean() / target.var()), rel=1e-3)
+    assert found.after < found.before
 
 
 def projections(w: LatentWeights) -> dict[str, torch.Tensor]:
@@ -44,7 +54,7 @@ def projections(w: LatentWeights) -> dict[str, torch.Tensor]:
 
 def test_no_steps_change_nothing(job) -> None:
     start, x, target = job
-    same = refine(start, x.__getitem__, target, replace(HOW, steps=0))
+    same = refine(start, x.__getitem__, target, replace(HOW, steps=0)).weights
     for name, tensor in projections(start).items():
         assert torch.equal(getattr(same, name), tensor.float()), name
         assert not getattr(same, name).requires_grad
@@ -52,7 +62,7 @@ def test_no_steps_change_nothing(job) -> None:
 
 def test_what_is_exact_is_left_alone(job) -> None:
     start, x, _ = job
-    same = refine(start, x.__getitem__, start.to(torch.float32).expanded(x), HOW)
+    same = refine(start, x.__getitem__, start.to(torch.float32).expanded(x), HOW).weights
     for name, tensor in projections(start).items():
         assert torch.equal(getattr(same, name), tensor.float()), name
 
@@ -61,7 +71,7 @@ def test_a_refinement_that_makes_it_worse_gives_the_start_back(job) -> None:
     start, x, target = job
     start = start.to(torch.float32)
     given = {n: t.clone() for n, t in projections(start).items()}
-    same = refine(start, x.__getitem__, target, replace(HOW, steps=5, rate=30.0))
+    same = refine(start, x.__getitem__, target, replace(HOW, steps=5, rate=30.0)).weights
     for name, tensor in given.items():
         assert torch.equal(getattr(start, name), tensor), f"{name} was trained in place"
         assert torch.equal(getattr(same, name), tensor), name
@@ -69,14 +79,14 @@ def test_a_refinement_that_makes_it_worse_gives_the_start_back(job) -> None:
 
 def test_the_same_seed_gives_the_same_weights(job) -> None:
     start, x, target = job
-    one, same, other = (refine(start, x.__getitem__, target, replace(HOW, steps=4, seed=s)) for s in (1, 1, 2))
+    one, same, other = (refine(start, x.__getitem__, target, replace(HOW, steps=4, seed=s)).weights for s in (1, 1, 2))
     assert torch.equal(one.kv_a_rD, same.kv_a_rD)
     assert not torch.equal(one.kv_a_rD, other.kv_a_rD)
 
 
 def test_frequencies_are_not_trained(job) -> None:
     start, x, target = job
-    refined = refine(start, x.__getitem__, target, replace(HOW, steps=3))
+    refined = refine(start, x.__getitem__, target, replace(HOW, steps=3)).weights
     assert torch.equal(refined.frequencies_PF, start.frequencies_PF)
     assert refined.spec == start.spec
 

@@ -120,7 +120,7 @@ class _Alone:
 
     def converted(self, setting: Setting) -> Tensor:
         """Held-out text as it leaves the converted layer."""
-        weights = Draft(self.spec, self.refinement, self.entering_NTD).convert(self.layer, self.seen, setting)[1]
+        weights = Draft(self.spec, self.refinement, self.entering_NTD).convert(self.layer, self.seen, setting).refined
         hidden_NTD = self.before_NTD.clone()
         self.layer.run(hidden_NTD, LatentAttention.from_weights(weights.to(torch.float32)))
         return hidden_NTD

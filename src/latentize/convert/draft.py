@@ -6,6 +6,7 @@ N sequences, T tokens, D hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from latentize.convert.refine import Refinement, expand_heads, refine
 from latentize.convert.source import SourceLayer
 from latentize.spec import AttentionSpec
 
-__all__ = ["Draft", "Seen", "observe"]
+__all__ = ["Draft", "DraftedLayer", "Seen", "observe"]
 
 _DISTANCE_TOKENS = 16_384
 
@@ -33,6 +34,20 @@ class Seen:
 
     stats: CalibrationStats
     residual_NTD: Tensor | None = None
+
+
+class DraftedLayer(NamedTuple):
+    """A converted layer.
+
+    Attributes:
+        closed: In closed form.
+        refined: Refined; the same where nothing is refined.
+        news: What refinement did, for people.
+    """
+
+    closed: LatentWeights
+    refined: LatentWeights
+    news: str = ""
 
 
 def observe(
@@ -66,22 +81,22 @@ class Draft:
         self.spec, self.refinement = spec, refinement
         self.hidden_NTD = hidden_NTD.clone()
 
-    def convert(self, layer: SourceLayer, seen: Seen, setting: Setting) -> tuple[LatentWeights, LatentWeights]:
+    def convert(self, layer: SourceLayer, seen: Seen, setting: Setting) -> DraftedLayer:
         """The layer in closed form, and refined."""
         closed = convert_layer(layer.weights, self.spec, seen.stats, setting)
         if self.refinement is None:
-            return closed, closed
+            return DraftedLayer(closed, closed)
         hidden_NTD = self.hidden_NTD
         assert seen.residual_NTD is not None
         target_NTD = seen.residual_NTD - hidden_NTD
-        refined = refine(
+        found = refine(
             expand_heads(closed),
             lambda rows: layer.normalise(hidden_NTD[rows]),
             target_NTD,
             self.refinement,
             autocast=layer.fast_matmul,
         )
-        return closed, refined
+        return DraftedLayer(closed, found.weights, f"error {found.before:.4f} → {found.after:.4f}")
 
     def advance(self, layer: SourceLayer, attention: nn.Module) -> None:
         """Take the calibration text through the converted layer."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
-from latentize.convert.draft import Draft, observe
+from latentize.convert.draft import Draft, DraftedLayer, observe
 from latentize.convert.methods import Setting
 from latentize.convert.polish import Polish, polish
 from latentize.convert.pooling import pool_heads
@@ -166,7 +166,7 @@ class _LayerByLayer:
         self.draft: Draft | None = Draft(source.spec.attention, refinement, self.own_NTD[:few])
         self.settings, self.sink, self.spec = settings, sink, source.spec.attention
 
-    def weights(self, layer: SourceLayer) -> tuple[LatentWeights, LatentWeights]:
+    def weights(self, layer: SourceLayer) -> DraftedLayer:
         assert self.own_NTD is not None and self.draft is not None
         refines = self.draft.refinement is not None
         setting = self.settings[layer.index]
@@ -175,7 +175,7 @@ class _LayerByLayer:
 
     def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
         assert self.draft is not None
-        closed, refined = self.weights(layer)
+        closed, refined, _ = self.weights(layer)
         result = LayerResult(layer.index, layer, latent=refined, latent_rms=self.draft.latent_rms(layer, refined))
         attention = LatentAttention.from_weights(self.sink.saved(result))
         self.draft.advance(layer, attention)
@@ -218,12 +218,12 @@ def _polished(
     closed, refined = [], []
     for layer in source.layers():
         assert first.draft is not None
-        pair = first.weights(layer)
-        first.draft.advance(layer, LatentAttention.from_weights(pair[1].to(torch.float32)))
-        closed.append(pair[0].to(torch.float32))
-        refined.append(pair[1])
-        progress("refining layers", layer.index + 1, source.spec.layers)
-        del layer, pair
+        made = first.weights(layer)
+        first.draft.advance(layer, LatentAttention.from_weights(made.refined.to(torch.float32)))
+        closed.append(made.closed.to(torch.float32))
+        refined.append(made.refined)
+        progress("refining layers", layer.index + 1, source.spec.layers, made.news)
+        del layer, made
     assert first.own_NTD is not None
     final = polish(source, refined, calibration_NT, first.own_NTD, selection_NT, how, progress)
     first.release()

@@ -35,11 +35,15 @@ class Polish(Schedule):
 
     Attributes:
         looks: How often held-out text is looked at, evenly; the best of what was seen is kept.
+        patience: Looks in a row without a gain after which it no longer pays to go on.
+        enough: Divergence at which nothing is left to gain, nats per token.
     """
 
     steps: int = 500
     rate: float = 0.014
     looks: int = 5
+    patience: int = 2
+    enough: float = 1e-6
 
 
 def divergence(
@@ -119,7 +123,9 @@ def polish(
             total += value * len(part) / len(embedded_check_NTD)
         return total
 
-    best, kept = look(), [p.detach().clone() for p in parameters]
+    best, kept, stale = look(), [p.detach().clone() for p in parameters], 0
+    if best < how.enough:
+        return [refined(a, w) for a, w in zip(attentions, weights, strict=True)]
     descent = Descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5))
     for step, rows in enumerate(how.batches(*tokens_NT.shape)):
         with torch.autocast(tokens_NT.device.type, torch.bfloat16, enabled=source.fast_matmul):
@@ -130,10 +136,13 @@ def polish(
             raise FloatingPointError(f"polishing diverged at step {step}")
         descent.step(hidden_nD, by_hidden_nD)
         if (step + 1) * how.looks % how.steps < how.looks:
-            seen = look()
+            seen, stale = look(), stale + 1
             if seen < best:
-                best, kept = seen, [p.detach().clone() for p in parameters]
+                best, kept, stale = seen, [p.detach().clone() for p in parameters], 0
         progress("polishing", step + 1, how.steps, f"KL {value:.4f}, held out {best:.4f}")
+        if stale == how.patience:
+            progress("polishing", how.steps, how.steps, f"no gain since {best:.4f}")
+            break
     for parameter, value in zip(parameters, kept, strict=True):
         parameter.data.copy_(value)
     return [refined(a, w) for a, w in zip(attentions, weights, strict=True)]

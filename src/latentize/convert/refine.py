@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
 from latentize.convert.descent import Descent, Schedule
 
-__all__ = ["Refinement", "expand_heads", "refine", "refined", "trainable"]
+__all__ = ["Refined", "Refinement", "expand_heads", "refine", "refined", "trainable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,19 @@ class Refinement(Schedule):
     rate: float = 0.045
     probe: int = 4096
     enough: float = 1e-6
+
+
+class Refined(NamedTuple):
+    """A refined layer.
+
+    Attributes:
+        weights: float32; those of the start where no step was an improvement.
+        before, after: Relative error of the layer's output on tokens that were not learnt from.
+    """
+
+    weights: LatentWeights
+    before: float
+    after: float
 
 
 def expand_heads(w: LatentWeights) -> LatentWeights:
@@ -65,7 +79,7 @@ def refine(
     how: Refinement,
     *,
     autocast: bool = False,
-) -> LatentWeights:
+) -> Refined:
     """Minimise ``‖attn(x) - target‖²`` relative to the target's variance.
 
     Args:
@@ -74,9 +88,6 @@ def refine(
         target_NTD: What its attention should add to the residual stream.
         how: Steps and rates.
         autocast: Multiply in bfloat16.
-
-    Returns:
-        float32 weights; those of the start where no step was an improvement.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -98,7 +109,7 @@ def refine(
     with torch.no_grad():
         before = float(error(probe))
     if before < how.enough:
-        return start
+        return Refined(start, before, before)
     for step, rows in enumerate(how.batches(learnt, length)):
         with torch.enable_grad():
             loss = error(rows)
@@ -106,4 +117,5 @@ def refine(
             raise FloatingPointError(f"refinement diverged at step {step}")
         descent.step(loss)
     with torch.no_grad():
-        return refined(attention, w) if float(error(probe)) < before else start
+        after = float(error(probe))
+        return Refined(refined(attention, w), before, after) if after < before else Refined(start, before, before)

@@ -64,7 +64,7 @@ def choose(
         seen = observe(layer, spec, own, candidates[0].needs(spec), residual=refinement is not None)
         layer.run(reference)
         for setting, draft, hidden in zip(candidates, drafts, streams, strict=True):
-            attention = LatentAttention.from_weights(draft.convert(layer, seen, setting)[1].to(torch.float32))
+            attention = LatentAttention.from_weights(draft.convert(layer, seen, setting).refined.to(torch.float32))
             layer.run(hidden, attention)
             if refinement is not None:
                 draft.advance(layer, attention)
