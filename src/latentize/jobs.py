@@ -101,12 +101,12 @@ def _effort(recipe: Recipe, source: SourceModel) -> Effort:
         return Effort()
     # The whole model has to be in memory for it, and moves at every step.
     polish = not source.large if recipe.polish is None else recipe.polish
-    width = source.spec.attention.hidden_size
+    model = (source.spec.attention.hidden_size, recipe.sequence_length)
     refinement = Refinement(seed=recipe.seed)
     if not polish:
-        return Effort(refinement.at_width(width))
+        return Effort(refinement.suited(*model))
     before = replace(refinement, steps=_BEFORE_POLISH)
-    return Effort(before.at_width(width), Polish(seed=recipe.seed).at_width(width))
+    return Effort(before.suited(*model), Polish(seed=recipe.seed).suited(*model))
 
 
 class Job:

@@ -113,10 +113,20 @@ def test_the_rate_warms_up_and_decays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "tokens", "steps"), [(64, 1024, 200), (256, 1024, 200), (512, 2048, 100), (8192, 4096, 50)]
+    ("hidden", "length", "tokens", "steps"),
+    [
+        (64, 512, 1024, 200),
+        (256, 512, 1024, 200),
+        (512, 512, 2048, 100),
+        (8192, 512, 4096, 50),
+        (256, 2048, 2048, 100),
+        (512, 8192, 8192, 25),
+    ],
 )
-def test_a_wider_model_takes_the_same_text_in_fewer_steps(hidden: int, tokens: int, steps: int) -> None:
-    made = Refinement(steps=200, tokens=1024, rate=0.03, seed=7).at_width(hidden)
+def test_wide_models_and_long_sequences_take_the_same_text_in_fewer_steps(
+    hidden: int, length: int, tokens: int, steps: int
+) -> None:
+    made = Refinement(steps=200, tokens=1024, rate=0.03, seed=7).suited(hidden, length)
     assert (made.tokens, made.steps, made.seed) == (tokens, steps, 7)
     assert made.rate == pytest.approx(0.03 * (tokens / 1024) ** 0.5)
 

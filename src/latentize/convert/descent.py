@@ -40,13 +40,17 @@ class Schedule:
     warmup: int = 5
     seed: int = 0
 
-    def at_width(self, hidden_size: int) -> Self:
+    def suited(self, hidden_size: int, length: int) -> Self:
         """The same text in steps that suit a model: more tokens each where a step itself costs more.
 
-        Muon orthogonalises every matrix at each step, for the price of some four tokens a row. The rate goes with the
-        root of the tokens, as the noise of their gradient does.
+        Muon orthogonalises every matrix at each step, for the price of some four tokens a row. A step also takes a
+        whole sequence at least. The rate goes with the root of the tokens, as the noise of their gradient does.
+
+        Args:
+            hidden_size: Width of the model.
+            length: Tokens of a sequence.
         """
-        share = min(_WIDEST, max(1.0, hidden_size / _NARROW))
+        share = max(min(_WIDEST, hidden_size / _NARROW), length / self.tokens, 1.0)
         tokens, steps = round(self.tokens * share), max(1, round(self.steps / share))
         return replace(self, tokens=tokens, steps=steps, rate=self.rate * share**0.5)
 
