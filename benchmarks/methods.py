@@ -77,18 +77,27 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         if "refused" in r:
             lines.append(f"| {r['keep']} | {r['method']} | | | not possible: {r['refused']} | | | | |")
             continue
-        s = r["setting"]
-        if "kv_lora_rank" in s:
-            roped = f"{s['rope_heads']}×" if s["rope_heads"] > 1 else ""
-            sizes = f"{s['kv_lora_rank']} + {roped}{s['qk_rope_head_dim']}"
-        else:
-            sizes = f"{s['num_key_value_heads']} kv head"
+        sizes = sizes_of(r)
         seconds = "" if r["seconds"] is None else f"{r['seconds']:.1f}"
         lines.append(
             f"| {r['keep']} | {r['method']} | {r['format']} | {sizes} | {r['perplexity']:.2f} | {r['excess_loss']:.3f} "
             f"| {r['kl']:.3f} | {r['top1_agreement']:.1%} | {seconds} |"
         )
     return "\n".join(lines)
+
+
+def sizes_of(row: dict[str, Any]) -> str:
+    """Latent + roped key; from the least to the most where layers differ."""
+    s = row["setting"]
+    if "num_key_value_heads" in s:
+        return f"{s['num_key_value_heads']} kv head"
+    roped = f"{s['rope_heads']}×" if s["rope_heads"] > 1 else ""
+
+    def range_of(name: str) -> str:
+        found = sorted({layer.get(name, s.get(name)) for layer in row.get("layers", [s])})
+        return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+    return f"{range_of('kv_lora_rank')} + {roped}{range_of('qk_rope_head_dim')}"
 
 
 def main() -> None:

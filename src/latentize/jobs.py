@@ -140,6 +140,9 @@ class Job:
         # A model that is large beside the machine's memory has none to keep.
         with contextlib.nullcontext() if source.large else keeping_freed_memory():
             done = self.convert(source, text, progress)
+        if done.linear_fit is not None:
+            kl = done.linear_fit.kl / done.linear_fit.tokens
+            self.notes.append(f"the linear fit alone, nothing compressed or refined, is {kl:.2g} nats from the source")
         self.writer.top()
         report = self._report(done, time.time() - started)
         measurements = {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes", "layers")}
@@ -176,6 +179,7 @@ class Job:
             "perplexity": quality["perplexity"],
             "excess_loss": done.quality.excess,
             "closed_form_excess_loss": None if done.closed_form is None else done.closed_form.excess,
+            "linear_fit_excess_loss": None if done.linear_fit is None else done.linear_fit.excess,
             "kl": quality["kl"],
             "top1_agreement": quality["top1_agreement"],
             "evaluation_tokens": quality["tokens"],

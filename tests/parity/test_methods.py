@@ -143,6 +143,12 @@ def test_what_is_saved_computes_and_caches_what_it_says(
     # What was measured in streams, layer by layer, is what the files compute.
     for name, value in quality_of_files(out, model, text).items():
         assert report[name] == pytest.approx(value, rel=STREAM), name
+    fits = (expected == "deepseek_v3" and family in ("qwen2", "qwen3")) or (family, recipe["method"]) == (
+        "qwen3",
+        "calibrated",
+    )
+    assert (report["linear_fit_excess_loss"] is not None) == fits, "what was replaced is measured by itself"
+    assert any("linear fit alone" in note for note in report["notes"]) == fits
     assert report["kl"] > 1e-3, "the conversion loses something that can be compared"
 
 

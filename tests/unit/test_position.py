@@ -13,12 +13,13 @@ from tests.unit.layers import attention_spec, inputs, random_attention, stats_of
 from tests.unit.test_rope_split import project, source_logits, split_logits
 from torch import Tensor
 
-from latentize.attention.grouped import attend, queries_keys
+from latentize.attention.grouped import attend, grouped_attention, queries_keys
 from latentize.attention.masks import causal_mask
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.calibrate import distance
 from latentize.calibrate.distance import attended_distances, expected_rotation
 from latentize.calibrate.stats import CalibrationStats, Needed, gather
+from latentize.convert.methods import linear_fit
 from latentize.convert.position import (
     assign_rungs,
     dearest,
@@ -249,6 +250,21 @@ def test_the_linear_fit_of_norms_is_least_squares() -> None:
         y_nk = y.transpose(1, 2).flatten(2).flatten(0, 1)
         assert_least_squares(x_BTD.flatten(0, 1), got, y_nk)
     assert fit.q_norm_d is None
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_where_an_input_is_constant_the_linear_fit_of_biases_is_exact(kv_heads: int) -> None:
+    """All of them, that of the output too, and nothing is compressed: the layer as it was."""
+    spec = replace(attention_spec(kv_heads), qkv_bias=True, o_bias=True)
+    w = random_attention(spec, biases=True)
+    reachable_D = torch.einsum("DHd->D", w.o_DHd)
+    w = replace(w, o_bias_D=reachable_D)
+    x_BTD = inputs()
+    x_BTD[..., 0] = 30.0
+    fit = linear_fit(w, spec, stats_of(w, x_BTD))
+    assert fit.o_bias_D is None and fit.q_rope_bias_HR is None
+    # The fit is damped, so a constant that is not the largest direction by far would not come out whole.
+    assert relative_error(fit.expanded(x_BTD), grouped_attention(x_BTD, w, spec)) <= 1e-2
 
 
 @pytest.mark.parametrize("window", [None, 5])

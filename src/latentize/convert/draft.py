@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentize.attention.latent import LatentWeights
 from latentize.calibrate.stats import CalibrationStats, Needed, gather
-from latentize.convert.methods import Setting, convert_layer
+from latentize.convert.methods import Setting, convert_layer, linear_fit
 from latentize.convert.refine import Refinement, expand_heads, refine
 from latentize.convert.source import SourceLayer
 from latentize.spec import AttentionSpec
@@ -42,11 +42,13 @@ class DraftedLayer(NamedTuple):
     Attributes:
         closed: In closed form.
         refined: Refined; the same where nothing is refined.
+        linear: Its linear fit, with nothing compressed; ``None`` where none was made.
         news: What refinement did, for people.
     """
 
     closed: LatentWeights
     refined: LatentWeights
+    linear: LatentWeights | None = None
     news: str = ""
 
 
@@ -84,8 +86,9 @@ class Draft:
     def convert(self, layer: SourceLayer, seen: Seen, setting: Setting) -> DraftedLayer:
         """The layer in closed form, and refined."""
         closed = convert_layer(layer.weights, self.spec, seen.stats, setting)
+        linear = linear_fit(layer.weights, self.spec, seen.stats) if setting.linear else None
         if self.refinement is None:
-            return DraftedLayer(closed, closed)
+            return DraftedLayer(closed, closed, linear)
         hidden_NTD = self.hidden_NTD
         assert seen.residual_NTD is not None
         target_NTD = seen.residual_NTD - hidden_NTD
@@ -96,7 +99,7 @@ class Draft:
             self.refinement,
             autocast=layer.fast_matmul,
         )
-        return DraftedLayer(closed, found.weights, f"error {found.before:.4f} → {found.after:.4f}")
+        return DraftedLayer(closed, found.weights, linear, f"error {found.before:.4f} → {found.after:.4f}")
 
     def advance(self, layer: SourceLayer, attention: nn.Module) -> None:
         """Take the calibration text through the converted layer."""

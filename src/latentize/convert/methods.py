@@ -33,7 +33,7 @@ from latentize.errors import OptionError, UnsupportedModelError
 from latentize.recipe import Recipe
 from latentize.spec import AttentionSpec
 
-__all__ = ["Setting", "convert_layer", "ladder_costs", "pooled_heads", "settings"]
+__all__ = ["Setting", "convert_layer", "ladder_costs", "linear_fit", "pooled_heads", "settings"]
 
 # Candidates under a budget: sizes of the roped key, largest first, and block sizes, smallest first.
 _ROPE_SIZES = 3
@@ -287,6 +287,13 @@ def convert_layer(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationSt
         k_norm_R=w.k_norm_d,
         norm_eps=spec.norm_eps,
     )
+
+
+def linear_fit(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats) -> LatentWeights:
+    """The layer without biases and per-head norms, and otherwise as it was: every key roped, no value compressed."""
+    values = spec.num_kv_heads * spec.head_dim
+    whole = Setting("mha2mla", min(values, spec.hidden_size), spec.head_dim, spec.num_kv_heads, selection="high")
+    return convert_layer(linearised(w.to(torch.float64), stats), spec, stats, whole)
 
 
 def ladder_costs(

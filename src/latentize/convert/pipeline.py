@@ -87,6 +87,8 @@ class Converted:
     Attributes:
         quality: On the evaluation text, the source as reference.
         closed_form: The same before anything was refined, or ``None`` where nothing was.
+        linear_fit: The same with the nearest linear projections and nothing compressed, or ``None`` where the
+            source's are linear, or stay as they are.
         errors: For each layer ``‖h - h_source‖² / ‖h_source - mean‖²`` of the residual stream that leaves it, on the
             evaluation text: in closed form, and as saved.
         calibration_tokens: Tokens that statistics and refinement came from.
@@ -94,6 +96,7 @@ class Converted:
 
     quality: Quality
     closed_form: Quality | None = None
+    linear_fit: Quality | None = None
     errors: list[tuple[float, float]] = field(default_factory=list)
     calibration_tokens: int = 0
 
@@ -137,12 +140,29 @@ def convert_latent(
     return result
 
 
+# Names of what a layer was on its way.
+_CLOSED, _LINEAR = "closed form", "linear fit"
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A converted layer.
+
+    Attributes:
+        result: For the writer.
+        attention: As saved.
+        stages: What it was before, by name; the same names in every layer.
+    """
+
+    result: LayerResult
+    attention: nn.Module
+    stages: dict[str, nn.Module] = field(default_factory=dict)
+
+
 class _Make(Protocol):
     """Makes the layers of a converted model, in order."""
 
-    def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
-        """The layer, its attention as saved, and where that is something else, in closed form."""
-        ...
+    def __call__(self, layer: SourceLayer) -> _Made: ...
 
     def release(self) -> None:
         """Let go of all streams."""
@@ -173,13 +193,10 @@ class _LayerByLayer:
         seen = observe(layer, self.spec, self.own_NTD, setting.needs(self.spec), residual=refines)
         return self.draft.convert(layer, seen, setting)
 
-    def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
+    def __call__(self, layer: SourceLayer) -> _Made:
         assert self.draft is not None
-        closed, refined, _ = self.weights(layer)
-        result = LayerResult(layer.index, layer, latent=refined, latent_rms=self.draft.latent_rms(layer, refined))
-        attention = LatentAttention.from_weights(self.sink.saved(result))
-        self.draft.advance(layer, attention)
-        return result, attention, None if closed is refined else LatentAttention.from_weights(closed.to(torch.float32))
+        made = self.weights(layer)
+        return _made(layer, made.refined, _stages(made), self.draft, self.sink)
 
     def release(self) -> None:
         self.own_NTD = self.draft = None
@@ -188,21 +205,39 @@ class _LayerByLayer:
 class _Given:
     """Layers whose weights are known already."""
 
-    def __init__(self, draft: Draft, pairs: list[tuple[LatentWeights, LatentWeights]], sink: Sink) -> None:
+    def __init__(
+        self, draft: Draft, final: Sequence[LatentWeights], stages: Sequence[dict[str, LatentWeights]], sink: Sink
+    ) -> None:
         self.draft: Draft | None = draft
-        self.pairs, self.sink = pairs, sink
+        self.final, self.stages, self.sink = final, stages, sink
 
-    def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
+    def __call__(self, layer: SourceLayer) -> _Made:
         assert self.draft is not None
-        closed, final = self.pairs[layer.index]
-        result = LayerResult(layer.index, layer, latent=final, latent_rms=self.draft.latent_rms(layer, final))
-        attention = LatentAttention.from_weights(self.sink.saved(result))
-        self.draft.advance(layer, attention)
-        return result, attention, LatentAttention.from_weights(closed)
+        return _made(layer, self.final[layer.index], self.stages[layer.index], self.draft, self.sink)
 
     def release(self) -> None:
         self.draft = None
-        self.pairs = []
+        self.final, self.stages = [], []
+
+
+def _stages(made: DraftedLayer) -> dict[str, LatentWeights]:
+    """What a drafted layer was on its way, in float32."""
+    found = {}
+    if made.closed is not made.refined:
+        found[_CLOSED] = made.closed.to(torch.float32)
+    if made.linear is not None:
+        found[_LINEAR] = made.linear.to(torch.float32)
+    return found
+
+
+def _made(
+    layer: SourceLayer, final: LatentWeights, stages: dict[str, LatentWeights], draft: Draft, sink: Sink
+) -> _Made:
+    """The layer as it is saved; takes the draft's text through it."""
+    result = LayerResult(layer.index, layer, latent=final, latent_rms=draft.latent_rms(layer, final))
+    attention = LatentAttention.from_weights(sink.saved(result))
+    draft.advance(layer, attention)
+    return _Made(result, attention, {name: LatentAttention.from_weights(w) for name, w in stages.items()})
 
 
 def _polished(
@@ -215,12 +250,12 @@ def _polished(
     progress: Progress,
 ) -> _Given:
     """All layers, refined one by one and then polished together."""
-    closed, refined = [], []
+    stages, refined = [], []
     for layer in source.layers():
         assert first.draft is not None
         made = first.weights(layer)
         first.draft.advance(layer, LatentAttention.from_weights(made.refined.to(torch.float32)))
-        closed.append(made.closed.to(torch.float32))
+        stages.append(_stages(made))
         refined.append(made.refined)
         progress("refining layers", layer.index + 1, source.spec.layers, made.news)
         del layer, made
@@ -229,7 +264,7 @@ def _polished(
     first.release()
     few_NT = calibration_NT[: max(1, _RMS_TOKENS // calibration_NT.shape[1])]
     draft = Draft(first.spec, None, source.embed(few_NT))
-    return _Given(draft, list(zip(closed, final, strict=True)), sink)
+    return _Given(draft, final, stages, sink)
 
 
 class _Pooled:
@@ -238,12 +273,12 @@ class _Pooled:
     def __init__(self, spec: AttentionSpec, kv_heads: int, dtype: torch.dtype) -> None:
         self.spec, self.kv_heads, self.dtype = spec, kv_heads, dtype
 
-    def __call__(self, layer: SourceLayer) -> tuple[LayerResult, nn.Module, nn.Module | None]:
+    def __call__(self, layer: SourceLayer) -> _Made:
         pooled = pool_heads(layer.weights, self.kv_heads).to(self.dtype)
         # The same heads, repeated, fit into the layer that is there.
         repeat = self.spec.num_kv_heads // self.kv_heads
         attention = layer.with_kv_heads(pooled.to(torch.float32), repeat)
-        return LayerResult(layer.index, layer, grouped=pooled), attention, None
+        return _Made(LayerResult(layer.index, layer, grouped=pooled), attention)
 
     def release(self) -> None:
         pass
@@ -265,27 +300,31 @@ def convert_pooled(
 
 def _convert(source: SourceModel, make: _Make, sink: Sink, evaluation_NT: Tensor, progress: Progress) -> Converted:
     reference = source.embed(evaluation_NT)
-    hidden, before = reference.clone(), None
+    hidden, before = reference.clone(), {}
     errors: list[tuple[float, float]] = []
     for layer in source.layers():
-        result, attention, closed = make(layer)
-        if closed is not None:
-            before = reference.clone() if before is None else before
-            layer.run(before, closed)
+        made = make(layer)
+        for name, attention in made.stages.items():
+            if name not in before:
+                before[name] = reference.clone()
+            layer.run(before[name], attention)
         layer.run(reference)
-        layer.run(hidden, attention)
-        sink.layer(result)
+        layer.run(hidden, made.attention)
+        sink.layer(made.result)
         after = _stream_error(hidden, reference)
-        errors.append((after if before is None else _stream_error(before, reference), after))
+        errors.append((_stream_error(before[_CLOSED], reference) if _CLOSED in before else after, after))
         progress("converting layers", layer.index + 1, source.spec.layers, _shown(*errors[-1]))
         # The next layer is read before these names are bound again.
-        del layer, result, attention, closed
+        del layer, made
     make.release()
     head, vocab = source.head(), source.spec.vocab_size
-    quality = compare_streams(hidden, reference, evaluation_NT, head, vocab_size=vocab)
-    if before is None:
-        return Converted(quality, None, errors)
-    return Converted(quality, compare_streams(before, reference, evaluation_NT, head, vocab_size=vocab), errors)
+
+    def quality(stream: Tensor | None) -> Quality | None:
+        return None if stream is None else compare_streams(stream, reference, evaluation_NT, head, vocab_size=vocab)
+
+    final = quality(hidden)
+    assert final is not None
+    return Converted(final, quality(before.get(_CLOSED)), quality(before.get(_LINEAR)), errors)
 
 
 def _shown(before: float, after: float) -> str:

@@ -79,6 +79,11 @@ def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights
         q, k = q + constant(w.q_bias_Hd), k + constant(w.k_bias_Gd)
     if w.v_bias_Gd is not None:
         v = v + constant(w.v_bias_Gd)
+    if w.o_bias_D is not None:
+        # Probabilities sum to one: the values that come nearest to making it, as a constant of every token.
+        o_DGd = w.o_DHd.unflatten(1, (len(v), -1)).sum(2)
+        made_E = torch.linalg.lstsq(o_DGd.flatten(1), w.o_bias_D[:, None]).solution[:, 0]
+        v = v + constant(made_E.view_as(v[..., 0]))
     return AttentionWeights(q, k, v, w.o_DHd)
 
 
