@@ -122,6 +122,22 @@ def measure(batch: int, context: int, seconds: float) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in took.items()}
 
 
+def product_rate() -> float:
+    """FLOP per second of a large bfloat16 product, the best of several: what arithmetic cannot be faster than."""
+    a, b = (torch.randn(1024, 1024, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(15):
+        before = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - before)
+    return 2 * 1024**3 / min(times)
+
+
+def absorbed_flop(batch: int, context: int) -> int:
+    """Of scores and sums of latents: ``2 H (r + R)`` and ``2 H r`` a cached token."""
+    return 2 * H * (2 * RANK + ROPE) * batch * context
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 4096, 16384])
@@ -132,16 +148,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    rows = []
+    rows, rate = [], product_rate()
     for batch in args.batch:
         for context in args.context:
             times = measure(batch, context, args.seconds)
             best = min(t for name, t in times.items() if name.startswith("GQA"))
-            rows.append({"batch": batch, "context": context, "milliseconds": times, "best_gqa": best})
+            arithmetic = 1e3 * absorbed_flop(batch, context) / rate
+            row = {"batch": batch, "context": context, "milliseconds": times, "best_gqa": best}
+            rows.append({**row, "absorbed_arithmetic": arithmetic})
             print(json.dumps(rows[-1]), flush=True)
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
+        "bf16_product_flop_per_second": rate,
         "rows": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +170,8 @@ def main() -> None:
     print("|---" * (len(rows) + 1) + "|")
     for name in names:
         print(f"| {name} | " + " | ".join(f"{r['milliseconds'].get(name, float('nan')):.2f}" for r in rows) + " |")
+    bound = [f"{r['absorbed_arithmetic']:.2f}" for r in rows]
+    print(f"| absorbed arithmetic alone, at {rate / 1e9:.0f} GFLOP/s | " + " | ".join(bound) + " |")
     for label in ("best GQA / latentize", "transformers / latentize"):
         top = [r["best_gqa"] if "GQA" in label else r["milliseconds"]["transformers MLA"] for r in rows]
         shown = [f"{t / r['milliseconds']['latentize']:.2f}" for t, r in zip(top, rows, strict=True)]

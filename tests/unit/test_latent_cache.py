@@ -131,6 +131,9 @@ def test_long_caches_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     q, rows = torch.randn(1, 4, 1, 10), torch.randn(1, 16 * 5 + 3, 10)
     expected = attend_rows(q, [rows], 0.5, fused=False)
     assert relative_error(attend_rows(q, [rows], 0.5, fused=True), expected) <= FP32
+    for fused in (True, False):
+        some = attend_rows(q, [rows], 0.5, size=3, fused=fused)
+        assert relative_error(some, expected[..., :3]) <= FP32
 
 
 def grown(made: LatentLayer, steps: list[int], size: tuple[int, int] = (6, 4), B: int = 2, seed: int = 0) -> Tensor:

@@ -55,7 +55,7 @@ def has_fused() -> bool:
 
 
 def attend_block(
-    q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | None = None
+    q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | None = None, *, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention over some rows, by matrix products: the twin of :func:`attend_block_fused`.
 
@@ -64,15 +64,15 @@ def attend_block(
         rows_Bsd: Rows, keys and values at once.
         scale: Factor on the logits.
         mask_BQs: Added to the logits, broadcastable; ``-inf`` where nothing may be seen.
+        size: Values of a row that are summed, the first ones; all by default.
 
     Returns:
-        Weighted sums of rows, ``[B, Q, d]``, and log-sum-exps of the logits, ``[B, Q]`` in float32. A query that may
+        Weighted sums of rows, ``[B, Q, size]``, and log-sum-exps of the logits, ``[B, Q]`` in float32. A query that may
         see nothing here gets zeros, and ``-inf``.
     """
     narrow = rows_Bsd.dtype == torch.bfloat16 and multiplies_bfloat16(rows_Bsd.device.type)
     rows = rows_Bsd if narrow else rows_Bsd.to(torch.promote_types(rows_Bsd.dtype, torch.float32))
-    # Rows on the left: for few queries this product is twice as fast as its transpose.
-    score_BQs = (rows @ (q_BQd * scale).to(rows.dtype).mT).mT.contiguous()
+    score_BQs = _scores((q_BQd * scale).to(rows.dtype), rows)
     if mask_BQs is not None:
         score_BQs = score_BQs + mask_BQs
     p_BQs = score_BQs.softmax(-1)
@@ -83,16 +83,30 @@ def attend_block(
     if mask_BQs is not None:
         blind_BQ = top_BQ == -torch.inf
         lse_BQ, p_BQs = lse_BQ.masked_fill(blind_BQ, -torch.inf), p_BQs.masked_fill(blind_BQ[..., None], 0)
-    return (p_BQs.to(rows.dtype) @ rows).to(q_BQd.dtype), lse_BQ
+    return _sums(p_BQs.to(rows.dtype), rows, size).to(q_BQd.dtype), lse_BQ
+
+
+def _scores(q_BQd: Tensor, rows_Bsd: Tensor) -> Tensor:
+    if len(rows_Bsd) == 1:
+        return (q_BQd[0] @ rows_Bsd[0].mT)[None]
+    # Batched products are another matter than plain ones: with rows on the left this one is twice as fast.
+    return (rows_Bsd @ q_BQd.mT).mT.contiguous()
+
+
+def _sums(p_BQs: Tensor, rows_Bsd: Tensor, size: int | None) -> Tensor:
+    if len(rows_Bsd) == 1:
+        return (p_BQs[0] @ rows_Bsd[0, :, :size])[None]
+    # A batched product copies what is not contiguous, which costs more than to sum all of it.
+    return (p_BQs @ rows_Bsd)[..., :size]
 
 
 def attend_block_fused(
-    q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | None = None
+    q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | None = None, *, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`attend_block`, by PyTorch's fused CPU operator."""
+    """As :func:`attend_block`, by PyTorch's fused CPU operator, which sums whole rows."""
     rows, mask = rows_Bsd[:, None], None if mask_BQs is None else mask_BQs[:, None]
     out, lse = fused_attention(q_BQd[:, None], rows, rows, scale, mask)
-    return out[:, 0], lse[:, 0]
+    return out[:, 0, :, :size], lse[:, 0]
 
 
 def fused_attention(
@@ -128,6 +142,7 @@ def attend_rows(
     scale: float,
     mask_BhTS: Tensor | None = None,
     *,
+    size: int | None = None,
     fused: bool | None = None,
 ) -> Tensor:
     """Absorbed attention over a cache.
@@ -137,10 +152,11 @@ def attend_rows(
         blocks: The cache's rows ``[B, s, d]``, in order.
         scale: Factor on the logits.
         mask_BhTS: Boolean or additive, for all rows together; ``h`` is 1 or H. Without one everything is seen.
+        size: Values of a row that are summed, the first ones: ``r`` for the sum of latents. All by default.
         fused: Use the fused operator; by default where there is one for the tensors.
 
     Returns:
-        ``[B, H, T, d]``, of which the first ``r`` are the sum of latents.
+        ``[B, H, T, size]``.
     """
     heads, tokens = q_BHTd.shape[1:3]
     q_BQd = q_BHTd.flatten(1, 2)
@@ -154,25 +170,27 @@ def attend_rows(
             mask_BQs = mask_BhTs.expand(-1, heads, -1, -1).flatten(1, 2)
         start += rows_Bsd.shape[1]
         if fused:
-            parts += _split(q_BQd, rows_Bsd, scale, mask_BQs)
+            parts += _split(q_BQd, rows_Bsd, scale, mask_BQs, size)
         else:
-            parts.append(attend_block(q_BQd, rows_Bsd, scale, mask_BQs))
+            parts.append(attend_block(q_BQd, rows_Bsd, scale, mask_BQs, size=size))
     return merge(parts)[0].unflatten(1, (heads, tokens))
 
 
-def _split(q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+def _split(
+    q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | None, size: int | None
+) -> list[tuple[Tensor, Tensor]]:
     """A long block as a batch of shorter ones: more to do in parallel, and each stays in a core's cache."""
     batch, tokens = rows_Bsd.shape[:2]
     count = tokens // _SPLIT
     if batch > 1 or count < 2 or mask_BQs is not None:
-        return [attend_block_fused(q_BQd, rows_Bsd, scale, mask_BQs)]
+        return [attend_block_fused(q_BQd, rows_Bsd, scale, mask_BQs, size=size)]
     even = count * _SPLIT
     out_nQd, lse_nQ = attend_block_fused(
-        q_BQd.expand(count, -1, -1), rows_Bsd[0, :even].unflatten(0, (count, _SPLIT)), scale
+        q_BQd.expand(count, -1, -1), rows_Bsd[0, :even].unflatten(0, (count, _SPLIT)), scale, size=size
     )
     parts = [(out[None], lse[None]) for out, lse in zip(out_nQd, lse_nQ, strict=True)]
     if even < tokens:
-        parts.append(attend_block_fused(q_BQd, rows_Bsd[:, even:], scale))
+        parts.append(attend_block_fused(q_BQd, rows_Bsd[:, even:], scale, size=size))
     return parts
 
 

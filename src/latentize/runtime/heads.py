@@ -75,7 +75,7 @@ def decode(
         length = key.layer.seen if isinstance(key, Rows) else key.shape[2]
         mask = torch.ones(tokens, length, dtype=torch.bool, device=q_nope_BHTN.device).tril(length - tokens)[None, None]
     q_BHTd = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1)
-    summed_BHTr = attend_rows(q_BHTd, _blocks(key, value), up.scale, mask)[..., : up.k_UNr.shape[2]]
+    summed_BHTr = attend_rows(q_BHTd, _blocks(key, value), up.scale, mask, size=up.k_UNr.shape[2])
     if turn_rr is not None:
         summed_BHTr = summed_BHTr @ turn_rr.mT
     return (summed_BHTr.unflatten(1, (shared, -1)) @ up.v_UVr[:, None].mT).flatten(1, 2)
