@@ -44,7 +44,7 @@ def roped_as_transmla() -> AbstractContextManager[Any]:
 
     def split(w: Any, spec: Any, stats: Any, setting: Any) -> Any:
         size = setting.qk_rope_head_dim
-        return rorope(w, spec, stats, rope_dim=size, freqfold=spec.head_dim // size)
+        return rorope(w, spec, stats, rope_dim=size, freqfold=spec.head_dim // size), None
 
     stack = contextlib.ExitStack()
     stack.enter_context(patch.object(methods, "_split", split))

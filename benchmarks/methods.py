@@ -27,6 +27,7 @@ from latentize.errors import OptionError
 
 ROOT = Path(__file__).resolve().parents[1]
 TODAY = datetime.date.today().isoformat()
+LAYER_KEYS = ("kv_lora_rank", "qk_rope_head_dim", "error_before_refine", "error_after_refine")
 BUDGETS = ("50%", "25%", "12.5%")
 ROWS: dict[str, dict[str, Any]] = {
     "calibrated": {},
@@ -63,7 +64,7 @@ def measure(
         "threads": torch.get_num_threads(),
         "calibration_tokens": made["calibration_tokens"],
         "weights_sha256": files["model.safetensors"],
-        "layers": made["layers"],
+        "layers": [{k: layer[k] for k in LAYER_KEYS if k in layer} for layer in made["layers"]],
         **found,
     }
 

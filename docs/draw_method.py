@@ -17,13 +17,13 @@ from latentize.api import open_source
 from latentize.calibrate.stats import Needed
 from latentize.convert.draft import observe
 from latentize.convert.methods import Setting
-from latentize.convert.position import Components, dearest, key_components, ladder, on_ladder
+from latentize.convert.position import dearest, dropping_cost, key_components, ladder, on_ladder
 from latentize.convert.search import best_strides
 from latentize.convert.source import SourceModel
 from latentize.demo import bundled_model
 from latentize.jobs import draw_text
 from latentize.recipe import Recipe
-from latentize.report.chart import line_chart, svg
+from latentize.report.chart import line_chart, rope_map
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "methods-tiny-llama-gqa.json"
@@ -71,15 +71,6 @@ def error_figure(rows: list[dict[str, Any]]) -> str:
     return line_chart(series, title=title, x_label="layer", colours=ERROR_COLOURS)
 
 
-def _cost(c: Components) -> torch.Tensor:
-    """``λ (1 - |ρ|²)`` of each frequency, all components together, as a share of the layer's largest."""
-    from latentize.calibrate.distance import expected_rotation
-
-    constant_F = 1 - expected_rotation(c.frequencies_F, c.distances_T[None])[0].abs().square()
-    cost_F = constant_F * c.energy_FG.sum(1)
-    return cost_F / cost_F.max()
-
-
 @torch.no_grad()
 def rope_figure() -> str:
     """For each layer and frequency: what losing rotation costs, and which components keep it."""
@@ -91,31 +82,16 @@ def rope_figure() -> str:
     stride = best_strides(source, strides, calibration_NT, lambda *_: None)[0].stride
     assert stride is not None
     rungs_J = ladder(a.rope.theta, a.head_dim, ROPE_DIM, stride)
-    hidden, parts = source.embed(calibration_NT), []
-    title = f"What losing rotation costs (shade), what keeps it: ● on the ladder of stride {stride:g}, ○ free (native)"
-    parts.append(f'<text x="0" y="18" style="font-size:14px">{title}</text>')
-    pairs, cell, left, top = a.head_dim // 2, 36, 70, 40
+    hidden, cost_LF = source.embed(calibration_NT), []
+    marks: dict[str, list[list[int]]] = {"●": [], "○": []}
     for layer in source.layers():
         seen = observe(layer, a, hidden, Needed(distances=True))
-        weights = layer.weights.to(torch.float64)
-        c = key_components(weights, a, seen.stats)
-        y = top + cell * layer.index
-        parts.append(f'<text class="dim" x="0" y="{y + 23}">layer {layer.index}</text>')
-        kept, free = on_ladder(c, rungs_J)[0][:, 0].tolist(), dearest(c, ROPE_DIM // 2)[0][:, 0].tolist()
-        for f, cost in enumerate(_cost(c).tolist()):
-            x = left + cell * f
-            parts.append(f'<rect class="cell" x="{x}" y="{y}" width="{cell}" height="{cell}" fill="#4c78a8" ')
-            parts[-1] += f'fill-opacity="{cost:.2f}"/>'
-            marks = "●" * kept.count(f), "○" * free.count(f)
-            for line, mark in enumerate(marks):
-                at = f'x="{x + cell / 2}" y="{y + 15 + 14 * line}" text-anchor="middle"'
-                parts.append(f'<text {at} style="font-size:11px">{mark}</text>')
-    bottom = top + cell * spec.layers + 18
-    for f in range(pairs):
-        at = f'x="{left + cell * f + cell / 2}" y="{bottom}" text-anchor="middle"'
-        parts.append(f'<text class="dim" {at}>{f}</text>')
-    parts.append(f'<text class="dim" x="0" y="{bottom}">frequency</text>')
-    return svg(left + cell * pairs + 4, bottom + 10, "Which frequencies keep RoPE, layer by layer", parts)
+        c = key_components(layer.weights.to(torch.float64), a, seen.stats)
+        cost_LF.append(dropping_cost(c).sum(1).tolist())
+        marks["●"].append(on_ladder(c, rungs_J)[0][:, 0].tolist())
+        marks["○"].append(dearest(c, ROPE_DIM // 2)[0][:, 0].tolist())
+    title = f"What losing rotation costs (shade), what keeps it: ● on the ladder of stride {stride:g}, ○ free (native)"
+    return rope_map(cost_LF, marks, title=title)
 
 
 def main() -> None:

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from latentize.calibrate.text import describe
+from latentize.calibrate.text import describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.checkpoint import Checkpoint, OutputFolder, resolve
+from latentize.checkpoint import Checkpoint, Manifest, OutputFolder, resolve
 from latentize.convert.progress import Progress, silent
 from latentize.errors import ConfigError, OptionError, OutputError
 from latentize.families import ModelSpec, model_spec
 from latentize.jobs import LatentJob, PooledJob
 from latentize.recipe import Recipe
+from latentize.report.measurements import is_output, record
+from latentize.report.page import verdict, write_report
 
 __all__ = ["convert", "evaluate", "generate", "open_source", "verify"]
 
@@ -77,6 +79,7 @@ def convert(
         else:
             job = LatentJob(recipe, checkpoint, spec, folder)
         result = job.run(str(model), device, progress, started)
+    write_report(folder.out)
     return result
 
 
@@ -207,6 +210,62 @@ def bench(
         "copy_bytes_per_second": bandwidth,
         "rows": [row.describe() for row in rows],
     }
+
+
+def extend_report(model: str | Path, kind: str, result: dict[str, Any]) -> Path | None:
+    """Add what was measured to the report of an output of latentize; of any other model nothing is kept.
+
+    Args:
+        model: What was measured.
+        kind: ``eval``, ``bench`` or ``sample``.
+        result: What was found.
+
+    Returns:
+        The report, or ``None`` where there is none.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    folder = Path(model)
+    if not is_output(folder):
+        return None
+    try:
+        record(folder, kind, result)
+        return write_report(folder)
+    except OSError as error:
+        raise OutputError(
+            f"the measurement cannot be kept: {error.strerror}",
+            where=str(folder),
+            fix="it was printed; copy the folder",
+        ) from error
+
+
+def report(
+    out: str | Path, reference: str | Path | None = None, *, prompt: str = "", tokens: int = 64
+) -> dict[str, Any]:
+    """What ``latentize report --json`` prints; writes ``report.html``.
+
+    Args:
+        out: An output of latentize.
+        reference: Its source: then both continue a prompt, side by side.
+        prompt: What to continue; by default the beginning of a held-out document.
+        tokens: How long.
+
+    Raises:
+        CheckpointError: the folder is not an output of latentize.
+        OutputError: the folder cannot be written.
+    """
+    folder = Path(out)
+    path = write_report(folder)
+    if reference is not None:
+        prompt = prompt or " ".join(next(iter(documents((), "heldout"))).split(" ")[:24])
+        made = {
+            name: generate(model, prompt, max_new_tokens=tokens)["text"]
+            for name, model in (("source", reference), ("converted", folder))
+        }
+        path = extend_report(folder, "sample", {"prompt": prompt, **made}) or path
+    short, long = verdict(Manifest.load(folder).measurements["excess_loss"])
+    return {"report": str(path), "bytes": path.stat().st_size, "verdict": short, "meaning": long}
 
 
 def verify(out: str | Path) -> dict[str, Any]:

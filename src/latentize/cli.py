@@ -192,6 +192,8 @@ def convert(
     with _progress() as progress:
         result = run(model, out, built, device=device, progress=progress)
     _emit(result, as_json, _conversion_table(out, result))
+    if not as_json:
+        console.print(f"report: {out / 'report.html'}")
 
 
 def _return_freed_memory() -> None:
@@ -235,10 +237,12 @@ def evaluate(
 ) -> None:
     """Measure perplexity, and KL and top-1 agreement with a reference, on held-out text."""
     from latentize.api import evaluate as run
+    from latentize.api import extend_report
 
     options = {"data": tuple(data or ()), "tokens": tokens, "sequence_length": sequence_length, "cache": cache}
     with _progress() as progress:
         result = run(model, reference, dtype=dtype, device=device, progress=progress, **options)
+    extend_report(model, "eval", {**result, "reference": reference, "cache": cache})
     shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in result.items() if v is not None}
     _emit(result, as_json, _facts(model, shown))
 
@@ -320,20 +324,17 @@ def bench(
 ) -> None:
     """Measure prefill, decode and cache against context, interleaved with the source."""
     from latentize.api import bench as run
+    from latentize.api import extend_report
 
     contexts, batches = _numbers(context, "--context"), _numbers(batch, "--batch")
     options = {"cache": cache, "stock": stock, "dtype": dtype, "device": device, "steps": steps}
     with _progress() as progress:
         result = run(model, reference, contexts=contexts, batches=batches, progress=progress, **options)
     if plot is not None:
-        from latentize.report.chart import line_chart
+        from latentize.report.page import speed_chart
 
-        series: dict[str, list[tuple[float, float]]] = {}
-        for row in result["rows"]:
-            name = row["name"] if len(batches) == 1 else f"{row['name']}, batch {row['batch']}"
-            series.setdefault(name, []).append((row["context"], row["milliseconds_per_token"]))
-        title = "Milliseconds a decode step"
-        plot.write_text(line_chart(series, title=title, x_label="tokens of context"), encoding="utf-8")
+        plot.write_text(speed_chart(result["rows"]), encoding="utf-8")
+    extend_report(model, "bench", result)
     table = Table(title=f"{model}, {dtype} on {device}", title_justify="left")
     table.add_column("context", justify="right")
     table.add_column("", no_wrap=True)
@@ -350,6 +351,20 @@ def bench(
             f"{row['roofline_share']:.0%}",
         )
     _emit(result, as_json, table)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that convert has written.")],
+    reference: Annotated[str | None, typer.Option(help="The source: both continue a prompt.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to continue. [a held-out text]")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html: what was done, what it cost, where; with all that was measured since."""
+    from latentize.api import report as run
+
+    result = run(out, reference, prompt=prompt)
+    _emit(result, as_json, _facts(result["report"], {k: v for k, v in result.items() if k != "report"}))
 
 
 @app.command()

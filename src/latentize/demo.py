@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from latentize.api import convert, evaluate, generate, verify
+from latentize.api import convert, evaluate, extend_report, generate, verify
 from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, OutputError
 
@@ -61,7 +61,10 @@ def demo(out: Path, progress: Progress = silent, *, evaluation_tokens: int = 8_1
         convert(model, folder, progress=progress, **options)
         verify(folder)
         measured = evaluate(folder, model, tokens=evaluation_tokens, progress=progress)
+        extend_report(folder, "eval", measured)
         said = generate(folder, PROMPT, max_new_tokens=48)
+        sample = {"prompt": PROMPT, "source": rows[0]["continuation"], "converted": said["text"]}
+        report = extend_report(folder, "sample", sample)
         rows.append(
             {
                 "name": f"MLA, --keep {options['keep']}" + (" --fast" if options.get("fast") else ""),
@@ -71,4 +74,4 @@ def demo(out: Path, progress: Progress = silent, *, evaluation_tokens: int = 8_1
                 "continuation": said["text"],
             }
         )
-    return {"rows": rows, "evaluation_tokens": source["tokens"], "report": str(out / "mla-50" / "README.md")}
+    return {"rows": rows, "evaluation_tokens": source["tokens"], "report": str(report)}

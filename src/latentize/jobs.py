@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentize import card
+from latentize import plan as arithmetic
 from latentize.calibrate.text import describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import pack
@@ -149,7 +150,7 @@ class Job:
         source_hashes = {p.name: sha256(p) for p in self.checkpoint.files}
         manifest = Manifest(
             format=self.writer.name,
-            source={"model": model, "model_type": self.spec.table.model_type, "files": source_hashes},
+            source={"model": model, **arithmetic.describe(self.spec), "files": source_hashes},
             recipe=self.recipe.model_dump(mode="json"),
             layers=report["layers"],
             measurements=measurements,
@@ -172,8 +173,10 @@ class Job:
             "seconds": round(seconds, 2),
             "peak_rss_bytes": peak_rss_bytes(),
             "layers": [
-                {**sizes, "error_before_refine": before, "error_after_refine": after}
-                for sizes, (before, after) in zip(self.layer_shapes(), done.errors, strict=True)
+                {**sizes, "error_before_refine": before, "error_after_refine": after, **facts}
+                for sizes, (before, after), facts in zip(
+                    self.layer_shapes(), done.errors, done.facts or [{}] * len(done.errors), strict=True
+                )
             ],
             "source_perplexity": quality["reference_perplexity"],
             "perplexity": quality["perplexity"],

@@ -165,7 +165,7 @@ class LatentSpec:
         return self.kv_lora_rank + self.rope_heads * self.qk_rope_head_dim
 
 
-def kv_cache_bytes(cache_values: int, *, layers: int, tokens: int, batch: int = 1, bits: float = 16) -> int:
+def kv_cache_bytes(cache_values: float, *, layers: int, tokens: int, batch: int = 1, bits: float = 16) -> int:
     """Bytes of a KV cache: ``cache_values`` per token and layer, keys and values counted in it once."""
     return round(cache_values * layers * tokens * batch * bits / 8)
 

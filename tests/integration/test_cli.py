@@ -285,3 +285,28 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.returncode == 0
     for command in ("inspect", "plan", "convert", "eval", "verify", "generate", "bench", "demo"):
         assert command in done.stdout
+
+
+def test_the_report_grows_with_what_is_measured(
+    ok: Ask, source: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    model, out = source("llama", 2), tmp_path / "out"
+    ok("convert", model, out, "--keep", "50%", "--data", text, *SIZES)
+    page = out / "report.html"
+    first = page.read_text()
+    assert "Speed" not in first and "A sample" not in first
+    measured = ok("eval", out, "--reference", model, "--data", text, "--tokens", 512, "--sequence-length", 64)
+    assert f"{measured['perplexity']:.3f}" in page.read_text()
+    ok("bench", out, "--reference", model, "--context", "16", "--steps", 1)
+    result = ok("report", out, "--reference", model, "--prompt", "the <b>")
+    assert result["report"] == str(page) and result["bytes"] == page.stat().st_size
+    last = page.read_text()
+    assert "Speed" in last and "A sample" in last and "the &lt;b&gt;" in last
+    assert ok("verify", out)["ok"], "what is measured later is not part of what was made"
+    assert not (model / "report.html").exists()
+
+
+def test_a_report_of_something_else(capsys: pytest.CaptureFixture[str], source: Callable[..., Path]) -> None:
+    done = call_cli(capsys, "report", source("llama", 2))
+    assert done.returncode == 2
+    assert "LZ101" in done.stderr and "manifest" in done.stderr

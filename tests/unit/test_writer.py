@@ -143,3 +143,11 @@ def test_a_folder_without_or_with_a_damaged_manifest(tmp_path: Path) -> None:
         (tmp_path / MANIFEST_NAME).write_text(text)
         with pytest.raises(CheckpointError, match="damaged"):
             Manifest.load(tmp_path)
+
+
+def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "out") as folder:
+        folder.add("a", torch.zeros(32))
+        folder.finish({}, manifest())
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
+    assert len(set(modes.values())) == 1, modes

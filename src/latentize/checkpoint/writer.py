@@ -95,6 +95,8 @@ class OutputFolder:
         path = self._shard_path(len(self._shards))
         try:
             save_file(self._pending, str(path), metadata={"format": "pt"})
+            # safetensors lets nobody else read it; the folder says who may.
+            path.chmod(self.partial.stat().st_mode & 0o666)
             _sync(path)
         except Exception as error:
             raise OutputError(f"cannot write weights: {error}", where=str(path)) from error

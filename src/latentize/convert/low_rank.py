@@ -18,35 +18,44 @@ __all__ = ["Factors", "balanced_pca", "joint_svd", "key_balance", "split_svd", "
 
 @dataclass(frozen=True)
 class Factors:
-    """``k ≈ k_up down``, ``v ≈ v_up down``."""
+    """``k ≈ k_up down``, ``v ≈ v_up down``.
+
+    Attributes:
+        down_rD, k_up_Cr, v_up_Er: The factors.
+        energy_o: Of every direction that there was, the kept ones first: eigenvalues, or squared singular values.
+    """
 
     down_rD: Tensor
     k_up_Cr: Tensor
     v_up_Er: Tensor
+    energy_o: Tensor
 
 
-def _truncated_svd(w_oD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``up = U_r Σ_r`` and ``down = V_rᵀ``, so that ``up down`` is the nearest matrix of that rank."""
+def _truncated_svd(w_oD: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``up = U_r Σ_r`` and ``down = V_rᵀ``, so that ``up down`` is the nearest matrix of that rank, and ``Σ²``."""
     u, sigma, vT = svd(w_oD)
-    return u[:, :rank] * sigma[:rank], vT[:rank]
+    return u[:, :rank] * sigma[:rank], vT[:rank], sigma.square()
 
 
 def joint_svd(k_CD: Tensor, v_ED: Tensor, rank: int) -> Factors:
     """One SVD of the stacked weights (MHA2MLA, arXiv 2502.14837, "SVD-joint")."""
-    up_or, down_rD = _truncated_svd(torch.cat([k_CD, v_ED]), rank)
-    return Factors(down_rD, up_or[: len(k_CD)], up_or[len(k_CD) :])
+    up_or, down_rD, energy_o = _truncated_svd(torch.cat([k_CD, v_ED]), rank)
+    return Factors(down_rD, up_or[: len(k_CD)], up_or[len(k_CD) :], energy_o)
 
 
 def split_svd(k_CD: Tensor, v_ED: Tensor, rank: int) -> Factors:
     """One SVD for keys and one for values, half of the latent each (MHA2MLA, "SVD-split")."""
     k_rank = min(rank // 2, len(k_CD))
-    k_up, k_down = _truncated_svd(k_CD, k_rank)
-    v_up, v_down = _truncated_svd(v_ED, rank - k_rank)
+    k_up, k_down, k_energy = _truncated_svd(k_CD, k_rank)
+    v_up, v_down, v_energy = _truncated_svd(v_ED, rank - k_rank)
     k_rank, v_rank = len(k_down), len(v_down)
+    kept = torch.cat([k_energy[:k_rank], v_energy[:v_rank]]).sort(descending=True).values
+    dropped = torch.cat([k_energy[k_rank:], v_energy[v_rank:]]).sort(descending=True).values
     return Factors(
         torch.cat([k_down, v_down]),
         torch.nn.functional.pad(k_up, (0, v_rank)),
         torch.nn.functional.pad(v_up, (k_rank, 0)),
+        torch.cat([kept, dropped]),
     )
 
 
@@ -64,8 +73,9 @@ def balanced_pca(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int)
     """
     rho = key_balance(k_CD, v_ED, stats) if len(k_CD) else 1.0
     w_oD = torch.cat([k_CD / rho, v_ED])
-    axes_or = eigh(stats.moment_of(w_oD))[1][:, :rank]
-    return Factors(axes_or.T @ w_oD, rho * axes_or[: len(k_CD)], axes_or[len(k_CD) :])
+    energy_o, axes_oo = eigh(stats.moment_of(w_oD))
+    axes_or = axes_oo[:, :rank]
+    return Factors(axes_or.T @ w_oD, rho * axes_or[: len(k_CD)], axes_or[len(k_CD) :], energy_o.clamp_min(0))
 
 
 def whitened_svd(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int, *, damping: float = 0.01) -> Factors:
@@ -84,5 +94,5 @@ def whitened_svd(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int,
     values, vectors = eigh(damped)
     root = values.clamp_min(1e-12 * float(values[0])).sqrt()
     square_root, inverse_root = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-    up_or, vT_rD = _truncated_svd(torch.cat([k_CD, v_ED]) @ square_root, rank)
-    return Factors(vT_rD @ inverse_root, up_or[: len(k_CD)], up_or[len(k_CD) :])
+    up_or, vT_rD, energy_o = _truncated_svd(torch.cat([k_CD, v_ED]) @ square_root, rank)
+    return Factors(vT_rD @ inverse_root, up_or[: len(k_CD)], up_or[len(k_CD) :], energy_o)

@@ -21,6 +21,7 @@ from latentize.convert.low_rank import Factors, balanced_pca, joint_svd, split_s
 from latentize.convert.position import (
     Components,
     dearest,
+    dropping_cost,
     key_components,
     ladder,
     linearised,
@@ -33,7 +34,16 @@ from latentize.errors import OptionError, UnsupportedModelError
 from latentize.recipe import Recipe
 from latentize.spec import AttentionSpec
 
-__all__ = ["Setting", "convert_layer", "ladder_costs", "linear_fit", "pooled_heads", "settings"]
+__all__ = [
+    "Conversion",
+    "Setting",
+    "conversion",
+    "convert_layer",
+    "ladder_costs",
+    "linear_fit",
+    "pooled_heads",
+    "settings",
+]
 
 # Candidates under a budget: sizes of the roped key, largest first, and block sizes, smallest first.
 _ROPE_SIZES = 3
@@ -41,6 +51,8 @@ _FREQFOLDS = 3
 # Roped keys that the calibrated method tries, in units of a head, and how far apart rungs may lie.
 _ROPE_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 _STRIDES = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+# Points of a spectrum that a report shows.
+_SHOWN = 64
 
 
 @dataclass(frozen=True)
@@ -245,7 +257,51 @@ def _calibrated_sizes(recipe: Recipe, spec: AttentionSpec) -> Iterator[tuple[int
         yield min(budget - rope, hidden), rope
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """A layer in closed form.
+
+    Attributes:
+        weights: float64. With nothing dropped and nothing compressed they compute what the source does.
+        kept_pairs: Frequencies of the source that keep rotating, by number, fastest first; one entry a roped pair.
+        rope_cost_F: Mean squared error of a head's logits if all components of a frequency lost their rotation;
+            where distances were measured.
+        energy_o: Of every direction that the latent could have, the kept ones first.
+    """
+
+    weights: LatentWeights
+    kept_pairs: tuple[int, ...]
+    rope_cost_F: Tensor | None
+    energy_o: Tensor
+
+    def describe(self) -> dict[str, Any]:
+        """What a report shows of it, as plain values.
+
+        ``spectrum`` is ``[number, share of all energy]`` of some directions, ``latent_energy`` the share kept.
+        """
+        share_o = self.energy_o / self.energy_o.sum().clamp_min(1e-300)
+        rank = len(self.weights.kv_a_rD)
+        some = range(0, len(share_o), -(-len(share_o) // _SHOWN))
+        entries: dict[str, Any] = {
+            "rope_kept": list(self.kept_pairs),
+            "latent_energy": _rounded(float(share_o[:rank].sum())),
+            "spectrum": [[i + 1, _rounded(float(share_o[i]))] for i in some],
+        }
+        if self.rope_cost_F is not None:
+            entries["rope_cost"] = [_rounded(cost) for cost in self.rope_cost_F.tolist()]
+        return entries
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
 def convert_layer(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> LatentWeights:
+    """The weights of :func:`conversion`."""
+    return conversion(w, spec, stats, setting).weights
+
+
+def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> Conversion:
     """Convert one layer.
 
     Args:
@@ -253,14 +309,11 @@ def convert_layer(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationSt
         spec: Its description.
         stats: Statistics of its inputs.
         setting: What to do.
-
-    Returns:
-        float64 weights. With nothing dropped and nothing compressed they compute what ``w`` does.
     """
     w = w.to(torch.float64)
     if setting.linear:
         w = linearised(w, stats)
-    split = _split(w, spec, stats, setting)
+    split, components = _split(w, spec, stats, setting)
     v_ED = w.v_GdD.flatten(0, 1)
     factors = _compress(split, v_ED, stats, setting)
     o_bias = w.o_bias_D
@@ -269,7 +322,7 @@ def convert_layer(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationSt
         v_bias_Hd = w.v_bias_Gd.repeat_interleave(spec.group_size, dim=0)
         constant = torch.einsum("DHd,Hd->D", w.o_DHd, v_bias_Hd)
         o_bias = constant if o_bias is None else o_bias + constant
-    return LatentWeights(
+    weights = LatentWeights(
         q_nope_HND=split.q_nope_HND,
         q_rope_HRD=split.q_rope_HRD,
         kv_a_rD=factors.down_rD,
@@ -287,6 +340,13 @@ def convert_layer(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationSt
         k_norm_R=w.k_norm_d,
         norm_eps=spec.norm_eps,
     )
+    cost_F = None if components is None else _per_head(spec) * dropping_cost(components).sum(1)
+    return Conversion(weights, split.kept_pairs, cost_F, factors.energy_o)
+
+
+def _per_head(spec: AttentionSpec) -> float:
+    """From energies of all heads' products of queries and keys to a head's mean squared logit."""
+    return spec.softmax_scale**2 / spec.num_heads
 
 
 def linear_fit(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats) -> LatentWeights:
@@ -311,8 +371,7 @@ def ladder_costs(
     if candidates[0].linear:
         w = linearised(w, stats)
     components = key_components(w, spec, stats)
-    per_head = spec.softmax_scale**2 / spec.num_heads
-    return [per_head * rope_cost(components, _rungs(setting, spec, components)[1]) for setting in candidates]
+    return [_per_head(spec) * rope_cost(components, _rungs(setting, spec, components)[1]) for setting in candidates]
 
 
 def _rungs(setting: Setting, spec: AttentionSpec, components: Components) -> tuple[Tensor, Tensor]:
@@ -324,16 +383,19 @@ def _rungs(setting: Setting, spec: AttentionSpec, components: Components) -> tup
     return on_ladder(components, rungs_J.to(components.frequencies_F.device))
 
 
-def _split(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> RopeSplit:
+def _split(
+    w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting
+) -> tuple[RopeSplit, Components | None]:
+    """The keys, split, and the components that this was decided on, where there are some."""
     if setting.method == "calibrated":
         components = key_components(w, spec, stats)
         at_J2, rungs_J = _rungs(setting, spec, components)
-        return position_aware_split(w, spec, components, at_J2, rungs_J)
+        return position_aware_split(w, spec, components, at_J2, rungs_J), components
     if setting.method == "mha2mla":
         pairs = select_pairs(setting.selection or "2-norm", spec, setting.qk_rope_head_dim, stats)  # type: ignore[arg-type]
-        return split_per_head(w, spec, pairs)
+        return split_per_head(w, spec, pairs), None
     assert setting.freqfold is not None
-    return rorope(w, spec, stats, rope_dim=setting.qk_rope_head_dim, freqfold=setting.freqfold)
+    return rorope(w, spec, stats, rope_dim=setting.qk_rope_head_dim, freqfold=setting.freqfold), None
 
 
 def _compress(split: RopeSplit, v_ED: torch.Tensor, stats: CalibrationStats, setting: Setting) -> Factors:

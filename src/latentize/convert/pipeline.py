@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,7 @@ class Converted:
         errors: For each layer ``‖h - h_source‖² / ‖h_source - mean‖²`` of the residual stream that leaves it, on the
             evaluation text: in closed form, and as saved.
         calibration_tokens: Tokens that statistics and refinement came from.
+        facts: For each layer what a report shows of its closed form.
     """
 
     quality: Quality
@@ -99,6 +100,7 @@ class Converted:
     linear_fit: Quality | None = None
     errors: list[tuple[float, float]] = field(default_factory=list)
     calibration_tokens: int = 0
+    facts: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _stream_error(hidden_NTD: Tensor, reference_NTD: Tensor) -> float:
@@ -132,11 +134,12 @@ def convert_latent(
         progress: Told after each layer, and each step of the polish.
     """
     effort = effort or Effort()
-    make: _Make = _LayerByLayer(source, settings, sink, calibration_NT, effort.refinement)
+    first = _LayerByLayer(source, settings, sink, calibration_NT, effort.refinement)
+    make: _Make = first
     if effort.polish is not None:
-        make = _polished(source, make, calibration_NT, selection_NT, effort.polish, sink, progress)
+        make = _polished(source, first, calibration_NT, selection_NT, effort.polish, sink, progress)
     result = _convert(source, make, sink, evaluation_NT, progress)
-    result.calibration_tokens = calibration_NT.numel()
+    result.calibration_tokens, result.facts = calibration_NT.numel(), first.facts
     return result
 
 
@@ -184,6 +187,7 @@ class _LayerByLayer:
         # Without refinement nothing is learnt from the converted stream but how large its latents get.
         few = len(calibration_NT) if refinement else max(1, _RMS_TOKENS // calibration_NT.shape[1])
         self.draft: Draft | None = Draft(source.spec.attention, refinement, self.own_NTD[:few])
+        self.facts: list[dict[str, Any]] = []
         self.settings, self.sink, self.spec = settings, sink, source.spec.attention
 
     def weights(self, layer: SourceLayer) -> DraftedLayer:
@@ -191,7 +195,9 @@ class _LayerByLayer:
         refines = self.draft.refinement is not None
         setting = self.settings[layer.index]
         seen = observe(layer, self.spec, self.own_NTD, setting.needs(self.spec), residual=refines)
-        return self.draft.convert(layer, seen, setting)
+        made = self.draft.convert(layer, seen, setting)
+        self.facts.append(made.facts)
+        return made
 
     def __call__(self, layer: SourceLayer) -> _Made:
         assert self.draft is not None

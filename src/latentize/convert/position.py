@@ -27,6 +27,7 @@ __all__ = [
     "Components",
     "assign_rungs",
     "dearest",
+    "dropping_cost",
     "key_components",
     "ladder",
     "linearised",
@@ -148,16 +149,23 @@ def key_components(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationS
     )
 
 
+def dropping_cost(c: Components) -> Tensor:
+    """Logit energy that is lost where a component gives its rotation up, ``[F, G]``: ``λ (1 - |ρ_f|²)``."""
+    return _constant_cost(c)[:, None] * c.energy_FG
+
+
+def _constant_cost(c: Components) -> Tensor:
+    return 1 - expected_rotation(c.frequencies_F, c.distances_T[None])[0].abs().square()
+
+
 def rung_gains(c: Components, rungs_J: Tensor) -> Tensor:
     """What keeping a component at a rung saves, ``[J, F, G]``; negative where a constant would be better.
 
     ``λ ((1 - |ρ_f|²) - E|e^{i ω_f Δ} - e^{i ω_j Δ}|²)``
     """
-    every = c.distances_T[None]
-    constant_F = 1 - expected_rotation(c.frequencies_F, every)[0].abs().square()
     gap_JF = rungs_J[:, None] - c.frequencies_F
-    mismatch_JF = 2 - 2 * expected_rotation(gap_JF.flatten(), every)[0].real.view_as(gap_JF)
-    return (constant_F - mismatch_JF)[..., None] * c.energy_FG
+    mismatch_JF = 2 - 2 * expected_rotation(gap_JF.flatten(), c.distances_T[None])[0].real.view_as(gap_JF)
+    return (_constant_cost(c) - mismatch_JF)[..., None] * c.energy_FG
 
 
 def dearest(c: Components, count: int) -> tuple[Tensor, Tensor]:
@@ -166,8 +174,7 @@ def dearest(c: Components, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         ``[J, 2]`` of (frequency, component), fastest first, and the frequencies ``[J]``.
     """
-    constant_F = 1 - expected_rotation(c.frequencies_F, c.distances_T[None])[0].abs().square()
-    cost_Fc = constant_F[:, None] * c.energy_FG
+    cost_Fc = dropping_cost(c)
     heads = cost_Fc.shape[1]
     # A stable sort: equal costs must not depend on the machine.
     chosen_J = cost_Fc.flatten().argsort(descending=True, stable=True)[:count].sort().values
@@ -182,11 +189,10 @@ def on_ladder(c: Components, rungs_J: Tensor) -> tuple[Tensor, Tensor]:
 
 def rope_cost(c: Components, rungs_J: Tensor) -> float:
     """Energy of the logits that is lost with the best components on these rungs, all heads together."""
-    constant_F = 1 - expected_rotation(c.frequencies_F, c.distances_T[None])[0].abs().square()
     gain_JFG = rung_gains(c, rungs_J)
     at = assign_rungs(gain_JFG)
     kept = gain_JFG[torch.arange(len(at)), at[:, 0], at[:, 1]].clamp_min(0).sum()
-    return float((constant_F[:, None] * c.energy_FG).sum() - kept)
+    return float(dropping_cost(c).sum() - kept)
 
 
 def assign_rungs(gain_JFG: Tensor) -> Tensor:
@@ -234,6 +240,7 @@ def position_aware_split(
         read_UNC=torch.eye(G * d, dtype=torch.float64, device=k_GFD.device).view(G, d, G * d),
         k_rope_PRD=_real_rows(kappa_JD[None]),
         frequencies_PF=rungs_J[None],
+        kept_pairs=tuple(sorted(at_F.tolist())),
     )
     return split if w.q_bias_Hd is None else _without_ones(split)
 

@@ -37,6 +37,7 @@ class RopeSplit:
         read_UNC: How kv head ``u`` reads its un-roped key from them.
         k_rope_PRD: Roped keys, "half" layout.
         frequencies_PF: Radians per position.
+        kept_pairs: Frequencies of the source that the roped pairs come from, by number, fastest first.
         q_nope_bias_HN, q_rope_bias_HR, k_rope_bias_PR: Biases, or ``None``. A bias on un-roped keys adds the
             same to every logit of a query, and softmax ignores it.
     """
@@ -47,6 +48,7 @@ class RopeSplit:
     read_UNC: Tensor
     k_rope_PRD: Tensor
     frequencies_PF: Tensor
+    kept_pairs: tuple[int, ...]
     q_nope_bias_HN: Tensor | None = None
     q_rope_bias_HR: Tensor | None = None
     k_rope_bias_PR: Tensor | None = None
@@ -108,6 +110,7 @@ def split_per_head(w: AttentionWeights, spec: AttentionSpec, pairs_GF: Tensor) -
         read_UNC=read_UNC,
         k_rope_PRD=take(w.k_GdD, rope_GR),
         frequencies_PF=frequencies[pairs_GF],
+        kept_pairs=tuple(sorted(pairs_GF.flatten().tolist())),
         q_nope_bias_HN=take_queries(w.q_bias_Hd, nope_GN),
         q_rope_bias_HR=take_queries(w.q_bias_Hd, rope_GR),
         k_rope_bias_PR=None if w.k_bias_Gd is None else take(w.k_bias_Gd, rope_GR),
@@ -169,6 +172,7 @@ def rorope(
         read_UNC=read_UNC,
         k_rope_PRD=k_rope_RD[None],
         frequencies_PF=frequencies[None],
+        kept_pairs=tuple(range(0, pairs, collapse)),
         q_nope_bias_HN=w.q_bias_Hd,
         q_rope_bias_HR=q_rope_bias,
         k_rope_bias_PR=k_rope_bias,

@@ -1,4 +1,4 @@
-"""Line charts as SVG: no library, no font, no request; readable in the light and in the dark."""
+"""Charts as SVG: no library, no font, no request; readable in the light and in the dark, wide and narrow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["line_chart", "svg"]
+__all__ = ["COLOURS", "layer_bars", "line_chart", "rope_map", "svg"]
 
 COLOURS = ("#e45756", "#4c78a8", "#54a24b", "#b279a2", "#72b7b2", "#9d755d", "#f2a59d", "#eeca3b")
 STYLE = (
@@ -15,6 +15,7 @@ STYLE = (
     "@media (prefers-color-scheme:dark){text{fill:#e6edf3}.dim{fill:#9198a1}}</style>"
 )
 _LEFT, _TOP, _WIDTH, _HEIGHT = 64, 40, 420, 260
+_LEGEND, _APART = 24, 44
 
 
 def svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
@@ -42,6 +43,8 @@ def line_chart(
     title: str,
     x_label: str,
     colours: Mapping[str, str] | None = None,
+    legend_below: bool = False,
+    dots: bool = True,
 ) -> str:
     """Lines through points, both axes logarithmic.
 
@@ -50,6 +53,8 @@ def line_chart(
         title: Over the chart; says what the vertical axis is.
         x_label: Under it.
         colours: For names that always have the same.
+        legend_below: For pages that may be narrow; otherwise the names stand beside the chart.
+        dots: Mark the points.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -67,15 +72,19 @@ def line_chart(
         return _LEFT + 20 + (_WIDTH - 40) * across, _TOP + _HEIGHT * (high - math.log(y)) / (high - low)
 
     parts = [f'<text x="0" y="18" style="font-size:15px">{escape(title)}</text>']
-    for tick in ticks:
+    for tick in ticks[:: -(-len(ticks) // 12)]:
         y = at(xs[0], tick)[1]
         parts.append(
             f'<line class="axis" x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}" opacity="0.35"/>'
         )
         parts.append(f'<text class="dim" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    labelled = -math.inf
     for x in xs:
-        where = f'x="{at(x, ticks[0])[0]:.1f}" y="{_TOP + _HEIGHT + 20}" text-anchor="middle"'
-        parts.append(f'<text class="dim" {where}>{x:,g}</text>')
+        # Labels that would touch are left out.
+        if at(x, ticks[0])[0] - labelled >= _APART:
+            labelled = at(x, ticks[0])[0]
+            where = f'x="{labelled:.1f}" y="{_TOP + _HEIGHT + 20}" text-anchor="middle"'
+            parts.append(f'<text class="dim" {where}>{x:,g}</text>')
     where = f'x="{_LEFT + _WIDTH / 2}" y="{_TOP + _HEIGHT + 42}" text-anchor="middle"'
     parts.append(f'<text class="dim" {where}>{escape(x_label)}</text>')
     for number, (name, points) in enumerate(series.items()):
@@ -83,7 +92,78 @@ def line_chart(
         placed = [at(*point) for point in sorted(points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in placed]
-        parts.append(f'<rect x="510" y="{_TOP + 24 * number}" width="12" height="12" fill="{colour}"/>')
-        parts.append(f'<text x="530" y="{_TOP + 11 + 24 * number}">{escape(name)}</text>')
-    return svg(740, _TOP + _HEIGHT + 50, title, parts)
+        if dots:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in placed]
+        x, y = (_LEFT, _TOP + _HEIGHT + 58) if legend_below else (_LEFT + _WIDTH + 26, _TOP)
+        parts.append(f'<rect x="{x}" y="{y + _LEGEND * number}" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 20}" y="{y + 11 + _LEGEND * number}">{escape(name)}</text>')
+    below = _LEGEND * len(series) + 10 if legend_below else 0
+    return svg(500 if legend_below else 740, _TOP + _HEIGHT + 50 + below, title, parts)
+
+
+def rope_map(
+    cost_LF: Sequence[Sequence[float]],
+    marks: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    title: str,
+    label: str = "Which frequencies keep RoPE, layer by layer",
+) -> str:
+    """A cell for each layer and frequency: shaded by what losing its rotation costs, marked where it rotates.
+
+    Args:
+        cost_LF: Of each layer and frequency, fastest first.
+        marks: For each character the frequencies of each layer that it marks, repeated where several components rotate.
+        title: Over the map; says what shade and marks are.
+        label: For a screen reader.
+    """
+    frequencies, left, top = len(cost_LF[0]), 70, 40
+    cell = max(12, min(36, 576 // frequencies))
+    height = max(cell, 8 + 14 * len(marks))
+    parts = [f'<text x="0" y="18" style="font-size:14px">{escape(title)}</text>']
+    for layer, cost_F in enumerate(cost_LF):
+        y, most = top + height * layer, max(cost_F) or 1.0
+        parts.append(f'<text class="dim" x="0" y="{y + height / 2 + 4}">layer {layer}</text>')
+        for f, cost in enumerate(cost_F):
+            x = left + cell * f
+            shade = f'fill="#4c78a8" fill-opacity="{cost / most:.2f}"'
+            parts.append(f'<rect class="cell" x="{x}" y="{y}" width="{cell}" height="{height}" {shade}/>')
+            for line, (mark, kept_L) in enumerate(marks.items()):
+                count = list(kept_L[layer]).count(f)
+                # Many heads may rotate at one frequency: then it says how many.
+                text = mark * count if count * 9 <= cell else f"{mark}{count}"
+                if count:
+                    at = f'x="{x + cell / 2}" y="{y + 15 + 14 * line}" text-anchor="middle"'
+                    parts.append(f'<text {at} style="font-size:{11 if cell >= 24 else 9}px">{text}</text>')
+    bottom = top + height * len(cost_LF) + 18
+    for f in range(0, frequencies, -(-frequencies // 16)):
+        at = f'x="{left + cell * f + cell / 2}" y="{bottom}" text-anchor="middle"'
+        parts.append(f'<text class="dim" {at}>{f}</text>')
+    parts.append(f'<text class="dim" x="0" y="{bottom}">frequency</text>')
+    return svg(left + cell * frequencies + 4, bottom + 10, label, parts)
+
+
+def layer_bars(values: Mapping[str, Sequence[int]], *, title: str, full: int) -> str:
+    """Stacked bars, one a layer, on a scale that ends at ``full``.
+
+    Args:
+        values: For each name its part of every layer's bar.
+        title: Over the bars.
+        full: What a whole bar would be.
+    """
+    layers, left, width, bar = len(next(iter(values.values()))), 70, 380, 20
+    parts = [f'<text x="0" y="18" style="font-size:15px">{escape(title)}</text>']
+    for layer in range(layers):
+        x, y = float(left), 34 + bar * layer
+        parts.append(f'<text class="dim" x="0" y="{y + 13}">layer {layer}</text>')
+        parts.append(f'<rect class="cell" x="{left}" y="{y}" width="{width}" height="{bar - 4}" fill="none"/>')
+        for colour, parts_L in zip(COLOURS, values.values(), strict=False):
+            size = width * parts_L[layer] / full
+            parts.append(f'<rect x="{x:.1f}" y="{y}" width="{size:.1f}" height="{bar - 4}" fill="{colour}"/>')
+            x += size
+        total = " + ".join(str(parts_L[layer]) for parts_L in values.values())
+        parts.append(f'<text class="dim" x="{x + 6:.1f}" y="{y + 12}">{total}</text>')
+    y = 34 + bar * layers + 8
+    for number, (colour, name) in enumerate(zip(COLOURS, values, strict=False)):
+        parts.append(f'<rect x="{left + 180 * number}" y="{y}" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{left + 180 * number + 20}" y="{y + 11}">{escape(name)}</text>')
+    return svg(500, y + 24, title, parts)

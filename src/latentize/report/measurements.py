@@ -1,0 +1,53 @@
+"""What was measured of an output after it was made: one JSON object a line, never rewritten."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from latentize.checkpoint import MANIFEST_NAME
+from latentize.errors import CheckpointError
+
+__all__ = ["MEASUREMENTS_NAME", "is_output", "measured", "record"]
+
+MEASUREMENTS_NAME = "measurements.jsonl"
+
+
+def is_output(folder: Path) -> bool:
+    """Whether latentize has written it."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def record(folder: Path, kind: str, result: dict[str, Any]) -> None:
+    """Append what a command found.
+
+    Args:
+        folder: An output of latentize.
+        kind: ``eval``, ``bench``, ``sample`` or ``heal``.
+        result: What the command prints.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with (folder / MEASUREMENTS_NAME).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"kind": kind, "at": now, "result": result}) + "\n")
+
+
+def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """All that was recorded, by kind, oldest first.
+
+    Raises:
+        CheckpointError: a line is not what :func:`record` writes.
+    """
+    path, found = folder / MEASUREMENTS_NAME, {}
+    if not path.is_file():
+        return {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            found.setdefault(entry["kind"], []).append({"at": entry["at"], **entry["result"]})
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                "a line is damaged", where=f"{path}, line {number}", fix="remove the line, or the file"
+            ) from None
+    return found
