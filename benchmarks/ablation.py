@@ -1,7 +1,8 @@
 """What each part of the calibrated method is worth: one removed at a time.
 
-    python benchmarks/ablation.py [--model DIR] [--keep 25%] [--only NAME ...]
+    python benchmarks/ablation.py [--model DIR] [--keep 25%] [--effort 1] [--only NAME ...]
 
+With less effort all rows take that share of the steps of refinement and polish; compare rows of one effort only.
 Every row is a whole conversion with one part replaced by the simplest thing that could stand there, written to disk
 and measured by ``latentize eval`` on held-out text. Parts are replaced from outside, so that the library does not
 carry switches that nobody should use. Writes ``benchmarks/results/ablation-<model>.json`` and prints Markdown.
@@ -173,27 +174,39 @@ PARTS: dict[str, Part] = {
 }
 
 
-def measure(model: Path, name: str, keep: str, tokens: int) -> dict[str, Any]:
+def effort_of(share: float) -> AbstractContextManager[Any]:
+    """All training with a share of its steps."""
+    original = jobs._effort
+
+    def effort(*args: Any) -> Any:
+        found = original(*args)
+        parts = {name: getattr(found, name) for name in ("refinement", "polish")}
+        return replace(found, **{n: p and replace(p, steps=max(1, round(share * p.steps))) for n, p in parts.items()})
+
+    return patch.object(jobs, "_effort", effort)
+
+
+def measure(model: Path, name: str, keep: str, tokens: int, effort: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        with PARTS[name]():
+        with effort_of(effort), PARTS[name]():
             made = latentize.convert(model, out, keep=keep)
         found = latentize.evaluate(out, model, tokens=tokens)
         sha256 = json.loads((out / "latentize.json").read_text())["files"]["model.safetensors"]
     facts = {"setting": made["setting"], "seconds": made["seconds"], "threads": torch.get_num_threads()}
-    return {"without": name, "keep": keep, **facts, "weights_sha256": sha256, **found}
+    return {"without": name, "keep": keep, "effort": effort, **facts, "weights_sha256": sha256, **found}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| without | sizes, stride | excess, nats | KL, nats | same top-1 | seconds |",
-        "|---|---|---|---|---|---|",
+        "| without | sizes, stride | excess, nats | KL, nats | same top-1 |",
+        "|---|---|---|---|---|",
     ]
     for r in rows:
         s = r["setting"]
         lines.append(
             f"| {r['without']} | {s['kv_lora_rank']} + {s['qk_rope_head_dim']}, {s['stride']:g} "
-            f"| {r['excess_loss']:.4f} | {r['kl']:.4f} | {r['top1_agreement']:.1%} | {r['seconds']:.0f} |"
+            f"| {r['excess_loss']:.4f} | {r['kl']:.4f} | {r['top1_agreement']:.1%} |"
         )
     return "\n".join(lines)
 
@@ -203,20 +216,24 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-llama-gqa")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--keep", default="25%")
+    parser.add_argument("--effort", type=float, default=1.0, help="share of the steps of all training")
     parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens")
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="NAME")
     args = parser.parse_args()
     path = args.out / f"ablation-{args.model.name}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for name in args.only:
-        new = {**measure(args.model, name, args.keep, args.tokens), "date": datetime.date.today().isoformat()}
+        new = {
+            **measure(args.model, name, args.keep, args.tokens, args.effort),
+            "date": datetime.date.today().isoformat(),
+        }
         print(json.dumps(new), flush=True)
-        rows = [r for r in rows if (r["without"], r["keep"]) != (name, args.keep)] + [new]
-        rows.sort(key=lambda r: (r["keep"], list(PARTS).index(r["without"])))
+        rows = [r for r in rows if (r["without"], r["keep"], r["effort"]) != (name, args.keep, args.effort)] + [new]
+        rows.sort(key=lambda r: (r["keep"], -r["effort"], list(PARTS).index(r["without"])))
         machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"model": args.model.name, "machine": machine, "rows": rows}, indent=2) + "\n")
-    print(markdown([r for r in rows if r["keep"] == args.keep]))
+    print(markdown([r for r in rows if (r["keep"], r["effort"]) == (args.keep, args.effort)]))
 
 
 if __name__ == "__main__":
