@@ -71,18 +71,17 @@ def measure(
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| keep | method | format | sizes | perplexity | excess, nats | KL, nats | same top-1 | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| keep | method | format | sizes | perplexity | excess, nats | KL, nats | same top-1 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         if "refused" in r:
-            lines.append(f"| {r['keep']} | {r['method']} | | | not possible: {r['refused']} | | | | |")
+            lines.append(f"| {r['keep']} | {r['method']} | | | not possible: {r['refused']} | | | |")
             continue
         sizes = sizes_of(r)
-        seconds = "" if r["seconds"] is None else f"{r['seconds']:.1f}"
         lines.append(
             f"| {r['keep']} | {r['method']} | {r['format']} | {sizes} | {r['perplexity']:.2f} | {r['excess_loss']:.3f} "
-            f"| {r['kl']:.3f} | {r['top1_agreement']:.1%} | {seconds} |"
+            f"| {r['kl']:.3f} | {r['top1_agreement']:.1%} |"
         )
     return "\n".join(lines)
 
