@@ -1,6 +1,6 @@
 """Does it matter how long the calibration text is? Calibrated at 512 and at 2,048 tokens, evaluated at both.
 
-    python benchmarks/long_context.py [--model DIR] [--keep 50%]
+    python benchmarks/long_context.py [--model DIR] [--keep 50%] [--effort 1]
 
 Writes ``benchmarks/results/long-context-<model>.json`` and prints the table as Markdown. Same number of calibration
 tokens either way; held-out text of the same tokens, cut to one length or the other.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ablation import effort_of
 
 import latentize
 
@@ -24,17 +25,17 @@ ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (512, 2048)
 
 
-def measure(model: Path, keep: str, calibrated_at: int, tokens: int) -> list[dict[str, Any]]:
+def measure(model: Path, keep: str, calibrated_at: int, tokens: int, effort: float) -> list[dict[str, Any]]:
     """One conversion, evaluated at every length."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        made = latentize.convert(model, out, keep=keep, sequence_length=calibrated_at)
+        with effort_of(effort):
+            made = latentize.convert(model, out, keep=keep, sequence_length=calibrated_at)
         return [
             {
                 "keep": keep,
                 "calibrated_at": calibrated_at,
                 "setting": made["setting"],
-                "seconds": made["seconds"],
                 "evaluated_at": length,
                 **latentize.evaluate(out, model, tokens=tokens, sequence_length=length),
             }
@@ -44,15 +45,14 @@ def measure(model: Path, keep: str, calibrated_at: int, tokens: int) -> list[dic
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| keep | calibrated at | sizes, stride | evaluated at | source ppl | excess, nats | KL, nats | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| keep | calibrated at | sizes, stride | evaluated at | source ppl | excess, nats | KL, nats |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         s = r["setting"]
         lines.append(
             f"| {r['keep']} | {r['calibrated_at']} | {s['kv_lora_rank']} + {s['qk_rope_head_dim']}, {s['stride']:g} "
-            f"| {r['evaluated_at']} | {r['reference_perplexity']:.2f} | {r['excess_loss']:.4f} | {r['kl']:.4f} "
-            f"| {r['seconds']:.0f} |"
+            f"| {r['evaluated_at']} | {r['reference_perplexity']:.2f} | {r['excess_loss']:.4f} | {r['kl']:.4f} |"
         )
     return "\n".join(lines)
 
@@ -62,11 +62,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-llama-gqa")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--keep", nargs="+", default=["50%"])
+    parser.add_argument("--effort", type=float, default=1.0, help="share of the steps of all training")
     parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens")
     args = parser.parse_args()
-    rows = [row for keep in args.keep for length in LENGTHS for row in measure(args.model, keep, length, args.tokens)]
+    rows = [
+        row
+        for keep in args.keep
+        for length in LENGTHS
+        for row in measure(args.model, keep, length, args.tokens, args.effort)
+    ]
     result = {
         "model": args.model.name,
+        "effort": args.effort,
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "rows": rows,
