@@ -6,14 +6,14 @@ N sequences, T tokens, D hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from latentize.attention.latent import LatentWeights
 from latentize.calibrate.stats import CalibrationStats, Needed, gather
-from latentize.convert.methods import Setting, conversion, linear_fit
+from latentize.convert.methods import Conversion, Setting, conversion
 from latentize.convert.refine import Refinement, expand_heads, refine
 from latentize.convert.source import SourceLayer
 from latentize.spec import AttentionSpec
@@ -41,16 +41,12 @@ class DraftedLayer(NamedTuple):
 
     Attributes:
         closed: In closed form.
-        refined: Refined; the same where nothing is refined.
-        linear: Its linear fit, with nothing compressed; ``None`` where none was made.
-        facts: What a report shows of the closed form.
+        refined: The weights after refinement; the same where nothing is refined.
         news: What refinement did, for people.
     """
 
-    closed: LatentWeights
+    closed: Conversion
     refined: LatentWeights
-    linear: LatentWeights | None
-    facts: dict[str, Any]
     news: str = ""
 
 
@@ -87,22 +83,20 @@ class Draft:
 
     def convert(self, layer: SourceLayer, seen: Seen, setting: Setting) -> DraftedLayer:
         """The layer in closed form, and refined."""
-        made = conversion(layer.weights, self.spec, seen.stats, setting)
-        closed, facts = made.weights, made.describe()
-        linear = linear_fit(layer.weights, self.spec, seen.stats) if setting.linear else None
+        closed = conversion(layer.weights, self.spec, seen.stats, setting)
         if self.refinement is None:
-            return DraftedLayer(closed, closed, linear, facts)
+            return DraftedLayer(closed, closed.weights)
         hidden_NTD = self.hidden_NTD
         assert seen.residual_NTD is not None
         target_NTD = seen.residual_NTD - hidden_NTD
         found = refine(
-            expand_heads(closed),
+            expand_heads(closed.weights),
             lambda rows: layer.normalise(hidden_NTD[rows]),
             target_NTD,
             self.refinement,
             autocast=layer.fast_matmul,
         )
-        return DraftedLayer(closed, found.weights, linear, facts, f"error {found.before:.4f} → {found.after:.4f}")
+        return DraftedLayer(closed, found.weights, f"error {found.before:.4f} → {found.after:.4f}")
 
     def advance(self, layer: SourceLayer, attention: nn.Module) -> None:
         """Take the calibration text through the converted layer."""

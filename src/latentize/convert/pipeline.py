@@ -21,7 +21,7 @@ from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
 from latentize.convert.draft import Draft, DraftedLayer, observe
-from latentize.convert.methods import Setting
+from latentize.convert.methods import Setting, linear_fit
 from latentize.convert.polish import Polish, polish
 from latentize.convert.pooling import pool_heads
 from latentize.convert.progress import Progress, silent
@@ -190,19 +190,24 @@ class _LayerByLayer:
         self.facts: list[dict[str, Any]] = []
         self.settings, self.sink, self.spec = settings, sink, source.spec.attention
 
-    def weights(self, layer: SourceLayer) -> DraftedLayer:
+    def weights(self, layer: SourceLayer) -> tuple[DraftedLayer, dict[str, LatentWeights]]:
+        """The converted layer, and what it was on its way, by name, in float32."""
         assert self.own_NTD is not None and self.draft is not None
-        refines = self.draft.refinement is not None
-        setting = self.settings[layer.index]
+        refines, setting = self.draft.refinement is not None, self.settings[layer.index]
         seen = observe(layer, self.spec, self.own_NTD, setting.needs(self.spec), residual=refines)
         made = self.draft.convert(layer, seen, setting)
-        self.facts.append(made.facts)
-        return made
+        self.facts.append(made.closed.describe())
+        stages = {}
+        if refines:
+            stages[_CLOSED] = made.closed.weights.to(torch.float32)
+        if setting.linear:
+            stages[_LINEAR] = linear_fit(layer.weights, self.spec, seen.stats).to(torch.float32)
+        return made, stages
 
     def __call__(self, layer: SourceLayer) -> _Made:
         assert self.draft is not None
-        made = self.weights(layer)
-        return _made(layer, made.refined, _stages(made), self.draft, self.sink)
+        made, stages = self.weights(layer)
+        return _made(layer, made.refined, stages, self.draft, self.sink)
 
     def release(self) -> None:
         self.own_NTD = self.draft = None
@@ -224,16 +229,6 @@ class _Given:
     def release(self) -> None:
         self.draft = None
         self.final, self.stages = [], []
-
-
-def _stages(made: DraftedLayer) -> dict[str, LatentWeights]:
-    """What a drafted layer was on its way, in float32."""
-    found = {}
-    if made.closed is not made.refined:
-        found[_CLOSED] = made.closed.to(torch.float32)
-    if made.linear is not None:
-        found[_LINEAR] = made.linear.to(torch.float32)
-    return found
 
 
 def _made(
@@ -259,12 +254,12 @@ def _polished(
     stages, refined = [], []
     for layer in source.layers():
         assert first.draft is not None
-        made = first.weights(layer)
+        made, passed = first.weights(layer)
         first.draft.advance(layer, LatentAttention.from_weights(made.refined.to(torch.float32)))
-        stages.append(_stages(made))
+        stages.append(passed)
         refined.append(made.refined)
         progress("refining layers", layer.index + 1, source.spec.layers, made.news)
-        del layer, made
+        del layer, made, passed
     assert first.own_NTD is not None
     final = polish(source, refined, calibration_NT, first.own_NTD, selection_NT, how, progress)
     first.release()
