@@ -215,9 +215,8 @@ def _calibrated(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
     found = []
     for rank, rope in _calibrated_sizes(recipe, spec):
         widest = max(1.0, spec.head_dim / rope)
-        for stride in _STRIDES:
-            if stride <= widest:
-                found.append(Setting("calibrated", rank, rope, stride=stride, linear=not_linear))
+        for stride in (*(s for s in _STRIDES if s < widest), widest):
+            found.append(Setting("calibrated", rank, rope, stride=stride, linear=not_linear))
         found.append(Setting("calibrated", rank, rope, linear=spec.qk_norm))
     if not found:
         raise OptionError(

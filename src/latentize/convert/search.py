@@ -35,8 +35,8 @@ def choose(
 ) -> tuple[Setting, list[tuple[Setting, float]]]:
     """The candidate nearest to the source on held-out calibration text, and what each scored.
 
-    The stride of a ladder follows from what it costs the logits. Sizes are compared by converting with each, and
-    with a short refinement where layers will be refined: what that can repair, the closed form does not see.
+    Sizes, each with two ladders (:func:`best_strides`), are compared by converting with each, and with a short
+    refinement where layers will be refined: what that can repair, the closed form does not see.
 
     Args:
         source: The model.
@@ -84,7 +84,11 @@ def choose(
 def best_strides(
     source: SourceModel, candidates: list[Setting], calibration_NT: Tensor, progress: Progress
 ) -> list[Setting]:
-    """For each pair of sizes the ladder that costs the logits least, all layers together."""
+    """For each pair of sizes two ladders: the one that costs the logits least, all layers together, and the widest.
+
+    The first counts what is lost before anything is repaired, most of it in layers with large logits. Refinement
+    repairs much of that; then it may be worth more to reach every frequency.
+    """
     spec, costs = source.spec.attention, [0.0] * len(candidates)
     hidden_NTD = source.embed(calibration_NT)
     for layer in source.layers():
@@ -93,9 +97,12 @@ def best_strides(
             costs[index] += cost
         progress("choosing the ladder", layer.index + 1, source.spec.layers)
         del layer, seen
-    best: dict[tuple[int, int], tuple[float, Setting]] = {}
+    by_size: dict[tuple[int, int], list[tuple[float, Setting]]] = {}
     for cost, setting in zip(costs, candidates, strict=True):
-        sizes = (setting.kv_lora_rank, setting.qk_rope_head_dim)
-        if sizes not in best or cost < best[sizes][0]:
-            best[sizes] = (cost, setting)
-    return [setting for _, setting in best.values()]
+        by_size.setdefault((setting.kv_lora_rank, setting.qk_rope_head_dim), []).append((cost, setting))
+    found = []
+    for ladders in by_size.values():
+        cheapest = min(ladders, key=lambda pair: pair[0])[1]
+        widest = max((setting for _, setting in ladders), key=lambda setting: setting.stride or 0.0)
+        found += [cheapest] if widest == cheapest else [cheapest, widest]
+    return found
