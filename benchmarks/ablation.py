@@ -85,7 +85,15 @@ def no_constants() -> AbstractContextManager[Any]:
 
 
 def first_frequencies() -> AbstractContextManager[Any]:
-    return patch.object(methods, "_STRIDES", (1.0,))
+    return patch.object(search, "best_strides", lambda _, candidates, *__: [s for s in candidates if s.stride == 1.0])
+
+
+def cheapest_ladder() -> AbstractContextManager[Any]:
+    """Of each size only the ladder that costs the logits least before refinement."""
+    original = search.best_strides
+    return patch.object(
+        search, "best_strides", lambda s, c, tokens, _, progress: original(s, c, tokens, False, progress)
+    )
 
 
 def one_size() -> AbstractContextManager[Any]:
@@ -163,6 +171,7 @@ PARTS: dict[str, Part] = {
     "attended distances: uniform ones": uniform_distances,
     "constants ρ: left at one": no_constants,
     "choice of the ladder: the first frequencies": first_frequencies,
+    "the widest ladder beside the cheapest": cheapest_ladder,
     "choice of sizes: half a head is roped": one_size,
     "refinement in that choice": sizes_by_closed_form,
     "statistics of the low-rank step": svd_of_weights,

@@ -16,9 +16,7 @@ import torch
 from latentize.api import open_source
 from latentize.calibrate.stats import Needed
 from latentize.convert.draft import observe
-from latentize.convert.methods import Setting
 from latentize.convert.position import dearest, dropping_cost, key_components, ladder, on_ladder
-from latentize.convert.search import best_strides
 from latentize.convert.source import SourceModel
 from latentize.demo import bundled_model
 from latentize.jobs import draw_text
@@ -77,10 +75,7 @@ def rope_figure() -> str:
     checkpoint, spec = open_source(bundled_model())
     a, source = spec.attention, SourceModel(checkpoint, spec)
     calibration_NT = draw_text(checkpoint.folder, Recipe(tokens=TOKENS)).calibration_NT
-    sizes = (a.cache_values // 2 - ROPE_DIM, ROPE_DIM)
-    strides = [Setting("calibrated", *sizes, stride=s) for s in (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0)]
-    stride = best_strides(source, strides, calibration_NT, lambda *_: None)[0].stride
-    assert stride is not None
+    stride = a.head_dim / ROPE_DIM
     rungs_J = ladder(a.rope.theta, a.head_dim, ROPE_DIM, stride)
     hidden, cost_LF = source.embed(calibration_NT), []
     marks: dict[str, list[list[int]]] = {"●": [], "○": []}

@@ -51,7 +51,7 @@ def choose(
     """
     calibration_NT = calibration_NT[: max(1, SEARCH_TOKENS // calibration_NT.shape[1])]
     if any(setting.stride is not None for setting in candidates):
-        candidates = best_strides(source, candidates, calibration_NT, progress)
+        candidates = best_strides(source, candidates, calibration_NT, refines, progress)
     if len(candidates) == 1:
         return candidates[0], []
     spec = source.spec.attention
@@ -82,12 +82,12 @@ def choose(
 
 
 def best_strides(
-    source: SourceModel, candidates: list[Setting], calibration_NT: Tensor, progress: Progress
+    source: SourceModel, candidates: list[Setting], calibration_NT: Tensor, refines: bool, progress: Progress
 ) -> list[Setting]:
-    """For each pair of sizes two ladders: the one that costs the logits least, all layers together, and the widest.
+    """For each pair of sizes the ladder that costs the logits least, all layers together, and beside it the widest.
 
-    The first counts what is lost before anything is repaired, most of it in layers with large logits. Refinement
-    repairs much of that; then it may be worth more to reach every frequency.
+    The cost counts what is lost before anything is repaired, most of it in layers with large logits. Where layers are
+    refined much of that is repaired, and it may be worth more to reach every frequency.
     """
     spec, costs = source.spec.attention, [0.0] * len(candidates)
     hidden_NTD = source.embed(calibration_NT)
@@ -104,5 +104,5 @@ def best_strides(
     for ladders in by_size.values():
         cheapest = min(ladders, key=lambda pair: pair[0])[1]
         widest = max((setting for _, setting in ladders), key=lambda setting: setting.stride or 0.0)
-        found += [cheapest] if widest == cheapest else [cheapest, widest]
+        found += [cheapest, widest] if refines and widest != cheapest else [cheapest]
     return found
