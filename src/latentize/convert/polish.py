@@ -35,14 +35,12 @@ class Polish(Schedule):
 
     Attributes:
         looks: How often held-out text is looked at, evenly; the best of what was seen is kept.
-        patience: Looks in a row without a gain after which it no longer pays to go on.
         enough: Divergence at which nothing is left to gain, nats per token.
     """
 
     steps: int = 500
     rate: float = 0.014
     looks: int = 5
-    patience: int = 2
     enough: float = 1e-6
 
 
@@ -123,7 +121,7 @@ def polish(
             total += value * len(part) / len(embedded_check_NTD)
         return total
 
-    best, kept, stale = look(), [p.detach().clone() for p in parameters], 0
+    best, kept = look(), [p.detach().clone() for p in parameters]
     if best < how.enough:
         return [refined(a, w) for a, w in zip(attentions, weights, strict=True)]
     descent = Descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5))
@@ -136,13 +134,11 @@ def polish(
             raise FloatingPointError(f"polishing diverged at step {step}")
         descent.step(hidden_nD, by_hidden_nD)
         if (step + 1) * how.looks % how.steps < how.looks:
-            seen, stale = look(), stale + 1
+            # Steps shrink to nothing, and the gain may come with the last: not having gained yet is no reason to end.
+            seen = look()
             if seen < best:
-                best, kept, stale = seen, [p.detach().clone() for p in parameters], 0
+                best, kept = seen, [p.detach().clone() for p in parameters]
         progress("polishing", step + 1, how.steps, f"KL {value:.4f}, held out {best:.4f}")
-        if stale == how.patience:
-            progress("polishing", how.steps, how.steps, f"no gain since {best:.4f}")
-            break
     for parameter, value in zip(parameters, kept, strict=True):
         parameter.data.copy_(value)
     return [refined(a, w) for a, w in zip(attentions, weights, strict=True)]
