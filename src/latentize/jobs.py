@@ -78,8 +78,8 @@ def _format(
     recipe: Recipe, spec: ModelSpec, candidates: list[Setting]
 ) -> tuple[type[FormatWriter], list[Setting], list[str]]:
     """The writer, the settings that it can hold, and why not the portable one if it was not asked for."""
-    # A format that holds any frequencies has no use for a ladder.
-    free = [setting for setting in candidates if setting.stride is None]
+    # The native format chooses from the source's own frequencies, and keeps biases.
+    free = [s for s in candidates if s.method != "calibrated" or s.on_source_frequencies(spec.attention)]
     if recipe.format == "native":
         return NativeWriter, free, []
     portable = [setting for setting in candidates if not portable_reasons(spec, setting)]
@@ -203,7 +203,8 @@ class LatentJob(Job):
         effort = _effort(self.recipe, source)
         self.settings = self.choose(source, text, progress)
         first = self.settings[0]
-        self.writer.rope_theta = first.rope_theta(self.spec.attention)
+        if not isinstance(self.writer, NativeWriter):
+            self.writer.rope_theta = first.rope_theta(self.spec.attention)
         self.notes += first.approximations(self.spec.attention)
         texts = (text.calibration_NT, text.selection_NT, text.evaluation_NT)
         return convert_latent(source, self.settings, self.writer, *texts, effort, progress)

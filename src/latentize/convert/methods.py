@@ -87,6 +87,11 @@ class Setting:
     def cache_values(self) -> int:
         return self.kv_lora_rank + self.rope_heads * self.qk_rope_head_dim
 
+    def on_source_frequencies(self, spec: AttentionSpec) -> bool:
+        """Whether all that rotates does so as something in the source did, up to biases and norms kept as they are."""
+        whole = self.stride is None or (spec.rope.is_plain and float(self.stride).is_integer())
+        return whole and self.linear == spec.qk_norm
+
     def needs(self, spec: AttentionSpec) -> Needed:
         """Statistics that the method looks at."""
         calibrated = self.method == "calibrated"
@@ -218,6 +223,10 @@ def _calibrated(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
         for stride in (*(s for s in _STRIDES if s < widest), widest):
             found.append(Setting("calibrated", rank, rope, stride=stride, linear=not_linear))
         found.append(Setting("calibrated", rank, rope, linear=spec.qk_norm))
+        # Where every layer may choose, an even choice is one, and refinement often makes more of it.
+        even = Setting("calibrated", rank, rope, stride=widest, linear=spec.qk_norm)
+        if even not in found and even.on_source_frequencies(spec):
+            found.append(even)
     if not found:
         raise OptionError(
             f"no split into latent and roped key fits {_budget(recipe, spec)} values per token and layer",
