@@ -38,7 +38,7 @@ class Polish(Schedule):
         enough: Divergence at which nothing is left to gain, nats per token.
     """
 
-    steps: int = 500
+    steps: int = 450
     rate: float = 0.014
     looks: int = 5
     enough: float = 1e-6
