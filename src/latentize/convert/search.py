@@ -21,7 +21,7 @@ SEARCH_TOKENS = 8192
 
 def short_refinement(refines: bool) -> Refinement | None:
     """What stands for the refinement of a conversion, where there will be one."""
-    return Refinement(steps=16, rate=0.05, warmup=3) if refines else None
+    return Refinement(steps=24, rate=0.05, warmup=3) if refines else None
 
 
 @torch.no_grad()
