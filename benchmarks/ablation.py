@@ -145,9 +145,9 @@ def adam() -> AbstractContextManager[Any]:
     class Adam(descent.Descent):
         def __init__(self, parameters: Any, schedule: Any) -> None:
             self.parameters = [p for p in parameters if p.numel()]
-            self._schedule, self._step = replace(schedule, rate=0.02 if schedule.rate > 0.01 else 0.004), 0
+            self._schedule, self.taken = replace(schedule, rate=0.02 if schedule.rate > 0.01 else 0.004), 0
             groups = [{"params": [p], "size": float(p.detach().square().mean().sqrt())} for p in self.parameters]
-            self._optimisers = [torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95))]
+            self.optimisers = [torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95))]
 
     stack = contextlib.ExitStack()
     for module in (refine, polish):

@@ -248,6 +248,95 @@ def evaluate(
 
 
 @app.command()
+def heal(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that convert has written.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    teacher: Annotated[str, typer.Option(help="The source: a folder or a hub id.")],
+    data: Data = None,
+    tokens: Annotated[int | None, typer.Option(help="Different tokens to learn from. [262144]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="How often each is learnt from. [1]")] = None,
+    train: Annotated[str | None, typer.Option(help="attention, all or lora. [attention]")] = None,
+    ce: Annotated[float | None, typer.Option(help="Share of cross-entropy beside the teacher's KL. [0]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of that KL. [1]")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep so many of the teacher's tokens on disk; it is not needed while training.")
+    ] = None,
+    match_hidden: Annotated[float | None, typer.Option(help="Weight of matching hidden states. [0]")] = None,
+    cache: CacheFormat = None,
+    optimiser: Annotated[str | None, typer.Option(help="muon or adamw. [muon; adamw for lora]")] = None,
+    rate: Annotated[float | None, typer.Option(help="Size of a step. [0.01 muon, 0.0003 adamw, 0.002 lora]")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up. [5]")] = None,
+    decay: Annotated[str | None, typer.Option(help="linear, cosine or 1-sqrt. [linear]")] = None,
+    step_tokens: Annotated[int | None, typer.Option(help="Tokens a step. [1024]")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sequence. [512]")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Of the adapters. [16]")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Of the adapters. [32]")] = None,
+    looks: Annotated[int | None, typer.Option(help="How often held-out text is looked at. [5]")] = None,
+    patience: Annotated[int | None, typer.Option(help="Looks without a gain after which it ends. [never]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the text. [1]")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences at a time; more in a step accumulate.")] = 4,
+    recompute: Annotated[bool, typer.Option(help="Less memory for more time.")] = False,
+    autocast: Annotated[bool | None, typer.Option(help="Multiply in bfloat16. [where that is faster]")] = None,
+    parallel: Annotated[str, typer.Option(help="Under torchrun: fsdp or ddp.")] = "fsdp",
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between states to resume from.")] = 50,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished healing of OUT.")] = False,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Train a converted model towards its source, to recover what conversion lost."""
+    given = {
+        "data": tuple(data) if data else None,
+        "tokens": tokens,
+        "epochs": epochs,
+        "train": train,
+        "ce": ce,
+        "temperature": temperature,
+        "top_k": top_k,
+        "match_hidden": match_hidden,
+        "cache": cache,
+        "optimiser": optimiser,
+        "rate": rate,
+        "warmup": warmup,
+        "decay": decay,
+        "step_tokens": step_tokens,
+        "sequence_length": sequence_length,
+        "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
+        "looks": looks,
+        "patience": patience,
+        "seed": seed,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    from latentize.api import heal as run
+
+    if parallel not in ("fsdp", "ddp"):
+        raise OptionError(f"no such way: '{parallel}'", where="--parallel", fix="fsdp or ddp")
+    machine: dict[str, Any] = {"sequences": sequences, "recompute": recompute, "autocast": autocast}
+    with _progress() as progress:
+        options = {**machine, "parallel": parallel, "save_every": save_every, "resume": resume}
+        options |= {"device": device, "progress": progress}
+        result = run(model, out, teacher, **options, **given)
+    # Of several processes the first one tells.
+    if result:
+        _emit(result, as_json, _healing_table(out, result))
+
+
+def _healing_table(out: Path, r: dict[str, Any]) -> Table:
+    rows = {
+        "above the source": f"{r['excess_loss']:.4f} nats per token, before {r['excess_loss_before']:.4f} "
+        f"({r['excess_removed']:.0%} removed)",
+        "perplexity": f"{r['perplexity']:.3f}, the source has {r['reference_perplexity']:.3f}",
+        "KL from the source": f"{r['kl']:.4f} nats per token",
+        "same most likely token": f"{r['top1_agreement']:.1%}",
+        "measured on": f"{r['evaluation_tokens']:,} held-out tokens",
+        "learnt from": f"{r['tokens']:,} tokens of {r['text']}, {r['steps']:,} steps, {r['parameters']:,} parameters",
+        "time, speed, peak memory": f"{r['seconds']:.1f} s, {r['tokens_per_second']:,.0f} tokens/s, "
+        f"{r['peak_rss_bytes'] / 2**30:.2f} GiB",
+    }
+    return _facts(f"{out}", rows)
+
+
+@app.command()
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that convert has written.")],
     as_json: AsJson = False,

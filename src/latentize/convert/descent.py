@@ -94,18 +94,22 @@ class Descent:
     Args:
         parameters: What to train.
         schedule: How large each step is.
+
+    Attributes:
+        taken: Steps so far.
+        optimisers: Of matrices, and of the rest.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], schedule: Schedule) -> None:
         self.parameters = [p for p in parameters if p.numel()]
-        self._schedule, self._step = schedule, 0
+        self._schedule, self.taken = schedule, 0
         matrices = [_group(p) for p in self.parameters if p.ndim == 2]
         vectors = [_group(p) for p in self.parameters if p.ndim != 2]
-        self._optimisers: list[torch.optim.Optimizer] = []
+        self.optimisers: list[torch.optim.Optimizer] = []
         if matrices:
-            self._optimisers.append(torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, momentum=_MOMENTUM))
+            self.optimisers.append(torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, momentum=_MOMENTUM))
         if vectors:
-            self._optimisers.append(torch.optim.Adam(vectors, lr=0.0, betas=_BETAS))
+            self.optimisers.append(torch.optim.Adam(vectors, lr=0.0, betas=_BETAS))
 
     def step(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """One step down: ``output`` is a loss, or comes with the gradient of a loss by it."""
@@ -116,16 +120,18 @@ class Descent:
 
     def follow(self) -> None:
         """One step down the gradients that the parameters have."""
-        size = self._schedule.rate * self._schedule.factor(self._step)
-        for optimiser in self._optimisers:
+        size = self._schedule.rate * self._schedule.factor(self.taken)
+        for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = size * group["size"]
             optimiser.step()
-        self._step += 1
+        self.taken += 1
 
 
 def _group(parameter: nn.Parameter) -> dict:
     p = parameter.detach()
+    # One that is sharded is measured as a whole.
+    p = getattr(p, "full_tensor", lambda: p)()
     if p.ndim != 2:
         return {"params": [parameter], "size": float(p.square().mean().sqrt())}
     rows, columns = p.shape

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from latentize.calibrate.text import documents
+from latentize.calibrate.text import Split, documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import pack
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import Quality, compare_logits
 from latentize.errors import DataError
-from latentize.evaluate.load import load_model
 from latentize.runtime.accelerate import accelerate, has_latents, no_latents
 from latentize.runtime.cache import LatentCache, cache_formats
+from latentize.runtime.load import load_model
 
 __all__ = ["evaluate"]
 
@@ -33,6 +33,7 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     cache: str | None = None,
+    split: Split | None = None,
     progress: Progress = silent,
 ) -> Quality:
     """Measure a model on held-out text.
@@ -47,6 +48,7 @@ def evaluate(
         device: Where.
         dtype: Precision to run in.
         cache: ``LATENT[+ROPE]``: predict from a cache of these formats, as generation would.
+        split: Which part of ``data``; by default all of it.
         progress: Told after each batch.
 
     Raises:
@@ -57,7 +59,7 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     rows = pack(
         tokenizer,
-        documents(data, "all" if data else "heldout"),
+        documents(data, split or ("all" if data else "heldout")),
         tokens=tokens,
         sequence_length=sequence_length,
     )
