@@ -67,11 +67,13 @@ def heal(
     if healing.cache is not None and manifest.format not in ("native", "deepseek_v3"):
         raise OptionError("the model has no latents to store", where="--cache", fix="heal an MLA model, or without it")
     named = (("model", model), ("teacher", teacher))
+    _same_vocabulary(model, teacher)
     files = {name: [sha256(p) for p in Checkpoint(path).files] for name, path in named}
     request = {"healing": healing.model_dump(mode="json"), "files": files}
     workspace = Workspace(out, request, resume=resume, team=team)
     rows_NT, held_NT = _text(model, healing)
     student = Student(model, healing, team.device)
+    workspace.begin()
     asked = _teacher(teacher, student, rows_NT, held_NT, workspace, machine, team, progress)
     facts = train(student, asked[0], rows_NT, asked[1], workspace, machine, team, progress)
     del asked
@@ -87,6 +89,18 @@ def heal(
         result = _write(model, out, teacher, healing, manifest, tensors, facts, workspace, progress)
     workspace.remove()
     return result
+
+
+def _same_vocabulary(model: Path, teacher: Path) -> None:
+    configs = [Checkpoint(folder).config for folder in (model, teacher)]
+    # The native format has it in its source's config.
+    sizes = [config.get("source_config", config)["vocab_size"] for config in configs]
+    if sizes[0] != sizes[1]:
+        raise DataError(
+            f"the models have different vocabularies ({sizes[0]} and {sizes[1]})",
+            where="--teacher",
+            fix="the teacher is the model that was converted",
+        )
 
 
 def _text(model: Path, healing: Healing) -> tuple[Tensor, Tensor]:
@@ -121,12 +135,6 @@ def _teacher(
     if not healing.teaches:
         return None, _looks(None, held_NT, machine, team)
     model = load_model(folder, device=team.device).requires_grad_(False)
-    if model.config.vocab_size != student.model.config.vocab_size:
-        raise DataError(
-            f"the models have different vocabularies ({model.config.vocab_size} and {student.model.config.vocab_size})",
-            where="--teacher",
-            fix="the teacher is the model that was converted",
-        )
     if healing.top_k is None:
         live = Live(model, hidden=healing.match_hidden > 0)
         return live, _looks(live, held_NT, machine, team)
@@ -173,7 +181,6 @@ def _write(
         for name, tensor in tensors:
             folder.add(name, tensor.detach().cpu() if tensor.dtype == torch.int32 else tensor.detach().to(dtype).cpu())
         folder.copy_tokenizer(model)
-        folder.write_text(METRICS_NAME, workspace.metrics.read_text(encoding="utf-8"))
         report = {
             **{k: v for k, v in facts.items() if k not in ("first", "best")},
             "held_out_first": facts["first"],
@@ -193,6 +200,8 @@ def _write(
         manifest.measurements |= {k: v for k, v in after.items() if k in manifest.measurements}
         folder.write_text("README.md", _card(model, report, healing))
         folder.finish(files.config, manifest)
+    # Times of day are in it, so it is not one of the files that another run would give again.
+    (out / METRICS_NAME).write_text(workspace.metrics.read_text(encoding="utf-8"), encoding="utf-8")
     return {**report, "peak_rss_bytes": peak_rss_bytes()}
 
 

@@ -32,7 +32,7 @@ _LEARNT = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Workspace:
-    """The folder of a healing that is not finished.
+    """The folder of a healing that is not finished; it is made by :meth:`begin`.
 
     Args:
         out: Where the result will be.
@@ -63,14 +63,23 @@ class Workspace:
                 where=str(self._request),
                 fix="use the same models and options, or remove the folder and start again",
             )
-        team.wait()
-        if team.leads and not there:
+        self._wanted = wanted
+
+    def begin(self) -> None:
+        """Make the folder, if it is not there yet.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        # Nobody may make it while another one still looks whether it is there.
+        self._team.wait()
+        if self._team.leads and not self._request.is_file():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._request.write_text(wanted)
+                self._request.write_text(self._wanted)
             except OSError as error:
                 raise OutputError(f"cannot be written: {error.strerror}", where=str(self.folder)) from error
-        team.wait()
+        self._team.wait()
 
     def write(
         self, step: int, student: Any, optimisers: list[Any], best: dict[str, Any], facts: dict[str, Any]
@@ -98,6 +107,7 @@ class Workspace:
         """Restore the last state, in place; what was kept with it, or ``None`` if there is none yet."""
         found = next((p for p in (self._state, self.folder / "state.old") if (p / "facts.json").is_file()), None)
         if found is None:
+            self._cut_metrics(-1)
             return None
         tensors = self._tensors(student, optimisers, best)
         load(tensors, checkpoint_id=str(found))
