@@ -182,9 +182,7 @@ def _write(
             folder.add(name, tensor.detach().cpu() if tensor.dtype == torch.int32 else tensor.detach().to(dtype).cpu())
         folder.copy_tokenizer(model)
         report = {
-            **{k: v for k, v in facts.items() if k not in ("first", "best")},
-            "held_out_first": facts["first"],
-            "held_out_best": facts["best"],
+            **facts,
             "text": describe(healing.data),
             "teacher": str(teacher),
         }

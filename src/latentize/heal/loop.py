@@ -102,7 +102,7 @@ def train(
         progress: Told after each step.
 
     Returns:
-        Facts: steps, tokens, seconds, tokens per second, first and best look.
+        Facts: steps, tokens, seconds, tokens per second, all looks and the best.
 
     Raises:
         DataError: there is no whole step's text.
@@ -138,7 +138,7 @@ class _Run:
         kind = Descent if self.healing.method == "muon" else Adam
         self.descent: Any = kind(self.parameters, self.schedule)
         self.best = {name: p.detach().clone() for name, p in student.trained()}
-        self.facts: dict[str, Any] = {"first": None, "best": None, "worse": 0, "seconds": 0.0}
+        self.facts: dict[str, Any] = {"looks": [], "best": None, "worse": 0, "seconds": 0.0}
 
     def run(self) -> dict[str, Any]:
         restored = self.workspace.read(self.student, self.descent.optimisers, self.best)
@@ -173,8 +173,8 @@ class _Run:
             "tokens_seen": tokens,
             "seconds": round(self.facts["seconds"], 2),
             "tokens_per_second": round(tokens / max(self.facts["seconds"], 1e-9), 1),
-            "first": self.facts["first"],
-            "best": self.facts["best"],
+            "held_out": self.facts["looks"],
+            "held_out_best": self.facts["best"],
         }
 
     def look(self) -> Looked:
@@ -208,7 +208,7 @@ class _Run:
     def _seen(self, step: int, looked: Looked) -> bool:
         """Note a look; whether training should end."""
         entry = {"step": step, **vars(looked)}
-        self.facts["first"] = self.facts["first"] or entry
+        self.facts["looks"].append(entry)
         if self.facts["best"] is None or looked.loss < self.facts["best"]["loss"]:
             self.facts["best"], self.facts["worse"] = entry, 0
             self.best = {name: p.detach().clone() for name, p in self.student.trained()}

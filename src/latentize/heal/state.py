@@ -89,7 +89,7 @@ class Workspace:
         if self._team.leads:
             shutil.rmtree(new, ignore_errors=True)
         self._team.wait()
-        save(self._tensors(student, optimisers, best), checkpoint_id=str(new))
+        save(self._tensors(student, optimisers, best), checkpoint_id=str(new), no_dist=self._team.size == 1)
         self._team.wait()
         if self._team.leads:
             (new / "facts.json").write_text(json.dumps({"step": step, **facts}))
@@ -110,7 +110,7 @@ class Workspace:
             self._cut_metrics(-1)
             return None
         tensors = self._tensors(student, optimisers, best)
-        load(tensors, checkpoint_id=str(found))
+        load(tensors, checkpoint_id=str(found), no_dist=self._team.size == 1)
         set_model_state_dict(student, tensors["model"], options=_LEARNT)
         for number, optimiser in enumerate(optimisers):
             set_optimizer_state_dict(student, optimiser, tensors[f"optimiser {number}"], options=_LEARNT)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention, state_dict
 from latentize.checkpoint import Checkpoint
+from latentize.errors import OptionError
 from latentize.formats.deepseek_v3 import NORM_SHIFT, LatentNorm, decode_attention, encode_attention
 from latentize.heal.recipe import Healing
 from latentize.heal.targets import Targets
@@ -221,8 +222,12 @@ def _canonical(model: Any) -> None:
 
 def _adapt(body: Any, healing: Healing) -> None:
     """Put LoRA adapters (Hu et al., arXiv 2106.09685) on every projection of every attention layer."""
-    from peft import LoraConfig, inject_adapter_in_model
-
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise OptionError(
+            f"adapters need peft: {error}", where="--train lora", fix="pip install 'latentize[heal]'"
+        ) from None
     names = {n for n, m in body.named_modules() if isinstance(m, nn.Linear) and ".self_attn." in n}
     config = LoraConfig(r=healing.lora_rank, lora_alpha=healing.lora_alpha, target_modules=sorted(names))
     inject_adapter_in_model(config, body)
