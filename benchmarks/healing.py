@@ -4,8 +4,8 @@
     python benchmarks/healing.py --only curve          # one part
     python benchmarks/healing.py --print               # the tables of what was measured before
 
-Conversions at ``--keep`` are kept in build/healing. Writes ``benchmarks/results/healing-<model>.json`` row by row. Every
-row is ``latentize heal``, measured by it on what it wrote: held-out text that nothing was learnt or chosen from.
+Conversions at ``--keep`` are kept in build/healing. Writes ``benchmarks/results/healing-<model>.json`` row by row.
+Every row is ``latentize heal``, measured by it on what it wrote: held-out text that nothing was learnt or chosen from.
 """
 
 from __future__ import annotations

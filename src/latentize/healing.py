@@ -72,9 +72,10 @@ def heal(
     request = {"healing": healing.model_dump(mode="json"), "files": files}
     workspace = Workspace(out, request, resume=resume, team=team)
     rows_NT, held_NT = _text(model, healing)
-    student = Student(model, healing, team.device)
     workspace.begin()
-    asked = _teacher(teacher, student, rows_NT, held_NT, workspace, machine, team, progress)
+    # Before the student: a teacher that has written its answers is gone when the student comes.
+    asked = _teacher(teacher, healing, rows_NT, held_NT, workspace, machine, team, progress)
+    student = Student(model, healing, team.device)
     facts = train(student, asked[0], rows_NT, asked[1], workspace, machine, team, progress)
     del asked
     parameters = sum(p.numel() for _, p in student.trained())
@@ -122,7 +123,7 @@ def _text(model: Path, healing: Healing) -> tuple[Tensor, Tensor]:
 
 def _teacher(
     folder: Path,
-    student: Student,
+    healing: Healing,
     rows_NT: Tensor,
     held_NT: Tensor,
     workspace: Workspace,
@@ -131,10 +132,11 @@ def _teacher(
     progress: Progress,
 ) -> tuple[Teacher | None, Callable[..., Looked]]:
     """Who is asked in training, and how held-out text is looked at."""
-    healing = student.healing
     if not healing.teaches:
         return None, _looks(None, held_NT, machine, team)
-    model = load_model(folder, device=team.device).requires_grad_(False)
+    # Stored in 16 bits it is no less exact there than in 32, but half as large.
+    dtype = torch.float32 if torch.device(team.device).type == "cpu" else torch.bfloat16
+    model = load_model(folder, dtype=dtype, device=team.device).requires_grad_(False)
     if healing.top_k is None:
         live = Live(model, hidden=healing.match_hidden > 0)
         return live, _looks(live, held_NT, machine, team)

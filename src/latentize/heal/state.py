@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +92,8 @@ class Workspace:
         if self._team.leads:
             shutil.rmtree(new, ignore_errors=True)
         self._team.wait()
-        save(self._tensors(student, optimisers, best), checkpoint_id=str(new), no_dist=self._team.size == 1)
+        with _quietly():
+            save(self._tensors(student, optimisers, best), checkpoint_id=str(new))
         self._team.wait()
         if self._team.leads:
             (new / "facts.json").write_text(json.dumps({"step": step, **facts}))
@@ -110,7 +114,8 @@ class Workspace:
             self._cut_metrics(-1)
             return None
         tensors = self._tensors(student, optimisers, best)
-        load(tensors, checkpoint_id=str(found), no_dist=self._team.size == 1)
+        with _quietly():
+            load(tensors, checkpoint_id=str(found))
         set_model_state_dict(student, tensors["model"], options=_LEARNT)
         for number, optimiser in enumerate(optimisers):
             set_optimizer_state_dict(student, optimiser, tensors[f"optimiser {number}"], options=_LEARNT)
@@ -144,6 +149,14 @@ class Workspace:
         self._team.wait()
         if self._team.leads:
             shutil.rmtree(self.folder)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """PyTorch warns that there is one process only; that may be so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def learnt(student: Any) -> dict[str, Any]:
