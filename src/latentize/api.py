@@ -98,6 +98,7 @@ def heal(
     autocast: bool | None = None,
     save_every: int = 50,
     resume: bool = False,
+    track: str | None = None,
     progress: Progress = silent,
     **entries: Any,
 ) -> dict[str, Any]:
@@ -116,6 +117,7 @@ def heal(
         autocast: Multiply in bfloat16; by default where the machine is faster at it.
         save_every: Steps between the states that ``resume`` can go on from.
         resume: Go on with an unfinished healing of the same ``out``.
+        track: ``tensorboard`` or ``trackio``, beside the metrics that are written in any case.
         progress: Told how far it is.
         **entries: As in :class:`latentize.heal.recipe.Healing`.
 
@@ -144,7 +146,8 @@ def heal(
         )
     with together(device):
         team = Team(parallel, device)
-        options: dict[str, Any] = {"machine": machine, "team": team, "resume": resume, "progress": progress}
+        options: dict[str, Any] = {"machine": machine, "team": team, "resume": resume, "track": track}
+        options["progress"] = progress
         result = run(Path(model), Path(out), resolve(teacher), healing, **options)
         if team.leads:
             record(Path(out), "heal", result)

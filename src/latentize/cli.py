@@ -280,6 +280,7 @@ def heal(
     parallel: Annotated[str, typer.Option(help="Under torchrun: fsdp or ddp.")] = "fsdp",
     save_every: Annotated[int, typer.Option(min=1, help="Steps between states to resume from.")] = 50,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished healing of OUT.")] = False,
+    track: Annotated[str | None, typer.Option(help="tensorboard or trackio, beside healing.jsonl.")] = None,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -314,7 +315,7 @@ def heal(
     machine: dict[str, Any] = {"sequences": sequences, "recompute": recompute, "autocast": autocast}
     with _progress() as progress:
         options = {**machine, "parallel": parallel, "save_every": save_every, "resume": resume}
-        options |= {"device": device, "progress": progress}
+        options |= {"track": track, "device": device, "progress": progress}
         result = run(model, out, teacher, **options, **given)
     # Of several processes the first one tells.
     if result:

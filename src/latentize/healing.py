@@ -43,6 +43,7 @@ def heal(
     machine: Machine,
     team: Team,
     resume: bool = False,
+    track: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train an output of latentize towards its source, and write the result to ``out``.
@@ -55,6 +56,7 @@ def heal(
         machine: How.
         team: Which processes; all of them call this.
         resume: Go on with an unfinished healing of the same ``out``.
+        track: ``tensorboard`` or ``trackio``, beside the metrics that are written in any case.
         progress: Told how far it is.
 
     Returns:
@@ -70,7 +72,7 @@ def heal(
     _same_vocabulary(model, teacher)
     files = {name: [sha256(p) for p in Checkpoint(path).files] for name, path in named}
     request = {"healing": healing.model_dump(mode="json"), "files": files}
-    workspace = Workspace(out, request, resume=resume, team=team)
+    workspace = Workspace(out, request, resume=resume, team=team, track=track)
     rows_NT, held_NT = _text(model, healing)
     workspace.begin()
     # Before the student: a teacher that has written its answers is gone when the student comes.

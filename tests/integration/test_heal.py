@@ -108,12 +108,28 @@ def test_it_ends_when_nothing_is_gained_and_keeps_the_best(healed: Callable[...,
     assert result["excess_loss"] == pytest.approx(result["excess_loss_before"], rel=1e-3)
 
 
-# Kills itself in the middle of a step, without a word.
+def test_metrics_are_where_people_watch_them(healed: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    healed(track="tensorboard", out="watched")
+    events = EventAccumulator(str(tmp_path / "runs" / "watched"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("kl")] == list(range(1, 17))
+    assert events.Scalars("held_out/kl")[0].step == 0
+
+
+def test_an_unknown_tracker_is_refused(healed: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no such tracker"):
+        healed(track="paper")
+    assert not list(tmp_path.iterdir())
+
+
+# Kills itself in the middle of a step, or while it writes its n-th state, without a word.
 KILLED = """
 import os, signal, sys, json
 from pathlib import Path
 import latentize
-from latentize.heal import loop
+from latentize.heal import loop, state
 model, out, source, options, at = sys.argv[1:6]
 after = int(at)
 take = loop._Run._step
@@ -122,6 +138,13 @@ def step(self, number, rows):
         os.kill(os.getpid(), signal.SIGKILL)
     return take(self, number, rows)
 loop._Run._step = step
+save, saved = state.save, []
+def save_then_die(*args, **options):
+    save(*args, **options)
+    saved.append(1)
+    if len(saved) == -after:
+        os.kill(os.getpid(), signal.SIGKILL)
+state.save = save_then_die
 latentize.heal(model, out, source, save_every=5, **json.loads(options))
 """
 
@@ -133,8 +156,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
-@pytest.mark.parametrize("optimiser", ["muon", "adamw"])
-@pytest.mark.parametrize("after", [3, 17])
+@pytest.mark.parametrize(("optimiser", "after"), [("muon", 3), ("muon", 17), ("adamw", 17), ("muon", -1), ("muon", -2)])
 def test_killed_and_resumed_it_is_as_if_nothing_had_been(
     after: int,
     optimiser: str,

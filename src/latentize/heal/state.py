@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from latentize.errors import OptionError, OutputError
 from latentize.heal.parallel import Team
+from latentize.heal.tracking import Tracking
 
 __all__ = ["Workspace"]
 
@@ -42,13 +43,16 @@ class Workspace:
         request: What decides the result; a state of another request is refused.
         resume: Go on with what is there.
         team: The processes.
+        track: Where else metrics go; see :class:`latentize.heal.tracking.Tracking`.
 
     Raises:
         OutputError: ``out`` exists, or something is there and ``resume`` was not asked for.
         OptionError: what is there was asked for something else.
     """
 
-    def __init__(self, out: Path, request: dict[str, Any], *, resume: bool, team: Team) -> None:
+    def __init__(
+        self, out: Path, request: dict[str, Any], *, resume: bool, team: Team, track: str | None = None
+    ) -> None:
         self.folder = out.with_name(out.name + ".healing")
         self.metrics = self.folder / "metrics.jsonl"
         self._request, self._state, self._team = self.folder / "request.json", self.folder / "state", team
@@ -67,6 +71,7 @@ class Workspace:
                 fix="use the same models and options, or remove the folder and start again",
             )
         self._wanted = wanted
+        self._tracking = Tracking(track if team.leads else None, out)
 
     def begin(self) -> None:
         """Make the folder, if it is not there yet.
@@ -138,14 +143,16 @@ class Workspace:
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             self.metrics.write_text("".join(line + "\n" for line in kept))
 
-    def note(self, **entries: Any) -> None:
+    def note(self, step: int, **entries: Any) -> None:
         """One line of metrics."""
         if self._team.leads:
             with self.metrics.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entries) + "\n")
+                stream.write(json.dumps({"step": step, **entries}) + "\n")
+            self._tracking.note(step, entries)
 
     def remove(self) -> None:
         """All is done."""
+        self._tracking.end()
         self._team.wait()
         if self._team.leads:
             shutil.rmtree(self.folder)
