@@ -14,6 +14,8 @@ import argparse
 import datetime
 import json
 import platform
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,74 @@ def measure(model: Path, name: str, keep: str, folder: Path, part: str) -> dict[
     return {"part": part, "name": name, "start": kind, "keep": keep, "options": options, **kept}
 
 
+# Run in a process of its own, whose peak counts.
+HEAL = """
+import json, sys, latentize
+start, out, teacher, options = sys.argv[1:5]
+latentize.heal(start, out, teacher, **json.loads(options))
+"""
+
+
+def random_model(folder: Path, like: Path) -> tuple[Path, Path]:
+    """A llama of 103 M random weights with the tokenizer of ``like``, and its conversion; made once."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    source, out = folder / "random-100m", folder / "random-100m-128+32"
+    if not source.exists():
+        tokenizer = AutoTokenizer.from_pretrained(like)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=8,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+        )
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+        tokenizer.save_pretrained(source)
+    if not out.exists():
+        sizes = {"kv_lora_rank": 128, "qk_rope_head_dim": 32, "fast": True}
+        latentize.convert(source, out, tokens=8192, evaluation_tokens=1024, selection_tokens=512, **sizes)
+    return source, out
+
+
+def memory(model: Path, folder: Path) -> list[dict[str, Any]]:
+    """Peak memory and speed of a few steps, by what learns and how."""
+    source, begin = random_model(folder, model)
+    ways: dict[str, dict[str, Any]] = {
+        "all, AdamW": {"train": "all", "optimiser": "adamw"},
+        "attention, AdamW": {"optimiser": "adamw"},
+        "attention, Muon": {},
+        "LoRA, AdamW": {"train": "lora"},
+        "LoRA, AdamW, recomputed": {"train": "lora", "recompute": True},
+        "LoRA, AdamW, teacher on disk": {"train": "lora", "top_k": 32},
+    }
+    rows = []
+    for name, options in ways.items():
+        few = {"tokens": 8192, "looks": 1, "selection_tokens": 1024, "evaluation_tokens": 1024}
+        with tempfile.TemporaryDirectory() as place:
+            arguments = [begin, Path(place) / "out", source, json.dumps({**few, **options})]
+            subprocess.run([sys.executable, "-c", HEAL, *map(str, arguments)], check=True, capture_output=True)
+            lines = (Path(place) / "out" / "measurements.jsonl").read_text().splitlines()
+        found = json.loads(lines[0])["result"]
+        kept = {k: found[k] for k in ("parameters", "peak_rss_bytes", "tokens_per_second", "steps")}
+        rows.append({"name": name, **kept, "date": datetime.date.today().isoformat()})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def memory_markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| what learns | parameters | peak memory, GB | tokens/s |", "|---|---|---|---|"]
+    for r in rows:
+        lines.append(
+            f"| {r['name']} | {r['parameters'] / 1e6:.2f} M | {r['peak_rss_bytes'] / 1e9:.2f} "
+            f"| {r['tokens_per_second']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| | tokens | steps | excess before | after | removed | KL | seconds |",
@@ -105,26 +175,31 @@ def main() -> None:
     parser.add_argument("--keep", default="12.5%")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "healing")
-    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--only", nargs="+", default=[*PARTS, "memory"], choices=[*PARTS, "memory"])
     parser.add_argument("--print", action="store_true", help="measure nothing")
     args = parser.parse_args()
     path = args.out / f"healing-{args.model.name}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    before = json.loads(path.read_text()) if path.exists() else {}
+    rows, peaks = before.get("rows", []), before.get("memory", [])
     there = {(r["part"], r["name"], r["keep"]) for r in rows}
-    for part in () if args.print else args.only:
+
+    def save() -> None:
+        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        result = {"model": args.model.name, "machine": machine, "rows": rows, "memory": peaks}
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+    today = datetime.date.today().isoformat()
+    for part in () if args.print else [p for p in args.only if p in PARTS]:
         for name in PARTS[part]:
-            if (part, name, args.keep) in there:
-                continue
-            rows.append(
-                {
-                    **measure(args.model, name, args.keep, args.folder, part),
-                    "date": datetime.date.today().isoformat(),
-                }
-            )
-            print(json.dumps(rows[-1]), flush=True)
-            machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-            path.write_text(json.dumps({"model": args.model.name, "machine": machine, "rows": rows}, indent=2) + "\n")
+            if (part, name, args.keep) not in there:
+                rows.append({**measure(args.model, name, args.keep, args.folder, part), "date": today})
+                print(json.dumps(rows[-1]), flush=True)
+                save()
+    if "memory" in args.only and not args.print:
+        peaks = memory(args.model, args.folder)
+        save()
     print(markdown(rows))
+    print(memory_markdown(peaks))
 
 
 if __name__ == "__main__":
