@@ -52,9 +52,8 @@ def curve() -> dict[str, tuple[str, dict[str, Any]]]:
 PARTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "curve": curve(),
     "long": {
-        "attention, 16 epochs": ("calibrated", {"tokens": SLIVER, "epochs": 16}),
         "all, 16 epochs": ("calibrated", {"tokens": SLIVER, "epochs": 16, "train": "all", "rate": 0.005}),
-        "all, 10 times the tokens": ("calibrated", {"tokens": 10 * SLIVER, "epochs": 2, "train": "all", "rate": 0.005}),
+        "all, 10 times the tokens": ("calibrated", {"tokens": 10 * SLIVER, "train": "all", "rate": 0.005}),
     },
     "int4": {
         "int4 not looked at": ("calibrated", {"tokens": SLIVER, "epochs": 4}),
