@@ -241,6 +241,30 @@ def test_two_processes_are_one(
     assert latentize.verify(tmp_path / "two")["ok"]
 
 
+def test_two_processes_are_resumed_too(
+    converted: Callable[[str], Path], source: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def heal(name: str, at: int, **more: Any) -> int:
+        options = json.dumps({**QUICK, "data": [text], "optimiser": "adamw", **more})
+        arguments = [script, converted("deepseek_v3"), tmp_path / name, source(), options, at]
+        command = [*torchrun, *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, timeout=300).returncode
+
+    assert heal("killed", 8) != 0
+    assert (tmp_path / "killed.healing" / "state").is_dir()
+    assert heal("killed", 1000, resume=True) == 0
+    assert heal("undisturbed", 1000) == 0
+    pairs = zip(curve(tmp_path / "killed"), curve(tmp_path / "undisturbed"), strict=True)
+    assert all(a == pytest.approx(b, rel=1e-6) for a, b in pairs if "total" in a)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "undisturbed")]
+    assert weights[0] == weights[1]
+
+
 def test_what_is_not_an_output_is_refused(source: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not an output"):
         latentize.heal(source(), tmp_path / "out", source())
