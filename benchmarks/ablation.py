@@ -28,7 +28,7 @@ from torch import nn
 
 import latentize
 from latentize import jobs
-from latentize.convert import descent, draft, methods, polish, position, refine, search
+from latentize.convert import descent, draft, methods, polish, position, refine, search, settings
 from latentize.convert.low_rank import joint_svd
 from latentize.convert.rope_split import rorope
 
@@ -50,8 +50,8 @@ def roped_as_transmla() -> AbstractContextManager[Any]:
     stack = contextlib.ExitStack()
     stack.enter_context(patch.object(methods, "_split", split))
     # Its ladder, and only sizes that divide a head, as it needs them.
-    stack.enter_context(patch.object(methods, "_STRIDES", tuple(float(2**n) for n in range(8))))
-    stack.enter_context(patch.object(methods, "_ROPE_SHARES", (0.25, 0.5, 1.0)))
+    stack.enter_context(patch.object(settings, "_STRIDES", tuple(float(2**n) for n in range(8))))
+    stack.enter_context(patch.object(settings, "_ROPE_SHARES", (0.25, 0.5, 1.0)))
     stack.enter_context(patch.object(search, "best_strides", lambda source, candidates, *_: _widest(candidates)))
     return stack
 
@@ -97,7 +97,7 @@ def cheapest_ladder() -> AbstractContextManager[Any]:
 
 
 def one_size() -> AbstractContextManager[Any]:
-    return patch.object(methods, "_ROPE_SHARES", (0.5,))
+    return patch.object(settings, "_ROPE_SHARES", (0.5,))
 
 
 def sizes_by_closed_form() -> AbstractContextManager[Any]:

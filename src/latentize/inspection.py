@@ -81,7 +81,7 @@ def plan(
 def inspect(model: str) -> dict[str, Any]:
     """What ``latentize inspect --json`` prints. Reads headers, not weights."""
     from latentize.checkpoint import Checkpoint
-    from latentize.convert.methods import settings
+    from latentize.convert.settings import settings
     from latentize.formats.deepseek_v3 import portable_reasons
     from latentize.recipe import Recipe
 

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from latentize.attention.module import LatentAttention
 from latentize.convert.draft import Draft, observe
-from latentize.convert.methods import Setting, ladder_costs
+from latentize.convert.methods import ladder_costs
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import compare_streams
 from latentize.convert.refine import Refinement
+from latentize.convert.settings import Setting
 from latentize.convert.source import SourceModel
 
 __all__ = ["SEARCH_TOKENS", "best_strides", "choose", "short_refinement"]
