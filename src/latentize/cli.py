@@ -107,28 +107,37 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     keep: Keep = "25%",
     window: Annotated[int, typer.Option(min=1, help="Tokens of the sliding-window row.")] = 4096,
+    device: Annotated[
+        str | None,
+        typer.Option(help="What fits on h200, h100, a100, l40s, mi300x, rtx4090, rtx3090, or cpu: this one."),
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="GB of the machine's memory.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="GB/s of that memory.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="16-bit TFLOPS of the machine.")] = None,
+    reserve: Annotated[str, typer.Option(help="Share of the memory that is for something else.")] = "10%",
+    weight_bits: Annotated[float, typer.Option(help="Bits of a stored weight.")] = 16,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the bytes of the KV cache: MHA, MQA, GQA, MLA, window, int8, int4. Reads no weights."""
+    """Compare the bytes of the KV cache: MHA, MQA, GQA, MLA, window, int8, int4; with a machine, what fits and how
+    fast. Reads no weights."""
     from latentize.inspection import plan as compute
+    from latentize.tables import capacity_tables, plan_table
 
-    result = compute(model, context=context, batch=batch, keep=keep, window=window)
-    table = Table(title=f"{model}: {result['context']:,} tokens, batch {batch}, 16 bits", title_justify="left")
-    for column in ("attention", "values", "bits", "GiB", "smaller"):
-        table.add_column(column, justify="left" if column == "attention" else "right")
-    notes: list[str] = []
-    for row in result["rows"]:
-        if row["note"] and row["note"] not in notes:
-            notes.append(row["note"])
-        mark = f" [dim]({notes.index(row['note']) + 1})[/dim]" if row["note"] else ""
-        size = f"{row['gib']:.2f}" if row["gib"] >= 0.01 else f"{row['gib']:.4f}"
-        values = f"{row['values_per_token_layer']:,}"
-        table.add_row(row["name"] + mark, values, f"{row['bits']:g}", size, f"{row['ratio']:.2f} ×")
-    _emit(result, as_json, table)
-    if not as_json:
-        console.print("values: cached per token and layer", style="dim")
-        for number, note in enumerate(notes, 1):
-            console.print(f"({number}) {note}", style="dim", markup=False)
+    machine = {"device": device, "memory": memory, "bandwidth": bandwidth, "tflops": tflops, "weight_bits": weight_bits}
+    result = compute(model, context=context, batch=batch, keep=keep, window=window, reserve=reserve, **machine)
+    if as_json:
+        _emit(result, True)
+        return
+    table, notes = plan_table(model, result)
+    console.print(table)
+    console.print("values: cached per token and layer", style="dim")
+    for number, note in enumerate(notes, 1):
+        console.print(f"({number}) {note}", style="dim", markup=False)
+    if "machine" in result:
+        tables, notes = capacity_tables(result)
+        console.print(*tables, sep="\n")
+        for note in notes:
+            console.print(note, style="dim", markup=False)
 
 
 @app.command()

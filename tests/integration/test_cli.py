@@ -195,6 +195,7 @@ def test_tables_for_people(
     for args, words in (
         (("inspect", source("llama", 2)), ["GQA", "transmla", "64"]),
         (("plan", "llama-2-7b", "--context", 4096), ["2.00", "0.14", "MLA 512+64"]),
+        (("plan", "llama-3-8b", "--context", 131072, "--device", "h100"), ["H100", "426,784", "4,453", "Triton"]),
         (("verify", out), ["is whole", "32"]),
         (("generate", out, "some words", "--max-new-tokens", 2), ["some words"]),
         (("bench", out, "--context", "8", "--steps", "1"), ["latentize", "transformers", "MiB"]),
@@ -230,6 +231,7 @@ ERRORS: list[tuple[str, tuple[object, ...], str]] = [
     ("no latents to store", ("generate", MODEL, "some words", "--cache", "int8"), "LZ301"),
     ("no latents to measure", ("eval", MODEL, "--cache", "int8"), "LZ301"),
     ("no such cache", ("generate", MODEL, "some words", "--window", "32"), "LZ301"),
+    ("no such device", ("plan", "llama-3-8b", "--device", "abacus"), "LZ301"),
     ("no contexts", ("bench", MODEL, "--context", "many"), "LZ301"),
     ("no share", ("convert", MODEL, OUT, "--keep", "150%"), "LZ301"),
     ("no such method", ("convert", MODEL, OUT, "--method", "svd"), "LZ301"),

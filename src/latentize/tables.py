@@ -1,0 +1,94 @@
+"""What commands print for people, where it is more than a list of facts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["capacity_tables", "plan_table"]
+
+GB = 10**9
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def plan_table(model: str, result: dict[str, Any]) -> tuple[Table, list[str]]:
+    """Bytes of the cache, and the notes that its rows refer to by number."""
+    title = f"{model}: {result['context']:,} tokens, batch {result['batch']}, 16 bits"
+    table = _table(title, "attention", "values", "bits", "GiB", "smaller")
+    notes: list[str] = []
+    for row in result["rows"]:
+        if row["note"] and row["note"] not in notes:
+            notes.append(row["note"])
+        mark = f" [dim]({notes.index(row['note']) + 1})[/dim]" if row["note"] else ""
+        size = f"{row['gib']:.2f}" if row["gib"] >= 0.01 else f"{row['gib']:.4f}"
+        values = f"{row['values_per_token_layer']:,}"
+        table.add_row(row["name"] + mark, values, f"{row['bits']:.3g}", size, f"{row['ratio']:.2f} ×")
+    return table, notes
+
+
+def capacity_tables(result: dict[str, Any]) -> tuple[list[Table], list[str]]:
+    """What fits on a machine and how fast it could be, and what to know of that."""
+    machine, tables = result["machine"], []
+    if machine["memory_bytes"] is not None:
+        fits = _table(f"What {machine['name']} holds", "attention", "weights, GB", "longest context", "most sequences")
+        for row in result["rows"]:
+            longest = "any" if row["max_context"] is None else f"{row['max_context']:,}"
+            fits.add_row(row["name"], f"{row['weight_bytes'] / GB:.2f}", longest, f"{row['max_batch']:,}")
+        tables.append(fits)
+    fast = _table(f"How fast {machine['name']} decodes at best", "attention")
+    speeds = [("", "tok/s"), ("max_batch_", "tok/s, full")] if machine["bytes_per_second"] else []
+    for _, label in speeds:
+        for column in (label, "faster"):
+            fast.add_column(column, justify="right")
+    fast.add_column("even at", justify="right")
+    for row in result["rows"]:
+        cells = []
+        for prefix, _ in speeds:
+            star = "*" if row[f"{prefix}bound"] == "arithmetic" else ""
+            cells += [_rate(row[f"{prefix}tokens_per_second"]) + star, _number(row[f"{prefix}speedup"], ".2f", " ×")]
+        fast.add_row(row["name"], *cells, _number(row["break_even_context"], ",d"))
+    return [*tables, fast], _capacity_notes(result)
+
+
+def _rate(value: float | None) -> str:
+    return _number(value, ",.0f" if value and value >= 100 else ".3g")
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _capacity_notes(result: dict[str, Any]) -> list[str]:
+    machine, context, batch = result["machine"], result["context"], result["batch"]
+    sizes = {
+        "memory": (machine["memory_bytes"], GB, "GB"),
+        "bandwidth": (machine["bytes_per_second"], GB, "GB/s"),
+        "arithmetic": (machine["flops_per_second"], 10**12, "TFLOPS"),
+    }
+    said = ", ".join(f"{name} {value / unit:,.4g} {word}" for name, (value, unit, word) in sizes.items() if value)
+    notes = [f"{said} ({machine['origin']}); weights of {machine['weight_bits']:g} bits"]
+    if machine["memory_bytes"] is not None:
+        notes.append(
+            f"longest context: at batch {batch}; most sequences: of {context:,} tokens; {machine['reserve']:.0%} of "
+            f"the memory is left for something else"
+        )
+    if machine["bytes_per_second"] is not None:
+        notes.append(
+            f"tok/s: of all sequences together, {context:,} tokens of context, batch {batch}; full: as many as fit. A "
+            f"bound: weights and cache are read once a step, nothing else takes time (*: but arithmetic, which takes "
+            f"longer); faster: than the model as it is"
+        )
+    notes.append("even at: tokens of context from which a step reads fewer bytes than one of the model as it is")
+    kernels: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if row["kernels"]:
+            kernels.setdefault(row["kernels"], []).append(row["name"])
+    return notes + [f"{'; '.join(names)}: {text}" for text, names in kernels.items()]
