@@ -96,13 +96,8 @@ def evaluate(
     from latentize.evaluate.quality import evaluate as measure
 
     folder, source = resolve(model), None if reference is None else resolve(reference)
-    quality = measure(folder, source, dtype=_torch_dtype(dtype), **options)
-    entries: dict[str, Any] = quality.describe()
-    if reference is None:
-        entries |= {"reference_perplexity": None, "kl": None, "top1_agreement": None}
-    else:
-        entries["excess_loss"] = quality.excess
-    return {**entries, "text": describe(options.get("data", ()))}
+    found = measure(folder, source, dtype=_torch_dtype(dtype), **options)
+    return {**found.describe(), "text": describe(options.get("data", ()))}
 
 
 def generate(

@@ -244,7 +244,7 @@ def evaluate(
     cache: CacheFormat = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity, and KL and top-1 agreement with a reference, on held-out text."""
+    """Measure perplexity, calibration, and distance from a reference, on held-out text; by position, too."""
     from latentize.api import evaluate as run
     from latentize.api import extend_report
 
@@ -252,8 +252,11 @@ def evaluate(
     with _progress() as progress:
         result = run(model, reference, dtype=dtype, device=device, progress=progress, **options)
     extend_report(model, "eval", {**result, "reference": reference, "cache": cache})
-    shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in result.items() if v is not None}
-    _emit(result, as_json, _facts(model, shown))
+    plain = {k: v for k, v in result.items() if v is not None and not isinstance(v, list)}
+    shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in plain.items()}
+    from latentize.tables import positions_table
+
+    _emit(result, as_json, _facts(model, shown), positions_table(result["by_position"]))
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["capacity_tables", "plan_table"]
+__all__ = ["capacity_tables", "plan_table", "positions_table"]
 
 GB = 10**9
 
@@ -92,3 +92,12 @@ def _capacity_notes(result: dict[str, Any]) -> list[str]:
         if row["kernels"]:
             kernels.setdefault(row["kernels"], []).append(row["name"])
     return notes + [f"{'; '.join(names)}: {text}" for text, names in kernels.items()]
+
+
+def positions_table(bins: list[dict[str, Any]]) -> Table:
+    """Losses against the tokens of context that predictions were made from."""
+    table = _table("By position", "tokens of context", "loss, nats", "the source's", "KL")
+    for b in bins:
+        span = f"{b['from']:,}" if b["from"] == b["to"] else f"{b['from']:,} to {b['to']:,}"
+        table.add_row(span, *(_number(b[key], ".4f") for key in ("loss", "reference_loss", "kl")))
+    return table

@@ -30,7 +30,17 @@ CONVERT_KEYS = {
     "kl",
     "top1_agreement",
 }
-EVAL_KEYS = {"perplexity", "reference_perplexity", "kl", "top1_agreement", "tokens"}
+EVAL_KEYS = {
+    "perplexity",
+    "reference_perplexity",
+    "kl",
+    "top1_agreement",
+    "top5_agreement",
+    "calibration_error",
+    "reference_calibration_error",
+    "by_position",
+    "tokens",
+}
 
 
 Ask = Callable[..., dict[str, Any]]
@@ -95,6 +105,17 @@ def test_eval(ok: Ask, converted: tuple[Path, dict[str, Any]], source: Callable[
     assert result.keys() >= EVAL_KEYS
     assert result["tokens"] == 16 * 63
     assert result["kl"] > 0
+    assert result["top1_agreement"] <= result["top5_agreement"] <= 1
+    assert [(b["from"], b["to"]) for b in result["by_position"]] == [
+        (1, 1),
+        (2, 3),
+        (4, 7),
+        (8, 15),
+        (16, 31),
+        (32, 63),
+    ]
+    mean = sum(b["tokens"] * b["kl"] for b in result["by_position"]) / result["tokens"]
+    assert mean == pytest.approx(result["kl"], rel=1e-6)
     alone = ok("eval", converted[0], *options)
     assert alone.keys() >= EVAL_KEYS
     assert alone["kl"] is alone["reference_perplexity"] is alone["top1_agreement"] is None
@@ -197,6 +218,7 @@ def test_tables_for_people(
         (("plan", "llama-2-7b", "--context", 4096), ["2.00", "0.14", "MLA 512+64"]),
         (("plan", "llama-3-8b", "--context", 131072, "--device", "h100"), ["H100", "426,784", "4,453", "Triton"]),
         (("verify", out), ["is whole", "32"]),
+        (("eval", out, "--tokens", 256, "--sequence-length", 64), ["calibration_error", "32 to 63"]),
         (("generate", out, "some words", "--max-new-tokens", 2), ["some words"]),
         (("bench", out, "--context", "8", "--steps", "1"), ["latentize", "transformers", "MiB"]),
     ):

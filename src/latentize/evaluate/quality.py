@@ -10,8 +10,8 @@ from latentize.calibrate.text import documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import pack
 from latentize.convert.progress import Progress, silent
-from latentize.convert.quality import Quality, compare_logits
 from latentize.errors import DataError
+from latentize.evaluate.detail import Evaluation
 from latentize.evaluate.load import load_model
 from latentize.runtime.accelerate import accelerate, has_latents, no_latents
 from latentize.runtime.cache import LatentCache, cache_formats
@@ -34,7 +34,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     cache: str | None = None,
     progress: Progress = silent,
-) -> Quality:
+) -> Evaluation:
     """Measure a model on held-out text.
 
     Args:
@@ -68,21 +68,21 @@ def evaluate(
     if formats:
         accelerate(subject)
     source = None if reference is None else load_model(reference, dtype=dtype, device=device)
-    total = Quality()
+    total = Evaluation.empty(compared=source is not None)
     batches = rows.split(max(1, _TOKENS_AT_ONCE // sequence_length))
     for number, batch in enumerate(batches):
         batch = batch.to(device)
         stored = {"past_key_values": LatentCache(subject.config, **formats)} if formats else {"use_cache": False}
-        logits = subject(input_ids=batch, **stored).logits[:, :-1].flatten(0, 1)
+        logits = subject(input_ids=batch, **stored).logits[:, :-1]
         expected = None
         if source is not None:
-            expected = source(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            expected = source(input_ids=batch, use_cache=False).logits[:, :-1]
             if expected.shape != logits.shape:
                 raise DataError(
-                    f"the models have different vocabularies ({logits.shape[1]} and {expected.shape[1]})",
+                    f"the models have different vocabularies ({logits.shape[-1]} and {expected.shape[-1]})",
                     where="--reference",
                     fix="compare a converted model with the one that it was made from",
                 )
-        total = total + compare_logits(logits, expected, batch[:, 1:].flatten())
+        total = total + Evaluation.of(logits, expected, batch[:, 1:])
         progress("evaluating", number + 1, len(batches))
     return total

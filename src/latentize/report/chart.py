@@ -37,6 +37,15 @@ def _ticks(low: float, high: float) -> list[float]:
     return steps[max(0, first - 1) : last + 2]
 
 
+def _even_ticks(low: float, high: float) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten, some five of them, from below the values to above."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power >= span / 5)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [n * step for n in range(first, max(last, first + 1) + 1)]
+
+
 def line_chart(
     series: Mapping[str, Sequence[tuple[float, float]]],
     *,
@@ -45,6 +54,7 @@ def line_chart(
     colours: Mapping[str, str] | None = None,
     legend_below: bool = False,
     dots: bool = True,
+    linear: bool = False,
 ) -> str:
     """Lines through points, both axes logarithmic.
 
@@ -55,6 +65,7 @@ def line_chart(
         colours: For names that always have the same.
         legend_below: For pages that may be narrow; otherwise the names stand beside the chart.
         dots: Mark the points.
+        linear: The vertical axis is not logarithmic.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -63,13 +74,14 @@ def line_chart(
     ys = [y for points in series.values() for _, y in points]
     if not ys:
         raise ValueError("nothing to draw")
-    ticks = _ticks(min(ys), max(ys))
-    low, high = math.log(ticks[0]), math.log(ticks[-1])
+    ticks = _even_ticks(min(ys), max(ys)) if linear else _ticks(min(ys), max(ys))
+    scale = float if linear else math.log
+    low, high = scale(ticks[0]), scale(ticks[-1])
     left, right = math.log(xs[0]), math.log(xs[-1])
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = 0.5 if left == right else (math.log(x) - left) / (right - left)
-        return _LEFT + 20 + (_WIDTH - 40) * across, _TOP + _HEIGHT * (high - math.log(y)) / (high - low)
+        return _LEFT + 20 + (_WIDTH - 40) * across, _TOP + _HEIGHT * (high - scale(y)) / (high - low)
 
     parts = [f'<text x="0" y="18" style="font-size:15px">{escape(title)}</text>']
     for tick in ticks[:: -(-len(ticks) // 12)]:
