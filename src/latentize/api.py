@@ -90,14 +90,35 @@ def _torch_dtype(name: str) -> torch.dtype:
 
 
 def evaluate(
-    model: str | Path, reference: str | Path | None = None, *, dtype: str = "float32", **options: Any
+    model: str | Path,
+    reference: str | Path | None = None,
+    *,
+    dtype: str = "float32",
+    probes: bool = False,
+    lengths: Sequence[int] | None = None,
+    samples: int = 4,
+    **options: Any,
 ) -> dict[str, Any]:
-    """What ``latentize eval --json`` prints; options as in :func:`latentize.evaluate.quality.evaluate`."""
+    """What ``latentize eval --json`` prints.
+
+    Args:
+        model: A folder or a hub id.
+        reference: The source, to compare with.
+        dtype: Precision to run in.
+        probes: Ask for what lies far back in long contexts, too.
+        lengths, samples: As in :func:`latentize.evaluate.probes.probe`.
+        options: As in :func:`latentize.evaluate.quality.evaluate`.
+    """
+    from latentize.evaluate.probes import probe
     from latentize.evaluate.quality import evaluate as measure
 
     folder, source = resolve(model), None if reference is None else resolve(reference)
-    found = measure(folder, source, dtype=_torch_dtype(dtype), **options)
-    return {**found.describe(), "text": describe(options.get("data", ()))}
+    options["dtype"] = _torch_dtype(dtype)
+    entries = {**measure(folder, source, **options).describe(), "text": describe(options.get("data", ()))}
+    if probes:
+        shared = {name: value for name, value in options.items() if name not in ("tokens", "sequence_length")}
+        entries["probes"] = probe(folder, source, lengths=lengths, samples=samples, **shared)
+    return entries
 
 
 def generate(

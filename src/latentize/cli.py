@@ -242,6 +242,12 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
     cache: CacheFormat = None,
+    window: Annotated[int | None, typer.Option(min=2, help="See only so many tokens, and the first 4.")] = None,
+    probes: Annotated[bool, typer.Option("--probes", help="Ask for what lies far back, too.")] = False,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Tokens of the probes' contexts. [512,1024,2048]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Examples of each probe, length and depth.")] = 4,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, calibration, and distance from a reference, on held-out text; by position, too."""
@@ -249,14 +255,18 @@ def evaluate(
     from latentize.api import extend_report
 
     options = {"data": tuple(data or ()), "tokens": tokens, "sequence_length": sequence_length, "cache": cache}
+    options |= {"window": window, "probes": probes or lengths is not None, "samples": samples}
+    options["lengths"] = None if lengths is None else _numbers(lengths, "--lengths")
     with _progress() as progress:
         result = run(model, reference, dtype=dtype, device=device, progress=progress, **options)
-    extend_report(model, "eval", {**result, "reference": reference, "cache": cache})
-    plain = {k: v for k, v in result.items() if v is not None and not isinstance(v, list)}
+    extend_report(model, "eval", {**result, "reference": reference, "cache": cache, "window": window})
+    plain = {k: v for k, v in result.items() if v is not None and not isinstance(v, list | dict)}
     shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in plain.items()}
-    from latentize.tables import positions_table
+    from latentize.tables import positions_table, probes_table
 
     _emit(result, as_json, _facts(model, shown), positions_table(result["by_position"]))
+    if "probes" in result and not as_json:
+        console.print(*probes_table(result["probes"]), sep="\n")
 
 
 @app.command()

@@ -6,7 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["capacity_tables", "plan_table", "positions_table"]
+from latentize.report.evaluation import with_error
+
+__all__ = ["capacity_tables", "plan_table", "positions_table", "probes_table"]
 
 GB = 10**9
 
@@ -101,3 +103,20 @@ def positions_table(bins: list[dict[str, Any]]) -> Table:
         span = f"{b['from']:,}" if b["from"] == b["to"] else f"{b['from']:,} to {b['to']:,}"
         table.add_row(span, *(_number(b[key], ".4f") for key in ("loss", "reference_loss", "kl")))
     return table
+
+
+def probes_table(found: dict[str, Any]) -> tuple[Table, str]:
+    """What long contexts were asked for and what came of it, and how to read that."""
+    compared = any(row["reference_gain"] is not None for row in found["rows"])
+    columns = ("score", "the source's", "gain, nats", "the source's", "lost") if compared else ("score", "gain, nats")
+    table = _table("Asked for what lies far back", "probe", "tokens", *columns)
+    for row in found["rows"]:
+        keys = ("score", "reference_score", "gain", "reference_gain", "gain_lost") if compared else ("score", "gain")
+        table.add_row(row["probe"], f"{row['length']:,}", *(with_error(row, key) for key in keys))
+    depths = ", ".join(f"{depth:g}" for depth in found["depths"])
+    note = (
+        f"{found['rows'][0]['examples']} examples a row, as many at each depth of {depths}; "
+        f"score: share of the answer's tokens that are the most likely; gain: how much likelier the answer is, nats "
+        f"per token, than where the text lacks it"
+    )
+    return table, note

@@ -122,6 +122,22 @@ def test_eval(ok: Ask, converted: tuple[Path, dict[str, Any]], source: Callable[
     assert alone["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
 
 
+def test_eval_of_what_lies_far_back(
+    ok: Ask, converted: tuple[Path, dict[str, Any]], source: Callable[..., Path], text: str
+) -> None:
+    model = source("llama", 2)
+    options = ("--data", text, "--tokens", 128, "--sequence-length", 64, "--lengths", 256, "--samples", 1)
+    with pytest.raises(AssertionError, match="no room"):
+        ok("eval", converted[0], "--data", text, "--tokens", 128, "--sequence-length", 64, "--lengths", 64)
+    found = ok("eval", converted[0], "--reference", model, *options, "--window", 200)["probes"]
+    assert {row["probe"] for row in found["rows"]} == {"needle", "needles", "tracking", "copy", "recall"}
+    assert len(found["cells"]) == 3 * len(found["rows"]) == 15
+    for row in found["rows"]:
+        assert row["gain_lost"] == pytest.approx(row["reference_gain"] - row["gain"])
+        assert row["gain_error"] > 0 and row["examples"] == 3
+    assert "probes" not in ok("eval", converted[0], "--tokens", 128, "--sequence-length", 64)
+
+
 @pytest.mark.parametrize(("cache", "smaller"), [("bf16", 1.9), ("int8", 3.3), ("int4", 5.0), ("int4+int4", 5.5)])
 def test_generate_and_evaluate_from_a_smaller_cache(
     ok: Ask, converted: tuple[Path, dict[str, Any]], cache: str, smaller: float

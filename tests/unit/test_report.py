@@ -163,6 +163,34 @@ def test_losses_are_drawn_against_the_position() -> None:
     assert "Where in the context" not in page(manifest(), FOUND, name="out")
 
 
+def probed(**changes: Any) -> dict[str, Any]:
+    """The same, with probes."""
+    row = {"probe": "needle", "length": 512, "depth": None, "examples": 12}
+    for name, value in {
+        "score": 0.25,
+        "reference_score": 0.5,
+        "gain": 1.5,
+        "reference_gain": 2.5,
+        "gain_lost": 1,
+    }.items():
+        row |= {name: value, f"{name}_error": 0.125}
+    rows = [{**row, **changes}, {**row, "probe": "copy", "length": 1024, "gain_error": None}]
+    return evaluated(probes={"lengths": [512], "depths": [0.1, 0.5], "samples": 6, "rows": rows, "cells": []})
+
+
+def test_probes_are_a_table() -> None:
+    html = page(manifest(), {"eval": [probed(), evaluated()]}, name="out")
+    checked(html)
+    for words in ("<td>needle</td><td>512</td><td>25.0% ± 12.5%</td><td>50.0% ± 12.5%</td><td>1.50 ± 0.12</td>",
+                  "<td>1.50</td><td>1.00 ± 0.12</td>", "12 examples a row", "depths 0.1, 0.5 of"):  # fmt: skip
+        assert words in html, words
+    alone = probed(reference_gain=None, gain_lost=None)
+    html = page(manifest(), {"eval": [alone]}, name="out")
+    checked(html)
+    assert "<th>gain, nats</th></tr>" in html
+    assert "far back" not in page(manifest(), FOUND, name="out")
+
+
 BINS: list[dict[str, Any]] = evaluated()["by_position"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from latentize.checkpoint import MANIFEST_NAME, Manifest
 from latentize.errors import CheckpointError
 from latentize.report.chart import layer_bars, line_chart, rope_map
-from latentize.report.evaluation import positions
+from latentize.report.evaluation import named, positions, probes
 from latentize.report.html import figure, table
 from latentize.report.measurements import measured
 from latentize.spec import kv_cache_bytes
@@ -90,6 +90,7 @@ def page(manifest: Manifest, found: Mapping[str, Sequence[dict[str, Any]]], *, n
         _cache(source, m),
         _quality(m, found.get("eval", ())),
         positions(found.get("eval", ())),
+        probes(found.get("eval", ())),
         _layers(manifest.layers, source),
         _rope(manifest.layers),
         _spectra(manifest.layers),
@@ -174,17 +175,12 @@ def _quality(m: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> 
     if m.get("closed_form_excess_loss") is not None:
         rows.append(("in closed form, before training", "", f"{m['closed_form_excess_loss']:.4f}", "", "", ""))
     rows.append(_quality_row("as converted", m, m["evaluation_tokens"]))
-    rows += [_quality_row(_named(e), e, e["tokens"]) for e in evaluations]
+    rows += [_quality_row(named(e), e, e["tokens"]) for e in evaluations]
     numbers = table(rows, head=("", "perplexity", "excess, nats", "KL, nats", "same top-1", "tokens"))
     return (
         f"<h2>Quality</h2>{numbers}<p class=dim>On held-out text that nothing was learnt or chosen from: "
         f"{escape(str(m['calibration_text']))}. Excess is nats per token above the source on the same tokens.</p>"
     )
-
-
-def _named(evaluation: Mapping[str, Any]) -> str:
-    cache = f", cache {evaluation['cache']}" if evaluation.get("cache") else ""
-    return f"eval of {evaluation['at'][:10]}{cache}"
 
 
 def _quality_row(label: str, found: Mapping[str, Any], tokens: int) -> tuple[str, ...]:
