@@ -121,6 +121,39 @@ def evaluate(
     return entries
 
 
+def compare(
+    source: str | Path,
+    models: Sequence[str],
+    *,
+    cache: Sequence[str] = (),
+    dtype: str = "float32",
+    **options: Any,
+) -> dict[str, Any]:
+    """What ``latentize compare --json`` prints.
+
+    Args:
+        source: A folder or a hub id: what the models were made from.
+        models: Folders or hub ids.
+        cache: ``LATENT[+ROPE]``: each model also with these formats, and the source with transformers' own.
+        dtype: Precision to run in.
+        options: As in :func:`latentize.evaluate.compare.compare`.
+    """
+    from latentize.evaluate.compare import compare as run
+    from latentize.evaluate.compare import describe as told
+    from latentize.evaluate.compare import names_of
+
+    folders = {name: resolve(model) for name, model in zip(names_of(models), models, strict=True)}
+    options["dtype"] = _torch_dtype(dtype)
+    rows, notes, count = run(resolve(source), folders, caches=cache, **options)
+    return {
+        "source": str(source),
+        "tokens": count,
+        "text": describe(options.get("data", ())),
+        "rows": told(rows),
+        "notes": notes,
+    }
+
+
 def generate(
     model: str | Path,
     prompt: str,

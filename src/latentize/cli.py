@@ -270,6 +270,41 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="What the models were made from.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub ids.")],
+    cache: Annotated[
+        list[str] | None, typer.Option(metavar="LATENT[+ROPE]", help="Each also with this cache. Repeat for several.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Each also with only so many tokens.")] = None,
+    data: Data = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on.")] = 32_768,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Context of the predictions.")] = 512,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="Write a chart, .svg.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare models that were made from one: what each loses, for how many bytes of cache."""
+    from latentize.api import compare as run
+    from latentize.tables import compare_table
+
+    options = {"cache": tuple(cache or ()), "window": window, "data": tuple(data or ()), "tokens": tokens}
+    options |= {"sequence_length": sequence_length, "dtype": dtype, "device": device}
+    with _progress() as progress:
+        result = run(source, models, progress=progress, **options)
+    if plot is not None:
+        from latentize.report.pareto import pareto_chart
+
+        plot.write_text(pareto_chart(result["rows"]), encoding="utf-8")
+    _emit(result, as_json, compare_table(result))
+    if not as_json:
+        explained = "bytes: of cache a token, all layers; excess, KL: nats a token; worse than: in bytes and excess"
+        for note in (explained, *result["notes"]):
+            console.print(note, style="dim", markup=False)
+
+
+@app.command()
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that convert has written.")],
     as_json: AsJson = False,

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from latentize.report.evaluation import with_error
 
-__all__ = ["capacity_tables", "plan_table", "positions_table", "probes_table"]
+__all__ = ["capacity_tables", "compare_table", "plan_table", "positions_table", "probes_table"]
 
 GB = 10**9
 
@@ -120,3 +120,26 @@ def probes_table(found: dict[str, Any]) -> tuple[Table, str]:
         f"per token, than where the text lacks it"
     )
     return table, note
+
+
+def compare_table(result: dict[str, Any]) -> Table:
+    """What each model loses, for how many bytes a token, and the number of the first that dominates it."""
+    table = Table(title=f"Beside {result['source']}, {result['tokens']:,} tokens", title_justify="left")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    for column in ("bytes", "share", "excess", "KL", "top-1", "worse than"):
+        table.add_column(column, justify="right", no_wrap=column != "worse than")
+    numbers = {row["name"]: str(number) for number, row in enumerate(result["rows"], 1)}
+    for row in result["rows"]:
+        table.add_row(
+            numbers[row["name"]],
+            row["name"],
+            f"{row['cache_bytes_per_token']:,.5g}",
+            f"{row['cache_share']:.1%}",
+            f"{row['excess_loss']:.4f}",
+            f"{row['kl']:.4f}",
+            f"{row['top1_agreement']:.1%}",
+            numbers.get(row["dominated_by"], ""),
+            style=None if row["dominated_by"] is None else "dim",
+        )
+    return table

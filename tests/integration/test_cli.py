@@ -138,6 +138,26 @@ def test_eval_of_what_lies_far_back(
     assert "probes" not in ok("eval", converted[0], "--tokens", 128, "--sequence-length", 64)
 
 
+def test_compare(
+    ok: Ask,
+    converted: tuple[Path, dict[str, Any]],
+    source: Callable[..., Path],
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ("--data", text, "--tokens", 256, "--sequence-length", 64, "--cache", "int8")
+    plot = tmp_path / "pareto.svg"
+    result = ok("compare", source("llama", 2), converted[0], *options, "--plot", plot)
+    assert [r["name"] for r in result["rows"] if "source" not in r["name"]] == ["out", "out, int8"]
+    for row in result["rows"]:
+        assert row.keys() >= {"excess_loss", "kl", "top1_agreement", "cache_bytes_per_token", "dominated_by"}
+    assert plot.read_text().startswith("<svg")
+    done = call_cli(capsys, "compare", source("llama", 2), converted[0], *options)
+    assert done.returncode == 0, done.stderr
+    assert "out, int8" in done.stdout and "worse than" in done.stdout
+
+
 @pytest.mark.parametrize(("cache", "smaller"), [("bf16", 1.9), ("int8", 3.3), ("int4", 5.0), ("int4+int4", 5.5)])
 def test_generate_and_evaluate_from_a_smaller_cache(
     ok: Ask, converted: tuple[Path, dict[str, Any]], cache: str, smaller: float
@@ -323,7 +343,7 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], args: tuple[str, ...]) 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     done = call_cli(capsys, "--help")
     assert done.returncode == 0
-    for command in ("inspect", "plan", "convert", "eval", "verify", "generate", "bench", "demo"):
+    for command in ("inspect", "plan", "convert", "eval", "compare", "verify", "generate", "bench", "demo"):
         assert command in done.stdout
 
 

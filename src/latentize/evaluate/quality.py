@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +23,6 @@ __all__ = ["evaluate", "measure"]
 _TOKENS_AT_ONCE = 2048
 
 
-@torch.no_grad()
 def evaluate(
     model: Path,
     reference: Path | None = None,
@@ -65,43 +65,45 @@ def evaluate(
     )
     subject = predictor(load_model(model, dtype=dtype, device=device), cache=cache, window=window)
     source = None if reference is None else predictor(load_model(reference, dtype=dtype, device=device))
-    return measure(subject, source, rows, device=device, progress=progress)
+    return measure([subject], source, rows, device=device, progress=progress)[0]
 
 
+@torch.no_grad()
 def measure(
-    subject: Predict,
+    subjects: Sequence[Predict],
     source: Predict | None,
     tokens_NT: Tensor,
     *,
     device: str = "cpu",
     what: str = "evaluating",
     progress: Progress = silent,
-) -> Evaluation:
-    """Measure predictions, so many at a time.
+) -> list[Evaluation]:
+    """Measure predictions against one reference, which predicts once for all.
 
     Args:
-        subject: Of the model.
-        source: Of the reference.
+        subjects: What is measured.
+        source: The reference.
         tokens_NT: Sequences.
         device: Where the models are.
         what: The progress is of.
         progress: Told after each batch.
 
     Raises:
-        DataError: the two models do not share a vocabulary.
+        DataError: the models do not share a vocabulary.
     """
-    total = Evaluation.empty(compared=source is not None)
+    totals = [Evaluation.empty(compared=source is not None) for _ in subjects]
     batches = tokens_NT.split(max(1, _TOKENS_AT_ONCE // tokens_NT.shape[1]))
     for number, batch in enumerate(batches):
         batch = batch.to(device)
-        logits = subject(batch, 0)[:, :-1]
         expected = None if source is None else source(batch, 0)[:, :-1]
-        if expected is not None and expected.shape != logits.shape:
-            raise DataError(
-                f"the models have different vocabularies ({logits.shape[-1]} and {expected.shape[-1]})",
-                where="--reference",
-                fix="compare a converted model with the one that it was made from",
-            )
-        total = total + Evaluation.of(logits, expected, batch[:, 1:])
+        for at, subject in enumerate(subjects):
+            logits = subject(batch, 0)[:, :-1]
+            if expected is not None and expected.shape != logits.shape:
+                raise DataError(
+                    f"the models have different vocabularies ({logits.shape[-1]} and {expected.shape[-1]})",
+                    where="--reference",
+                    fix="compare a converted model with the one that it was made from",
+                )
+            totals[at] = totals[at] + Evaluation.of(logits, expected, batch[:, 1:])
         progress(what, number + 1, len(batches))
-    return total
+    return totals

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["COLOURS", "layer_bars", "line_chart", "rope_map", "svg"]
+__all__ = ["COLOURS", "layer_bars", "line_chart", "rope_map", "svg", "ticks"]
 
 COLOURS = ("#e45756", "#4c78a8", "#54a24b", "#b279a2", "#72b7b2", "#9d755d", "#f2a59d", "#eeca3b")
 STYLE = (
@@ -27,7 +27,7 @@ def svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
     return "\n".join([head, STYLE, *parts, "</svg>"]) + "\n"
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """1, 3, 10, 30, … and one beyond the values on either side."""
     steps = [
         s * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for s in (1, 3)
@@ -74,9 +74,9 @@ def line_chart(
     ys = [y for points in series.values() for _, y in points]
     if not ys:
         raise ValueError("nothing to draw")
-    ticks = _even_ticks(min(ys), max(ys)) if linear else _ticks(min(ys), max(ys))
+    marks = _even_ticks(min(ys), max(ys)) if linear else ticks(min(ys), max(ys))
     scale = float if linear else math.log
-    low, high = scale(ticks[0]), scale(ticks[-1])
+    low, high = scale(marks[0]), scale(marks[-1])
     left, right = math.log(xs[0]), math.log(xs[-1])
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -84,7 +84,7 @@ def line_chart(
         return _LEFT + 20 + (_WIDTH - 40) * across, _TOP + _HEIGHT * (high - scale(y)) / (high - low)
 
     parts = [f'<text x="0" y="18" style="font-size:15px">{escape(title)}</text>']
-    for tick in ticks[:: -(-len(ticks) // 12)]:
+    for tick in marks[:: -(-len(marks) // 12)]:
         y = at(xs[0], tick)[1]
         parts.append(
             f'<line class="axis" x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}" opacity="0.35"/>'
@@ -93,8 +93,8 @@ def line_chart(
     labelled = -math.inf
     for x in xs:
         # Labels that would touch are left out.
-        if at(x, ticks[0])[0] - labelled >= _APART:
-            labelled = at(x, ticks[0])[0]
+        if at(x, marks[0])[0] - labelled >= _APART:
+            labelled = at(x, marks[0])[0]
             where = f'x="{labelled:.1f}" y="{_TOP + _HEIGHT + 20}" text-anchor="middle"'
             parts.append(f'<text class="dim" {where}>{x:,g}</text>')
     where = f'x="{_LEFT + _WIDTH / 2}" y="{_TOP + _HEIGHT + 42}" text-anchor="middle"'
