@@ -162,20 +162,22 @@ def test_the_same_seed_asks_the_same(text: str) -> None:
 
 
 def test_means_and_errors() -> None:
-    asked = [Example("needle", 64, depth, [], [], []) for depth in (0.1, 0.1, 0.9)]
-    ours = [Answer(0.5, 0, 1.0), Answer(1.0, 0, 2.0), Answer(0.0, 0, 6.0)]
-    theirs = [Answer(1.0, 0, 1.5), Answer(1.0, 0, 2.5), Answer(1.0, 0, 6.5)]
+    asked = [Example("needle", 64, depth, [], [], []) for depth in (0.1, 0.1, 0.9, 0.9)]
+    ours = [Answer(0.5, 0, 1.0), Answer(1.0, 0, 2.0), Answer(0.0, 0, 6.0), Answer(0.0, 0, 9.0)]
+    theirs = [Answer(1.0, 0, 1.5), Answer(1.0, 0, 2.5), Answer(1.0, 0, 6.5), Answer(1.0, 0, 9.5)]
     told = summary(asked, ours, theirs)
     (row,), (near, far) = told["rows"], told["cells"]
-    assert (row["examples"], row["score"], row["gain"]) == (3, 0.5, 3)
-    # Standard deviations of 0.5 and of the square root of 7.
-    assert row["score_error"] == pytest.approx(0.5 / 3**0.5)
-    assert row["gain_error"] == pytest.approx((7 / 3) ** 0.5)
+    assert (row["examples"], row["score"], row["gain"]) == (4, 0.375, 4.5)
+    # Variances of 1/2 and 9/2 of two each; that of near and far is not among them.
+    assert near["gain_error"] == pytest.approx((0.5 / 2) ** 0.5)
+    assert far["gain_error"] == pytest.approx((4.5 / 2) ** 0.5)
+    assert row["gain_error"] == pytest.approx(((0.5 / 2 + 4.5 / 2) / 4) ** 0.5)
     assert (row["gain_lost"], row["gain_lost_error"]) == (0.5, 0)
-    assert (near["depth"], near["gain"], far["depth"], far["gain"]) == (0.1, 1.5, 0.9, 6)
-    assert far["gain_error"] is None, "of a single one"
-    alone = summary(asked, ours, None)["rows"][0]
-    assert alone["reference_gain"] is alone["gain_lost"] is alone["gain_lost_error"] is None
+    assert (near["depth"], near["gain"], far["depth"], far["gain"]) == (0.1, 1.5, 0.9, 7.5)
+    alone = summary(asked[:3], ours[:3], None)
+    assert alone["cells"][1]["gain_error"] is None, "of a single one"
+    assert alone["rows"][0]["gain_error"] is None
+    assert alone["rows"][0]["reference_gain"] is alone["rows"][0]["gain_lost"] is None
 
 
 def test_a_picomodel_answers_the_same_twice(tmp_path: Path, text: str) -> None:

@@ -202,20 +202,25 @@ def summary(asked: Sequence[Example], found: Sequence[Answer], expected: Sequenc
     told, order = [], list(PUZZLES)
     for (name, length, depth), members in sorted(groups.items(), key=lambda g: (order.index(g[0][0]), g[0][1])):
         entry: dict[str, Any] = {"probe": name, "length": length, "depth": depth, "examples": len(members)}
+        depths = [asked[n].depth for n in members]
         for prefix, given in (("", found), ("reference_", expected)):
             for what in ("score", "control", "gain"):
                 values = None if given is None else [getattr(given[n], what) for n in members]
-                entry |= _mean(prefix + what, values)
+                entry |= _mean(prefix + what, values, depths)
         lost = None if expected is None else [expected[n].gain - found[n].gain for n in members]
-        told.append(entry | _mean("gain_lost", lost))
+        told.append(entry | _mean("gain_lost", lost, depths))
     return {
         "rows": [entry for entry in told if entry["depth"] is None],
         "cells": [entry for entry in told if entry["depth"] is not None],
     }
 
 
-def _mean(name: str, values: Sequence[float] | None) -> dict[str, float | None]:
+def _mean(name: str, values: Sequence[float] | None, depths: Sequence[float]) -> dict[str, float | None]:
+    """Depths are chosen, not drawn: what lies between them is no error of the mean."""
     if values is None:
         return {name: None, f"{name}_error": None}
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    strata = [[v for v, d in zip(values, depths, strict=True) if d == depth] for depth in set(depths)]
+    error = None
+    if all(len(stratum) > 1 for stratum in strata):
+        error = math.sqrt(sum(len(stratum) * statistics.variance(stratum) for stratum in strata)) / len(values)
     return {name: statistics.fmean(values), f"{name}_error": error}
