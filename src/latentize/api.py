@@ -162,19 +162,68 @@ def _torch_dtype(name: str) -> torch.dtype:
 
 
 def evaluate(
-    model: str | Path, reference: str | Path | None = None, *, dtype: str = "float32", **options: Any
+    model: str | Path,
+    reference: str | Path | None = None,
+    *,
+    dtype: str = "float32",
+    probes: bool = False,
+    lengths: Sequence[int] | None = None,
+    samples: int = 4,
+    **options: Any,
 ) -> dict[str, Any]:
-    """What ``latentize eval --json`` prints; options as in :func:`latentize.evaluate.quality.evaluate`."""
+    """What ``latentize eval --json`` prints.
+
+    Args:
+        model: A folder or a hub id.
+        reference: The source, to compare with.
+        dtype: Precision to run in.
+        probes: Ask for what lies far back in long contexts, too.
+        lengths, samples: As in :func:`latentize.evaluate.probes.probe`.
+        options: As in :func:`latentize.evaluate.quality.evaluate`.
+    """
+    from latentize.evaluate.probes import probe
     from latentize.evaluate.quality import evaluate as measure
 
     folder, source = resolve(model), None if reference is None else resolve(reference)
-    quality = measure(folder, source, dtype=_torch_dtype(dtype), **options)
-    entries: dict[str, Any] = quality.describe()
-    if reference is None:
-        entries |= {"reference_perplexity": None, "kl": None, "top1_agreement": None}
-    else:
-        entries["excess_loss"] = quality.excess
-    return {**entries, "text": describe(options.get("data", ()))}
+    options["dtype"] = _torch_dtype(dtype)
+    entries = {**measure(folder, source, **options).describe(), "text": describe(options.get("data", ()))}
+    if probes:
+        shared = {name: value for name, value in options.items() if name not in ("tokens", "sequence_length")}
+        entries["probes"] = probe(folder, source, lengths=lengths, samples=samples, **shared)
+    return entries
+
+
+def compare(
+    source: str | Path,
+    models: Sequence[str],
+    *,
+    cache: Sequence[str] = (),
+    dtype: str = "float32",
+    **options: Any,
+) -> dict[str, Any]:
+    """What ``latentize compare --json`` prints.
+
+    Args:
+        source: A folder or a hub id: what the models were made from.
+        models: Folders or hub ids.
+        cache: ``LATENT[+ROPE]``: each model also with these formats, and the source with transformers' own.
+        dtype: Precision to run in.
+        options: As in :func:`latentize.evaluate.compare.compare`.
+    """
+    from latentize.evaluate.compare import compare as run
+    from latentize.evaluate.compare import describe as told
+    from latentize.evaluate.compare import names_of
+
+    folders = {name: resolve(model) for name, model in zip(names_of(models), models, strict=True)}
+    options["dtype"] = _torch_dtype(dtype)
+    rows, notes, count = run(resolve(source), folders, caches=cache, **options)
+    return {
+        "source": str(source),
+        "tokens": count,
+        "text": describe(options.get("data", ())),
+        "rows": told(rows),
+        "notes": notes,
+    }
 
 
 def generate(

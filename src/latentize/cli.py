@@ -107,28 +107,37 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     keep: Keep = "25%",
     window: Annotated[int, typer.Option(min=1, help="Tokens of the sliding-window row.")] = 4096,
+    device: Annotated[
+        str | None,
+        typer.Option(help="What fits on h200, h100, a100, l40s, mi300x, rtx4090, rtx3090, or cpu: this one."),
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="GB of the machine's memory.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="GB/s of that memory.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="16-bit TFLOPS of the machine.")] = None,
+    reserve: Annotated[str, typer.Option(help="Share of the memory that is for something else.")] = "10%",
+    weight_bits: Annotated[float, typer.Option(help="Bits of a stored weight.")] = 16,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the bytes of the KV cache: MHA, MQA, GQA, MLA, window, int8, int4. Reads no weights."""
+    """Compare the bytes of the KV cache: MHA, MQA, GQA, MLA, window, int8, int4; with a machine, what fits and how
+    fast. Reads no weights."""
     from latentize.inspection import plan as compute
+    from latentize.tables import capacity_tables, plan_table
 
-    result = compute(model, context=context, batch=batch, keep=keep, window=window)
-    table = Table(title=f"{model}: {result['context']:,} tokens, batch {batch}, 16 bits", title_justify="left")
-    for column in ("attention", "values", "bits", "GiB", "smaller"):
-        table.add_column(column, justify="left" if column == "attention" else "right")
-    notes: list[str] = []
-    for row in result["rows"]:
-        if row["note"] and row["note"] not in notes:
-            notes.append(row["note"])
-        mark = f" [dim]({notes.index(row['note']) + 1})[/dim]" if row["note"] else ""
-        size = f"{row['gib']:.2f}" if row["gib"] >= 0.01 else f"{row['gib']:.4f}"
-        values = f"{row['values_per_token_layer']:,}"
-        table.add_row(row["name"] + mark, values, f"{row['bits']:g}", size, f"{row['ratio']:.2f} ×")
-    _emit(result, as_json, table)
-    if not as_json:
-        console.print("values: cached per token and layer", style="dim")
-        for number, note in enumerate(notes, 1):
-            console.print(f"({number}) {note}", style="dim", markup=False)
+    machine = {"device": device, "memory": memory, "bandwidth": bandwidth, "tflops": tflops, "weight_bits": weight_bits}
+    result = compute(model, context=context, batch=batch, keep=keep, window=window, reserve=reserve, **machine)
+    if as_json:
+        _emit(result, True)
+        return
+    table, notes = plan_table(model, result)
+    console.print(table)
+    console.print("values: cached per token and layer", style="dim")
+    for number, note in enumerate(notes, 1):
+        console.print(f"({number}) {note}", style="dim", markup=False)
+    if "machine" in result:
+        tables, notes = capacity_tables(result)
+        console.print(*tables, sep="\n")
+        for note in notes:
+            console.print(note, style="dim", markup=False)
 
 
 @app.command()
@@ -191,11 +200,12 @@ def convert(
     given = {name: value for name, value in given.items() if value is not None}
     built = Recipe.load(recipe, **given) if recipe else Recipe.build(**given)
     from latentize.api import convert as run
+    from latentize.tables import conversion_facts
 
     _return_freed_memory()
     with _progress() as progress:
         result = run(model, out, built, device=device, progress=progress)
-    _emit(result, as_json, _conversion_table(out, result))
+    _emit(result, as_json, _facts(str(out), conversion_facts(result)))
     if not as_json:
         console.print(f"report: {out / 'report.html'}")
 
@@ -210,23 +220,6 @@ def _return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").mallopt(threshold, 1 << 22)
 
 
-def _conversion_table(out: Path, r: dict[str, Any]) -> Table:
-    kept, before = r["cache_values_per_token_layer"], r["source_cache_values_per_token_layer"]
-    sizes = f" = {r['kv_lora_rank']} + {r['qk_rope_head_dim']}" if r["format"] == "deepseek_v3" else ""
-    rows = {
-        "format, method": f"{r['format']}, {r['method']}",
-        "cached values per token and layer": f"{kept}{sizes}, the source has {before} ({1 - kept / before:.1%} fewer)",
-        "perplexity": f"{r['perplexity']:.3f}, the source has {r['source_perplexity']:.3f}",
-        "KL from the source": f"{r['kl']:.4f} nats per token",
-        "same most likely token": f"{r['top1_agreement']:.1%}",
-        "measured on": f"{r['evaluation_tokens']:,} held-out tokens of {r['calibration_text']}",
-        "time, peak memory": f"{r['seconds']:.1f} s, {r['peak_rss_bytes'] / 2**30:.2f} GiB",
-    }
-    if r["notes"]:
-        rows["notes"] = "; ".join(r["notes"])
-    return _facts(f"{out}", rows)
-
-
 @app.command("eval")
 def evaluate(
     model: Model,
@@ -237,18 +230,66 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
     cache: CacheFormat = None,
+    window: Annotated[int | None, typer.Option(min=2, help="See only so many tokens, and the first 4.")] = None,
+    probes: Annotated[bool, typer.Option("--probes", help="Ask for what lies far back, too.")] = False,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Tokens of the probes' contexts. [512,1024,2048]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Examples of each probe, length and depth.")] = 4,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity, and KL and top-1 agreement with a reference, on held-out text."""
+    """Measure perplexity, calibration, and distance from a reference, on held-out text; by position, too."""
     from latentize.api import evaluate as run
     from latentize.api import extend_report
 
     options = {"data": tuple(data or ()), "tokens": tokens, "sequence_length": sequence_length, "cache": cache}
+    options |= {"window": window, "probes": probes or lengths is not None, "samples": samples}
+    options["lengths"] = None if lengths is None else _numbers(lengths, "--lengths")
     with _progress() as progress:
         result = run(model, reference, dtype=dtype, device=device, progress=progress, **options)
-    extend_report(model, "eval", {**result, "reference": reference, "cache": cache})
-    shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in result.items() if v is not None}
-    _emit(result, as_json, _facts(model, shown))
+    extend_report(model, "eval", {**result, "reference": reference, "cache": cache, "window": window})
+    plain = {k: v for k, v in result.items() if v is not None and not isinstance(v, list | dict)}
+    shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in plain.items()}
+    from latentize.tables import positions_table, probes_table
+
+    _emit(result, as_json, _facts(model, shown), positions_table(result["by_position"]))
+    if "probes" in result and not as_json:
+        console.print(*probes_table(result["probes"]), sep="\n")
+
+
+@app.command()
+def compare(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="What the models were made from.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or hub ids.")],
+    cache: Annotated[
+        list[str] | None, typer.Option(metavar="LATENT[+ROPE]", help="Each also with this cache. Repeat for several.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Each also with only so many tokens.")] = None,
+    data: Data = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on.")] = 32_768,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Context of the predictions.")] = 512,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="Write a chart, .svg.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare models that were made from one: what each loses, for how many bytes of cache."""
+    from latentize.api import compare as run
+    from latentize.tables import compare_table
+
+    options = {"cache": tuple(cache or ()), "window": window, "data": tuple(data or ()), "tokens": tokens}
+    options |= {"sequence_length": sequence_length, "dtype": dtype, "device": device}
+    with _progress() as progress:
+        result = run(source, models, progress=progress, **options)
+    if plot is not None:
+        from latentize.report.pareto import pareto_chart
+
+        plot.write_text(pareto_chart(result["rows"]), encoding="utf-8")
+    _emit(result, as_json, compare_table(result))
+    if not as_json:
+        explained = "bytes: of cache a token, all layers; excess, KL: nats a token; worse than: in bytes and excess"
+        for note in (explained, *result["notes"]):
+            console.print(note, style="dim", markup=False)
 
 
 @app.command()
@@ -319,6 +360,7 @@ def heal(
     }
     given = {name: value for name, value in given.items() if value is not None}
     from latentize.api import heal as run
+    from latentize.tables import healing_facts
 
     if parallel not in ("fsdp", "ddp"):
         raise OptionError(f"no such way: '{parallel}'", where="--parallel", fix="fsdp or ddp")
@@ -329,22 +371,7 @@ def heal(
         result = run(model, out, teacher, **options, **given)
     # Of several processes the first one tells.
     if result:
-        _emit(result, as_json, _healing_table(out, result))
-
-
-def _healing_table(out: Path, r: dict[str, Any]) -> Table:
-    rows = {
-        "above the source": f"{r['excess_loss']:.4f} nats per token, before {r['excess_loss_before']:.4f} "
-        f"({r['excess_removed']:.0%} removed)",
-        "perplexity": f"{r['perplexity']:.3f}, the source has {r['reference_perplexity']:.3f}",
-        "KL from the source": f"{r['kl']:.4f} nats per token",
-        "same most likely token": f"{r['top1_agreement']:.1%}",
-        "measured on": f"{r['evaluation_tokens']:,} held-out tokens",
-        "learnt from": f"{r['tokens']:,} tokens of {r['text']}, {r['steps']:,} steps, {r['parameters']:,} parameters",
-        "time, speed, peak memory": f"{r['seconds']:.1f} s, {r['tokens_per_second']:,.0f} tokens/s, "
-        f"{r['peak_rss_bytes'] / 2**30:.2f} GiB",
-    }
-    return _facts(f"{out}", rows)
+        _emit(result, as_json, _facts(str(out), healing_facts(result)))
 
 
 @app.command()

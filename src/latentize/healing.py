@@ -213,7 +213,7 @@ def _stable(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(folder: Path, teacher: Path, healing: Healing, progress: Progress) -> dict[str, Any]:
-    quality = evaluate(
+    found = evaluate(
         folder,
         teacher,
         data=healing.data,
@@ -223,6 +223,7 @@ def _measured(folder: Path, teacher: Path, healing: Healing, progress: Progress)
         cache=healing.cache,
         progress=progress,
     )
+    quality = found.quality
     entries: dict[str, Any] = quality.describe()
     entries["evaluation_tokens"] = entries.pop("tokens")
     return {**entries, "excess_loss": quality.excess}

@@ -7,8 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from latentize import capacity
 from latentize import plan as arithmetic
 from latentize.checkpoint import resolve
+from latentize.devices import Machine, machine_of
 from latentize.errors import CheckpointError, ConfigError, LatentizeError, OptionError
 from latentize.families import ModelSpec, model_spec
 from latentize.recipe import parse_keep
@@ -56,26 +58,67 @@ def read_spec(model: str) -> ModelSpec:
 
 
 def plan(
-    model: str, *, context: int | None = None, batch: int = 1, keep: Any = "25%", window: int = 4096
+    model: str,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    keep: Any = "25%",
+    window: int = 4096,
+    device: str | None = None,
+    reserve: Any = "10%",
+    **machine: Any,
 ) -> dict[str, Any]:
     """What ``latentize plan --json`` prints.
 
+    Args:
+        model: A folder, a ``config.json``, a hub id, or the name of a shape that ships.
+        context: Tokens of each sequence; by default what the model was made for.
+        batch: Sequences at a time.
+        keep: Share of the source's cached values that the latent row has.
+        window: Tokens of the sliding-window row.
+        device: A machine by name; ``cpu`` is this one, measured. With one, or with numbers of one, the rows say what
+            fits and how fast it could be.
+        reserve: Share of its memory that is for something else.
+        machine: ``memory``, ``bandwidth``, ``tflops``, ``weight_bits`` of :func:`latentize.devices.machine_of`.
+
     Raises:
-        OptionError: ``keep`` is no share.
+        OptionError: ``keep`` or ``reserve`` is no share, or the machine is not possible.
         CheckpointError, ConfigError, UnsupportedModelError: as for reading any model.
     """
-    share = parse_keep(keep)
-    try:
-        share = float(share)
-    except (TypeError, ValueError):
-        share = 0.0
-    if not 0 < share <= 1:
-        raise OptionError(f"'{keep}' is not a share of the cache", where="--keep", fix="give 25% or 0.25")
+    share = _share(keep, "--keep", "25% or 0.25", least=1e-9)
     spec = read_spec(model)
     tokens = context or spec.max_positions
     rows = arithmetic.plan(spec, context=tokens, batch=batch, keep=share, window=window)
-    facts = arithmetic.describe(spec)
-    return {"model": facts, "context": tokens, "batch": batch, "rows": arithmetic.as_json(rows)}
+    facts = {"model": arithmetic.describe(spec), "context": tokens, "batch": batch}
+    reserved = _share(reserve, "--reserve", "10% or 0.1", least=0.0)
+    where = machine_of(_this_machine() if device == "cpu" else device, reserve=reserved, **machine)
+    if where is None:
+        return {**facts, "rows": arithmetic.as_json(rows)}
+    rows = capacity.with_small_caches(rows)
+    found = capacity.capacities(spec, rows, where, context=tokens, batch=batch)
+    return {**facts, **capacity.describe(where, rows, found)}
+
+
+def _share(value: Any, where: str, example: str, *, least: float) -> float:
+    share = parse_keep(value)
+    try:
+        share = float(share)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not least <= share <= 1:
+        raise OptionError(f"'{value}' is not a share", where=where, fix=f"give {example}")
+    return share
+
+
+def _this_machine() -> Machine:
+    """Measured: its memory, a large copy, a product of bfloat16 matrices."""
+    import psutil
+
+    from latentize.bench.decode import copy_bandwidth, product_rate
+
+    return Machine(
+        "this machine", psutil.virtual_memory().total, copy_bandwidth(), product_rate(), "measured here, now"
+    )
 
 
 def inspect(model: str) -> dict[str, Any]:

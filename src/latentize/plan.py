@@ -11,7 +11,7 @@ from typing import Any
 from latentize.families import ModelSpec
 from latentize.spec import kv_cache_bytes
 
-__all__ = ["Row", "describe", "plan"]
+__all__ = ["STANDARD", "Row", "as_json", "describe", "plan"]
 
 GIB = 1 << 30
 # Sizes that every engine's MLA kernels are made for (DeepSeek-V2 and V3).
@@ -30,6 +30,8 @@ class Row:
         cache_bytes: For all layers and the whole batch.
         ratio: The source's bytes over these.
         note: What to know about it.
+        kv_heads: Key/value heads, where there are such.
+        latent: ``(kv_lora_rank, qk_rope_head_dim)``, where there is one.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Row:
     cache_bytes: int
     ratio: float
     note: str = ""
+    kv_heads: int | None = None
+    latent: tuple[int, int] | None = None
 
 
 def describe(model: ModelSpec) -> dict[str, Any]:
@@ -78,32 +82,43 @@ def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, 
     source = kv_cache_bytes(a.cache_values, layers=model.layers, tokens=context, batch=batch)
     rows: list[Row] = []
 
-    def add(name: str, values: int, *, bits: float = 16, tokens: int = context, note: str = "") -> None:
+    def add(name: str, values: int, *, bits: float = 16, tokens: int = context, **more: Any) -> None:
         size = kv_cache_bytes(values, layers=model.layers, tokens=tokens, batch=batch, bits=bits)
-        rows.append(Row(name, values, bits, tokens, size, source / size, note))
+        rows.append(Row(name, values, bits, tokens, size, source / size, **more))
 
-    def heads(count: int) -> int:
-        return 2 * count * a.head_dim
+    def heads(name: str, count: int, **more: Any) -> None:
+        add(name, 2 * count * a.head_dim, kv_heads=count, **more)
 
-    add(f"{a.kind} (the model as it is)", a.cache_values)
+    heads(f"{a.kind} (the model as it is)", a.num_kv_heads)
     if a.num_kv_heads < a.num_heads:
-        add("MHA, for comparison", heads(a.num_heads), note="a key and a value for every query head")
+        heads("MHA, for comparison", a.num_heads, note="a key and a value for every query head")
     for pooled in sorted((g for g in range(2, a.num_kv_heads) if a.num_kv_heads % g == 0), reverse=True):
-        add(f"GQA {pooled}", heads(pooled), note="heads pooled; needs training to recover")
+        heads(f"GQA {pooled}", pooled, note="heads pooled; needs training to recover")
     if a.num_kv_heads > 1:
-        add("MQA", heads(1), note="heads pooled; needs training to recover")
+        heads("MQA", 1, note="heads pooled; needs training to recover")
     if window < context:
-        add(f"window {window}", a.cache_values, tokens=window, note="forgets what is further back")
+        heads(f"window {window}", a.num_kv_heads, tokens=window, note="forgets what is further back")
     # 32 numbers share a 16-bit scale and a 16-bit offset.
-    add(f"{a.kind} int8", a.cache_values, bits=8 + 1, note="with scale and offset for each 32 values")
-    add(f"{a.kind} int4", a.cache_values, bits=4 + 1, note="with scale and offset for each 32 values")
+    for bits in (8, 4):
+        note = "with scale and offset for each 32 values"
+        heads(f"{a.kind} int{bits}", a.num_kv_heads, bits=bits + 1, note=note)
     budget = max(1, int(keep * a.cache_values + 1e-9))
-    add(f"MLA, --keep {100 * keep:.4g}%", budget)
+    add(f"MLA, --keep {100 * keep:.4g}%", budget, latent=_split(budget, a.head_dim))
     if sum(STANDARD) < a.cache_values:
-        add("MLA 512+64", sum(STANDARD), note="the one shape with fast kernels in every engine")
+        add("MLA 512+64", sum(STANDARD), latent=STANDARD, note="the one shape with fast kernels in every engine")
     return rows
+
+
+def _split(budget: int, head_dim: int) -> tuple[int, int]:
+    """A latent and a roped key of an eighth of the budget, the least that the calibrated method tries."""
+    rope = min(2 * round(budget / 16), head_dim)
+    return budget - rope, rope
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:
     """Rows as plain values, with GiB beside bytes."""
-    return [{**asdict(row), "gib": round(row.cache_bytes / GIB, 4)} for row in rows]
+    return [{**_plain(row), "gib": round(row.cache_bytes / GIB, 4)} for row in rows]
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in asdict(row).items() if name not in ("kv_heads", "latent")}

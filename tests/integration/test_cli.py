@@ -30,7 +30,17 @@ CONVERT_KEYS = {
     "kl",
     "top1_agreement",
 }
-EVAL_KEYS = {"perplexity", "reference_perplexity", "kl", "top1_agreement", "tokens"}
+EVAL_KEYS = {
+    "perplexity",
+    "reference_perplexity",
+    "kl",
+    "top1_agreement",
+    "top5_agreement",
+    "calibration_error",
+    "reference_calibration_error",
+    "by_position",
+    "tokens",
+}
 
 
 Ask = Callable[..., dict[str, Any]]
@@ -95,10 +105,57 @@ def test_eval(ok: Ask, converted: tuple[Path, dict[str, Any]], source: Callable[
     assert result.keys() >= EVAL_KEYS
     assert result["tokens"] == 16 * 63
     assert result["kl"] > 0
+    assert result["top1_agreement"] <= result["top5_agreement"] <= 1
+    assert [(b["from"], b["to"]) for b in result["by_position"]] == [
+        (1, 1),
+        (2, 3),
+        (4, 7),
+        (8, 15),
+        (16, 31),
+        (32, 63),
+    ]
+    mean = sum(b["tokens"] * b["kl"] for b in result["by_position"]) / result["tokens"]
+    assert mean == pytest.approx(result["kl"], rel=1e-6)
     alone = ok("eval", converted[0], *options)
     assert alone.keys() >= EVAL_KEYS
     assert alone["kl"] is alone["reference_perplexity"] is alone["top1_agreement"] is None
     assert alone["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
+
+
+def test_eval_of_what_lies_far_back(
+    ok: Ask, converted: tuple[Path, dict[str, Any]], source: Callable[..., Path], text: str
+) -> None:
+    model = source("llama", 2)
+    options = ("--data", text, "--tokens", 128, "--sequence-length", 64, "--lengths", 256, "--samples", 1)
+    with pytest.raises(AssertionError, match="no room"):
+        ok("eval", converted[0], "--data", text, "--tokens", 128, "--sequence-length", 64, "--lengths", 64)
+    found = ok("eval", converted[0], "--reference", model, *options, "--window", 200)["probes"]
+    assert {row["probe"] for row in found["rows"]} == {"needle", "needles", "tracking", "copy", "recall"}
+    assert len(found["cells"]) == 3 * len(found["rows"]) == 15
+    for row in found["rows"]:
+        assert row["gain_lost"] == pytest.approx(row["reference_gain"] - row["gain"])
+        assert row["gain_error"] is None and row["examples"] == 3
+    assert "probes" not in ok("eval", converted[0], "--tokens", 128, "--sequence-length", 64)
+
+
+def test_compare(
+    ok: Ask,
+    converted: tuple[Path, dict[str, Any]],
+    source: Callable[..., Path],
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ("--data", text, "--tokens", 256, "--sequence-length", 64, "--cache", "int8")
+    plot = tmp_path / "pareto.svg"
+    result = ok("compare", source("llama", 2), converted[0], *options, "--plot", plot)
+    assert [r["name"] for r in result["rows"] if "source" not in r["name"]] == ["out", "out, int8"]
+    for row in result["rows"]:
+        assert row.keys() >= {"excess_loss", "kl", "top1_agreement", "cache_bytes_per_token", "dominated_by"}
+    assert plot.read_text().startswith("<svg")
+    done = call_cli(capsys, "compare", source("llama", 2), converted[0], *options)
+    assert done.returncode == 0, done.stderr
+    assert "out, int8" in done.stdout and "worse than" in done.stdout
 
 
 @pytest.mark.parametrize(("cache", "smaller"), [("bf16", 1.9), ("int8", 3.3), ("int4", 5.0), ("int4+int4", 5.5)])
@@ -195,7 +252,9 @@ def test_tables_for_people(
     for args, words in (
         (("inspect", source("llama", 2)), ["GQA", "transmla", "64"]),
         (("plan", "llama-2-7b", "--context", 4096), ["2.00", "0.14", "MLA 512+64"]),
+        (("plan", "llama-3-8b", "--context", 131072, "--device", "h100"), ["H100", "426,784", "4,453", "Triton"]),
         (("verify", out), ["is whole", "32"]),
+        (("eval", out, "--tokens", 256, "--sequence-length", 64), ["calibration_error", "32 to 63"]),
         (("generate", out, "some words", "--max-new-tokens", 2), ["some words"]),
         (("bench", out, "--context", "8", "--steps", "1"), ["latentize", "transformers", "MiB"]),
     ):
@@ -230,6 +289,7 @@ ERRORS: list[tuple[str, tuple[object, ...], str]] = [
     ("no latents to store", ("generate", MODEL, "some words", "--cache", "int8"), "LZ301"),
     ("no latents to measure", ("eval", MODEL, "--cache", "int8"), "LZ301"),
     ("no such cache", ("generate", MODEL, "some words", "--window", "32"), "LZ301"),
+    ("no such device", ("plan", "llama-3-8b", "--device", "abacus"), "LZ301"),
     ("no contexts", ("bench", MODEL, "--context", "many"), "LZ301"),
     ("no share", ("convert", MODEL, OUT, "--keep", "150%"), "LZ301"),
     ("no such method", ("convert", MODEL, OUT, "--method", "svd"), "LZ301"),
@@ -283,7 +343,7 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], args: tuple[str, ...]) 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     done = call_cli(capsys, "--help")
     assert done.returncode == 0
-    for command in ("inspect", "plan", "convert", "eval", "verify", "generate", "bench", "demo"):
+    for command in ("inspect", "plan", "convert", "eval", "compare", "verify", "generate", "bench", "demo"):
         assert command in done.stdout
 
 

@@ -142,6 +142,73 @@ def test_everything_that_is_known_is_on_the_page() -> None:
     assert len(html) < 1_000_000
 
 
+def evaluated(**changes: Any) -> dict[str, Any]:
+    """An entry as eval records it."""
+    bins = [{"from": 2**k, "to": 2 ** (k + 1) - 1, "tokens": 8, "loss": 5.1 - k / 4} for k in range(5)]
+    for number, b in enumerate(bins):
+        b |= {"reference_loss": b["loss"] - 0.2, "kl": 0.1 / (number + 1)}
+    return {**FOUND["eval"][0], "by_position": bins, "top5_agreement": 0.987, "calibration_error": 0.031, **changes}
+
+
+def test_losses_are_drawn_against_the_position() -> None:
+    found = [evaluated(reference_calibration_error=0.024), {**FOUND["eval"][0], "at": "2026-02-02T03"}]
+    html = page(manifest(), {"eval": found}, name="out")
+    assert checked(html).count("svg") == 7
+    for words in ("Where in the context", "98.7%", "3.1% (the source: 2.4%)", "eval of 2026-01-02, cache int4"):
+        assert words in html, words
+    alone = evaluated(top5_agreement=None, by_position=[{**b, "reference_loss": None, "kl": None} for b in BINS])
+    html = page(manifest(), {"eval": [alone]}, name="out")
+    assert checked(html).count("svg") == 6
+    assert "five most likely" not in html and "differ by 3.1%." in html
+    assert "Where in the context" not in page(manifest(), FOUND, name="out")
+
+
+def probed(**changes: Any) -> dict[str, Any]:
+    """The same, with probes."""
+    row = {"probe": "needle", "length": 512, "depth": None, "examples": 12}
+    for name, value in {
+        "score": 0.25,
+        "reference_score": 0.5,
+        "gain": 1.5,
+        "reference_gain": 2.5,
+        "gain_lost": 1,
+    }.items():
+        row |= {name: value, f"{name}_error": 0.125}
+    rows = [{**row, **changes}, {**row, "probe": "copy", "length": 1024, "gain_error": None}]
+    return evaluated(probes={"lengths": [512], "depths": [0.1, 0.5], "samples": 6, "rows": rows, "cells": []})
+
+
+def test_probes_are_a_table() -> None:
+    html = page(manifest(), {"eval": [probed(), evaluated()]}, name="out")
+    checked(html)
+    for words in ("<td>needle</td><td>512</td><td>25.0% ± 12.5%</td><td>50.0% ± 12.5%</td><td>1.50 ± 0.12</td>",
+                  "<td>1.50</td><td>1.00 ± 0.12</td>", "12 examples a row", "depths 0.1, 0.5 of"):  # fmt: skip
+        assert words in html, words
+    alone = probed(reference_gain=None, gain_lost=None)
+    html = page(manifest(), {"eval": [alone]}, name="out")
+    checked(html)
+    assert "<th>gain, nats</th></tr>" in html
+    assert "far back" not in page(manifest(), FOUND, name="out")
+
+
+BINS: list[dict[str, Any]] = evaluated()["by_position"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (2.31, 5.9, [2, 3, 4, 5, 6]),
+        (-0.03, 0.11, [-0.05, 0, 0.05, 0.1, 0.15]),
+        (3.0, 3.0, [3, 4]),
+        (0.0, 0.0, [0, 0.2]),
+    ],
+)
+def test_an_even_axis_begins_and_ends_on_round_numbers(low: float, high: float, ticks: list[float]) -> None:
+    drawn = line_chart({"a": [(1.0, low), (2.0, high)]}, title="t", x_label="x", linear=True)
+    checked(drawn)
+    assert [float(t) for t in re.findall(r'text-anchor="end">([-\d.]+)<', drawn)] == ticks
+
+
 def test_nothing_is_asked_of_anybody() -> None:
     """No address but the name of SVG's own language, and the page forbids itself to load anything."""
     html = page(manifest(), FOUND, name="out")

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from latentize.convert.progress import Progress, silent
-from latentize.machine import peak_rss_bytes
+from latentize.machine import multiplies_bfloat16, peak_rss_bytes
 from latentize.runtime.generate import cache_bytes
 
-__all__ = ["Measurement", "Subject", "copy_bandwidth", "measure"]
+__all__ = ["Measurement", "Subject", "copy_bandwidth", "measure", "product_rate"]
 
 # Prompt tokens that go through a model at once.
 _PREFILL = 2048
@@ -82,6 +82,20 @@ def copy_bandwidth(device: str = "cpu") -> float:
         _wait(device)
         best = min(best, time.perf_counter() - started)
     return 2 * _COPIED / best
+
+
+def product_rate(device: str = "cpu") -> float:
+    """Floating-point operations a second of the best of some products of 1,024² matrices, in bfloat16 where the
+    machine multiplies that."""
+    dtype = torch.bfloat16 if multiplies_bfloat16(torch.device(device).type) else torch.float32
+    a, b = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * 1024**3 / best
 
 
 def _wait(device: str) -> None:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["Quality", "compare_logits", "compare_streams"]
+__all__ = ["Quality", "Terms", "compare_logits", "compare_streams"]
 
 
 @dataclass
@@ -61,6 +62,44 @@ class Quality:
         }
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What :class:`Quality` sums, prediction by prediction; the reference's of a model without one are its own.
+
+    Attributes:
+        nll_n, reference_nll_n: Negative log-likelihoods of the true next token, nats, float64.
+        kl_n: ``KL(reference ‖ model)``, nats, float64.
+        agree_n: Whether the most likely token is the reference's.
+    """
+
+    nll_n: Tensor
+    reference_nll_n: Tensor
+    kl_n: Tensor
+    agree_n: Tensor
+
+    @classmethod
+    def of(cls, log_p_nV: Tensor, log_r_nV: Tensor | None, targets_n: Tensor) -> Terms:
+        """From log-probabilities of both, the reference's may be absent."""
+        nll_n = -log_p_nV.gather(1, targets_n[:, None])[:, 0].double()
+        if log_r_nV is None:
+            return cls(nll_n, nll_n, torch.zeros_like(nll_n), torch.ones_like(targets_n, dtype=torch.bool))
+        return cls(
+            nll_n=nll_n,
+            reference_nll_n=-log_r_nV.gather(1, targets_n[:, None])[:, 0].double(),
+            kl_n=(log_r_nV.exp() * (log_r_nV - log_p_nV)).sum(-1).double(),
+            agree_n=log_p_nV.argmax(-1) == log_r_nV.argmax(-1),
+        )
+
+    def sum(self) -> Quality:
+        return Quality(
+            tokens=len(self.nll_n),
+            nll=float(self.nll_n.sum()),
+            reference_nll=float(self.reference_nll_n.sum()),
+            kl=float(self.kl_n.sum()),
+            agree=int(self.agree_n.sum()),
+        )
+
+
 def compare_logits(logits_nV: Tensor, reference_nV: Tensor | None, targets_n: Tensor) -> Quality:
     """Quality of one batch of predictions.
 
@@ -69,18 +108,8 @@ def compare_logits(logits_nV: Tensor, reference_nV: Tensor | None, targets_n: Te
         reference_nV: The reference's on the same tokens; without one the model is its own.
         targets_n: The tokens that came next.
     """
-    log_p_nV = logits_nV.float().log_softmax(-1)
-    nll = -float(log_p_nV.gather(1, targets_n[:, None]).double().sum())
-    if reference_nV is None:
-        return Quality(len(targets_n), nll, nll, 0.0, len(targets_n))
-    log_r_nV = reference_nV.float().log_softmax(-1)
-    return Quality(
-        tokens=len(targets_n),
-        nll=nll,
-        reference_nll=-float(log_r_nV.gather(1, targets_n[:, None]).double().sum()),
-        kl=float((log_r_nV.exp() * (log_r_nV - log_p_nV)).sum(-1).double().sum()),
-        agree=int((log_p_nV.argmax(-1) == log_r_nV.argmax(-1)).sum()),
-    )
+    log_r_nV = None if reference_nV is None else reference_nV.float().log_softmax(-1)
+    return Terms.of(logits_nV.float().log_softmax(-1), log_r_nV, targets_n).sum()
 
 
 def compare_streams(

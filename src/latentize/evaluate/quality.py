@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from latentize.calibrate.text import Split, documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import pack
 from latentize.convert.progress import Progress, silent
-from latentize.convert.quality import Quality, compare_logits
 from latentize.errors import DataError
-from latentize.runtime.accelerate import accelerate, has_latents, no_latents
-from latentize.runtime.cache import LatentCache, cache_formats
+from latentize.evaluate.detail import Evaluation
+from latentize.evaluate.predict import Predict, predictor
 from latentize.runtime.load import load_model
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "measure"]
 
 # Logits of this many tokens exist at once, for each of the two models.
 _TOKENS_AT_ONCE = 2048
 
 
-@torch.no_grad()
 def evaluate(
     model: Path,
     reference: Path | None = None,
@@ -33,9 +33,10 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     cache: str | None = None,
+    window: int | None = None,
     split: Split | None = None,
     progress: Progress = silent,
-) -> Quality:
+) -> Evaluation:
     """Measure a model on held-out text.
 
     Args:
@@ -48,11 +49,12 @@ def evaluate(
         device: Where.
         dtype: Precision to run in.
         cache: ``LATENT[+ROPE]``: predict from a cache of these formats, as generation would.
+        window: Predict from a cache of so many tokens, and the first four.
         split: Which part of ``data``; by default all of it.
         progress: Told after each batch.
 
     Raises:
-        OptionError: a cache format for a model without latents.
+        OptionError: a cache format or a window for a model without latents.
         DataError: the two models do not share a vocabulary, or the text is too short.
         CheckpointError: a model cannot be loaded.
     """
@@ -63,28 +65,47 @@ def evaluate(
         tokens=tokens,
         sequence_length=sequence_length,
     )
-    subject = load_model(model, dtype=dtype, device=device)
-    formats = cache_formats(cache)
-    if formats and not has_latents(subject):
-        raise no_latents("--cache")
-    if formats:
-        accelerate(subject)
-    source = None if reference is None else load_model(reference, dtype=dtype, device=device)
-    total = Quality()
-    batches = rows.split(max(1, _TOKENS_AT_ONCE // sequence_length))
+    subject = predictor(load_model(model, dtype=dtype, device=device), cache=cache, window=window)
+    source = None if reference is None else predictor(load_model(reference, dtype=dtype, device=device))
+    return measure([subject], source, rows, device=device, progress=progress)[0]
+
+
+@torch.no_grad()
+def measure(
+    subjects: Sequence[Predict],
+    source: Predict | None,
+    tokens_NT: Tensor,
+    *,
+    device: str = "cpu",
+    what: str = "evaluating",
+    progress: Progress = silent,
+) -> list[Evaluation]:
+    """Measure predictions against one reference, which predicts once for all.
+
+    Args:
+        subjects: What is measured.
+        source: The reference.
+        tokens_NT: Sequences.
+        device: Where the models are.
+        what: The progress is of.
+        progress: Told after each batch.
+
+    Raises:
+        DataError: the models do not share a vocabulary.
+    """
+    totals = [Evaluation.empty(compared=source is not None) for _ in subjects]
+    batches = tokens_NT.split(max(1, _TOKENS_AT_ONCE // tokens_NT.shape[1]))
     for number, batch in enumerate(batches):
         batch = batch.to(device)
-        stored = {"past_key_values": LatentCache(subject.config, **formats)} if formats else {"use_cache": False}
-        logits = subject(input_ids=batch, **stored).logits[:, :-1].flatten(0, 1)
-        expected = None
-        if source is not None:
-            expected = source(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-            if expected.shape != logits.shape:
+        expected = None if source is None else source(batch, 0)[:, :-1]
+        for at, subject in enumerate(subjects):
+            logits = subject(batch, 0)[:, :-1]
+            if expected is not None and expected.shape != logits.shape:
                 raise DataError(
-                    f"the models have different vocabularies ({logits.shape[1]} and {expected.shape[1]})",
+                    f"the models have different vocabularies ({logits.shape[-1]} and {expected.shape[-1]})",
                     where="--reference",
                     fix="compare a converted model with the one that it was made from",
                 )
-        total = total + compare_logits(logits, expected, batch[:, 1:].flatten())
-        progress("evaluating", number + 1, len(batches))
-    return total
+            totals[at] = totals[at] + Evaluation.of(logits, expected, batch[:, 1:])
+        progress(what, number + 1, len(batches))
+    return totals

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["COLOURS", "layer_bars", "line_chart", "rope_map", "svg"]
+__all__ = ["COLOURS", "layer_bars", "line_chart", "rope_map", "svg", "ticks"]
 
 COLOURS = ("#e45756", "#4c78a8", "#54a24b", "#b279a2", "#72b7b2", "#9d755d", "#f2a59d", "#eeca3b")
 STYLE = (
@@ -27,7 +27,7 @@ def svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
     return "\n".join([head, STYLE, *parts, "</svg>"]) + "\n"
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """1, 3, 10, 30, … and one beyond the values on either side."""
     steps = [
         s * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for s in (1, 3)
@@ -35,6 +35,15 @@ def _ticks(low: float, high: float) -> list[float]:
     inside = [i for i, s in enumerate(steps) if low <= s <= high]
     first, last = (inside[0], inside[-1]) if inside else (0, len(steps) - 1)
     return steps[max(0, first - 1) : last + 2]
+
+
+def _even_ticks(low: float, high: float) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten, some five of them, from below the values to above."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power >= span / 5)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [n * step for n in range(first, max(last, first + 1) + 1)]
 
 
 def line_chart(
@@ -45,6 +54,7 @@ def line_chart(
     colours: Mapping[str, str] | None = None,
     legend_below: bool = False,
     dots: bool = True,
+    linear: bool = False,
 ) -> str:
     """Lines through points, both axes logarithmic.
 
@@ -55,6 +65,7 @@ def line_chart(
         colours: For names that always have the same.
         legend_below: For pages that may be narrow; otherwise the names stand beside the chart.
         dots: Mark the points.
+        linear: The vertical axis is not logarithmic.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -63,16 +74,17 @@ def line_chart(
     ys = [y for points in series.values() for _, y in points]
     if not ys:
         raise ValueError("nothing to draw")
-    ticks = _ticks(min(ys), max(ys))
-    low, high = math.log(ticks[0]), math.log(ticks[-1])
+    marks = _even_ticks(min(ys), max(ys)) if linear else ticks(min(ys), max(ys))
+    scale = float if linear else math.log
+    low, high = scale(marks[0]), scale(marks[-1])
     left, right = math.log(xs[0]), math.log(xs[-1])
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = 0.5 if left == right else (math.log(x) - left) / (right - left)
-        return _LEFT + 20 + (_WIDTH - 40) * across, _TOP + _HEIGHT * (high - math.log(y)) / (high - low)
+        return _LEFT + 20 + (_WIDTH - 40) * across, _TOP + _HEIGHT * (high - scale(y)) / (high - low)
 
     parts = [f'<text x="0" y="18" style="font-size:15px">{escape(title)}</text>']
-    for tick in ticks[:: -(-len(ticks) // 12)]:
+    for tick in marks[:: -(-len(marks) // 12)]:
         y = at(xs[0], tick)[1]
         parts.append(
             f'<line class="axis" x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}" opacity="0.35"/>'
@@ -81,8 +93,8 @@ def line_chart(
     labelled = -math.inf
     for x in xs:
         # Labels that would touch are left out.
-        if at(x, ticks[0])[0] - labelled >= _APART:
-            labelled = at(x, ticks[0])[0]
+        if at(x, marks[0])[0] - labelled >= _APART:
+            labelled = at(x, marks[0])[0]
             where = f'x="{labelled:.1f}" y="{_TOP + _HEIGHT + 20}" text-anchor="middle"'
             parts.append(f'<text class="dim" {where}>{x:,g}</text>')
     where = f'x="{_LEFT + _WIDTH / 2}" y="{_TOP + _HEIGHT + 42}" text-anchor="middle"'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from latentize.checkpoint import MANIFEST_NAME, Manifest
 from latentize.errors import CheckpointError
 from latentize.report.chart import layer_bars, line_chart, rope_map
+from latentize.report.evaluation import named, positions, probes
+from latentize.report.html import figure, table
 from latentize.report.measurements import measured
 from latentize.spec import kv_cache_bytes
 
@@ -88,6 +90,8 @@ def page(manifest: Manifest, found: Mapping[str, Sequence[dict[str, Any]]], *, n
         _cache(source, m),
         _quality(m, found.get("eval", ()), healed=bool(manifest.healing)),
         _healing(manifest.healing),
+        positions(found.get("eval", ())),
+        probes(found.get("eval", ())),
         _layers(manifest.layers, source),
         _rope(manifest.layers),
         _spectra(manifest.layers),
@@ -109,18 +113,6 @@ def page(manifest: Manifest, found: Mapping[str, Sequence[dict[str, Any]]], *, n
 
 def _base(model: str) -> str:
     return str(model).rstrip("/").rsplit("/", 1)[-1]
-
-
-def _table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
-    top = "<tr>" + "".join(f"<th>{escape(str(cell))}</th>" for cell in head) + "</tr>" if head else ""
-    lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    kind = "" if head else ' class="keys"'
-    return f'<div class="scroll"><table{kind}>{top}{lines}</table></div>'
-
-
-def _figure(svg: str, caption: str = "", *, wide: bool = False) -> str:
-    kind = ' class="wide"' if wide else ""
-    return f"<figure{kind}>{svg}" + (f"<figcaption>{escape(caption)}</figcaption>" if caption else "") + "</figure>"
 
 
 def _head(manifest: Manifest) -> str:
@@ -161,7 +153,7 @@ def _cache(source: Mapping[str, Any], m: Mapping[str, Any]) -> str:
         for label, values in rows.items()
     }
     chart = line_chart(series, title="MiB of cache, 16 bits a value", x_label="tokens of context", legend_below=True)
-    table = _table(
+    sizes = table(
         [
             (
                 label,
@@ -172,7 +164,7 @@ def _cache(source: Mapping[str, Any], m: Mapping[str, Any]) -> str:
         ],
         head=("attention", "values a token and layer", f"MiB at {longest:,} tokens", "8 bits", "4 bits"),
     )
-    return f"<h2>The cache</h2>{_figure(chart)}{table}<p class=dim>8 and 4 bits without their scales.</p>"
+    return f"<h2>The cache</h2>{figure(chart)}{sizes}<p class=dim>8 and 4 bits without their scales.</p>"
 
 
 def _quality(m: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], *, healed: bool) -> str:
@@ -184,17 +176,12 @@ def _quality(m: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], *, 
     if m.get("closed_form_excess_loss") is not None:
         rows.append(("in closed form, before training", "", f"{m['closed_form_excess_loss']:.4f}", "", "", ""))
     rows.append(_quality_row("as healed" if healed else "as converted", m, m["evaluation_tokens"]))
-    rows += [_quality_row(_named(e), e, e["tokens"]) for e in evaluations]
-    table = _table(rows, head=("", "perplexity", "excess, nats", "KL, nats", "same top-1", "tokens"))
+    rows += [_quality_row(named(e), e, e["tokens"]) for e in evaluations]
+    numbers = table(rows, head=("", "perplexity", "excess, nats", "KL, nats", "same top-1", "tokens"))
     return (
-        f"<h2>Quality</h2>{table}<p class=dim>On held-out text that nothing was learnt or chosen from: "
+        f"<h2>Quality</h2>{numbers}<p class=dim>On held-out text that nothing was learnt or chosen from: "
         f"{escape(str(m['calibration_text']))}. Excess is nats per token above the source on the same tokens.</p>"
     )
-
-
-def _named(evaluation: Mapping[str, Any]) -> str:
-    cache = f", cache {evaluation['cache']}" if evaluation.get("cache") else ""
-    return f"eval of {evaluation['at'][:10]}{cache}"
 
 
 def _quality_row(label: str, found: Mapping[str, Any], tokens: int) -> tuple[str, ...]:
@@ -216,7 +203,7 @@ def _healing(healings: Sequence[Mapping[str, Any]]) -> str:
             f"<p>{done['steps']:,} steps on {done['tokens']:,} tokens of {escape(str(done['text']))}, {loss}, "
             f"training {escape(str(recipe['train']))} ({done['parameters']:,} parameters): "
             f"{done['excess_loss_before']:.4f} nats above the source before, {done['excess_loss']:.4f} after.</p>"
-            + _table(looks, head=("step", "held-out KL, nats", "held-out cross-entropy, nats"))
+            + table(looks, head=("step", "held-out KL, nats", "held-out cross-entropy, nats"))
         )
     return f"<h2>Healing</h2>{''.join(parts)}" if parts else ""
 
@@ -231,14 +218,14 @@ def _layers(layers: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> s
     if series["closed form"] == series["as saved"]:
         del series["closed form"]
     title = "Relative error of the residual stream after each layer"
-    parts.append(_figure(line_chart(series, title=title, x_label="layer", legend_below=True)))
+    parts.append(figure(line_chart(series, title=title, x_label="layer", legend_below=True)))
     sizes = ("kv_lora_rank", "qk_rope_head_dim")
     if all(size in layer for layer in layers for size in sizes):
         values = {name: [e[size] for e in layers] for name, size in zip(("latent", "roped key"), sizes, strict=True)}
         most = max(sum(parts_) for parts_ in zip(*values.values(), strict=True))
         full = max(source["cache_values_per_token_layer"], most)
         title = f"Cached values a token, of the source's {source['cache_values_per_token_layer']}"
-        parts.append(_figure(layer_bars(values, title=title, full=full)))
+        parts.append(figure(layer_bars(values, title=title, full=full)))
     return "".join(parts)
 
 
@@ -248,7 +235,7 @@ def _rope(layers: Sequence[Mapping[str, Any]]) -> str:
     title = "What losing rotation would cost (shade); what keeps it (●)"
     drawn = rope_map([e["rope_cost"] for e in layers], {"●": [e["rope_kept"] for e in layers]}, title=title)
     caption = "Frequency 0 turns fastest. Shade is relative to the dearest frequency of the layer."
-    return f"<h2>Where RoPE went</h2>{_figure(drawn, caption, wide=True)}"
+    return f"<h2>Where RoPE went</h2>{figure(drawn, caption, wide=True)}"
 
 
 def _spectra(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -264,7 +251,7 @@ def _spectra(layers: Sequence[Mapping[str, Any]]) -> str:
     title = "Energy of keys and values by direction"
     chart = line_chart(series, title=title, x_label="direction, largest first", legend_below=True, dots=False)
     caption = "What the closed form keeps of each layer; refinement makes more of the same room."
-    return f"<h2>What a latent has to hold</h2>{_figure(chart, caption)}"
+    return f"<h2>What a latent has to hold</h2>{figure(chart, caption)}"
 
 
 def speed_chart(rows: Sequence[Mapping[str, Any]], **options: Any) -> str:
@@ -289,7 +276,7 @@ def _speed(benches: Sequence[Mapping[str, Any]]) -> str:
     caption = (
         f"latentize bench, {latest['at'][:10]}, {latest['dtype']}, {latest['threads']} threads on {latest['device']}"
     )
-    return f"<h2>Speed</h2>{_figure(speed_chart(latest['rows'], legend_below=True), caption)}"
+    return f"<h2>Speed</h2>{figure(speed_chart(latest['rows'], legend_below=True), caption)}"
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -330,10 +317,10 @@ def _origin(manifest: Manifest) -> str:
         done["latent + roped key"] = (
             f"{m['kv_lora_rank']:g} + {m['qk_rope_head_dim']:g}, rope_theta {m['rope_theta']:g}"
         )
-    hashes = _table([(name, digest) for name, digest in manifest.files.items()], head=("file", "SHA-256"))
-    recipe = _table([(name, value) for name, value in manifest.recipe.items() if value not in (None, [], ())])
+    hashes = table([(name, digest) for name, digest in manifest.files.items()], head=("file", "SHA-256"))
+    recipe = table([(name, value) for name, value in manifest.recipe.items() if value not in (None, [], ())])
     return (
-        f"<h2>How it was made</h2>{_table(done.items())}"
+        f"<h2>How it was made</h2>{table(done.items())}"
         f"<details><summary>Recipe</summary>{recipe}</details>"
         f"<details><summary>Files</summary>{hashes}</details>"
         f"<p class=dim>All of this is in <code>{MANIFEST_NAME}</code>; <code>latentize verify</code> holds the files "
