@@ -75,21 +75,22 @@ def heal(
     workspace = Workspace(out, request, resume=resume, team=team, track=track)
     rows_NT, held_NT = _text(model, healing)
     workspace.begin()
-    # Before the student: a teacher that has written its answers is gone when the student comes.
-    asked = _teacher(teacher, healing, rows_NT, held_NT, workspace, machine, team, progress)
-    student = Student(model, healing, team.device)
-    facts = train(student, asked[0], rows_NT, asked[1], workspace, machine, team, progress)
-    del asked
-    parameters = sum(p.numel() for _, p in student.trained())
-    weights = learnt(student)
-    facts |= {"parameters": parameters, "machine": asdict(machine) | {"processes": team.size}}
+    weights, facts = _learn(model, teacher, healing, rows_NT, held_NT, workspace, machine, team, progress)
     result: dict[str, Any] = {}
     if team.leads:
-        # What was sharded is put together in a fresh model.
-        whole = student if team.size == 1 else Student(model, healing)
-        whole.load_state_dict(weights, strict=False)
-        tensors = whole.stored(Checkpoint(model), rows_NT[: max(1, _RMS_TOKENS // rows_NT.shape[1])])
-        result = _write(model, out, teacher, healing, manifest, tensors, facts, workspace, progress)
+        with OutputFolder(out) as folder:
+            _save(folder, model, healing, weights, rows_NT)
+            # Two models are about to be measured.
+            del weights
+            report = {**facts, "text": describe(healing.data), "teacher": str(teacher)}
+            report |= _compared(folder, model, teacher, healing, progress)
+            manifest.healing = [*manifest.healing, {"recipe": healing.model_dump(mode="json"), **_stable(report)}]
+            manifest.measurements |= {k: report[k] for k in manifest.measurements if k in report and k != "seconds"}
+            folder.write_text("README.md", _card(model, report, healing))
+            folder.finish(Checkpoint(model).config, manifest)
+        # Times of day are in it, so it is not one of the files that another run would give again.
+        (out / METRICS_NAME).write_text(workspace.metrics.read_text(encoding="utf-8"), encoding="utf-8")
+        result = {**report, "peak_rss_bytes": peak_rss_bytes()}
     workspace.remove()
     return result
 
@@ -167,44 +168,43 @@ def _looks(teacher: Teacher | None, held_NT: Tensor, machine: Machine, team: Tea
     return look
 
 
-def _write(
+def _learn(
     model: Path,
-    out: Path,
     teacher: Path,
     healing: Healing,
-    manifest: Manifest,
-    tensors: Any,
-    facts: dict[str, Any],
+    rows_NT: Tensor,
+    held_NT: Tensor,
     workspace: Workspace,
+    machine: Machine,
+    team: Team,
     progress: Progress,
-) -> dict[str, Any]:
-    """Write the folder, and measure what was written before it gets its name."""
-    files = Checkpoint(model)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What was learnt, whole on the first process, and facts about it; models and moments are gone again."""
+    # Before the student: a teacher that has written its answers is gone when the student comes.
+    asked, look = _teacher(teacher, healing, rows_NT, held_NT, workspace, machine, team, progress)
+    student = Student(model, healing, team.device)
+    facts = train(student, asked, rows_NT, look, workspace, machine, team, progress)
+    facts["parameters"] = sum(p.numel() for _, p in student.trained())
+    facts["machine"] = asdict(machine) | {"processes": team.size}
+    return learnt(student), facts
+
+
+def _save(folder: OutputFolder, model: Path, healing: Healing, weights: dict[str, Tensor], rows_NT: Tensor) -> None:
+    """Write what was learnt, put into the model that healing began with."""
+    student, files = Student(model, healing), Checkpoint(model)
+    student.load_state_dict(weights, strict=False)
     dtype = getattr(torch, files.config.get("dtype") or "bfloat16")
-    with OutputFolder(out) as folder:
-        for name, tensor in tensors:
-            folder.add(name, tensor.detach().cpu() if tensor.dtype == torch.int32 else tensor.detach().to(dtype).cpu())
-        folder.copy_tokenizer(model)
-        report = {
-            **facts,
-            "text": describe(healing.data),
-            "teacher": str(teacher),
-        }
-        before = _measured(model, teacher, healing, progress)
-        folder.finish_model(files.config)
-        after = _measured(folder.partial, teacher, healing, progress)
-        report |= {
-            "excess_loss_before": before["excess_loss"],
-            "excess_removed": 1 - after["excess_loss"] / before["excess_loss"],
-            **after,
-        }
-        manifest.healing = [*manifest.healing, {"recipe": healing.model_dump(mode="json"), **_stable(report)}]
-        manifest.measurements |= {k: v for k, v in after.items() if k in manifest.measurements}
-        folder.write_text("README.md", _card(model, report, healing))
-        folder.finish(files.config, manifest)
-    # Times of day are in it, so it is not one of the files that another run would give again.
-    (out / METRICS_NAME).write_text(workspace.metrics.read_text(encoding="utf-8"), encoding="utf-8")
-    return {**report, "peak_rss_bytes": peak_rss_bytes()}
+    for name, tensor in student.stored(files, rows_NT[: max(1, _RMS_TOKENS // rows_NT.shape[1])]):
+        folder.add(name, tensor.detach() if tensor.dtype == torch.int32 else tensor.detach().to(dtype))
+    folder.copy_tokenizer(model)
+    folder.finish_model(files.config)
+
+
+def _compared(folder: OutputFolder, model: Path, teacher: Path, healing: Healing, progress: Progress) -> dict[str, Any]:
+    """Measured as written, and what it began with beside it."""
+    before, after = (_measured(path, teacher, healing, progress) for path in (model, folder.partial))
+    removed = 1 - after["excess_loss"] / before["excess_loss"]
+    return {"excess_loss_before": before["excess_loss"], "excess_removed": removed, **after}
 
 
 def _stable(report: dict[str, Any]) -> dict[str, Any]:
