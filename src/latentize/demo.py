@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from latentize.api import convert, evaluate, extend_report, generate, verify
+from latentize.api import convert, evaluate, extend_report, generate, heal, verify
 from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, OutputError
 
@@ -18,6 +18,7 @@ _CONVERSIONS: dict[str, dict[str, Any]] = {
     "mla-50-fast": {"keep": "50%", "fast": True},
     "mla-50": {"keep": "50%"},
 }
+_HEALING = {"tokens": 16_384, "looks": 1, "selection_tokens": 2048}
 
 
 def bundled_model() -> Path:
@@ -34,7 +35,7 @@ def bundled_model() -> Path:
 
 
 def demo(out: Path, progress: Progress = silent, *, evaluation_tokens: int = 8_192) -> dict[str, Any]:
-    """Convert the bundled model to half of its cache, fast and well; verify, evaluate and run the results.
+    """Convert the bundled model to half of its cache, fast, fast and healed, and well; verify, evaluate and run it all.
 
     Args:
         out: Folder for the results; must not exist.
@@ -56,22 +57,31 @@ def demo(out: Path, progress: Progress = silent, *, evaluation_tokens: int = 8_1
             "continuation": said["text"],
         }
     ]
+    report = None
     for name, options in _CONVERSIONS.items():
         folder = out / name
         convert(model, folder, progress=progress, **options)
-        verify(folder)
-        measured = evaluate(folder, model, tokens=evaluation_tokens, progress=progress)
-        extend_report(folder, "eval", measured)
-        said = generate(folder, PROMPT, max_new_tokens=48)
-        sample = {"prompt": PROMPT, "source": rows[0]["continuation"], "converted": said["text"]}
-        report = extend_report(folder, "sample", sample)
-        rows.append(
-            {
-                "name": f"MLA, --keep {options['keep']}" + (" --fast" if options.get("fast") else ""),
-                "folder": str(folder),
-                "cache_values_per_token_layer": said["cache_values_per_token_layer"],
-                **{k: measured[k] for k in ("perplexity", "kl", "top1_agreement")},
-                "continuation": said["text"],
-            }
-        )
+        label = f"MLA, --keep {options['keep']}" + (" --fast" if options.get("fast") else "")
+        row, report = _row(label, folder, model, rows[0]["continuation"], evaluation_tokens, progress)
+        rows.append(row)
+        if options.get("fast"):
+            healed = out / f"{name}-healed"
+            heal(folder, healed, model, evaluation_tokens=evaluation_tokens, progress=progress, **_HEALING)
+            row, _ = _row(f"{label}, healed", healed, model, rows[0]["continuation"], evaluation_tokens, progress)
+            rows.append(row)
     return {"rows": rows, "evaluation_tokens": source["tokens"], "report": str(report)}
+
+
+def _row(
+    label: str, folder: Path, model: Path, continuation: str, tokens: int, progress: Progress
+) -> tuple[dict[str, Any], Path | None]:
+    """Verify, evaluate and run one output; its row, and its report."""
+    verify(folder)
+    measured = evaluate(folder, model, tokens=tokens, progress=progress)
+    extend_report(folder, "eval", measured)
+    said = generate(folder, PROMPT, max_new_tokens=48)
+    report = extend_report(folder, "sample", {"prompt": PROMPT, "source": continuation, "converted": said["text"]})
+    numbers = {k: measured[k] for k in ("perplexity", "kl", "top1_agreement")}
+    cached = said["cache_values_per_token_layer"]
+    row = {"name": label, "folder": str(folder), "cache_values_per_token_layer": cached, **numbers}
+    return {**row, "continuation": said["text"]}, report
