@@ -18,7 +18,7 @@ _CONVERSIONS: dict[str, dict[str, Any]] = {
     "mla-50-fast": {"keep": "50%", "fast": True},
     "mla-50": {"keep": "50%"},
 }
-_HEALING = {"tokens": 16_384, "looks": 1, "selection_tokens": 2048}
+_HEALING: dict[str, Any] = {"tokens": 16_384, "looks": 1, "selection_tokens": 2048}
 
 
 def bundled_model() -> Path:
