@@ -19,7 +19,7 @@ from latentize.convert.progress import Progress, silent
 from latentize.errors import DataError, OptionError
 from latentize.evaluate.quality import evaluate
 from latentize.heal.loop import Looked, Machine, train
-from latentize.heal.parallel import Team
+from latentize.heal.parallel import Team, shard
 from latentize.heal.recipe import Healing
 from latentize.heal.state import Workspace, learnt
 from latentize.heal.student import Losses, Student
@@ -182,7 +182,9 @@ def _learn(
     """What was learnt, whole on the first process, and facts about it; models and moments are gone again."""
     # Before the student: a teacher that has written its answers is gone when the student comes.
     asked, look = _teacher(teacher, healing, rows_NT, held_NT, workspace, machine, team, progress)
-    student = Student(model, healing, team.device)
+    student = Student(model, healing, "meta" if team.shards else team.device)
+    if team.shards:
+        shard(student, Student(model, healing) if team.leads else None, team.device)
     facts = train(student, asked, rows_NT, look, workspace, machine, team, progress)
     facts["parameters"] = sum(p.numel() for _, p in student.trained())
     facts["machine"] = asdict(machine) | {"processes": team.size}

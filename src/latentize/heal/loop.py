@@ -131,7 +131,7 @@ class _Run:
         if len(tokens_NT) < self.schedule.sequences(tokens_NT.shape[1]):
             raise DataError("the text does not fill one step", fix="more text with --data, or fewer --step-tokens")
         self._look = look
-        self.called = team.spread(student)
+        self.called = team.called(student)
         if machine.recompute:
             _recompute(student)
         self.parameters = [p for _, p in student.trained()]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from latentize.errors import OptionError
 
-__all__ = ["Parallel", "Team", "together"]
+__all__ = ["Parallel", "Team", "shard", "together"]
 
 Parallel = Literal["fsdp", "ddp"]
 
@@ -69,20 +69,43 @@ class Team:
             value /= self.size
         return value
 
-    def spread(self, student: Any) -> Any:
-        """The module to call in training: the same one, sharded, or wrapped in DDP."""
-        if self.size == 1:
+    def called(self, student: nn.Module) -> Any:
+        """The module to call in training: the same one, or wrapped in DDP."""
+        if self.size == 1 or self.parallel == "fsdp":
             return student
-        if self.parallel == "ddp":
-            return nn.parallel.DistributedDataParallel(student)
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import DTensor
+        return nn.parallel.DistributedDataParallel(student)
 
-        for layer in student.layers:
-            fully_shard(layer)
-        fully_shard(student)
-        assert all(isinstance(p, DTensor) for p in student.parameters()), "FSDP has left something whole"
-        return student
+    @property
+    def shards(self) -> bool:
+        """Whether each process holds a part of the model only."""
+        return self.size > 1 and self.parallel == "fsdp"
+
+
+def shard(student: Any, whole: nn.Module | None, device: str) -> None:
+    """FSDP2: give each process its part of every tensor, in place.
+
+    Args:
+        student: Without values, on ``meta``.
+        whole: The same model with its values, on the first process; nobody else has to read it.
+        device: Where the parts go.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    for layer in student.layers:
+        fully_shard(layer)
+    fully_shard(student)
+    assert all(isinstance(p, DTensor) for p in student.parameters()), "FSDP has left something whole"
+    student.to_empty(device=device)
+    values = {} if whole is None else whole.state_dict()
+    set_model_state_dict(student, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    own = {} if whole is None else dict(whole.named_buffers())
+    # A state dict lacks those that are not persistent, such as the angles of RoPE.
+    for name, buffer in student.named_buffers():
+        if own:
+            buffer.copy_(own[name])
+        dist.broadcast(buffer, 0)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class Student(nn.Module):
     Args:
         folder: The output.
         healing: What learns, and from which losses.
-        device: Where.
+        device: Where; on ``meta`` it has shapes but no values, and reads no weights.
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -68,7 +68,7 @@ class Student(nn.Module):
     def __init__(self, folder: Path, healing: Healing, device: str = "cpu") -> None:
         super().__init__()
         self.healing = healing
-        self.model = load_model(folder, device=device)
+        self.model = _shapes(folder) if device == "meta" else load_model(folder, device=device)
         self.portable = self.model.config.model_type == "deepseek_v3"
         # The source architecture is one level deeper in the native format.
         self.prefix = "source." if hasattr(self.model, "source") else ""
@@ -198,6 +198,15 @@ class Student(nn.Module):
         return {index: (most**0.5, means[index] ** 0.5) for index, (most, _, _) in probe.seen.items()}
 
 
+def _shapes(folder: Path) -> Any:
+    """The model without its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
 def _relative(mine_BTD: Tensor, its_BTD: Tensor) -> Tensor:
     return (mine_BTD.float() - its_BTD.float()).square().mean() / its_BTD.float().var()
 
@@ -230,7 +239,9 @@ def _adapt(body: Any, healing: Healing) -> None:
         ) from None
     names = {n for n, m in body.named_modules() if isinstance(m, nn.Linear) and ".self_attn." in n}
     config = LoraConfig(r=healing.lora_rank, lora_alpha=healing.lora_alpha, target_modules=sorted(names))
-    inject_adapter_in_model(config, body)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(healing.seed)
+        inject_adapter_in_model(config, body)
 
 
 class RoundedCache:
