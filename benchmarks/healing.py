@@ -92,18 +92,18 @@ latentize.heal(start, out, teacher, **json.loads(options))
 
 
 def random_model(folder: Path, like: Path) -> tuple[Path, Path]:
-    """A llama of 103 M random weights with the tokenizer of ``like``, and its conversion; made once."""
+    """A llama of 30 M random weights with the tokenizer of ``like``, and its conversion; made once."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    source, out = folder / "random-100m", folder / "random-100m-128+32"
+    source, out = folder / "random-30m", folder / "random-30m-128+32"
     if not source.exists():
         tokenizer = AutoTokenizer.from_pretrained(like)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=1024,
-            intermediate_size=2816,
+            hidden_size=512,
+            intermediate_size=1408,
             num_hidden_layers=8,
-            num_attention_heads=16,
+            num_attention_heads=8,
             num_key_value_heads=4,
             max_position_embeddings=2048,
         )
