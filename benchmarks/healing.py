@@ -34,7 +34,7 @@ STARTS: dict[str, dict[str, Any]] = {
 MHA2MLA = {"ce": 1.0, "train": "all", "optimiser": "adamw", "rate": 1e-4, "decay": "1-sqrt"}
 # 0.6 % of the 8 M tokens that the bundled model was trained on.
 SLIVER = 47_616
-CURVE = (11_776, 23_552, SLIVER)
+CURVE = (11_776, SLIVER)
 
 
 def curve() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -50,15 +50,12 @@ def curve() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 PARTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
-    "curve": curve(),
     "long": {
-        "all, 16 epochs": ("calibrated", {"tokens": SLIVER, "epochs": 16, "train": "all", "rate": 0.005}),
-        "all, 10 times the tokens": ("calibrated", {"tokens": 10 * SLIVER, "train": "all", "rate": 0.005}),
+        "10 times the tokens": ("calibrated", {"tokens": 10 * SLIVER}),
+        "10 times the tokens, int4 simulated": ("calibrated", {"tokens": 10 * SLIVER, "cache": "int4"}),
+        "10 times the tokens, all": ("calibrated", {"tokens": 10 * SLIVER, "train": "all", "rate": 0.005}),
     },
-    "int4": {
-        "int4 not looked at": ("calibrated", {"tokens": SLIVER, "epochs": 4}),
-        "int4 simulated": ("calibrated", {"tokens": SLIVER, "epochs": 4, "cache": "int4"}),
-    },
+    "curve": curve(),
 }
 
 
@@ -76,7 +73,7 @@ def measure(model: Path, name: str, keep: str, folder: Path, part: str) -> dict[
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "out"
         found = latentize.heal(begin, out, model, **options)
-        if part == "int4":
+        if part == "long":
             for key, subject in (("int4_excess_loss_before", begin), ("int4_excess_loss", out)):
                 found[key] = latentize.evaluate(subject, model, cache="int4")["excess_loss"]
     kept = {k: v for k, v in found.items() if k not in ("held_out", "teacher", "machine")}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentize.calibrate.text import describe, documents
+from latentize.calibrate.text import Split, describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import pack
 from latentize.checkpoint import Checkpoint, Manifest, OutputFolder
@@ -108,20 +108,22 @@ def _same_vocabulary(model: Path, teacher: Path) -> None:
 
 
 def _text(model: Path, healing: Healing) -> tuple[Tensor, Tensor]:
-    """Sequences to learn from, and others to look at."""
-    length = healing.sequence_length
-    rows_NT = pack(
-        load_tokenizer(model),
-        documents(healing.data, "calibration"),
-        tokens=healing.tokens + healing.selection_tokens,
-        sequence_length=length,
-        seed=healing.seed,
-    )
-    held = min(max(1, healing.selection_tokens // length), len(rows_NT) // 4)
-    if held == 0:
-        raise DataError(f"the text is {len(rows_NT)} sequences of {length}, too few to hold one out", fix="more text")
-    rows_NT, held_NT = rows_NT[held:], rows_NT[:held]
-    return rows_NT[: max(1, healing.tokens // length)].to(torch.int32), held_NT
+    """Sequences to learn from, and others, of other documents, to look at."""
+    tokenizer, length = load_tokenizer(model), healing.sequence_length
+
+    def draw(split: Split, tokens: int) -> Tensor:
+        text = documents(healing.data, split)
+        return pack(tokenizer, text, tokens=tokens, sequence_length=length, seed=healing.seed)
+
+    rows_NT = draw("training", healing.tokens).to(torch.int32)
+    try:
+        return rows_NT, draw("selection", healing.selection_tokens)
+    except DataError:
+        # Too few documents to keep some apart: other sequences then, of the same ones.
+        held = len(rows_NT) // 8
+        if held == 0:
+            raise
+        return rows_NT[held:], rows_NT[:held].long()
 
 
 def _teacher(

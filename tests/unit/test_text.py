@@ -39,6 +39,14 @@ def test_the_standard_library_in_two_disjoint_parts() -> None:
     assert list(documents(("python-stdlib",), "heldout")) == heldout
 
 
+def test_calibration_is_training_and_selection() -> None:
+    calibration, training, selection = (
+        list(stdlib_documents(split)) for split in ("calibration", "training", "selection")
+    )
+    assert sorted(calibration) == sorted(training + selection)
+    assert 0 < len(selection) < len(training) / 20
+
+
 def test_splits_do_not_depend_on_the_process() -> None:
     """Python's own ``hash`` of a string differs from run to run."""
     code = (

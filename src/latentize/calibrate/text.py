@@ -1,7 +1,9 @@
 """Where text comes from, and which part of it may be looked at for what.
 
 A document belongs to exactly one of two splits, decided by a hash and so the same on every machine and
-in every run: ``"calibration"`` (statistics, choices, refinement) and ``"heldout"`` (reported numbers).
+in every run: ``"calibration"`` (statistics, choices, refinement) and ``"heldout"`` (reported numbers). Who trains for
+long divides the former once more, into ``"training"`` and ``"selection"``, half as much as is held out: other text of
+a document that was learnt from is no test of what was learnt.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from latentize.errors import DataError
 
 __all__ = ["Split", "describe", "documents", "stdlib_documents"]
 
-Split = Literal["calibration", "heldout", "all"]
+Split = Literal["calibration", "heldout", "training", "selection", "all"]
 
 STDLIB = "python-stdlib"
 HUB_DEFAULT = "HuggingFaceFW/fineweb-edu"
@@ -34,9 +36,14 @@ def _bucket(key: str) -> int:
 
 
 def _belongs(key: str, split: Split, heldout_permille: int) -> bool:
-    if split == "all":
-        return True
-    return (_bucket(key) < heldout_permille) == (split == "heldout")
+    bucket, selected = _bucket(key), heldout_permille * 3 // 2
+    return {
+        "all": True,
+        "heldout": bucket < heldout_permille,
+        "calibration": bucket >= heldout_permille,
+        "selection": heldout_permille <= bucket < selected,
+        "training": bucket >= selected,
+    }[split]
 
 
 def stdlib_documents(split: Split) -> Iterator[str]:
