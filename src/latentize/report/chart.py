@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["COLOURS", "layer_bars", "line_chart", "rope_map", "svg", "ticks"]
+__all__ = ["COLOURS", "layer_bars", "level_lines", "line_chart", "rope_map", "svg", "ticks"]
 
 COLOURS = ("#e45756", "#4c78a8", "#54a24b", "#b279a2", "#72b7b2", "#9d755d", "#f2a59d", "#eeca3b")
 STYLE = (
@@ -44,6 +44,15 @@ def _even_ticks(low: float, high: float) -> list[float]:
     step = next(s * power for s in (1, 2, 5, 10) if s * power >= span / 5)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [n * step for n in range(first, max(last, first + 1) + 1)]
+
+
+def level_lines(ticks: Mapping[float, float], width: int) -> list[str]:
+    """A thin line across the chart for each tick, at its height, with the number left of it."""
+    return [
+        f'<line class="axis" x1="{_LEFT}" x2="{_LEFT + width}" y1="{y:.1f}" y2="{y:.1f}" opacity="0.35"/>'
+        f'<text class="dim" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        for tick, y in ticks.items()
+    ]
 
 
 def _alike(line: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> bool:
@@ -92,12 +101,7 @@ def line_chart(
         return _LEFT + 20 + (_WIDTH - 40) * across, _TOP + _HEIGHT * (high - scale(y)) / (high - low)
 
     parts = [f'<text x="0" y="18" style="font-size:15px">{escape(title)}</text>']
-    for tick in marks[:: -(-len(marks) // 12)]:
-        y = at(xs[0], tick)[1]
-        parts.append(
-            f'<line class="axis" x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}" opacity="0.35"/>'
-        )
-        parts.append(f'<text class="dim" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    parts += level_lines({tick: at(xs[0], tick)[1] for tick in marks[:: -(-len(marks) // 12)]}, _WIDTH)
     labelled = -math.inf
     for x in xs:
         # Labels that would touch are left out.
