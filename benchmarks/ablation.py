@@ -28,7 +28,7 @@ from torch import nn
 
 import latentize
 from latentize import jobs
-from latentize.convert import descent, draft, methods, polish, position, refine, search
+from latentize.convert import descent, draft, methods, polish, position, refine, search, settings
 from latentize.convert.low_rank import joint_svd
 from latentize.convert.rope_split import rorope
 
@@ -50,8 +50,8 @@ def roped_as_transmla() -> AbstractContextManager[Any]:
     stack = contextlib.ExitStack()
     stack.enter_context(patch.object(methods, "_split", split))
     # Its ladder, and only sizes that divide a head, as it needs them.
-    stack.enter_context(patch.object(methods, "_STRIDES", tuple(float(2**n) for n in range(8))))
-    stack.enter_context(patch.object(methods, "_ROPE_SHARES", (0.25, 0.5, 1.0)))
+    stack.enter_context(patch.object(settings, "_STRIDES", tuple(float(2**n) for n in range(8))))
+    stack.enter_context(patch.object(settings, "_ROPE_SHARES", (0.25, 0.5, 1.0)))
     stack.enter_context(patch.object(search, "best_strides", lambda source, candidates, *_: _widest(candidates)))
     return stack
 
@@ -97,7 +97,7 @@ def cheapest_ladder() -> AbstractContextManager[Any]:
 
 
 def one_size() -> AbstractContextManager[Any]:
-    return patch.object(methods, "_ROPE_SHARES", (0.5,))
+    return patch.object(settings, "_ROPE_SHARES", (0.5,))
 
 
 def sizes_by_closed_form() -> AbstractContextManager[Any]:
@@ -145,9 +145,9 @@ def adam() -> AbstractContextManager[Any]:
     class Adam(descent.Descent):
         def __init__(self, parameters: Any, schedule: Any) -> None:
             self.parameters = [p for p in parameters if p.numel()]
-            self._schedule, self._step = replace(schedule, rate=0.02 if schedule.rate > 0.01 else 0.004), 0
+            self._schedule, self.taken = replace(schedule, rate=0.02 if schedule.rate > 0.01 else 0.004), 0
             groups = [{"params": [p], "size": float(p.detach().square().mean().sqrt())} for p in self.parameters]
-            self._optimisers = [torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95))]
+            self.optimisers = [torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95))]
 
     stack = contextlib.ExitStack()
     for module in (refine, polish):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from latentize._registration import install as _install
 
 if TYPE_CHECKING:
-    from latentize.api import convert, evaluate, verify
+    from latentize.api import convert, evaluate, heal, verify
     from latentize.recipe import Recipe
     from latentize.runtime.accelerate import accelerate, decelerate, is_accelerated
     from latentize.runtime.cache import LatentCache
@@ -27,6 +27,7 @@ __all__ = [
     "convert",
     "decelerate",
     "evaluate",
+    "heal",
     "is_accelerated",
     "verify",
 ]
@@ -46,7 +47,7 @@ _install()
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name in ("convert", "evaluate"):  # packages that can be called
+    if name in ("convert", "evaluate", "heal"):  # packages that can be called
         return import_module(f"latentize.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'latentize' has no attribute '{name}'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,14 +13,17 @@ from latentize.calibrate.text import describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.checkpoint import Checkpoint, Manifest, OutputFolder, resolve
 from latentize.convert.progress import Progress, silent
-from latentize.errors import ConfigError, OptionError, OutputError
+from latentize.errors import CheckpointError, ConfigError, OptionError, OutputError
 from latentize.families import ModelSpec, model_spec
 from latentize.jobs import LatentJob, PooledJob
 from latentize.recipe import Recipe
 from latentize.report.measurements import is_output, record
 from latentize.report.page import verdict, write_report
 
-__all__ = ["convert", "evaluate", "generate", "open_source", "verify"]
+if TYPE_CHECKING:
+    from latentize.heal.parallel import Parallel
+
+__all__ = ["convert", "evaluate", "generate", "heal", "open_source", "verify"]
 
 
 def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:
@@ -83,6 +86,75 @@ def convert(
     return result
 
 
+def heal(
+    model: str | Path,
+    out: str | Path,
+    teacher: str | Path,
+    *,
+    device: str = "cpu",
+    parallel: Parallel = "fsdp",
+    sequences: int = 4,
+    recompute: bool = False,
+    autocast: bool | None = None,
+    save_every: int = 50,
+    resume: bool = False,
+    track: str | None = None,
+    progress: Progress = silent,
+    **entries: Any,
+) -> dict[str, Any]:
+    """Train an output of latentize towards its source, and write the result to ``out``.
+
+    Under ``torchrun`` every process calls this; they share the work.
+
+    Args:
+        model: The output, a folder.
+        out: A folder that does not exist yet.
+        teacher: The source: a folder or a hub id.
+        device: Where to run.
+        parallel: ``fsdp`` or ``ddp``, if there are several processes.
+        sequences: At a time; a step that has more accumulates gradients.
+        recompute: Less memory for more time: no activations are kept inside layers.
+        autocast: Multiply in bfloat16; by default where the machine is faster at it.
+        save_every: Steps between the states that ``resume`` can go on from.
+        resume: Go on with an unfinished healing of the same ``out``.
+        track: ``tensorboard`` or ``trackio``, beside the metrics that are written in any case.
+        progress: Told how far it is.
+        **entries: As in :class:`latentize.heal.recipe.Healing`.
+
+    Returns:
+        What ``latentize heal --json`` prints; nothing but on the first of several processes.
+
+    Raises:
+        LatentizeError: anything that the user can mend; an unfinished healing stays in ``OUT.healing``.
+    """
+    from latentize.heal.loop import Machine
+    from latentize.heal.parallel import Team, together
+    from latentize.heal.recipe import Healing
+    from latentize.healing import heal as run
+    from latentize.machine import multiplies_bfloat16
+
+    healing = Healing.build(**entries)
+    machine = Machine(
+        autocast=multiplies_bfloat16(torch.device(device).type) if autocast is None else autocast,
+        sequences=sequences,
+        recompute=recompute,
+        save_every=save_every,
+    )
+    if not is_output(Path(model)):
+        raise CheckpointError(
+            "not an output of latentize", where=str(model), fix="convert the model first; healing starts from that"
+        )
+    with together(device):
+        team = Team(parallel, device)
+        options: dict[str, Any] = {"machine": machine, "team": team, "resume": resume, "track": track}
+        options["progress"] = progress
+        result = run(Path(model), Path(out), resolve(teacher), healing, **options)
+        if team.leads:
+            record(Path(out), "heal", result)
+            write_report(Path(out))
+    return result
+
+
 def _torch_dtype(name: str) -> torch.dtype:
     if name not in ("float32", "bfloat16", "float16"):
         raise OptionError(f"no such precision: '{name}'", where="--dtype", fix="float32, bfloat16 or float16")
@@ -116,7 +188,7 @@ def evaluate(
     options["dtype"] = _torch_dtype(dtype)
     entries = {**measure(folder, source, **options).describe(), "text": describe(options.get("data", ()))}
     if probes:
-        shared = {name: value for name, value in options.items() if name not in ("tokens", "sequence_length")}
+        shared = {name: value for name, value in options.items() if name not in ("tokens", "sequence_length", "split")}
         entries["probes"] = probe(folder, source, lengths=lengths, samples=samples, **shared)
     return entries
 
@@ -186,10 +258,10 @@ def generate(
     Raises:
         OptionError: a cache format or a window for a model that has no latents.
     """
-    from latentize.evaluate.load import load_model
     from latentize.runtime.accelerate import accelerate, has_latents, no_latents
     from latentize.runtime.cache import LatentCache, cache_formats
     from latentize.runtime.generate import generate as run
+    from latentize.runtime.load import load_model
 
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)

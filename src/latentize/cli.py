@@ -103,7 +103,7 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a config.json, or a hub id.")],
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of context [the model's maximum].")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of context. Default: the model's maximum.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     keep: Keep = "25%",
     window: Annotated[int, typer.Option(min=1, help="Tokens of the sliding-window row.")] = 4096,
@@ -147,27 +147,31 @@ def convert(
     keep: Keep = None,
     kv_lora_rank: Annotated[int | None, typer.Option(help="Size of the latent, instead of --keep.")] = None,
     qk_rope_head_dim: Annotated[int | None, typer.Option(help="Size of a roped key, instead of --keep.")] = None,
-    to: Annotated[str | None, typer.Option(help="mla, or gqa / mqa by mean-pooling heads. [mla]")] = None,
-    method: Annotated[str | None, typer.Option(help="calibrated, transmla, mha2mla or care. [calibrated]")] = None,
-    format_: Annotated[str | None, typer.Option("--format", help="auto, deepseek_v3 or native. [auto]")] = None,
+    to: Annotated[str | None, typer.Option(help="mla, or gqa / mqa by mean-pooling heads. Default: mla.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="calibrated, transmla, mha2mla or care. Default: calibrated.")
+    ] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="auto, deepseek_v3 or native. Default: auto.")] = None,
     preset: Annotated[str | None, typer.Option(help="512+64: sizes that fast kernels are made for.")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Closed form only: seconds instead of minutes.")] = False,
     polish: Annotated[
-        bool | None, typer.Option(help="Train all layers together for a few steps. [where the model is small]")
+        bool | None, typer.Option(help="Train all layers together for a few steps. Default: where the model is small.")
     ] = None,
     freqfold: Annotated[
         int | None, typer.Option(help="transmla, care: frequencies folded; searched if absent.")
     ] = None,
-    selection: Annotated[str | None, typer.Option(help="mha2mla: high, low, uniform or 2-norm. [2-norm]")] = None,
-    svd: Annotated[str | None, typer.Option(help="mha2mla: joint or split. [joint]")] = None,
+    selection: Annotated[
+        str | None, typer.Option(help="mha2mla: high, low, uniform or 2-norm. Default: 2-norm.")
+    ] = None,
+    svd: Annotated[str | None, typer.Option(help="mha2mla: joint or split. Default: joint.")] = None,
     data: Data = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Calibration tokens. [131072; 32768 if nothing is refined]")
+        int | None, typer.Option(help="Calibration tokens. Default: 131072; 32768 if nothing is refined.")
     ] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. [512]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Saved precision: bfloat16 or float32. [bfloat16]")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. Default: 512.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Saved precision: bfloat16 or float32. Default: bfloat16.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe, or an output's latentize.json.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Draws the calibration text. [0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the calibration text. Default: 0.")] = None,
     device: Annotated[str, typer.Option(help="Where layers run.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -196,11 +200,12 @@ def convert(
     given = {name: value for name, value in given.items() if value is not None}
     built = Recipe.load(recipe, **given) if recipe else Recipe.build(**given)
     from latentize.api import convert as run
+    from latentize.tables import conversion_facts
 
     _return_freed_memory()
     with _progress() as progress:
         result = run(model, out, built, device=device, progress=progress)
-    _emit(result, as_json, _conversion_table(out, result))
+    _emit(result, as_json, _facts(str(out), conversion_facts(result)))
     if not as_json:
         console.print(f"report: {out / 'report.html'}")
 
@@ -213,23 +218,6 @@ def _return_freed_memory() -> None:
     # Another libc does as it likes.
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(threshold, 1 << 22)
-
-
-def _conversion_table(out: Path, r: dict[str, Any]) -> Table:
-    kept, before = r["cache_values_per_token_layer"], r["source_cache_values_per_token_layer"]
-    sizes = f" = {r['kv_lora_rank']} + {r['qk_rope_head_dim']}" if r["format"] == "deepseek_v3" else ""
-    rows = {
-        "format, method": f"{r['format']}, {r['method']}",
-        "cached values per token and layer": f"{kept}{sizes}, the source has {before} ({1 - kept / before:.1%} fewer)",
-        "perplexity": f"{r['perplexity']:.3f}, the source has {r['source_perplexity']:.3f}",
-        "KL from the source": f"{r['kl']:.4f} nats per token",
-        "same most likely token": f"{r['top1_agreement']:.1%}",
-        "measured on": f"{r['evaluation_tokens']:,} held-out tokens of {r['calibration_text']}",
-        "time, peak memory": f"{r['seconds']:.1f} s, {r['peak_rss_bytes'] / 2**30:.2f} GiB",
-    }
-    if r["notes"]:
-        rows["notes"] = "; ".join(r["notes"])
-    return _facts(f"{out}", rows)
 
 
 @app.command("eval")
@@ -302,6 +290,88 @@ def compare(
         explained = "bytes: of cache a token, all layers; excess, KL: nats a token; worse than: in bytes and excess"
         for note in (explained, *result["notes"]):
             console.print(note, style="dim", markup=False)
+
+
+@app.command()
+def heal(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that convert has written.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    teacher: Annotated[str, typer.Option(help="The source: a folder or a hub id.")],
+    data: Data = None,
+    tokens: Annotated[int | None, typer.Option(help="Different tokens to learn from. Default: 262144.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="How often each is learnt from. Default: 1.")] = None,
+    train: Annotated[str | None, typer.Option(help="attention, all or lora. Default: attention.")] = None,
+    ce: Annotated[
+        float | None, typer.Option(help="Share of cross-entropy beside the teacher's KL. Default: 0.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of that KL. Default: 1.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep so many of the teacher's tokens on disk; it is not needed while training.")
+    ] = None,
+    match_hidden: Annotated[float | None, typer.Option(help="Weight of matching hidden states. Default: 0.")] = None,
+    cache: CacheFormat = None,
+    optimiser: Annotated[str | None, typer.Option(help="muon or adamw. Default: muon; adamw for lora.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Size of a step. Default: 0.01 muon, 0.0003 adamw, 0.002 lora.")
+    ] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up. Default: 5.")] = None,
+    decay: Annotated[str | None, typer.Option(help="linear, cosine or 1-sqrt. Default: linear.")] = None,
+    step_tokens: Annotated[int | None, typer.Option(help="Tokens a step. Default: 1024.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sequence. Default: 512.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Of the adapters. Default: 16.")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Of the adapters. Default: 32.")] = None,
+    looks: Annotated[int | None, typer.Option(help="How often held-out text is looked at. Default: 5.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Looks without a gain after which it ends. Default: never.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the text. Default: 1.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences at a time; more in a step accumulate.")] = 4,
+    recompute: Annotated[bool, typer.Option(help="Less memory for more time.")] = False,
+    autocast: Annotated[bool | None, typer.Option(help="Multiply in bfloat16. Default: where that is faster.")] = None,
+    parallel: Annotated[str, typer.Option(help="Under torchrun: fsdp or ddp.")] = "fsdp",
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between states to resume from.")] = 50,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished healing of OUT.")] = False,
+    track: Annotated[str | None, typer.Option(help="tensorboard or trackio, beside healing.jsonl.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Train a converted model towards its source, to recover what conversion lost."""
+    given = {
+        "data": tuple(data) if data else None,
+        "tokens": tokens,
+        "epochs": epochs,
+        "train": train,
+        "ce": ce,
+        "temperature": temperature,
+        "top_k": top_k,
+        "match_hidden": match_hidden,
+        "cache": cache,
+        "optimiser": optimiser,
+        "rate": rate,
+        "warmup": warmup,
+        "decay": decay,
+        "step_tokens": step_tokens,
+        "sequence_length": sequence_length,
+        "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
+        "looks": looks,
+        "patience": patience,
+        "seed": seed,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    from latentize.api import heal as run
+    from latentize.tables import healing_facts
+
+    if parallel not in ("fsdp", "ddp"):
+        raise OptionError(f"no such way: '{parallel}'", where="--parallel", fix="fsdp or ddp")
+    machine: dict[str, Any] = {"sequences": sequences, "recompute": recompute, "autocast": autocast}
+    with _progress() as progress:
+        options = {**machine, "parallel": parallel, "save_every": save_every, "resume": resume}
+        options |= {"track": track, "device": device, "progress": progress}
+        result = run(model, out, teacher, **options, **given)
+    # Of several processes the first one tells.
+    if result:
+        _emit(result, as_json, _facts(str(out), healing_facts(result)))
 
 
 @app.command()
@@ -414,7 +484,7 @@ def bench(
 def report(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that convert has written.")],
     reference: Annotated[str | None, typer.Option(help="The source: both continue a prompt.")] = None,
-    prompt: Annotated[str, typer.Option(help="What to continue. [a held-out text]")] = "",
+    prompt: Annotated[str, typer.Option(help="What to continue. Default: a held-out text.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Write report.html: what was done, what it cost, where; with all that was measured since."""

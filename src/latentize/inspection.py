@@ -124,7 +124,7 @@ def _this_machine() -> Machine:
 def inspect(model: str) -> dict[str, Any]:
     """What ``latentize inspect --json`` prints. Reads headers, not weights."""
     from latentize.checkpoint import Checkpoint
-    from latentize.convert.methods import settings
+    from latentize.convert.settings import settings
     from latentize.formats.deepseek_v3 import portable_reasons
     from latentize.recipe import Recipe
 

@@ -19,12 +19,12 @@ from latentize.calibrate.tokens import pack
 from latentize.checkpoint import Checkpoint, Manifest, OutputFolder
 from latentize.checkpoint.manifest import sha256
 from latentize.convert.allocate import allocate
-from latentize.convert.methods import Setting, pooled_heads, settings
 from latentize.convert.pipeline import Converted, Effort, convert_latent, convert_pooled
 from latentize.convert.polish import Polish
 from latentize.convert.progress import Progress
 from latentize.convert.refine import Refinement
 from latentize.convert.search import choose
+from latentize.convert.settings import Setting, pooled_heads, settings
 from latentize.convert.source import SourceModel
 from latentize.errors import FormatError
 from latentize.families import ModelSpec

@@ -8,7 +8,15 @@ from rich.table import Table
 
 from latentize.report.evaluation import with_error
 
-__all__ = ["capacity_tables", "compare_table", "plan_table", "positions_table", "probes_table"]
+__all__ = [
+    "capacity_tables",
+    "compare_table",
+    "conversion_facts",
+    "healing_facts",
+    "plan_table",
+    "positions_table",
+    "probes_table",
+]
 
 GB = 10**9
 
@@ -143,3 +151,37 @@ def compare_table(result: dict[str, Any]) -> Table:
             style=None if row["dominated_by"] is None else "dim",
         )
     return table
+
+
+def conversion_facts(r: dict[str, Any]) -> dict[str, Any]:
+    """What ``convert`` says, by name."""
+    kept, before = r["cache_values_per_token_layer"], r["source_cache_values_per_token_layer"]
+    sizes = f" = {r['kv_lora_rank']} + {r['qk_rope_head_dim']}" if r["format"] == "deepseek_v3" else ""
+    rows = {
+        "format, method": f"{r['format']}, {r['method']}",
+        "cached values per token and layer": f"{kept}{sizes}, the source has {before} ({1 - kept / before:.1%} fewer)",
+        "perplexity": f"{r['perplexity']:.3f}, the source has {r['source_perplexity']:.3f}",
+        "KL from the source": f"{r['kl']:.4f} nats per token",
+        "same most likely token": f"{r['top1_agreement']:.1%}",
+        "measured on": f"{r['evaluation_tokens']:,} held-out tokens of {r['calibration_text']}",
+        "time, peak memory": f"{r['seconds']:.1f} s, {r['peak_rss_bytes'] / 2**30:.2f} GiB",
+    }
+    if r["notes"]:
+        rows["notes"] = "; ".join(r["notes"])
+    return rows
+
+
+def healing_facts(r: dict[str, Any]) -> dict[str, Any]:
+    """What ``heal`` says, by name."""
+    rows = {
+        "above the source": f"{r['excess_loss']:.4f} nats per token, before {r['excess_loss_before']:.4f} "
+        f"({r['excess_removed']:.0%} removed)",
+        "perplexity": f"{r['perplexity']:.3f}, the source has {r['reference_perplexity']:.3f}",
+        "KL from the source": f"{r['kl']:.4f} nats per token",
+        "same most likely token": f"{r['top1_agreement']:.1%}",
+        "measured on": f"{r['evaluation_tokens']:,} held-out tokens",
+        "learnt from": f"{r['tokens']:,} tokens of {r['text']}, {r['steps']:,} steps, {r['parameters']:,} parameters",
+        "time, speed, peak memory": f"{r['seconds']:.1f} s, {r['tokens_per_second']:,.0f} tokens/s, "
+        f"{r['peak_rss_bytes'] / 2**30:.2f} GiB",
+    }
+    return rows

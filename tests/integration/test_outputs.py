@@ -206,7 +206,7 @@ def test_a_batch_with_padding_is_as_each_alone(
     source: Callable[..., Path], text: str, tmp_path: Path, form: str
 ) -> None:
     """Left padding and a mask, through ``generate``."""
-    from latentize.evaluate.load import load_model
+    from latentize.runtime.load import load_model
 
     out = tmp_path / "out"
     latentize.convert(source("llama", 2), out, format=form, data=(text,), **FOLDED, **SMALL)

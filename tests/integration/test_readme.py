@@ -10,11 +10,13 @@ import pytest
 from tests.common import call_cli
 
 import latentize
+from latentize.heal.recipe import Healing
 from latentize.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 # A command of the README says less than these; what it says counts.
 QUICK = {"fast": True, "tokens": 4096, "selection_tokens": 512, "evaluation_tokens": 1024}
+QUICK_HEALING = {"tokens": 2048, "selection_tokens": 512, "evaluation_tokens": 1024}
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -33,6 +35,8 @@ def test_every_command_of_the_readme(
     assert any(command[0] == "convert" for command in found), "the README shows how to convert"
     build = Recipe.build
     monkeypatch.setattr(Recipe, "build", lambda **entries: build(**{**QUICK, **entries}))
+    heal = Healing.build
+    monkeypatch.setattr(Healing, "build", lambda **entries: heal(**{**entries, **QUICK_HEALING}))
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
     for command in found:

@@ -18,7 +18,7 @@ from latentize.calibrate.tokens import pack
 from latentize.convert.rope_split import Selection
 from latentize.errors import CheckpointError, DataError, FormatError, LatentizeError, OptionError, OutputError
 from latentize.errors import UnsupportedModelError as Unsupported
-from latentize.evaluate.load import load_model
+from latentize.runtime.load import load_model
 
 MHA2MLA = [
     {"method": "mha2mla", "svd": svd, "selection": selection}

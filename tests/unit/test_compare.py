@@ -15,9 +15,9 @@ from latentize.api import compare, convert, evaluate
 from latentize.errors import DataError, OptionError
 from latentize.evaluate import quantized as module
 from latentize.evaluate.compare import Row, marked, names_of
-from latentize.evaluate.load import load_model
 from latentize.evaluate.quantized import Quantized, quantized
 from latentize.report.pareto import pareto_chart
+from latentize.runtime.load import load_model
 
 MEASURED: dict[str, Any] = {"tokens": 512, "sequence_length": 64}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentize.attention.grouped import rms_norm
 from latentize.attention.latent import LatentWeights
-from latentize.convert.methods import Setting
+from latentize.convert.settings import Setting
 from latentize.families import model_spec
 from latentize.formats.deepseek_v3 import (
     DELTA,

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from latentize.api import open_source
 from latentize.convert.draft import observe
-from latentize.convert.methods import Setting, convert_layer
+from latentize.convert.methods import convert_layer
 from latentize.convert.polish import Polish, divergence, polish
 from latentize.convert.refine import expand_heads
+from latentize.convert.settings import Setting
 from latentize.convert.source import SourceModel
 
 

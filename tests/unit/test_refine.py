@@ -12,8 +12,9 @@ from tests.unit.layers import attention_spec, inputs, random_attention, stats_of
 from latentize.attention.grouped import grouped_attention
 from latentize.attention.latent import LatentWeights
 from latentize.convert.descent import Descent, Schedule
-from latentize.convert.methods import Setting, convert_layer
+from latentize.convert.methods import convert_layer
 from latentize.convert.refine import Refinement, expand_heads, refine
+from latentize.convert.settings import Setting
 
 HOW = Refinement(steps=30, tokens=96)
 ONE_STEP = Schedule(steps=1, rate=0.1, warmup=1)

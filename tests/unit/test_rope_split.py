@@ -13,8 +13,9 @@ from torch import Tensor
 from latentize.attention.grouped import AttentionWeights, grouped_attention
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.calibrate.stats import CalibrationStats
-from latentize.convert.methods import Setting, convert_layer
+from latentize.convert.methods import convert_layer
 from latentize.convert.rope_split import RopeSplit, Selection, rorope, select_pairs, split_per_head
+from latentize.convert.settings import Setting
 from latentize.spec import AttentionSpec
 
 SELECTIONS = get_args(Selection)

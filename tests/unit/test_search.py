@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from latentize.api import open_source
-from latentize.convert.methods import Setting, settings
 from latentize.convert.progress import silent
 from latentize.convert.search import best_strides, choose
+from latentize.convert.settings import Setting, settings
 from latentize.convert.source import SourceModel
 from latentize.jobs import draw_text
 from latentize.recipe import Recipe

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.layers import attention_spec, random_attention, stats_of
 
-from latentize.convert.methods import Setting, convert_layer, ladder_costs, pooled_heads, settings
+from latentize.convert.methods import convert_layer, ladder_costs
+from latentize.convert.settings import Setting, pooled_heads, settings
 from latentize.errors import OptionError, UnsupportedModelError
 from latentize.recipe import Recipe
 from latentize.spec import AttentionSpec, RopeSpec

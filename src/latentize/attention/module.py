@@ -163,22 +163,22 @@ class LatentAttention(nn.Module):
         return self._frequencies
 
     def weights(self) -> LatentWeights:
-        """The parameters, as views with named axes."""
+        """The parameters, as views with named axes; adapters of peft count."""
         s = self.spec
-        q_HdD = self.q_proj.weight.unflatten(0, (s.num_heads, s.qk_head_dim))
+        q_HdD = matrix(self.q_proj).unflatten(0, (s.num_heads, s.qk_head_dim))
         q_bias_Hd = None if self.q_proj.bias is None else self.q_proj.bias.unflatten(0, (s.num_heads, s.qk_head_dim))
-        kv_b_Udr = self.kv_b_proj.weight.unflatten(0, (s.up_heads, s.qk_nope_head_dim + s.v_head_dim))
+        kv_b_Udr = matrix(self.kv_b_proj).unflatten(0, (s.up_heads, s.qk_nope_head_dim + s.v_head_dim))
         nope = s.qk_nope_head_dim
         ropes = (s.rope_heads, s.qk_rope_head_dim)
         k_bias = self.k_rope_proj.bias
         return LatentWeights(
             q_nope_HND=q_HdD[:, :nope],
             q_rope_HRD=q_HdD[:, nope:],
-            kv_a_rD=self.kv_a_proj.weight,
-            k_rope_PRD=self.k_rope_proj.weight.unflatten(0, ropes),
+            kv_a_rD=matrix(self.kv_a_proj),
+            k_rope_PRD=matrix(self.k_rope_proj).unflatten(0, ropes),
             k_up_UNr=kv_b_Udr[:, :nope],
             v_up_UVr=kv_b_Udr[:, nope:],
-            o_DHV=self.o_proj.weight.unflatten(1, (s.num_heads, s.v_head_dim)),
+            o_DHV=matrix(self.o_proj).unflatten(1, (s.num_heads, s.v_head_dim)),
             frequencies_PF=self.frequencies(),
             softmax_scale=s.softmax_scale,
             q_nope_bias_HN=None if q_bias_Hd is None else q_bias_Hd[:, :nope],
@@ -229,6 +229,16 @@ class LatentAttention(nn.Module):
         if q_nope.shape[2] == 1 and c.shape[2] > 1:
             return absorbed_heads(q_nope, q_rope, c, k_rope, _allowed(mask, q_nope), w)
         return prefill(q_nope, q_rope, c, k_rope, w, mask)
+
+
+def matrix(projection: Any) -> Tensor:
+    """What a projection multiplies with, ``[out, in]``: its weight, and low-rank updates that peft has put on it."""
+    weight = projection.weight
+    if getattr(projection, "merged", True) or projection.disable_adapters:
+        return weight
+    for adapter in projection.active_adapters:
+        weight = weight + projection.get_delta_weight(adapter)
+    return weight
 
 
 def _allowed(mask: Tensor | None, like: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class Manifest:
         measurements: Quality numbers, with what they were measured on.
         notes: What is approximate or was left out, in sentences.
         files: File → SHA-256.
+        healing: What was done after the conversion, and with which result; oldest first.
     """
 
     format: str
@@ -59,6 +60,7 @@ class Manifest:
     notes: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
+    healing: list[dict[str, Any]] = field(default_factory=list)
 
     def dumps(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"

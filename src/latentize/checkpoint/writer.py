@@ -115,25 +115,38 @@ class OutputFolder:
     def write_text(self, name: str, text: str) -> None:
         (self.partial / name).write_text(text, encoding="utf-8")
 
-    def finish(self, config: dict[str, Any], manifest: Manifest) -> None:
-        """Write index, config and manifest, in this order, and rename the folder to its final name.
+    def finish_model(self, config: dict[str, Any]) -> None:
+        """Write what is left of the weights, index and config: from then on the partial folder can be loaded.
 
         Raises:
-            OutputError: writing fails; nothing is left at ``out``.
+            OutputError: writing fails.
         """
         self._flush()
         count = len(self._shards)
         weight_map: dict[str, str] = {}
-        for number, tensors in enumerate(self._shards):
-            name = SINGLE_NAME if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._shard_path(number).rename(self.partial / name)
-            weight_map.update(dict.fromkeys(tensors, name))
         try:
+            for number, tensors in enumerate(self._shards):
+                name = SINGLE_NAME if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+                self._shard_path(number).rename(self.partial / name)
+                weight_map.update(dict.fromkeys(tensors, name))
             if count > 1:
                 total = sum(sum(t.values()) for t in self._shards)
                 index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
                 self.write_text(INDEX_NAME, json.dumps(index, indent=2) + "\n")
             self.write_text("config.json", json.dumps(config, indent=2) + "\n")
+        except OSError as error:
+            raise OutputError(f"cannot finish the output: {error.strerror}", where=str(self.out)) from error
+        self._shards = []
+
+    def finish(self, config: dict[str, Any], manifest: Manifest) -> None:
+        """Write what :meth:`finish_model` has not written yet, then the manifest, and rename to the final name.
+
+        Raises:
+            OutputError: writing fails; nothing is left at ``out``.
+        """
+        if self._pending or self._shards:
+            self.finish_model(config)
+        try:
             manifest.files = {p.name: sha256(p) for p in sorted(self.partial.iterdir()) if p.name != MANIFEST_NAME}
             self.write_text(MANIFEST_NAME, manifest.dumps())
             for path in self.partial.iterdir():

@@ -20,11 +20,11 @@ from torch import Tensor
 from latentize.attention.module import LatentAttention
 from latentize.calibrate.stats import Needed
 from latentize.convert.draft import Draft, observe
-from latentize.convert.methods import Setting
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import compare_streams
 from latentize.convert.refine import Refinement
 from latentize.convert.search import SEARCH_TOKENS, short_refinement
+from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, SourceModel
 from latentize.spec import AttentionSpec
 

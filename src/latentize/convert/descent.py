@@ -7,19 +7,21 @@ scales are arbitrary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Descent", "Schedule"]
+__all__ = ["Decay", "Descent", "Schedule"]
 
 _MOMENTUM = 0.9
 # Hidden size that the numbers of a schedule are meant for, and how many times as many tokens a step has at most.
 _NARROW, _WIDEST = 256, 4
 _BETAS = (0.9, 0.95)
+Decay = Literal["linear", "cosine", "1-sqrt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,8 @@ class Schedule:
         steps: Steps.
         tokens: Calibration tokens a step, rounded to whole sequences.
         rate: Size of a full step, relative to each tensor.
-        warmup: Steps of linear warm-up; then a linear decay to zero.
+        warmup: Steps of linear warm-up; then a decay to zero.
+        decay: Its shape: a straight line, half a cosine, or ``1 - sqrt`` of what has passed.
         seed: Order of the sequences.
     """
 
@@ -38,6 +41,7 @@ class Schedule:
     tokens: int = 1024
     rate: float
     warmup: int = 5
+    decay: Decay = "linear"
     seed: int = 0
 
     def suited(self, hidden_size: int, length: int) -> Self:
@@ -62,7 +66,10 @@ class Schedule:
         """Share of the full rate at ``step``."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        return (self.steps - step) / max(1, self.steps - self.warmup)
+        left = (self.steps - step) / max(1, self.steps - self.warmup)
+        if self.decay == "linear":
+            return left
+        return 0.5 - 0.5 * math.cos(math.pi * left) if self.decay == "cosine" else 1 - math.sqrt(1 - left)
 
     def batches(self, count: int, length: int) -> Iterator[Tensor]:
         """For each step the numbers of its sequences: shuffled epochs of whole batches.
@@ -87,34 +94,44 @@ class Descent:
     Args:
         parameters: What to train.
         schedule: How large each step is.
+
+    Attributes:
+        taken: Steps so far.
+        optimisers: Of matrices, and of the rest.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], schedule: Schedule) -> None:
         self.parameters = [p for p in parameters if p.numel()]
-        self._schedule, self._step = schedule, 0
+        self._schedule, self.taken = schedule, 0
         matrices = [_group(p) for p in self.parameters if p.ndim == 2]
         vectors = [_group(p) for p in self.parameters if p.ndim != 2]
-        self._optimisers: list[torch.optim.Optimizer] = []
+        self.optimisers: list[torch.optim.Optimizer] = []
         if matrices:
-            self._optimisers.append(torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, momentum=_MOMENTUM))
+            self.optimisers.append(torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, momentum=_MOMENTUM))
         if vectors:
-            self._optimisers.append(torch.optim.Adam(vectors, lr=0.0, betas=_BETAS))
+            self.optimisers.append(torch.optim.Adam(vectors, lr=0.0, betas=_BETAS))
 
     def step(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """One step down: ``output`` is a loss, or comes with the gradient of a loss by it."""
         gradients = torch.autograd.grad(output, self.parameters, gradient)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        size = self._schedule.rate * self._schedule.factor(self._step)
-        for optimiser in self._optimisers:
+        self.follow()
+
+    def follow(self) -> None:
+        """One step down the gradients that the parameters have."""
+        size = self._schedule.rate * self._schedule.factor(self.taken)
+        for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = size * group["size"]
             optimiser.step()
-        self._step += 1
+        self.taken += 1
 
 
 def _group(parameter: nn.Parameter) -> dict:
     p = parameter.detach()
+    # One that is sharded is measured as a whole.
+    p = getattr(p, "full_tensor", lambda: p)()
     if p.ndim != 2:
         return {"params": [parameter], "size": float(p.square().mean().sqrt())}
     rows, columns = p.shape

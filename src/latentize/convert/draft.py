@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from latentize.attention.latent import LatentWeights
 from latentize.calibrate.stats import CalibrationStats, Needed, gather
-from latentize.convert.methods import Conversion, Setting, conversion
+from latentize.convert.methods import Conversion, conversion
 from latentize.convert.refine import Refinement, expand_heads, refine
+from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer
 from latentize.spec import AttentionSpec
 

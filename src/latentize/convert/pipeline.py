@@ -21,12 +21,13 @@ from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
 from latentize.convert.draft import Draft, DraftedLayer, observe
-from latentize.convert.methods import Setting, linear_fit
+from latentize.convert.methods import linear_fit
 from latentize.convert.polish import Polish, polish
 from latentize.convert.pooling import pool_heads
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import Quality, compare_streams
 from latentize.convert.refine import Refinement
+from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, SourceModel
 from latentize.spec import AttentionSpec
 

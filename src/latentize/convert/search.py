@@ -7,10 +7,11 @@ from torch import Tensor
 
 from latentize.attention.module import LatentAttention
 from latentize.convert.draft import Draft, observe
-from latentize.convert.methods import Setting, ladder_costs
+from latentize.convert.methods import ladder_costs
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import compare_streams
 from latentize.convert.refine import Refinement
+from latentize.convert.settings import Setting
 from latentize.convert.source import SourceModel
 
 __all__ = ["SEARCH_TOKENS", "best_strides", "choose", "short_refinement"]
@@ -21,7 +22,7 @@ SEARCH_TOKENS = 8192
 
 def short_refinement(refines: bool) -> Refinement | None:
     """What stands for the refinement of a conversion, where there will be one."""
-    return Refinement(steps=16, rate=0.05, warmup=3) if refines else None
+    return Refinement(steps=24, rate=0.05, warmup=3) if refines else None
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import pack
 from latentize.convert.progress import Progress, silent
 from latentize.evaluate.detail import Evaluation
-from latentize.evaluate.load import load_model
 from latentize.evaluate.predict import Predict, predictor
 from latentize.evaluate.quality import measure
 from latentize.evaluate.quantized import quantized
 from latentize.runtime.accelerate import has_latents
 from latentize.runtime.cache import cache_formats
 from latentize.runtime.codecs import codec
+from latentize.runtime.load import load_model
 
 __all__ = ["Row", "compare", "marked"]
 

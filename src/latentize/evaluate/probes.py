@@ -26,9 +26,9 @@ from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import pack
 from latentize.convert.progress import Progress, silent
 from latentize.errors import OptionError
-from latentize.evaluate.load import load_model
 from latentize.evaluate.predict import Predict, longest_context, predictor
 from latentize.evaluate.puzzles import PUZZLES, placed
+from latentize.runtime.load import load_model
 
 __all__ = ["DEPTHS", "LENGTHS", "Answer", "Example", "answers", "examples", "probe", "summary"]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentize.calibrate.text import documents
+from latentize.calibrate.text import Split, documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import pack
 from latentize.convert.progress import Progress, silent
 from latentize.errors import DataError
 from latentize.evaluate.detail import Evaluation
-from latentize.evaluate.load import load_model
 from latentize.evaluate.predict import Predict, predictor
+from latentize.runtime.load import load_model
 
 __all__ = ["evaluate", "measure"]
 
@@ -34,6 +34,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     cache: str | None = None,
     window: int | None = None,
+    split: Split | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure a model on held-out text.
@@ -49,6 +50,7 @@ def evaluate(
         dtype: Precision to run in.
         cache: ``LATENT[+ROPE]``: predict from a cache of these formats, as generation would.
         window: Predict from a cache of so many tokens, and the first four.
+        split: Which part of ``data``; by default all of it.
         progress: Told after each batch.
 
     Raises:
@@ -59,7 +61,7 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     rows = pack(
         tokenizer,
-        documents(data, "all" if data else "heldout"),
+        documents(data, split or ("all" if data else "heldout")),
         tokens=tokens,
         sequence_length=sequence_length,
     )

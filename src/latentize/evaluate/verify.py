@@ -13,9 +13,9 @@ from latentize.attention.module import LatentAttention
 from latentize.checkpoint import Checkpoint, Manifest
 from latentize.checkpoint.manifest import sha256
 from latentize.errors import CheckpointError
-from latentize.evaluate.load import load_model
 from latentize.formats.deepseek_v3 import decode_attention
 from latentize.runtime.generate import cached_values
+from latentize.runtime.load import load_model
 
 __all__ = ["Verdict", "verify"]
 

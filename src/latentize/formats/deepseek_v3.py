@@ -28,8 +28,8 @@ from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
 from latentize.attention.rope import half_to_interleaved
-from latentize.convert.methods import Setting
 from latentize.convert.pipeline import LayerResult
+from latentize.convert.settings import Setting
 from latentize.families import ModelSpec
 from latentize.formats.base import FormatWriter
 

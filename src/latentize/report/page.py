@@ -90,7 +90,8 @@ def page(manifest: Manifest, found: Mapping[str, Sequence[dict[str, Any]]], *, n
     sections = [
         _head(manifest),
         _cache(source, m),
-        _quality(m, found.get("eval", ())),
+        _quality(m, found.get("eval", ()), healed=bool(manifest.healing)),
+        _healing(manifest.healing),
         positions(found.get("eval", ())),
         probes(found.get("eval", ())),
         _layers(manifest.layers, source),
@@ -168,7 +169,7 @@ def _cache(source: Mapping[str, Any], m: Mapping[str, Any]) -> str:
     return f"<h2>The cache</h2>{figure(chart)}{sizes}<p class=dim>8 and 4 bits without their scales.</p>"
 
 
-def _quality(m: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
+def _quality(m: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], *, healed: bool) -> str:
     rows: list[tuple[str, ...]] = [
         ("the source", f"{m['source_perplexity']:.3f}", "", "", "", f"{m['evaluation_tokens']:,}")
     ]
@@ -176,7 +177,7 @@ def _quality(m: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> 
         rows.append(("its linear fit, nothing compressed", "", f"{m['linear_fit_excess_loss']:.4f}", "", "", ""))
     if m.get("closed_form_excess_loss") is not None:
         rows.append(("in closed form, before training", "", f"{m['closed_form_excess_loss']:.4f}", "", "", ""))
-    rows.append(_quality_row("as converted", m, m["evaluation_tokens"]))
+    rows.append(_quality_row("as healed" if healed else "as converted", m, m["evaluation_tokens"]))
     rows += [_quality_row(named(e), e, e["tokens"]) for e in evaluations]
     numbers = table(rows, head=("", "perplexity", "excess, nats", "KL, nats", "same top-1", "tokens"))
     return (
@@ -191,6 +192,22 @@ def _quality_row(label: str, found: Mapping[str, Any], tokens: int) -> tuple[str
 
     excess, kl, same = shown("excess_loss", ".4f"), shown("kl", ".4f"), shown("top1_agreement", ".1%")
     return (label, shown("perplexity", ".3f"), excess, kl, same, f"{tokens:,}")
+
+
+def _healing(healings: Sequence[Mapping[str, Any]]) -> str:
+    """What each healing learnt from and what it gained."""
+    parts = []
+    for done in healings:
+        recipe = done["recipe"]
+        looks = [(look["step"], f"{look['kl']:.4f}", f"{look['ce']:.4f}") for look in done["held_out"]]
+        loss = "cross-entropy" if recipe["ce"] == 1 else "KL from the source"
+        parts.append(
+            f"<p>{done['steps']:,} steps on {done['tokens']:,} tokens of {escape(str(done['text']))}, {loss}, "
+            f"training {escape(str(recipe['train']))} ({done['parameters']:,} parameters): "
+            f"{done['excess_loss_before']:.4f} nats above the source before, {done['excess_loss']:.4f} after.</p>"
+            + table(looks, head=("step", "held-out KL, nats", "held-out cross-entropy, nats"))
+        )
+    return f"<h2>Healing</h2>{''.join(parts)}" if parts else ""
 
 
 def _layers(layers: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> str:

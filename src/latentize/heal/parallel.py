@@ -1,0 +1,101 @@
+"""One process or many, as ``torchrun`` starts them: sharded (FSDP2) or replicated (DDP).
+
+What is written, and what is measured in the end, is the first process's business.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from latentize.errors import OptionError
+
+__all__ = ["Parallel", "Team", "together"]
+
+Parallel = Literal["fsdp", "ddp"]
+
+
+class Team:
+    """The processes that heal together.
+
+    Args:
+        parallel: ``fsdp`` shards what is trained and its optimiser over the processes, ``ddp`` repeats it.
+        device: Where to run; of several GPUs each process takes its own.
+
+    Attributes:
+        rank, size: This process's number, and how many there are.
+    """
+
+    def __init__(self, parallel: Parallel = "fsdp", device: str = "cpu") -> None:
+        self.parallel = parallel
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = f"cuda:{local}" if device == "cuda" and self.size > 1 else device
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes have come this far."""
+        if self.size > 1:
+            dist.barrier()
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's part of a step's sequences.
+
+        Raises:
+            OptionError: they cannot be shared out evenly.
+        """
+        if len(rows) % self.size:
+            raise OptionError(
+                f"{len(rows)} sequences a step cannot be shared by {self.size} processes",
+                where="--step-tokens",
+                fix=f"a multiple of {self.size} sequences",
+            )
+        return rows.chunk(self.size)[self.rank]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Over the processes."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def spread(self, student: Any) -> Any:
+        """The module to call in training: the same one, sharded, or wrapped in DDP."""
+        if self.size == 1:
+            return student
+        if self.parallel == "ddp":
+            return nn.parallel.DistributedDataParallel(student)
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor
+
+        for layer in student.layers:
+            fully_shard(layer)
+        fully_shard(student)
+        assert all(isinstance(p, DTensor) for p in student.parameters()), "FSDP has left something whole"
+        return student
+
+
+@contextmanager
+def together(device: str) -> Iterator[None]:
+    """Join the processes that ``torchrun`` has started, if it was that."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,245 @@
+"""A healing from checked input to finished folder: what ``latentize.heal`` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentize.calibrate.text import describe, documents
+from latentize.calibrate.tokenizer import load_tokenizer
+from latentize.calibrate.tokens import pack
+from latentize.checkpoint import Checkpoint, Manifest, OutputFolder
+from latentize.checkpoint.manifest import sha256
+from latentize.convert.progress import Progress, silent
+from latentize.errors import DataError, OptionError
+from latentize.evaluate.quality import evaluate
+from latentize.heal.loop import Looked, Machine, train
+from latentize.heal.parallel import Team
+from latentize.heal.recipe import Healing
+from latentize.heal.state import Workspace, learnt
+from latentize.heal.student import Losses, Student
+from latentize.heal.targets import Live, Teacher, Written, write_top_k
+from latentize.machine import peak_rss_bytes
+from latentize.runtime.load import load_model
+
+__all__ = ["heal"]
+
+# Shows how large latents get.
+_RMS_TOKENS = 16_384
+METRICS_NAME = "healing.jsonl"
+
+
+def heal(
+    model: Path,
+    out: Path,
+    teacher: Path,
+    healing: Healing,
+    *,
+    machine: Machine,
+    team: Team,
+    resume: bool = False,
+    track: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train an output of latentize towards its source, and write the result to ``out``.
+
+    Args:
+        model: The output.
+        out: A folder that does not exist yet.
+        teacher: The source.
+        healing: What to do.
+        machine: How.
+        team: Which processes; all of them call this.
+        resume: Go on with an unfinished healing of the same ``out``.
+        track: ``tensorboard`` or ``trackio``, beside the metrics that are written in any case.
+        progress: Told how far it is.
+
+    Returns:
+        What ``latentize heal --json`` prints.
+
+    Raises:
+        LatentizeError: anything that the user can mend; an unfinished healing stays in ``OUT.healing``.
+    """
+    manifest, out = Manifest.load(model), out.expanduser().absolute()
+    if healing.cache is not None and manifest.format not in ("native", "deepseek_v3"):
+        raise OptionError("the model has no latents to store", where="--cache", fix="heal an MLA model, or without it")
+    named = (("model", model), ("teacher", teacher))
+    _same_vocabulary(model, teacher)
+    files = {name: [sha256(p) for p in Checkpoint(path).files] for name, path in named}
+    request = {"healing": healing.model_dump(mode="json"), "files": files}
+    workspace = Workspace(out, request, resume=resume, team=team, track=track)
+    rows_NT, held_NT = _text(model, healing)
+    workspace.begin()
+    # Before the student: a teacher that has written its answers is gone when the student comes.
+    asked = _teacher(teacher, healing, rows_NT, held_NT, workspace, machine, team, progress)
+    student = Student(model, healing, team.device)
+    facts = train(student, asked[0], rows_NT, asked[1], workspace, machine, team, progress)
+    del asked
+    parameters = sum(p.numel() for _, p in student.trained())
+    weights = learnt(student)
+    facts |= {"parameters": parameters, "machine": asdict(machine) | {"processes": team.size}}
+    result: dict[str, Any] = {}
+    if team.leads:
+        # What was sharded is put together in a fresh model.
+        whole = student if team.size == 1 else Student(model, healing)
+        whole.load_state_dict(weights, strict=False)
+        tensors = whole.stored(Checkpoint(model), rows_NT[: max(1, _RMS_TOKENS // rows_NT.shape[1])])
+        result = _write(model, out, teacher, healing, manifest, tensors, facts, workspace, progress)
+    workspace.remove()
+    return result
+
+
+def _same_vocabulary(model: Path, teacher: Path) -> None:
+    configs = [Checkpoint(folder).config for folder in (model, teacher)]
+    # The native format has it in its source's config.
+    sizes = [config.get("source_config", config)["vocab_size"] for config in configs]
+    if sizes[0] != sizes[1]:
+        raise DataError(
+            f"the models have different vocabularies ({sizes[0]} and {sizes[1]})",
+            where="--teacher",
+            fix="the teacher is the model that was converted",
+        )
+
+
+def _text(model: Path, healing: Healing) -> tuple[Tensor, Tensor]:
+    """Sequences to learn from, and others to look at."""
+    length = healing.sequence_length
+    rows_NT = pack(
+        load_tokenizer(model),
+        documents(healing.data, "calibration"),
+        tokens=healing.tokens + healing.selection_tokens,
+        sequence_length=length,
+        seed=healing.seed,
+    )
+    held = min(max(1, healing.selection_tokens // length), len(rows_NT) // 4)
+    if held == 0:
+        raise DataError(f"the text is {len(rows_NT)} sequences of {length}, too few to hold one out", fix="more text")
+    rows_NT, held_NT = rows_NT[held:], rows_NT[:held]
+    return rows_NT[: max(1, healing.tokens // length)].to(torch.int32), held_NT
+
+
+def _teacher(
+    folder: Path,
+    healing: Healing,
+    rows_NT: Tensor,
+    held_NT: Tensor,
+    workspace: Workspace,
+    machine: Machine,
+    team: Team,
+    progress: Progress,
+) -> tuple[Teacher | None, Callable[..., Looked]]:
+    """Who is asked in training, and how held-out text is looked at."""
+    if not healing.teaches:
+        return None, _looks(None, held_NT, machine, team)
+    # Stored in 16 bits it is no less exact there than in 32, but half as large.
+    dtype = torch.float32 if torch.device(team.device).type == "cpu" else torch.bfloat16
+    model = load_model(folder, dtype=dtype, device=team.device).requires_grad_(False)
+    if healing.top_k is None:
+        live = Live(model, hidden=healing.match_hidden > 0)
+        return live, _looks(live, held_NT, machine, team)
+    asked = []
+    for name, text_NT in (("training", rows_NT), ("held-out", held_NT)):
+        place = workspace.folder / f"teacher-{name}"
+        if team.leads:
+            how: dict[str, Any] = {"k": healing.top_k, "temperature": healing.temperature, "progress": progress}
+            write_top_k(model, text_NT, place, batch=machine.sequences, autocast=machine.autocast, **how)
+        team.wait()
+        asked.append(Written(place))
+    return asked[0], _looks(asked[1], held_NT, machine, team)
+
+
+def _looks(teacher: Teacher | None, held_NT: Tensor, machine: Machine, team: Team) -> Callable[..., Looked]:
+    def look(student: Callable[..., Losses]) -> Looked:
+        # All processes look at all of it: a sharded model needs all of them for any of it.
+        total = torch.zeros(3)
+        for rows in torch.arange(len(held_NT)).split(machine.sequences):
+            tokens_BT = held_NT[rows].to(team.device)
+            losses = student(tokens_BT, None if teacher is None else teacher(rows, tokens_BT))
+            found = torch.stack([v.float() for v in (losses.total, losses.kl, losses.ce)])
+            total += found.cpu() * len(rows) / len(held_NT)
+        return Looked(*total.tolist())
+
+    return look
+
+
+def _write(
+    model: Path,
+    out: Path,
+    teacher: Path,
+    healing: Healing,
+    manifest: Manifest,
+    tensors: Any,
+    facts: dict[str, Any],
+    workspace: Workspace,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write the folder, and measure what was written before it gets its name."""
+    files = Checkpoint(model)
+    dtype = getattr(torch, files.config.get("dtype") or "bfloat16")
+    with OutputFolder(out) as folder:
+        for name, tensor in tensors:
+            folder.add(name, tensor.detach().cpu() if tensor.dtype == torch.int32 else tensor.detach().to(dtype).cpu())
+        folder.copy_tokenizer(model)
+        report = {
+            **facts,
+            "text": describe(healing.data),
+            "teacher": str(teacher),
+        }
+        before = _measured(model, teacher, healing, progress)
+        folder.finish_model(files.config)
+        after = _measured(folder.partial, teacher, healing, progress)
+        report |= {
+            "excess_loss_before": before["excess_loss"],
+            "excess_removed": 1 - after["excess_loss"] / before["excess_loss"],
+            **after,
+        }
+        manifest.healing = [*manifest.healing, {"recipe": healing.model_dump(mode="json"), **_stable(report)}]
+        manifest.measurements |= {k: v for k, v in after.items() if k in manifest.measurements}
+        folder.write_text("README.md", _card(model, report, healing))
+        folder.finish(files.config, manifest)
+    # Times of day are in it, so it is not one of the files that another run would give again.
+    (out / METRICS_NAME).write_text(workspace.metrics.read_text(encoding="utf-8"), encoding="utf-8")
+    return {**report, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _stable(report: dict[str, Any]) -> dict[str, Any]:
+    """Without what another run of the same would not give again."""
+    return {k: v for k, v in report.items() if k not in ("seconds", "tokens_per_second", "machine", "teacher")}
+
+
+def _measured(folder: Path, teacher: Path, healing: Healing, progress: Progress) -> dict[str, Any]:
+    found = evaluate(
+        folder,
+        teacher,
+        data=healing.data,
+        split="heldout",
+        tokens=healing.evaluation_tokens,
+        sequence_length=healing.sequence_length,
+        cache=healing.cache,
+        progress=progress,
+    )
+    quality = found.quality
+    entries: dict[str, Any] = quality.describe()
+    entries["evaluation_tokens"] = entries.pop("tokens")
+    return {**entries, "excess_loss": quality.excess}
+
+
+def _card(model: Path, report: dict[str, Any], healing: Healing) -> str:
+    """The model card of what was healed, and what healing did."""
+    path = model / "README.md"
+    card = path.read_text(encoding="utf-8").rstrip() if path.is_file() else f"# {model.name}"
+    kind = "cross-entropy" if healing.ce == 1 else "distillation from its source"
+    p = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in report.items()}
+    return (
+        f"{card}\n\n## Healed\n\n"
+        f"By {kind} on {report['tokens']:,} tokens of {p['text']} ({p['steps']} steps, {healing.train}); the numbers "
+        f"above are those of before. On {report['evaluation_tokens']:,} held-out tokens: perplexity {p['perplexity']} "
+        f"(the source has {p['reference_perplexity']}), KL {p['kl']} nats per token, same most likely token "
+        f"{report['top1_agreement']:.2%}; above the source {p['excess_loss']} nats per token, before "
+        f"{p['excess_loss_before']}.\n"
+    )
