@@ -188,7 +188,7 @@ def evaluate(
     options["dtype"] = _torch_dtype(dtype)
     entries = {**measure(folder, source, **options).describe(), "text": describe(options.get("data", ()))}
     if probes:
-        shared = {name: value for name, value in options.items() if name not in ("tokens", "sequence_length")}
+        shared = {name: value for name, value in options.items() if name not in ("tokens", "sequence_length", "split")}
         entries["probes"] = probe(folder, source, lengths=lengths, samples=samples, **shared)
     return entries
 

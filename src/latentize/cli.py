@@ -233,7 +233,7 @@ def evaluate(
     window: Annotated[int | None, typer.Option(min=2, help="See only so many tokens, and the first 4.")] = None,
     probes: Annotated[bool, typer.Option("--probes", help="Ask for what lies far back, too.")] = False,
     lengths: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Tokens of the probes' contexts. [512,1024,2048]")
+        str | None, typer.Option(metavar="N,N", help="Tokens of the probes' contexts. Default: 512,1024,2048.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Examples of each probe, length and depth.")] = 4,
     as_json: AsJson = False,

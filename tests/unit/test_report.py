@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,19 @@ def test_bars_are_as_long_as_their_values() -> None:
     checked(svg)
     assert 'width="118.8"' in svg and 'width="59.4"' in svg
     assert ">20 + 12<" in svg
+
+
+def test_a_line_upon_another_leaves_it_to_be_seen() -> None:
+    line = [(1.0, 2.0), (10.0, 3.0)]
+    drawn = line_chart({"a": line, "b": [(1.0, 5.0), (10.0, 3.0)], "c": line}, title="t", x_label="x")
+    dashed = ["dash" in path for path in re.findall("<polyline[^>]+>", drawn)]
+    assert dashed == [False, False, True]
+
+
+def test_an_even_axis_keeps_distances() -> None:
+    drawn = line_chart({"a": [(float(x), 1.0) for x in range(5)]}, title="t", x_label="x", even=True)
+    places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', drawn)]
+    assert all(b - a == pytest.approx(95, abs=0.2) for a, b in pairwise(places))
 
 
 def test_labels_that_would_touch_are_left_out() -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["COLOURS", "layer_bars", "line_chart", "rope_map", "svg", "ticks"]
+__all__ = ["COLOURS", "layer_bars", "level_lines", "line_chart", "rope_map", "svg", "ticks"]
 
 COLOURS = ("#e45756", "#4c78a8", "#54a24b", "#b279a2", "#72b7b2", "#9d755d", "#f2a59d", "#eeca3b")
 STYLE = (
@@ -46,6 +46,20 @@ def _even_ticks(low: float, high: float) -> list[float]:
     return [n * step for n in range(first, max(last, first + 1) + 1)]
 
 
+def level_lines(ticks: Mapping[float, float], width: int) -> list[str]:
+    """A thin line across the chart for each tick, at its height, with the number left of it."""
+    return [
+        f'<line class="axis" x1="{_LEFT}" x2="{_LEFT + width}" y1="{y:.1f}" y2="{y:.1f}" opacity="0.35"/>'
+        f'<text class="dim" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        for tick, y in ticks.items()
+    ]
+
+
+def _alike(line: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> bool:
+    """Whether one would hide the other: nowhere two pixels apart."""
+    return len(line) == len(other) and all(math.dist(a, b) < 2 for a, b in zip(line, other, strict=True))
+
+
 def line_chart(
     series: Mapping[str, Sequence[tuple[float, float]]],
     *,
@@ -55,8 +69,9 @@ def line_chart(
     legend_below: bool = False,
     dots: bool = True,
     linear: bool = False,
+    even: bool = False,
 ) -> str:
-    """Lines through points, both axes logarithmic.
+    """Lines through points, both axes logarithmic. A line that lies on an earlier one is dashed, so that both show.
 
     Args:
         series: For each name its points, positive.
@@ -66,6 +81,7 @@ def line_chart(
         legend_below: For pages that may be narrow; otherwise the names stand beside the chart.
         dots: Mark the points.
         linear: The vertical axis is not logarithmic.
+        even: The horizontal one is not.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -77,19 +93,15 @@ def line_chart(
     marks = _even_ticks(min(ys), max(ys)) if linear else ticks(min(ys), max(ys))
     scale = float if linear else math.log
     low, high = scale(marks[0]), scale(marks[-1])
-    left, right = math.log(xs[0]), math.log(xs[-1])
+    span = float if even else math.log
+    left, right = span(xs[0]), span(xs[-1])
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = 0.5 if left == right else (math.log(x) - left) / (right - left)
+        across = 0.5 if left == right else (span(x) - left) / (right - left)
         return _LEFT + 20 + (_WIDTH - 40) * across, _TOP + _HEIGHT * (high - scale(y)) / (high - low)
 
     parts = [f'<text x="0" y="18" style="font-size:15px">{escape(title)}</text>']
-    for tick in marks[:: -(-len(marks) // 12)]:
-        y = at(xs[0], tick)[1]
-        parts.append(
-            f'<line class="axis" x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}" opacity="0.35"/>'
-        )
-        parts.append(f'<text class="dim" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    parts += level_lines({tick: at(xs[0], tick)[1] for tick in marks[:: -(-len(marks) // 12)]}, _WIDTH)
     labelled = -math.inf
     for x in xs:
         # Labels that would touch are left out.
@@ -99,11 +111,14 @@ def line_chart(
             parts.append(f'<text class="dim" {where}>{x:,g}</text>')
     where = f'x="{_LEFT + _WIDTH / 2}" y="{_TOP + _HEIGHT + 42}" text-anchor="middle"'
     parts.append(f'<text class="dim" {where}>{escape(x_label)}</text>')
+    drawn: list[list[tuple[float, float]]] = []
     for number, (name, points) in enumerate(series.items()):
         colour = (colours or {}).get(name, COLOURS[number % len(COLOURS)])
         placed = [at(*point) for point in sorted(points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        dash = ' stroke-dasharray="7 7"' if any(_alike(placed, other) for other in drawn) else ""
+        drawn.append(placed)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
         if dots:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in placed]
         x, y = (_LEFT, _TOP + _HEIGHT + 58) if legend_below else (_LEFT + _WIDTH + 26, _TOP)

@@ -34,8 +34,8 @@ def positions(evaluations: Sequence[Mapping[str, Any]]) -> str:
     options: dict[str, Any] = {"x_label": "tokens of context, at most", "legend_below": True}
     charts = figure(line_chart(losses, title="Nats per token", linear=True, **options))
     if compared:
-        far = {"KL from the source": [(float(b["to"]), max(b["kl"], _LEAST)) for b in bins]}
-        charts += figure(line_chart(far, title="Nats per token from the source", **options))
+        far = {"this model": [(float(b["to"]), max(b["kl"], _LEAST)) for b in bins]}
+        charts += figure(line_chart(far, title="KL from the source, nats per token", **options))
     said = f"{named(latest)}, {latest['tokens']:,} tokens. {_sentence(latest)}"
     return f'<h2>Where in the context</h2><div class="pair">{charts}</div><p class=dim>{escape(said)}</p>'
 

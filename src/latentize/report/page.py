@@ -36,7 +36,9 @@ table:not(.keys) td:not(:first-child),th{white-space:nowrap;overflow-wrap:normal
 td:last-child,th:last-child{padding-right:0}th{font-weight:600}
 table.keys td:first-child{color:var(--dim);width:14rem}
 @media (max-width:40rem){table.keys td{display:block;width:auto!important;border:0;padding:0}
-table.keys tr{display:block;border-bottom:1px solid var(--line);padding:.35rem 0}}
+table.keys tr{display:block;border-bottom:1px solid var(--line);padding:.35rem 0}
+table:not(.keys){font-size:.85rem}table:not(.keys) td:first-child{min-width:5.5rem}
+table:not(.keys) td,table:not(.keys) th{padding-right:.6rem}}
 figure{margin:1rem 0}figure svg{width:100%;max-width:32rem;height:auto;display:block}
 figure.wide svg{max-width:44rem}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.8rem;white-space:pre-wrap;
@@ -211,14 +213,14 @@ def _healing(healings: Sequence[Mapping[str, Any]]) -> str:
 def _layers(layers: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> str:
     parts = ["<h2>Layer by layer</h2>"]
     errors = {
-        "closed form": [(i, e["error_before_refine"]) for i, e in enumerate(layers, 1)],
-        "as saved": [(i, e["error_after_refine"]) for i, e in enumerate(layers, 1)],
+        "closed form": [(i, e["error_before_refine"]) for i, e in enumerate(layers)],
+        "as saved": [(i, e["error_after_refine"]) for i, e in enumerate(layers)],
     }
     series = {name: [(float(x), max(y, 1e-9)) for x, y in points] for name, points in errors.items()}
     if series["closed form"] == series["as saved"]:
         del series["closed form"]
     title = "Relative error of the residual stream after each layer"
-    parts.append(figure(line_chart(series, title=title, x_label="layer", legend_below=True)))
+    parts.append(figure(line_chart(series, title=title, x_label="layer", legend_below=True, even=True)))
     sizes = ("kv_lora_rank", "qk_rope_head_dim")
     if all(size in layer for layer in layers for size in sizes):
         values = {name: [e[size] for e in layers] for name, size in zip(("latent", "roped key"), sizes, strict=True)}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from latentize.report.chart import COLOURS, svg, ticks
+from latentize.report.chart import COLOURS, level_lines, svg, ticks
 
 __all__ = ["pareto_chart"]
 
@@ -32,12 +32,7 @@ def pareto_chart(rows: Sequence[Mapping[str, Any]]) -> str:
         return _LEFT + _WIDTH * share(x, across), _TOP + _HEIGHT * (1 - share(y, up))
 
     parts = ['<text x="0" y="18" style="font-size:15px">Excess loss, nats per token</text>']
-    for tick in up:
-        y = at(across[0], tick)[1]
-        parts.append(
-            f'<line class="axis" x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}" opacity="0.35"/>'
-        )
-        parts.append(f'<text class="dim" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    parts += level_lines({tick: at(across[0], tick)[1] for tick in up}, _WIDTH)
     for tick in across:
         where = f'x="{at(tick, up[0])[0]:.1f}" y="{_TOP + _HEIGHT + 20}" text-anchor="middle"'
         parts.append(f'<text class="dim" {where}>{tick:,g}</text>')
