@@ -144,6 +144,12 @@ class Job:
         if done.linear_fit is not None:
             kl = done.linear_fit.kl / done.linear_fit.tokens
             self.notes.append(f"the linear fit alone, nothing compressed or refined, is {kl:.2g} nats from the source")
+        length, longest = self.recipe.sequence_length, self.spec.max_positions
+        if self.recipe.to == "mla" and length < longest:
+            self.notes.append(
+                f"calibrated and measured in sequences of {length:,} tokens, the model is made for {longest:,}: what comes "
+                f"later in a context may be predicted far worse (latentize eval --sequence-length {longest})"
+            )
         self.writer.top()
         report = self._report(done, time.time() - started)
         measurements = {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes", "layers")}
