@@ -147,8 +147,8 @@ class Job:
         length, longest = self.recipe.sequence_length, self.spec.max_positions
         if self.recipe.to == "mla" and length < longest:
             self.notes.append(
-                f"calibrated and measured in sequences of {length:,} tokens, the model is made for {longest:,}: what comes "
-                f"later in a context may be predicted far worse (latentize eval --sequence-length {longest})"
+                f"calibrated and measured in sequences of {length:,} tokens, the model is made for {longest:,}: what "
+                f"comes later in a context may be predicted far worse (latentize eval --sequence-length {longest})"
             )
         self.writer.top()
         report = self._report(done, time.time() - started)
