@@ -66,7 +66,7 @@ def healed(
         ("deepseek_v3", {"epochs": 4, "train": "all"}),
         ("deepseek_v3", {"epochs": 4, "train": "lora", "rate": 0.01}),
         ("native", {"epochs": 4, "optimiser": "adamw", "rate": 0.01, "decay": "cosine"}),
-        ("deepseek_v3", {"epochs": 4, "top_k": 64}),
+        ("deepseek_v3", {"epochs": 4, "top_k": 64, "autocast": True}),
         ("deepseek_v3", {"epochs": 4, "match_hidden": 0.1, "ce": 0.1, "temperature": 2.0, "decay": "1-sqrt"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),

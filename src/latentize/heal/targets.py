@@ -138,7 +138,9 @@ class Written:
         for row in rows.tolist():
             file, place = divmod(row, _SEQUENCES_A_FILE)
             for name, parts in found.items():
-                parts.append(self._files[file].get_slice(name)[place])
+                part = self._files[file].get_slice(name)[place]
+                # Autocast on a CPU does not join float16.
+                parts.append(part.float() if name == "log_p" else part)
         log_p_nk, ids_nk = (torch.cat(parts).to(tokens_BT.device) for parts in found.values())
         return TopKTargets(log_p_nk, ids_nk)
 
