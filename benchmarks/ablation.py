@@ -134,7 +134,7 @@ def sources_inputs() -> AbstractContextManager[Any]:
     """Each layer learns on the source's inputs to give the source's outputs."""
 
     def advance(self: draft.Draft, layer: Any, _: nn.Module) -> None:
-        layer.run(self.hidden_NTD, fast=self.refinement is not None)
+        layer.run(self.text, fast=self.refinement is not None)
 
     return patch.object(draft.Draft, "advance", advance)
 

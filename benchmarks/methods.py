@@ -28,6 +28,8 @@ from latentize.errors import OptionError
 ROOT = Path(__file__).resolve().parents[1]
 TODAY = datetime.date.today().isoformat()
 LAYER_KEYS = ("kv_lora_rank", "qk_rope_head_dim", "error_before_refine", "error_after_refine")
+# The context that the small sources are made for.
+LONG = 2048
 BUDGETS = ("50%", "25%", "12.5%")
 ROWS: dict[str, dict[str, Any]] = {
     "calibrated": {},
@@ -52,6 +54,7 @@ def measure(
         except OptionError as error:
             return {"method": name, "keep": keep, "refused": error.what}
         found = latentize.evaluate(out, model, tokens=tokens)
+        far = latentize.evaluate(out, model, tokens=tokens, sequence_length=LONG)
         files = json.loads((out / "latentize.json").read_text())["files"]
     sizes = made.get("setting") or {"num_key_value_heads": made["num_key_value_heads"]}
     return {
@@ -66,22 +69,23 @@ def measure(
         "weights_sha256": files["model.safetensors"],
         "layers": [{k: layer[k] for k in LAYER_KEYS if k in layer} for layer in made["layers"]],
         **found,
+        "long": {"sequence_length": LONG, **{k: far[k] for k in ("tokens", "excess_loss", "kl", "top1_agreement")}},
     }
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| keep | method | format | sizes | perplexity | excess, nats | KL, nats | same top-1 |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| keep | method | format | sizes | perplexity | excess, nats | at {LONG:,} tokens | KL, nats | same top-1 |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         if "refused" in r:
-            lines.append(f"| {r['keep']} | {r['method']} | | | not possible: {r['refused']} | | | |")
+            lines.append(f"| {r['keep']} | {r['method']} | | | not possible: {r['refused']} | | | | |")
             continue
-        sizes = sizes_of(r)
+        sizes, far = sizes_of(r), f"{r['long']['excess_loss']:.3f}" if "long" in r else ""
         lines.append(
             f"| {r['keep']} | {r['method']} | {r['format']} | {sizes} | {r['perplexity']:.2f} | {r['excess_loss']:.3f} "
-            f"| {r['kl']:.3f} | {r['top1_agreement']:.1%} |"
+            f"| {far} | {r['kl']:.3f} | {r['top1_agreement']:.1%} |"
         )
     return "\n".join(lines)
 

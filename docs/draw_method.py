@@ -74,10 +74,10 @@ def rope_figure() -> str:
     """For each layer and frequency: what losing rotation costs, and which components keep it."""
     checkpoint, spec = open_source(bundled_model())
     a, source = spec.attention, SourceModel(checkpoint, spec)
-    calibration_NT = draw_text(checkpoint.folder, Recipe(tokens=TOKENS)).calibration_NT
+    calibration = draw_text(checkpoint.folder, Recipe(tokens=TOKENS), spec.max_positions).calibration
     stride = a.head_dim / ROPE_DIM
     rungs_J = ladder(a.rope.theta, a.head_dim, ROPE_DIM, stride)
-    hidden, cost_LF = source.embed(calibration_NT), []
+    hidden, cost_LF = source.embed(calibration), []
     marks: dict[str, list[list[int]]] = {"●": [], "○": []}
     for layer in source.layers():
         seen = observe(layer, a, hidden, Needed(distances=True))

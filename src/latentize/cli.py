@@ -39,6 +39,10 @@ CacheFormat = Annotated[
     str | None,
     typer.Option(metavar="LATENT[+ROPE]", help="Cache in bf16, fp16, fp32, fp8, int8 or int4; as int4 or int4+bf16."),
 ]
+SpreadOver = Annotated[
+    int | None,
+    typer.Option(help="Context that the text's positions are spread over. Default: the model's own, at most 32768."),
+]
 Keep = Annotated[str | None, typer.Option(help="Share of the source's cached values to keep, as 25% or 0.25.")]
 
 
@@ -169,6 +173,7 @@ def convert(
         int | None, typer.Option(help="Calibration tokens. Default: 131072; 32768 if nothing is refined.")
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. Default: 512.")] = None,
+    context: SpreadOver = None,
     dtype: Annotated[str | None, typer.Option(help="Saved precision: bfloat16 or float32. Default: bfloat16.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe, or an output's latentize.json.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the calibration text. Default: 0.")] = None,
@@ -194,6 +199,7 @@ def convert(
         "data": tuple(data) if data else None,
         "tokens": tokens,
         "sequence_length": sequence_length,
+        "context": context,
         "dtype": dtype,
         "seed": seed,
     }
@@ -318,6 +324,7 @@ def heal(
     decay: Annotated[str | None, typer.Option(help="linear, cosine or 1-sqrt. Default: linear.")] = None,
     step_tokens: Annotated[int | None, typer.Option(help="Tokens a step. Default: 1024.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sequence. Default: 512.")] = None,
+    context: SpreadOver = None,
     lora_rank: Annotated[int | None, typer.Option(help="Of the adapters. Default: 16.")] = None,
     lora_alpha: Annotated[int | None, typer.Option(help="Of the adapters. Default: 32.")] = None,
     looks: Annotated[int | None, typer.Option(help="How often held-out text is looked at. Default: 5.")] = None,
@@ -352,6 +359,7 @@ def heal(
         "decay": decay,
         "step_tokens": step_tokens,
         "sequence_length": sequence_length,
+        "context": context,
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,
         "looks": looks,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentize.calibrate.text import Split, describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
+from latentize.calibrate.tokens import Passages, pack, spread_positions
 from latentize.checkpoint import Checkpoint, Manifest, OutputFolder
 from latentize.checkpoint.manifest import sha256
 from latentize.convert.progress import Progress, silent
@@ -73,13 +73,13 @@ def heal(
     files = {name: [sha256(p) for p in Checkpoint(path).files] for name, path in named}
     request = {"healing": healing.model_dump(mode="json"), "files": files}
     workspace = Workspace(out, request, resume=resume, team=team, track=track)
-    rows_NT, held_NT = _text(model, healing)
+    text, held = _text(model, healing)
     workspace.begin()
-    weights, facts = _learn(model, teacher, healing, rows_NT, held_NT, workspace, machine, team, progress)
+    weights, facts = _learn(model, teacher, healing, text, held, workspace, machine, team, progress)
     result: dict[str, Any] = {}
     if team.leads:
         with OutputFolder(out) as folder:
-            _save(folder, model, healing, weights, rows_NT)
+            _save(folder, model, healing, weights, text)
             # Two models are about to be measured.
             del weights
             report = {**facts, "text": describe(healing.data), "teacher": str(teacher)}
@@ -107,9 +107,14 @@ def _same_vocabulary(model: Path, teacher: Path) -> None:
         )
 
 
-def _text(model: Path, healing: Healing) -> tuple[Tensor, Tensor]:
-    """Sequences to learn from, and others, of other documents, to look at."""
+def _text(model: Path, healing: Healing) -> tuple[Passages, Passages]:
+    """Sequences to learn from, and others, of other documents, to look at; spread over the model's context."""
     tokenizer, length = load_tokenizer(model), healing.sequence_length
+    config = Checkpoint(model).config
+    context = min(config.get("source_config", config)["max_position_embeddings"], healing.context)
+
+    def spread(rows_NT: Tensor, seed: int) -> Passages:
+        return Passages(rows_NT, spread_positions(len(rows_NT), length, context, seed=seed))
 
     def draw(split: Split, tokens: int) -> Tensor:
         text = documents(healing.data, split)
@@ -117,20 +122,21 @@ def _text(model: Path, healing: Healing) -> tuple[Tensor, Tensor]:
 
     rows_NT = draw("training", healing.tokens).to(torch.int32)
     try:
-        return rows_NT, draw("selection", healing.selection_tokens)
+        held_NT = draw("selection", healing.selection_tokens)
     except DataError:
         # Too few documents to keep some apart: other sequences then, of the same ones.
         held = len(rows_NT) // 8
         if held == 0:
             raise
-        return rows_NT[held:], rows_NT[:held].long()
+        rows_NT, held_NT = rows_NT[held:], rows_NT[:held]
+    return spread(rows_NT, healing.seed), spread(held_NT, healing.seed + 1)
 
 
 def _teacher(
     folder: Path,
     healing: Healing,
-    rows_NT: Tensor,
-    held_NT: Tensor,
+    text: Passages,
+    held: Passages,
     workspace: Workspace,
     machine: Machine,
     team: Team,
@@ -138,33 +144,33 @@ def _teacher(
 ) -> tuple[Teacher | None, Callable[..., Looked]]:
     """Who is asked in training, and how held-out text is looked at."""
     if not healing.teaches:
-        return None, _looks(None, held_NT, machine, team)
+        return None, _looks(None, held, machine, team)
     # Stored in 16 bits it is no less exact there than in 32, but half as large.
     dtype = torch.float32 if torch.device(team.device).type == "cpu" else torch.bfloat16
     model = load_model(folder, dtype=dtype, device=team.device).requires_grad_(False)
     if healing.top_k is None:
         live = Live(model, hidden=healing.match_hidden > 0)
-        return live, _looks(live, held_NT, machine, team)
+        return live, _looks(live, held, machine, team)
     asked = []
-    for name, text_NT in (("training", rows_NT), ("held-out", held_NT)):
+    for name, part in (("training", text), ("held-out", held)):
         place = workspace.folder / f"teacher-{name}"
         if team.leads:
             how: dict[str, Any] = {"k": healing.top_k, "temperature": healing.temperature, "progress": progress}
-            write_top_k(model, text_NT, place, batch=machine.sequences, autocast=machine.autocast, **how)
+            write_top_k(model, part, place, batch=machine.sequences, autocast=machine.autocast, **how)
         team.wait()
         asked.append(Written(place))
-    return asked[0], _looks(asked[1], held_NT, machine, team)
+    return asked[0], _looks(asked[1], held, machine, team)
 
 
-def _looks(teacher: Teacher | None, held_NT: Tensor, machine: Machine, team: Team) -> Callable[..., Looked]:
+def _looks(teacher: Teacher | None, held: Passages, machine: Machine, team: Team) -> Callable[..., Looked]:
     def look(student: Callable[..., Losses]) -> Looked:
         # All processes look at all of it: a sharded model needs all of them for any of it.
         total = torch.zeros(3)
-        for rows in torch.arange(len(held_NT)).split(machine.sequences):
-            tokens_BT = held_NT[rows].to(team.device)
-            losses = student(tokens_BT, None if teacher is None else teacher(rows, tokens_BT))
+        for rows in torch.arange(len(held)).split(machine.sequences):
+            part = held[rows].to(team.device)
+            losses = student(part, None if teacher is None else teacher(rows, part))
             found = torch.stack([v.float() for v in (losses.total, losses.kl, losses.ce)])
-            total += found.cpu() * len(rows) / len(held_NT)
+            total += found.cpu() * len(rows) / len(held)
         return Looked(*total.tolist())
 
     return look
@@ -174,8 +180,8 @@ def _learn(
     model: Path,
     teacher: Path,
     healing: Healing,
-    rows_NT: Tensor,
-    held_NT: Tensor,
+    text: Passages,
+    held: Passages,
     workspace: Workspace,
     machine: Machine,
     team: Team,
@@ -183,22 +189,22 @@ def _learn(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What was learnt, whole on the first process, and facts about it; models and moments are gone again."""
     # Before the student: a teacher that has written its answers is gone when the student comes.
-    asked, look = _teacher(teacher, healing, rows_NT, held_NT, workspace, machine, team, progress)
+    asked, look = _teacher(teacher, healing, text, held, workspace, machine, team, progress)
     student = Student(model, healing, "meta" if team.shards else team.device)
     if team.shards:
         shard(student, Student(model, healing) if team.leads else None, team.device)
-    facts = train(student, asked, rows_NT, look, workspace, machine, team, progress)
+    facts = train(student, asked, text, look, workspace, machine, team, progress)
     facts["parameters"] = sum(p.numel() for _, p in student.trained())
     facts["machine"] = asdict(machine) | {"processes": team.size}
     return learnt(student), facts
 
 
-def _save(folder: OutputFolder, model: Path, healing: Healing, weights: dict[str, Tensor], rows_NT: Tensor) -> None:
+def _save(folder: OutputFolder, model: Path, healing: Healing, weights: dict[str, Tensor], text: Passages) -> None:
     """Write what was learnt, put into the model that healing began with."""
     student, files = Student(model, healing), Checkpoint(model)
     student.load_state_dict(weights, strict=False)
     dtype = getattr(torch, files.config.get("dtype") or "bfloat16")
-    for name, tensor in student.stored(files, rows_NT[: max(1, _RMS_TOKENS // rows_NT.shape[1])]):
+    for name, tensor in student.stored(files, text.tokens_NT[: max(1, _RMS_TOKENS // text.length)]):
         folder.add(name, tensor.detach() if tensor.dtype == torch.int32 else tensor.detach().to(dtype))
     folder.copy_tokenizer(model)
     folder.finish_model(files.config)

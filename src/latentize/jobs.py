@@ -15,7 +15,7 @@ from latentize import card
 from latentize import plan as arithmetic
 from latentize.calibrate.text import describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
+from latentize.calibrate.tokens import Passages, pack, spread_positions
 from latentize.checkpoint import Checkpoint, Manifest, OutputFolder
 from latentize.checkpoint.manifest import sha256
 from latentize.convert.allocate import allocate
@@ -49,18 +49,26 @@ class Text:
     """Three disjoint sets of tokens.
 
     Attributes:
-        calibration_NT: For statistics, and to learn from.
-        selection_NT: For choices.
-        evaluation_NT: For the numbers that are reported.
+        calibration: For statistics, and to learn from.
+        selection: For choices.
+        evaluation: For the numbers that are reported.
     """
 
-    calibration_NT: Tensor
-    selection_NT: Tensor
-    evaluation_NT: Tensor
+    calibration: Passages
+    selection: Passages
+    evaluation: Passages
 
 
-def draw_text(folder: Path, recipe: Recipe) -> Text:
-    """The text of a recipe, in the tokens of the model in ``folder``."""
+def draw_text(folder: Path, recipe: Recipe, context: int) -> Text:
+    """The text of a recipe, in the tokens of the model in ``folder``.
+
+    What is learnt from, and what choices are made on, is spread over a context; what is reported is as it is written.
+
+    Args:
+        folder: With the tokenizer.
+        recipe: Says how much.
+        context: Positions that the model is made for.
+    """
     tokenizer, length = load_tokenizer(folder), recipe.sequence_length
 
     def draw(split: str, tokens: int, seed: int = 0) -> Tensor:
@@ -71,7 +79,14 @@ def draw_text(folder: Path, recipe: Recipe) -> Text:
     held = max(1, min(recipe.selection_tokens // length, len(rows) // 4)) if len(rows) > 1 else 0
     # One sequence alone has to serve for everything.
     selection, calibration = rows[: held or 1], rows[held : held + max(1, recipe.calibration_tokens // length)]
-    return Text(calibration, selection, draw("heldout", recipe.evaluation_tokens))
+    # The published methods are as they were published.
+    context = min(context, recipe.context) if recipe.method == "calibrated" else 0
+
+    def spread(tokens_NT: Tensor, seed: int) -> Passages:
+        return Passages(tokens_NT, spread_positions(len(tokens_NT), length, context, seed=seed))
+
+    evaluation = Passages.contiguous(draw("heldout", recipe.evaluation_tokens))
+    return Text(spread(calibration, recipe.seed), spread(selection, recipe.seed + 1), evaluation)
 
 
 def _format(
@@ -136,7 +151,7 @@ class Job:
         return [{} for _ in range(self.spec.layers)]
 
     def run(self, model: str, device: str, progress: Progress, started: float) -> dict[str, Any]:
-        text = draw_text(self.checkpoint.folder, self.recipe)
+        text = draw_text(self.checkpoint.folder, self.recipe, self.spec.max_positions)
         source = SourceModel(self.checkpoint, self.spec, device)
         # A model that is large beside the machine's memory has none to keep.
         with contextlib.nullcontext() if source.large else keeping_freed_memory():
@@ -145,9 +160,10 @@ class Job:
             kl = done.linear_fit.kl / done.linear_fit.tokens
             self.notes.append(f"the linear fit alone, nothing compressed or refined, is {kl:.2g} nats from the source")
         length, longest = self.recipe.sequence_length, self.spec.max_positions
-        if self.recipe.to == "mla" and length < longest:
+        reach = max(length, self.recipe.context if self.recipe.method == "calibrated" else length)
+        if self.recipe.to == "mla" and reach < longest:
             self.notes.append(
-                f"calibrated and measured in sequences of {length:,} tokens, the model is made for {longest:,}: what "
+                f"calibrated on distances up to {reach:,} tokens, the model is made for {longest:,}: what "
                 f"comes later in a context may be predicted far worse (latentize eval --sequence-length {longest})"
             )
         self.writer.top()
@@ -212,12 +228,12 @@ class LatentJob(Job):
         if not isinstance(self.writer, NativeWriter):
             self.writer.rope_theta = first.rope_theta(self.spec.attention)
         self.notes += first.approximations(self.spec.attention)
-        texts = (text.calibration_NT, text.selection_NT, text.evaluation_NT)
+        texts = (text.calibration, text.selection, text.evaluation)
         return convert_latent(source, self.settings, self.writer, *texts, effort, progress)
 
     def choose(self, source: SourceModel, text: Text, progress: Progress) -> list[Setting]:
         """A setting for each layer; sizes of their own where the format holds them and nobody has fixed them."""
-        options = (source, self.candidates, text.calibration_NT, text.selection_NT, self.recipe.refines, progress)
+        options = (source, self.candidates, text.calibration, text.selection, self.recipe.refines, progress)
         one_by_one = isinstance(self.writer, NativeWriter) and self.recipe.method == "calibrated"
         if one_by_one and self.recipe.sizes is None and self.spec.layers > 1:
             chosen, prices = allocate(*options)
@@ -254,7 +270,7 @@ class PooledJob(Job):
         return PooledWriter(self.folder, self.checkpoint, self.spec, self.dtype)
 
     def convert(self, source: SourceModel, text: Text, progress: Progress) -> Converted:
-        return convert_pooled(source, self.kv_heads, self.writer, text.evaluation_NT, progress, dtype=self.dtype)
+        return convert_pooled(source, self.kv_heads, self.writer, text.evaluation, progress, dtype=self.dtype)
 
     def shape(self) -> dict[str, Any]:
         cache_values = 2 * self.kv_heads * self.spec.attention.head_dim

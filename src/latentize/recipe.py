@@ -49,6 +49,7 @@ class Recipe(BaseModel):
         dtype: Precision that weights are saved in.
         tokens: Calibration tokens; by default 131,072 where layers are refined and 32,768 where not.
         sequence_length: Tokens per calibration sequence.
+        context: Positions that calibration sequences are spread over, at most; never more than the model's own.
         selection_tokens: Tokens of held-out calibration text that candidates are compared on.
         evaluation_tokens: Tokens of held-out text that the reported quality is measured on.
         seed: Draws the calibration sequences.
@@ -73,6 +74,7 @@ class Recipe(BaseModel):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     tokens: int | None = Field(None, gt=0)
     sequence_length: int = Field(512, gt=1)
+    context: int = Field(32_768, gt=1)
     selection_tokens: int = Field(4_096, gt=0)
     evaluation_tokens: int = Field(16_384, gt=0)
     seed: int = 0

@@ -10,11 +10,12 @@ import torch
 from tests.common import FP32, SMALL, STOCK, random_tokens, relative_error
 
 import latentize
+from latentize.calibrate.tokens import Passages, spread_positions
 from latentize.checkpoint import Checkpoint
 from latentize.heal.loop import _recompute
 from latentize.heal.recipe import Healing
 from latentize.heal.student import Student
-from latentize.heal.targets import Live
+from latentize.heal.targets import Live, inputs
 from latentize.runtime.accelerate import accelerate
 from latentize.runtime.cache import LatentCache, cache_formats
 from latentize.runtime.load import load_model
@@ -129,8 +130,31 @@ def test_simulated_rounding_is_the_caches(kind: str, formats: str, converted: Ca
     assert relative_error(simulated, exact) > 1e-4
 
 
+def spread(tokens: torch.Tensor) -> Passages:
+    return Passages(tokens, spread_positions(*tokens.shape, 200))
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "native", "pooled"])
+def test_what_comes_after_a_jump_sees_what_came_before(kind: str, converted: Callable[[str], Path]) -> None:
+    """transformers takes positions that are not in a row for several documents, unless it is told."""
+    text, student = spread(random_tokens()), Student(converted(kind), Healing())
+    assert (text.positions_NT.diff(dim=1) > 1).any()
+    length = text.length
+    causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        hidden = student.body(**inputs(text), use_cache=False).last_hidden_state
+        expected = student.body(
+            input_ids=text.tokens_NT, position_ids=text.positions_NT, attention_mask=causal, use_cache=False
+        ).last_hidden_state
+        in_a_row = student.body(input_ids=text.tokens_NT, use_cache=False).last_hidden_state
+    assert relative_error(hidden, expected) <= FP32
+    assert relative_error(hidden[0], in_a_row[0]) <= FP32, "the first does not jump"
+    assert relative_error(hidden[1], in_a_row[1]) > 1e-3
+
+
 def gradients(student: Student, teacher: Live, tokens: torch.Tensor) -> list[torch.Tensor]:
-    student(tokens, teacher(torch.arange(len(tokens)), tokens)).total.backward()
+    text = spread(tokens)
+    student(text, teacher(torch.arange(len(text)), text)).total.backward()
     return [p.grad for _, p in student.trained() if p.grad is not None]
 
 
@@ -148,7 +172,8 @@ def test_losses_against_their_definitions(source: Callable[..., Path], converted
     folder, tokens, model = converted("deepseek_v3"), random_tokens(), load_model(source())
     student = Student(folder, Healing(ce=0.25, temperature=2.0, match_hidden=0.5))
     student._tokens_at_once = lambda: 7
-    losses = student(tokens, Live(model, hidden=True)(torch.arange(2), tokens))
+    text = Passages.contiguous(tokens)
+    losses = student(text, Live(model, hidden=True)(torch.arange(2), text))
     with torch.no_grad():
         expected = model(input_ids=tokens, use_cache=False, output_hidden_states=True)
         found = student.body(input_ids=tokens, use_cache=False, output_hidden_states=True)

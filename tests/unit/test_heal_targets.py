@@ -9,6 +9,7 @@ import torch
 from tests.common import FP32, pico_model, random_tokens, relative_error
 from torch.nn import functional as F
 
+from latentize.calibrate.tokens import Passages
 from latentize.convert.descent import Schedule
 from latentize.convert.progress import silent
 from latentize.errors import OptionError
@@ -57,9 +58,10 @@ def test_few_tokens_kept_are_a_lower_bound_with_the_same_minimum(k: int) -> None
 
 def test_what_is_written_is_what_the_teacher_says(tmp_path: Path) -> None:
     model, tokens = pico_model(), random_tokens(batch=5, length=12)
-    write_top_k(model, tokens, tmp_path, k=4, temperature=2.0, batch=2, autocast=False, progress=silent)
+    text = Passages.contiguous(tokens)
+    write_top_k(model, text, tmp_path, k=4, temperature=2.0, batch=2, autocast=False, progress=silent)
     rows = torch.tensor([3, 1])
-    found = Written(tmp_path)(rows, tokens[rows])
+    found = Written(tmp_path)(rows, text[rows])
     expected = top_k_of(model, tokens[rows], 4, 2.0)
     assert found.ids_nk.tolist() == expected.ids_nk.tolist()
     assert relative_error(found.log_p_nk.float(), expected.log_p_nk) <= 1e-3
@@ -73,16 +75,16 @@ def top_k_of(model: torch.nn.Module, tokens: torch.Tensor, k: int, temperature: 
 
 
 def test_a_teacher_that_was_asked_is_not_asked_again(tmp_path: Path) -> None:
-    model, tokens, asked = pico_model(), random_tokens(), []
+    model, text, asked = pico_model(), Passages.contiguous(random_tokens()), []
     options = {"k": 2, "temperature": 1.0, "batch": 2, "autocast": False}
 
     def progress(what: str, done: int, total: int, detail: str = "") -> None:
         asked.append(done)
 
     for _ in range(2):
-        write_top_k(model, tokens, tmp_path, progress=progress, **options)
+        write_top_k(model, text, tmp_path, progress=progress, **options)
     assert asked == [1]
-    write_top_k(model, tokens.flip(0), tmp_path, progress=progress, **options)
+    write_top_k(model, Passages(text.tokens_NT.flip(0), text.positions_NT), tmp_path, progress=progress, **options)
     assert asked == [1, 1]
 
 
@@ -90,7 +92,7 @@ def test_a_live_teacher_predicts_as_the_model_does() -> None:
     model, tokens = pico_model(), random_tokens()
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
-        targets = Live(model, hidden=True)(torch.arange(2), tokens)
+        targets = Live(model, hidden=True)(torch.arange(2), Passages.contiguous(tokens))
         assert relative_error(targets.head(targets.final_nD), logits) <= FP32
     assert len(targets.hidden_BTD) == 2
 

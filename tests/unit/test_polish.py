@@ -12,6 +12,7 @@ from tests.common import FP32, random_tokens, relative_error
 from torch.nn import functional as F
 
 from latentize.api import open_source
+from latentize.calibrate.tokens import Passages, spread_positions
 from latentize.convert.draft import observe
 from latentize.convert.methods import convert_layer
 from latentize.convert.polish import Polish, divergence, polish
@@ -46,16 +47,19 @@ def polishing(source: Callable[..., Path]) -> Callable[..., list[tuple[int, str]
     def run(keep_all: bool, **changes: Any) -> list[tuple[int, str]]:
         checkpoint, spec = open_source(source("llama", 1))
         model, tokens = SourceModel(checkpoint, spec), random_tokens(16, 24)
+        text = Passages(tokens, spread_positions(16, 24, 200))
         rank, rope = (16, 16) if keep_all else (8, 4)
         setting = Setting("transmla", rank, rope, freqfold=1 if keep_all else 4)
-        weights, hidden = [], model.embed(tokens)
+        weights, hidden = [], model.embed(text)
         for layer in model.layers():
             seen = observe(layer, spec.attention, hidden, setting.needs(spec.attention))
             weights.append(expand_heads(convert_layer(layer.weights, spec.attention, seen.stats, setting)))
         told: list[tuple[int, str]] = []
         how = Polish(tokens=48, **{"steps": 20, "looks": 10, **changes})
         with torch.no_grad():
-            polish(model, weights, tokens, hidden, tokens[:4], how, lambda _, done, __, what: told.append((done, what)))
+            polish(
+                model, weights, text, hidden.hidden_NTD, text[:4], how, lambda *seen: told.append((seen[1], seen[3]))
+            )
         return told
 
     return run

@@ -51,6 +51,29 @@ def test_attended_distances_against_a_loop(budget: int, monkeypatch: pytest.Monk
     assert torch.allclose(got.sum(1), torch.full((4,), 18.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("budget", [1 << 25, 100])
+@pytest.mark.parametrize("window", [None, 4])
+def test_attended_distances_of_tokens_that_are_not_in_a_row(
+    budget: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distance, "_SCORES_AT_ONCE", budget)
+    q, k = torch.randn(2, 2, 9, 6), torch.randn(2, 1, 9, 6)
+    in_a_row = torch.arange(9).repeat(2, 1)
+    same = attended_distances(q, k, 0.7, window=window, positions_BT=in_a_row)
+    assert relative_error(same, attended_distances(q, k, 0.7, window=window)) <= FP32
+    positions = torch.tensor([[0, 1, 2, 3, 4, 15, 16, 17, 18], list(range(9))])
+    expected = torch.zeros(2, 20, dtype=torch.float64)
+    for b in range(2):
+        for h in range(2):
+            for t in range(9):
+                first = 0 if window is None else max(0, t - window + 1)
+                p = (0.7 * (k[b, 0, first : t + 1] @ q[b, h, t])).softmax(0)
+                for s in range(first, t + 1):
+                    expected[h, positions[b, t] - positions[b, s]] += float(p[s - first])
+    got = attended_distances(q, k, 0.7, window=window, positions_BT=positions, reach=20)
+    assert relative_error(got, expected) <= FP32
+
+
 def test_expected_rotation_against_a_loop() -> None:
     histogram, w = torch.rand(3, 7, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
     got = expected_rotation(w, histogram)

@@ -23,13 +23,13 @@ def model(source: Callable[..., Path], text: str):
     checkpoint, spec = open_source(source("llama", 2))
     recipe = Recipe.build(**RECIPE, data=(text,))
     ladders = [s for s in settings(recipe, spec.attention) if s.stride is not None]
-    return SourceModel(checkpoint, spec), ladders, draw_text(checkpoint.folder, recipe)
+    return SourceModel(checkpoint, spec), ladders, draw_text(checkpoint.folder, recipe, spec.max_positions)
 
 
 @pytest.mark.parametrize("refines", [False, True])
 def test_each_size_has_its_cheapest_ladder_and_with_refinement_the_widest(model, refines: bool) -> None:
     source, ladders, text = model
-    found = best_strides(source, ladders, text.calibration_NT, refines, silent)
+    found = best_strides(source, ladders, text.calibration, refines, silent)
     sizes = {(s.kv_lora_rank, s.qk_rope_head_dim) for s in ladders}
     for rank, rope in sizes:
         mine = [s.stride for s in found if (s.kv_lora_rank, s.qk_rope_head_dim) == (rank, rope)]
@@ -39,7 +39,7 @@ def test_each_size_has_its_cheapest_ladder_and_with_refinement_the_widest(model,
 
 def test_the_best_of_those_compared_is_taken(model) -> None:
     source, ladders, text = model
-    best, scores = choose(source, ladders, text.calibration_NT, text.selection_NT)
+    best, scores = choose(source, ladders, text.calibration, text.selection)
     assert len(scores) >= 2
     assert best == min(scores, key=lambda pair: pair[1])[0]
     assert all(kl > 0 for _, kl in scores)
@@ -48,4 +48,4 @@ def test_the_best_of_those_compared_is_taken(model) -> None:
 def test_one_candidate_needs_no_comparison(model) -> None:
     source, _, text = model
     only = Setting("transmla", 20, 8, freqfold=2)
-    assert choose(source, [only], text.calibration_NT, text.selection_NT) == (only, [])
+    assert choose(source, [only], text.calibration, text.selection) == (only, [])

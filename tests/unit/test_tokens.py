@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.common import byte_tokenizer
 
-from latentize.calibrate.tokens import _pieces, pack
+from latentize.calibrate.tokens import Passages, _pieces, pack, spread_positions
 from latentize.errors import DataError
 
 # 200 texts of 100 bytes and one separator each; no two stretches are alike.
@@ -85,3 +85,33 @@ def test_too_little_text(tokenizer: Any) -> None:
     assert caught.value.code == "LZ302"
     with pytest.raises(DataError):
         pack(tokenizer, [], tokens=128, sequence_length=64)
+
+
+def test_most_sequences_reach_far_into_the_context() -> None:
+    positions = spread_positions(200, 64, 1000, seed=3)
+    steps = positions.diff(dim=1)
+    assert torch.equal(positions[::4], torch.arange(64).expand(50, 64))
+    assert (steps >= 1).all()
+    assert int(positions.max()) < 1000
+    assert ((steps > 1).sum(1) <= 1).all(), "one jump"
+    evenly, by_octave = torch.cat([positions[2::4], positions[3::4]])[:, -1], positions[1::4, -1]
+    assert 35 <= int((evenly > 500).sum()) <= 65, "any distance alike"
+    assert 1 <= int((by_octave > 500).sum()) <= 12, "any octave alike"
+    assert 15 <= int((by_octave < 94).sum()) <= 35
+    assert torch.equal(positions, spread_positions(200, 64, 1000, seed=3))
+    assert not torch.equal(positions, spread_positions(200, 64, 1000, seed=4))
+
+
+@pytest.mark.parametrize(("length", "context"), [(64, 64), (64, 10), (3, 100)])
+def test_nothing_to_spread(length: int, context: int) -> None:
+    assert torch.equal(spread_positions(2, length, context), torch.arange(length).expand(2, length))
+
+
+def test_passages_are_cut_by_sequences() -> None:
+    text = Passages(torch.arange(12).view(4, 3), spread_positions(4, 3, 50))
+    assert len(text) == 4
+    assert text.length == 3
+    part = text[1:3]
+    assert torch.equal(part.tokens_NT, text.tokens_NT[1:3])
+    assert torch.equal(part.positions_NT, text.positions_NT[1:3])
+    assert torch.equal(Passages.contiguous(text.tokens_NT).positions_NT[2], torch.arange(3))

@@ -2,7 +2,7 @@
 
 Exact and in chunks of queries, so that memory grows with the length of the text and not with its square.
 
-B batch, H query heads, G kv heads, T tokens, c queries in a chunk, d head size.
+B batch, H query heads, G kv heads, T tokens, c queries in a chunk, L distances, d head size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ __all__ = ["attended_distances", "expected_rotation"]
 _SCORES_AT_ONCE = 1 << 21
 
 
-def attended_distances(q_BHTd: Tensor, k_BGTd: Tensor, scale: float, *, window: int | None = None) -> Tensor:
+def attended_distances(
+    q_BHTd: Tensor,
+    k_BGTd: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    positions_BT: Tensor | None = None,
+    reach: int | None = None,
+) -> Tensor:
     """Attention probability that falls on each distance, summed over queries and batch.
 
     Args:
@@ -24,13 +32,15 @@ def attended_distances(q_BHTd: Tensor, k_BGTd: Tensor, scale: float, *, window: 
         k_BGTd: Keys, after RoPE.
         scale: Softmax scale.
         window: Tokens that a query sees, itself included; ``None`` is all.
+        positions_BT: Where the tokens are, rising; by default one after the other.
+        reach: Distances that are told apart, ``L``; by default ``T``.
 
     Returns:
-        ``[H, T]`` float64; entry ``Δ`` is ``Σ p(t, t - Δ)``. A row sums to ``B T``.
+        ``[H, L]`` float64; entry ``Δ`` is ``Σ p(t, t - Δ)``. A row sums to ``B T``.
     """
     batch, heads, tokens, _ = q_BHTd.shape
     k_BHTd = k_BGTd.repeat_interleave(heads // k_BGTd.shape[1], dim=1)
-    histogram_HT = q_BHTd.new_zeros(heads, tokens, dtype=torch.float64)
+    histogram_HL = q_BHTd.new_zeros(heads, reach or tokens, dtype=torch.float64)
     chunk = max(1, min(tokens, _SCORES_AT_ONCE // (batch * heads * tokens)))
     for start in range(0, tokens, chunk):
         end = min(tokens, start + chunk)
@@ -38,9 +48,15 @@ def attended_distances(q_BHTd: Tensor, k_BGTd: Tensor, scale: float, *, window: 
         hidden = torch.ones(end - start, end, dtype=torch.bool, device=score_BHcS.device).triu(start + 1)
         if window is not None:
             hidden |= torch.ones_like(hidden).tril(start - window)
-        p_HcS = score_BHcS.masked_fill_(hidden, -torch.inf).softmax(-1).sum(0)
-        histogram_HT[:, :end] += _sum_diagonals(p_HcS)
-    return histogram_HT
+        p_BHcS = score_BHcS.masked_fill_(hidden, -torch.inf).softmax(-1)
+        if positions_BT is None:
+            histogram_HL[:, :end] += _sum_diagonals(p_BHcS.sum(0))
+            continue
+        for p_HcS, position_T in zip(p_BHcS, positions_BT, strict=True):
+            # Where a key comes after its query nothing is attended, so any distance will do.
+            apart_cS = (position_T[start:end, None] - position_T[:end]).clamp_min(0)
+            histogram_HL.index_add_(1, apart_cS.flatten(), p_HcS.flatten(1).double())
+    return histogram_HL
 
 
 def _sum_diagonals(p_HcS: Tensor) -> Tensor:

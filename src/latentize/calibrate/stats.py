@@ -128,7 +128,14 @@ class Needed:
     cross: bool = False
 
 
-def gather(x_BTD: Tensor, w: AttentionWeights, spec: AttentionSpec, needed: Needed) -> CalibrationStats:
+def gather(
+    x_BTD: Tensor,
+    w: AttentionWeights,
+    spec: AttentionSpec,
+    needed: Needed,
+    positions_BT: Tensor | None = None,
+    reach: int | None = None,
+) -> CalibrationStats:
     """Statistics of one batch of sequences.
 
     Args:
@@ -136,6 +143,8 @@ def gather(x_BTD: Tensor, w: AttentionWeights, spec: AttentionSpec, needed: Need
         w: The layer, float32.
         spec: Its description.
         needed: What to gather.
+        positions_BT: Where in a context the tokens are; by default at its start.
+        reach: Distances that are told apart; by default as many as tokens.
     """
     stats = CalibrationStats.of(x_BTD, w if needed.norms else None)
     if not (needed.distances or needed.cross):
@@ -147,10 +156,13 @@ def gather(x_BTD: Tensor, w: AttentionWeights, spec: AttentionSpec, needed: Need
         d = spec.head_dim
         stats = replace(stats, qx_HdD=qx_HdD.unflatten(0, (-1, d)), kx_GdD=kx_GdD.unflatten(0, (-1, d)))
     if needed.distances:
-        positions = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
+        in_order = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
+        positions = in_order if positions_BT is None else positions_BT
         frequencies = torch.tensor([spec.rope.frequencies], dtype=torch.float64, device=x_BTD.device)
         cos, sin = rope_angles(frequencies, positions)
         q_BHTd, k_BGTd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
-        window = spec.sliding_window
-        stats = replace(stats, distances_HT=attended_distances(q_BHTd, k_BGTd, spec.softmax_scale, window=window))
+        attended = attended_distances(
+            q_BHTd, k_BGTd, spec.softmax_scale, window=spec.sliding_window, positions_BT=positions_BT, reach=reach
+        )
+        stats = replace(stats, distances_HT=attended)
     return stats

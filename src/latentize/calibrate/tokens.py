@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +13,76 @@ from torch import Tensor
 
 from latentize.errors import DataError
 
-__all__ = ["pack"]
+__all__ = ["Passages", "pack", "spread_positions"]
 
 # Pieces of about two sequences: few enough from one place, and few that are made of several ends.
 _CHARS_PER_TOKEN = 8
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Sequences of tokens, and where in a context each token is.
+
+    Attributes:
+        tokens_NT: int64.
+        positions_NT: int64, rising along each sequence.
+    """
+
+    tokens_NT: Tensor
+    positions_NT: Tensor
+
+    @classmethod
+    def contiguous(cls, tokens_NT: Tensor) -> Passages:
+        """Every sequence at the start of a context."""
+        return cls(tokens_NT, torch.arange(tokens_NT.shape[1]).expand_as(tokens_NT))
+
+    def __len__(self) -> int:
+        return len(self.tokens_NT)
+
+    def __getitem__(self, rows: slice | Tensor) -> Passages:
+        return Passages(self.tokens_NT[rows], self.positions_NT[rows])
+
+    def split(self, size: int) -> list[Passages]:
+        """Parts of ``size`` sequences."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def to(self, device: torch.device | str) -> Passages:
+        """The same on a device."""
+        return Passages(self.tokens_NT.to(device, torch.int64), self.positions_NT.to(device))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.tokens_NT.shape[1]
+
+
+def spread_positions(count: int, length: int, context: int, *, seed: int = 0) -> Tensor:
+    """Positions that show a model the distances of a long context in short sequences (PoSE, arXiv 2309.10400).
+
+    Three sequences of four jump once, and what follows stands further on: two of them by any distance alike, up to
+    the end of the context, one by any octave of distance alike, for contexts much longer than a sequence.
+
+    Args:
+        count: Sequences ``N``.
+        length: Tokens of each ``T``.
+        context: Positions that there may be.
+        seed: Draws the jumps.
+
+    Returns:
+        ``[N, T]`` int64, below ``context``.
+    """
+    positions_NT = torch.arange(length).repeat(count, 1)
+    if context <= length or length < 4:
+        return positions_NT
+    order = random.Random(seed)
+    longest = context - length
+    for number, row in enumerate(positions_NT):
+        if number % 4 == 0:
+            continue
+        at = order.randint(length // 8 + 1, length - length // 8 - 1)
+        octave = math.exp(order.uniform(0.0, math.log(longest + 1)))
+        row[at:] += round(octave) - 1 if number % 4 == 1 else order.randint(0, longest)
+    return positions_NT
 
 
 def pack(

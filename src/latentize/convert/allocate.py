@@ -15,17 +15,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from latentize.attention.module import LatentAttention
 from latentize.calibrate.stats import Needed
+from latentize.calibrate.tokens import Passages
 from latentize.convert.draft import Draft, observe
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import compare_streams
 from latentize.convert.refine import Refinement
 from latentize.convert.search import SEARCH_TOKENS, short_refinement
 from latentize.convert.settings import Setting
-from latentize.convert.source import SourceLayer, SourceModel
+from latentize.convert.source import SourceLayer, SourceModel, Stream
 from latentize.spec import AttentionSpec
 
 __all__ = ["allocate", "exchange", "price"]
@@ -43,8 +43,8 @@ _STREAM_BYTES = 1 << 30
 def allocate(
     source: SourceModel,
     candidates: Sequence[Setting],
-    calibration_NT: Tensor,
-    selection_NT: Tensor,
+    calibration: Passages,
+    selection: Passages,
     refines: bool = False,
     progress: Progress = silent,
 ) -> tuple[list[Setting], list[dict[int, float]]]:
@@ -54,8 +54,8 @@ def allocate(
         source: The model.
         candidates: Equal shares: splits of one budget into latent and roped key. Each layer takes the one that serves
             it best, before ranks are moved between layers.
-        calibration_NT: Tokens for statistics.
-        selection_NT: Tokens to compare on; never those that are reported on.
+        calibration: Tokens for statistics.
+        selection: Tokens to compare on; never those that are reported on.
         refines: Whether layers will be refined.
         progress: Told after each layer.
 
@@ -63,10 +63,10 @@ def allocate(
         The settings, and for each layer the price in nats per token of the ranks that were tried.
     """
     spec, layers = source.spec.attention, source.spec.layers
-    a_sequence = 4 * selection_NT.shape[1] * spec.hidden_size * layers * len(_TRIED)
-    own = source.embed(calibration_NT[: max(1, SEARCH_TOKENS // calibration_NT.shape[1])])
-    selection_NT = selection_NT[: max(1, _STREAM_BYTES // a_sequence)]
-    reference = source.embed(selection_NT)
+    a_sequence = 4 * selection.length * spec.hidden_size * layers * len(_TRIED)
+    own = source.embed(calibration[: max(1, SEARCH_TOKENS // calibration.length)])
+    selection = selection[: max(1, _STREAM_BYTES // a_sequence)]
+    reference = source.embed(selection)
     equal, trials = [], []
     for layer in source.layers():
         for trial in trials:
@@ -83,9 +83,13 @@ def allocate(
         del layer, alone, made
     del own
     logits, vocab = source.head(), source.spec.vocab_size
+    tokens_NT, right_NTD = selection.tokens_NT, reference.hidden_NTD
     prices = []
     for trial in trials:
-        quality = {r: compare_streams(h, reference, selection_NT, logits, vocab_size=vocab) for r, h in trial.items()}
+        quality = {
+            rank: compare_streams(made.hidden_NTD, right_NTD, tokens_NT, logits, vocab_size=vocab)
+            for rank, made in trial.items()
+        }
         prices.append({rank: found.kl / found.tokens for rank, found in quality.items()})
     bounds = [(_rank(setting, _LEAST, spec), _rank(setting, _MOST, spec)) for setting in equal]
     ranks = exchange([setting.kv_lora_rank for setting in equal], [price(measured) for measured in prices], bounds)
@@ -98,8 +102,8 @@ class _Alone:
     Args:
         layer: The layer.
         spec: What it is.
-        own_NTD: Calibration text as it enters, then as it leaves.
-        reference_NTD: Held-out text as it enters, then as it leaves.
+        own: Calibration text as it enters, then as it leaves.
+        reference: Held-out text as it enters, then as it leaves.
         needed: Statistics.
         refinement: How it is refined, or ``None``.
     """
@@ -108,26 +112,26 @@ class _Alone:
         self,
         layer: SourceLayer,
         spec: AttentionSpec,
-        own_NTD: Tensor,
-        reference_NTD: Tensor,
+        own: Stream,
+        reference: Stream,
         needed: Needed,
         refinement: Refinement | None,
     ) -> None:
         self.layer, self.spec, self.refinement = layer, spec, refinement
-        self.entering_NTD, self.before_NTD = own_NTD.clone(), reference_NTD.clone()
-        self.seen = observe(layer, spec, own_NTD, needed, residual=refinement is not None)
-        layer.run(reference_NTD)
+        self.entering, self.before = own.clone(), reference.clone()
+        self.seen = observe(layer, spec, own, needed, residual=refinement is not None)
+        layer.run(reference)
 
-    def converted(self, setting: Setting) -> Tensor:
+    def converted(self, setting: Setting) -> Stream:
         """Held-out text as it leaves the converted layer."""
-        weights = Draft(self.spec, self.refinement, self.entering_NTD).convert(self.layer, self.seen, setting).refined
-        hidden_NTD = self.before_NTD.clone()
-        self.layer.run(hidden_NTD, LatentAttention.from_weights(weights.to(torch.float32)))
-        return hidden_NTD
+        weights = Draft(self.spec, self.refinement, self.entering).convert(self.layer, self.seen, setting).refined
+        text = self.before.clone()
+        self.layer.run(text, LatentAttention.from_weights(weights.to(torch.float32)))
+        return text
 
 
-def _wrong(hidden_NTD: Tensor, reference_NTD: Tensor) -> float:
-    wrong = float((hidden_NTD - reference_NTD).double().square().sum())
+def _wrong(text: Stream, reference: Stream) -> float:
+    wrong = float((text.hidden_NTD - reference.hidden_NTD).double().square().sum())
     # A setting that overflows is worse than any that does not.
     return wrong if wrong == wrong else math.inf
 

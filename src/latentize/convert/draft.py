@@ -16,7 +16,7 @@ from latentize.calibrate.stats import CalibrationStats, Needed, gather
 from latentize.convert.methods import Conversion, conversion
 from latentize.convert.refine import Refinement, expand_heads, refine
 from latentize.convert.settings import Setting
-from latentize.convert.source import SourceLayer
+from latentize.convert.source import SourceLayer, Stream
 from latentize.spec import AttentionSpec
 
 __all__ = ["Draft", "DraftedLayer", "Seen", "observe"]
@@ -51,17 +51,17 @@ class DraftedLayer(NamedTuple):
     news: str = ""
 
 
-def observe(
-    layer: SourceLayer, spec: AttentionSpec, hidden_NTD: Tensor, needed: Needed, *, residual: bool = False
-) -> Seen:
+def observe(layer: SourceLayer, spec: AttentionSpec, text: Stream, needed: Needed, *, residual: bool = False) -> Seen:
     """Advance the source's calibration stream through a layer."""
-    kept = torch.empty_like(hidden_NTD) if residual else None
+    kept = torch.empty_like(text.hidden_NTD) if residual else None
+    jumps, reach = text.jumps(), text.reach
     total: CalibrationStats | None = None
     # What is refined does not need the last digits of where it starts.
-    for rows, x_BTD, after_BTD in layer.stream(hidden_NTD, fast=residual):
+    for rows, x_BTD, after_BTD in layer.stream(text, fast=residual):
         # Distances settle early, and cost more than everything else.
         enough = total is not None and total.tokens >= _DISTANCE_TOKENS
-        part = gather(x_BTD, layer.weights, spec, replace(needed, distances=needed.distances and not enough))
+        wanted = replace(needed, distances=needed.distances and not enough)
+        part = gather(x_BTD, layer.weights, spec, wanted, text.positions_NT[rows] if jumps else None, reach)
         total = part if total is None else total + part
         if kept is not None:
             kept[rows] = after_BTD
@@ -75,19 +75,19 @@ class Draft:
     Args:
         spec: What layers are.
         refinement: How they are refined, or ``None``.
-        hidden_NTD: The calibration text as it enters the first layer; copied.
+        text: The calibration text as it enters the first layer; copied.
     """
 
-    def __init__(self, spec: AttentionSpec, refinement: Refinement | None, hidden_NTD: Tensor) -> None:
+    def __init__(self, spec: AttentionSpec, refinement: Refinement | None, text: Stream) -> None:
         self.spec, self.refinement = spec, refinement
-        self.hidden_NTD = hidden_NTD.clone()
+        self.text = text.clone()
 
     def convert(self, layer: SourceLayer, seen: Seen, setting: Setting) -> DraftedLayer:
         """The layer in closed form, and refined."""
         closed = conversion(layer.weights, self.spec, seen.stats, setting)
         if self.refinement is None:
             return DraftedLayer(closed, closed.weights)
-        hidden_NTD = self.hidden_NTD
+        hidden_NTD = self.text.hidden_NTD
         assert seen.residual_NTD is not None
         target_NTD = seen.residual_NTD - hidden_NTD
         found = refine(
@@ -95,17 +95,18 @@ class Draft:
             lambda rows: layer.normalise(hidden_NTD[rows]),
             target_NTD,
             self.refinement,
+            positions_NT=self.text.positions_NT,
             autocast=layer.fast_matmul,
         )
         return DraftedLayer(closed, found.weights, f"error {found.before:.4f} → {found.after:.4f}")
 
     def advance(self, layer: SourceLayer, attention: nn.Module) -> None:
         """Take the calibration text through the converted layer."""
-        layer.run(self.hidden_NTD, attention, fast=self.refinement is not None)
+        layer.run(self.text, attention, fast=self.refinement is not None)
 
     def latent_rms(self, layer: SourceLayer, w: LatentWeights) -> tuple[float, float]:
         """Largest and mean root mean square of a token's latent."""
         down_rD = w.kv_a_rD.float()
-        parts = (layer.normalise(h_TD) @ down_rD.T for h_TD in self.hidden_NTD)
+        parts = (layer.normalise(h_TD) @ down_rD.T for h_TD in self.text.hidden_NTD)
         squares = torch.cat([c_Tr.square().mean(-1) for c_Tr in parts])
         return float(squares.max()) ** 0.5, float(squares.mean()) ** 0.5

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
+from latentize.calibrate.tokens import Passages
 from latentize.convert.draft import Draft, DraftedLayer, observe
 from latentize.convert.methods import linear_fit
 from latentize.convert.polish import Polish, polish
@@ -28,7 +29,7 @@ from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import Quality, compare_streams
 from latentize.convert.refine import Refinement
 from latentize.convert.settings import Setting
-from latentize.convert.source import SourceLayer, SourceModel
+from latentize.convert.source import SourceLayer, SourceModel, Stream
 from latentize.spec import AttentionSpec
 
 __all__ = ["Converted", "Effort", "LayerResult", "Sink", "convert_latent", "convert_pooled"]
@@ -104,7 +105,8 @@ class Converted:
     facts: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _stream_error(hidden_NTD: Tensor, reference_NTD: Tensor) -> float:
+def _stream_error(text: Stream, reference: Stream) -> float:
+    hidden_NTD, reference_NTD = text.hidden_NTD, reference.hidden_NTD
     mean_D = reference_NTD.mean((0, 1))
     pairs = list(zip(hidden_NTD, reference_NTD, strict=True))
     wrong = sum(float((h - r).double().square().sum()) for h, r in pairs)
@@ -116,9 +118,9 @@ def convert_latent(
     source: SourceModel,
     settings: Sequence[Setting],
     sink: Sink,
-    calibration_NT: Tensor,
-    selection_NT: Tensor,
-    evaluation_NT: Tensor,
+    calibration: Passages,
+    selection: Passages,
+    evaluation: Passages,
     effort: Effort | None = None,
     progress: Progress = silent,
 ) -> Converted:
@@ -128,19 +130,19 @@ def convert_latent(
         source: The model.
         settings: What to do with each layer.
         sink: Rounds weights to what it saves, and saves them.
-        calibration_NT: Tokens for statistics and refinement.
-        selection_NT: Tokens that tell whether polishing helps.
-        evaluation_NT: Tokens that the result is measured on.
+        calibration: Tokens for statistics and refinement.
+        selection: Tokens that tell whether polishing helps.
+        evaluation: Tokens that the result is measured on.
         effort: What to do beyond the closed form.
         progress: Told after each layer, and each step of the polish.
     """
     effort = effort or Effort()
-    first = _LayerByLayer(source, settings, sink, calibration_NT, effort.refinement)
+    first = _LayerByLayer(source, settings, sink, calibration, effort.refinement)
     make: _Make = first
     if effort.polish is not None:
-        make = _polished(source, first, calibration_NT, selection_NT, effort.polish, sink, progress)
-    result = _convert(source, make, sink, evaluation_NT, progress)
-    result.calibration_tokens, result.facts = calibration_NT.numel(), first.facts
+        make = _polished(source, first, calibration, selection, effort.polish, sink, progress)
+    result = _convert(source, make, sink, evaluation, progress)
+    result.calibration_tokens, result.facts = calibration.tokens_NT.numel(), first.facts
     return result
 
 
@@ -181,21 +183,21 @@ class _LayerByLayer:
         source: SourceModel,
         settings: Sequence[Setting],
         sink: Sink,
-        calibration_NT: Tensor,
+        calibration: Passages,
         refinement: Refinement | None,
     ) -> None:
-        self.own_NTD: Tensor | None = source.embed(calibration_NT)
+        self.own: Stream | None = source.embed(calibration)
         # Without refinement nothing is learnt from the converted stream but how large its latents get.
-        few = len(calibration_NT) if refinement else max(1, _RMS_TOKENS // calibration_NT.shape[1])
-        self.draft: Draft | None = Draft(source.spec.attention, refinement, self.own_NTD[:few])
+        few = len(calibration) if refinement else max(1, _RMS_TOKENS // calibration.length)
+        self.draft: Draft | None = Draft(source.spec.attention, refinement, self.own[:few])
         self.facts: list[dict[str, Any]] = []
         self.settings, self.sink, self.spec = settings, sink, source.spec.attention
 
     def weights(self, layer: SourceLayer) -> tuple[DraftedLayer, dict[str, LatentWeights]]:
         """The converted layer, and what it was on its way, by name, in float32."""
-        assert self.own_NTD is not None and self.draft is not None
+        assert self.own is not None and self.draft is not None
         refines, setting = self.draft.refinement is not None, self.settings[layer.index]
-        seen = observe(layer, self.spec, self.own_NTD, setting.needs(self.spec), residual=refines)
+        seen = observe(layer, self.spec, self.own, setting.needs(self.spec), residual=refines)
         made = self.draft.convert(layer, seen, setting)
         self.facts.append(made.closed.describe())
         stages = {}
@@ -211,7 +213,7 @@ class _LayerByLayer:
         return _made(layer, made.refined, stages, self.draft, self.sink)
 
     def release(self) -> None:
-        self.own_NTD = self.draft = None
+        self.own = self.draft = None
 
 
 class _Given:
@@ -245,8 +247,8 @@ def _made(
 def _polished(
     source: SourceModel,
     first: _LayerByLayer,
-    calibration_NT: Tensor,
-    selection_NT: Tensor,
+    calibration: Passages,
+    selection: Passages,
     how: Polish,
     sink: Sink,
     progress: Progress,
@@ -261,11 +263,11 @@ def _polished(
         refined.append(made.refined)
         progress("refining layers", layer.index + 1, source.spec.layers, made.news)
         del layer, made, passed
-    assert first.own_NTD is not None
-    final = polish(source, refined, calibration_NT, first.own_NTD, selection_NT, how, progress)
+    assert first.own is not None
+    final = polish(source, refined, calibration, first.own.hidden_NTD, selection, how, progress)
     first.release()
-    few_NT = calibration_NT[: max(1, _RMS_TOKENS // calibration_NT.shape[1])]
-    draft = Draft(first.spec, None, source.embed(few_NT))
+    few = calibration[: max(1, _RMS_TOKENS // calibration.length)]
+    draft = Draft(first.spec, None, source.embed(few))
     return _Given(draft, final, stages, sink)
 
 
@@ -291,17 +293,17 @@ def convert_pooled(
     source: SourceModel,
     kv_heads: int,
     sink: Sink,
-    evaluation_NT: Tensor,
+    evaluation: Passages,
     progress: Progress = silent,
     *,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Converted:
     """Mean-pool the kv heads of every layer. It needs no calibration."""
-    return _convert(source, _Pooled(source.spec.attention, kv_heads, dtype), sink, evaluation_NT, progress)
+    return _convert(source, _Pooled(source.spec.attention, kv_heads, dtype), sink, evaluation, progress)
 
 
-def _convert(source: SourceModel, make: _Make, sink: Sink, evaluation_NT: Tensor, progress: Progress) -> Converted:
-    reference = source.embed(evaluation_NT)
+def _convert(source: SourceModel, make: _Make, sink: Sink, evaluation: Passages, progress: Progress) -> Converted:
+    reference = source.embed(evaluation)
     hidden, before = reference.clone(), {}
     errors: list[tuple[float, float]] = []
     for layer in source.layers():
@@ -321,8 +323,10 @@ def _convert(source: SourceModel, make: _Make, sink: Sink, evaluation_NT: Tensor
     make.release()
     head, vocab = source.head(), source.spec.vocab_size
 
-    def quality(stream: Tensor | None) -> Quality | None:
-        return None if stream is None else compare_streams(stream, reference, evaluation_NT, head, vocab_size=vocab)
+    def quality(stream: Stream | None) -> Quality | None:
+        if stream is None:
+            return None
+        return compare_streams(stream.hidden_NTD, reference.hidden_NTD, evaluation.tokens_NT, head, vocab_size=vocab)
 
     final = quality(hidden)
     assert final is not None

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
+from latentize.calibrate.tokens import Passages
 from latentize.convert.descent import Descent, Schedule
 from latentize.convert.refine import refined, trainable
-from latentize.convert.source import SourceModel
+from latentize.convert.source import SourceModel, Stream
 
 __all__ = ["Polish", "divergence", "polish"]
 
@@ -74,9 +75,9 @@ def divergence(
 def polish(
     source: SourceModel,
     weights: Sequence[LatentWeights],
-    tokens_NT: Tensor,
+    text: Passages,
     teacher_NTD: Tensor,
-    check_NT: Tensor,
+    check: Passages,
     how: Polish,
     progress: Callable[..., None],
 ) -> list[LatentWeights]:
@@ -85,9 +86,9 @@ def polish(
     Args:
         source: The model that was converted.
         weights: Its converted layers, the start.
-        tokens_NT: Calibration tokens.
+        text: Calibration tokens.
         teacher_NTD: Hidden states that leave the source's last layer on these tokens.
-        check_NT: Tokens that are not learnt from and tell whether it helps.
+        check: Tokens that are not learnt from and tell whether it helps.
         how: Steps and rates.
         progress: Told after each step.
 
@@ -98,37 +99,37 @@ def polish(
         FloatingPointError: the loss is no longer finite.
     """
     attentions = [trainable(w) for w in weights]
-    check_NTD, layers = source.embed(check_NT), []
+    checked, layers = source.embed(check), []
     for layer, attention in zip(source.layers(), attentions, strict=True):
-        layer.run(check_NTD)
+        layer.run(checked)
         layers.append(layer.with_attention(attention))
-    embedded_NTD, embedded_check_NTD, head = source.embed(tokens_NT), source.embed(check_NT), source.head()
+    entering, entering_check, head = source.embed(text), source.embed(check), source.head()
     at_once = max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
     parameters = [p for a in attentions for p in a.parameters()]
-    size = how.sequences(tokens_NT.shape[1])
+    size = how.sequences(text.length)
 
-    def run(hidden_BTD: Tensor) -> Tensor:
+    def run(stream: Stream) -> Tensor:
         for layer in layers:
-            hidden_BTD = layer(hidden_BTD)
-        return hidden_BTD.flatten(0, 1)
+            stream = layer(stream)
+        return stream.hidden_NTD.flatten(0, 1)
 
     def look() -> float:
         total = 0.0
-        for part, teacher in zip(embedded_check_NTD.split(size), check_NTD.split(size), strict=True):
+        for part, teacher in zip(entering_check.split(size), checked.hidden_NTD.split(size), strict=True):
             with torch.no_grad():
                 hidden_nD = run(part)
             value, _ = divergence(hidden_nD, teacher.flatten(0, 1), head, at_once=at_once)
-            total += value * len(part) / len(embedded_check_NTD)
+            total += value * len(part) / len(check)
         return total
 
     best, kept = look(), [p.detach().clone() for p in parameters]
     if best < how.enough:
         return [refined(a, w) for a, w in zip(attentions, weights, strict=True)]
     descent = Descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5))
-    for step, rows in enumerate(how.batches(*tokens_NT.shape)):
-        with torch.autocast(tokens_NT.device.type, torch.bfloat16, enabled=source.fast_matmul):
+    for step, rows in enumerate(how.batches(len(text), text.length)):
+        with torch.autocast(entering.hidden_NTD.device.type, torch.bfloat16, enabled=source.fast_matmul):
             with torch.enable_grad():
-                hidden_nD = run(embedded_NTD[rows])
+                hidden_nD = run(entering[rows])
             value, by_hidden_nD = divergence(hidden_nD, teacher_NTD[rows].flatten(0, 1), head, at_once=at_once)
         if not math.isfinite(value):
             raise FloatingPointError(f"polishing diverged at step {step}")

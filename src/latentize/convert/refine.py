@@ -78,6 +78,7 @@ def refine(
     target_NTD: Tensor,
     how: Refinement,
     *,
+    positions_NT: Tensor | None = None,
     autocast: bool = False,
 ) -> Refined:
     """Minimise ``‖attn(x) - target‖²`` relative to the target's variance.
@@ -87,6 +88,7 @@ def refine(
         inputs: From sequence numbers to normalised inputs of the layer, ``[B, T, D]``.
         target_NTD: What its attention should add to the residual stream.
         how: Steps and rates.
+        positions_NT: Where in a context the tokens are; by default each sequence is at its start.
         autocast: Multiply in bfloat16.
 
     Raises:
@@ -100,7 +102,7 @@ def refine(
     def error(rows: Tensor) -> Tensor:
         x_BTD = inputs(rows)
         with torch.autocast(x_BTD.device.type, torch.bfloat16, enabled=autocast):
-            made_BTD = attention(x_BTD)[0]
+            made_BTD = attention(x_BTD, None if positions_NT is None else positions_NT[rows])[0]
             return (made_BTD.float() - target_NTD[rows].float()).square().mean() * scale
 
     count, length = target_NTD.shape[:2]

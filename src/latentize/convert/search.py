@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from latentize.attention.module import LatentAttention
+from latentize.calibrate.tokens import Passages
 from latentize.convert.draft import Draft, observe
 from latentize.convert.methods import ladder_costs
 from latentize.convert.progress import Progress, silent
@@ -29,8 +29,8 @@ def short_refinement(refines: bool) -> Refinement | None:
 def choose(
     source: SourceModel,
     candidates: list[Setting],
-    calibration_NT: Tensor,
-    selection_NT: Tensor,
+    calibration: Passages,
+    selection: Passages,
     refines: bool = False,
     progress: Progress = silent,
 ) -> tuple[Setting, list[tuple[Setting, float]]]:
@@ -42,24 +42,24 @@ def choose(
     Args:
         source: The model.
         candidates: Settings, the same for all layers.
-        calibration_NT: Tokens for statistics.
-        selection_NT: Tokens to compare on; never those that are reported on.
+        calibration: Tokens for statistics.
+        selection: Tokens to compare on; never those that are reported on.
         refines: Whether layers will be refined.
         progress: Told after each layer.
 
     Returns:
         The best, and ``(setting, KL from the source in nats per token)`` of all that were compared.
     """
-    calibration_NT = calibration_NT[: max(1, SEARCH_TOKENS // calibration_NT.shape[1])]
+    calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
     if any(setting.stride is not None for setting in candidates):
-        candidates = best_strides(source, candidates, calibration_NT, refines, progress)
+        candidates = best_strides(source, candidates, calibration, refines, progress)
     if len(candidates) == 1:
         return candidates[0], []
     spec = source.spec.attention
     refinement = short_refinement(refines)
-    own = source.embed(calibration_NT)
+    own = source.embed(calibration)
     drafts = [Draft(spec, refinement, own) for _ in candidates]
-    reference = source.embed(selection_NT)
+    reference = source.embed(selection)
     streams = [reference.clone() for _ in candidates]
     for layer in source.layers():
         seen = observe(layer, spec, own, candidates[0].needs(spec), residual=refinement is not None)
@@ -72,10 +72,10 @@ def choose(
         progress("comparing settings", layer.index + 1, source.spec.layers)
         del layer, seen, attention
     del own, drafts
-    logits = source.head()
+    logits, vocab, right_NTD = source.head(), source.spec.vocab_size, reference.hidden_NTD
     scored = []
-    for setting, hidden in zip(candidates, streams, strict=True):
-        quality = compare_streams(hidden, reference, selection_NT, logits, vocab_size=source.spec.vocab_size)
+    for setting, stream in zip(candidates, streams, strict=True):
+        quality = compare_streams(stream.hidden_NTD, right_NTD, selection.tokens_NT, logits, vocab_size=vocab)
         kl = quality.kl / quality.tokens
         # A setting that overflows is worse than any that does not.
         scored.append((setting, kl if kl == kl else float("inf")))
@@ -83,7 +83,7 @@ def choose(
 
 
 def best_strides(
-    source: SourceModel, candidates: list[Setting], calibration_NT: Tensor, refines: bool, progress: Progress
+    source: SourceModel, candidates: list[Setting], calibration: Passages, refines: bool, progress: Progress
 ) -> list[Setting]:
     """For each pair of sizes the ladder that costs the logits least, all layers together, and beside it the widest.
 
@@ -91,9 +91,9 @@ def best_strides(
     refined much of that is repaired, and it may be worth more to reach every frequency.
     """
     spec, costs = source.spec.attention, [0.0] * len(candidates)
-    hidden_NTD = source.embed(calibration_NT)
+    text = source.embed(calibration)
     for layer in source.layers():
-        seen = observe(layer, spec, hidden_NTD, candidates[0].needs(spec))
+        seen = observe(layer, spec, text, candidates[0].needs(spec))
         for index, cost in enumerate(ladder_costs(layer.weights, spec, seen.stats, candidates)):
             costs[index] += cost
         progress("choosing the ladder", layer.index + 1, source.spec.layers)

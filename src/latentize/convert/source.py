@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from latentize.attention.grouped import AttentionWeights
+from latentize.calibrate.tokens import Passages
 from latentize.checkpoint import Checkpoint
 from latentize.errors import CheckpointError
 from latentize.families import ModelSpec
 from latentize.machine import multiplies_bfloat16
 
-__all__ = ["SourceLayer", "SourceModel", "attention_weights"]
+__all__ = ["SourceLayer", "SourceModel", "Stream", "attention_weights"]
 
 # From so many parameters on, layers multiply in bfloat16: in float32 a CPU would take hours.
 _LARGE = 200_000_000
@@ -57,6 +58,47 @@ def attention_weights(tensors: dict[str, Tensor], spec: ModelSpec) -> AttentionW
     )
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Text on its way through the layers.
+
+    Attributes:
+        hidden_NTD: Its hidden states, float32.
+        positions_NT: Where in a context each token is.
+    """
+
+    hidden_NTD: Tensor
+    positions_NT: Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden_NTD)
+
+    def __getitem__(self, rows: slice | Tensor) -> Stream:
+        return Stream(self.hidden_NTD[rows], self.positions_NT[rows])
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.hidden_NTD.shape[1]
+
+    @property
+    def reach(self) -> int:
+        """Distances between its tokens, from none to the largest."""
+        return int((self.positions_NT[:, -1] - self.positions_NT[:, 0]).max()) + 1
+
+    def jumps(self) -> bool:
+        """Whether a token is not where the one before it says."""
+        return bool((self.positions_NT.diff(dim=1) != 1).any())
+
+    def clone(self) -> Stream:
+        """A copy that may go another way."""
+        return Stream(self.hidden_NTD.clone(), self.positions_NT)
+
+    def split(self, size: int) -> list[Stream]:
+        """Parts of ``size`` sequences."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+
 @dataclass
 class SourceLayer:
     """One decoder layer in memory.
@@ -76,8 +118,7 @@ class SourceLayer:
     _autocast: bool = False
     fast_matmul: bool = False
 
-    def _call(self, module: nn.Module, hidden_BTD: Tensor, *, fast: bool = False) -> Any:
-        positions = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
+    def _call(self, module: nn.Module, hidden_BTD: Tensor, positions: Tensor, *, fast: bool = False) -> Any:
         # Within somebody else's autocast it stays as that is.
         kind = hidden_BTD.device.type
         narrow = self._autocast or torch.is_autocast_enabled(kind) or (fast and self.fast_matmul)
@@ -95,26 +136,26 @@ class SourceLayer:
         assert isinstance(norm, nn.Module)
         return norm(hidden_BTD)
 
-    def with_attention(self, attention: nn.Module) -> Callable[[Tensor], Tensor]:
+    def with_attention(self, attention: nn.Module) -> Callable[[Stream], Stream]:
         """The layer as a differentiable function, with another attention."""
         self._module.self_attn = attention
-        return lambda hidden_BTD: self._call(self._module, hidden_BTD)
+        return lambda s: Stream(self._call(self._module, s.hidden_NTD, s.positions_NT), s.positions_NT)
 
     @torch.no_grad()
     def stream(
-        self, hidden_NTD: Tensor, attention: nn.Module | None = None, *, fast: bool = False
+        self, text: Stream, attention: nn.Module | None = None, *, fast: bool = False
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Advance hidden states through the layer, in place and part by part.
 
         Args:
-            hidden_NTD: Hidden states that enter it; each part holds those that leave it once it was yielded.
+            text: Hidden states that enter it; each part holds those that leave it once it was yielded.
             attention: Stands in for the layer's own attention.
             fast: May multiply in bfloat16, where the machine is faster at it.
 
         Yields:
             Which sequences, the attention's normalised input, and the residual stream after the attention.
         """
-        size, original = max(1, _TOKENS_AT_ONCE // hidden_NTD.shape[1]), self._module.self_attn
+        size, original = max(1, _TOKENS_AT_ONCE // text.length), self._module.self_attn
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple, kwargs: dict, result: tuple[Tensor, Any]) -> None:
@@ -125,12 +166,12 @@ class SourceLayer:
         self._module.self_attn = current
         hook = current.register_forward_hook(keep, with_kwargs=True)
         try:
-            for start in range(0, len(hidden_NTD), size):
-                part = hidden_NTD[start : start + size]
-                after = self._call(self._module, part, fast=fast)
+            for start in range(0, len(text), size):
+                part = text[start : start + size]
+                after = self._call(self._module, part.hidden_NTD, part.positions_NT, fast=fast)
                 x_BTD, y_BTD = kept
-                residual = part + y_BTD
-                part.copy_(after)
+                residual = part.hidden_NTD + y_BTD
+                part.hidden_NTD.copy_(after)
                 yield slice(start, start + size), x_BTD, residual
         finally:
             self._module.self_attn = original
@@ -149,9 +190,9 @@ class SourceLayer:
         assert isinstance(attention, nn.Module)
         return attention
 
-    def run(self, hidden_NTD: Tensor, attention: nn.Module | None = None, *, fast: bool = False) -> None:
+    def run(self, text: Stream, attention: nn.Module | None = None, *, fast: bool = False) -> None:
         """Advance hidden states through the layer, in place; arguments as for :meth:`stream`."""
-        for _ in self.stream(hidden_NTD, attention, fast=fast):
+        for _ in self.stream(text, attention, fast=fast):
             pass
 
 
@@ -186,13 +227,13 @@ class SourceModel:
     def _float(self, name: str) -> Tensor:
         return self.checkpoint.load(name).to(self.device, torch.float32)
 
-    def embed(self, tokens_NT: Tensor) -> Tensor:
+    def embed(self, text: Passages) -> Stream:
         """Hidden states ``[N, T, D]`` in float32 that enter the first layer.
 
         Raises:
             CheckpointError: a token has no row in the embedding.
         """
-        name = "model.embed_tokens.weight"
+        name, tokens_NT = "model.embed_tokens.weight", text.tokens_NT
         rows = self.checkpoint.shape(name)[0]
         if int(tokens_NT.max()) >= rows:
             raise CheckpointError(
@@ -201,7 +242,8 @@ class SourceModel:
                 fix="is this the model's own tokenizer?",
             )
         used, which_NT = tokens_NT.cpu().unique(return_inverse=True)
-        return self.checkpoint.load_rows(name, used.tolist()).to(self.device, torch.float32)[which_NT]
+        table = self.checkpoint.load_rows(name, used.tolist()).to(self.device, torch.float32)
+        return Stream(table[which_NT], text.positions_NT.to(self.device))
 
     def layers(self) -> Iterator[SourceLayer]:
         """The decoder layers in order; for memory, let go of one before asking for the next."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentize.calibrate.tokens import Passages
 from latentize.convert.descent import Descent, Schedule
 from latentize.convert.progress import Progress
 from latentize.errors import DataError
@@ -82,7 +83,7 @@ class Adam:
 def train(
     student: Student,
     teacher: Teacher | None,
-    tokens_NT: Tensor,
+    text: Passages,
     look: Callable[[Callable[..., Losses]], Looked],
     workspace: Workspace,
     machine: Machine,
@@ -94,7 +95,7 @@ def train(
     Args:
         student: Learns; of what it learns the best that was seen remains.
         teacher: What to predict, or ``None`` for the text alone.
-        tokens_NT: Training text, whole on every process.
+        text: Training text, whole on every process.
         look: Measures a student on held-out text.
         workspace: Keeps states, and may have one to go on from.
         machine: How.
@@ -109,7 +110,7 @@ def train(
         OptionError: the sequences of a step cannot be shared by the processes.
         FloatingPointError: the loss is no longer finite.
     """
-    return _Run(student, teacher, tokens_NT, look, workspace, machine, team, progress).run()
+    return _Run(student, teacher, text, look, workspace, machine, team, progress).run()
 
 
 class _Run:
@@ -117,18 +118,18 @@ class _Run:
         self,
         student: Student,
         teacher: Teacher | None,
-        tokens_NT: Tensor,
+        text: Passages,
         look: Callable[[Callable[..., Losses]], Looked],
         workspace: Workspace,
         machine: Machine,
         team: Team,
         progress: Progress,
     ) -> None:
-        self.student, self.teacher, self.tokens_NT = student, teacher, tokens_NT
+        self.student, self.teacher, self.text = student, teacher, text
         self.workspace, self.machine, self.team, self.progress = workspace, machine, team, progress
         self.healing: Healing = student.healing
-        self.schedule = self.healing.schedule(len(tokens_NT))
-        if len(tokens_NT) < self.schedule.sequences(tokens_NT.shape[1]):
+        self.schedule = self.healing.schedule(len(text))
+        if len(text) < self.schedule.sequences(text.length):
             raise DataError("the text does not fill one step", fix="more text with --data, or fewer --step-tokens")
         self._look = look
         self.called = team.called(student)
@@ -149,7 +150,7 @@ class _Run:
         else:
             self._seen(0, self.look())
         started, ended = time.time() - self.facts["seconds"], False
-        for step, rows in enumerate(self.schedule.batches(*self.tokens_NT.shape)):
+        for step, rows in enumerate(self.schedule.batches(len(self.text), self.text.length)):
             if step < done:
                 continue
             losses = self._step(step, rows)
@@ -169,7 +170,7 @@ class _Run:
         tokens = step * self.schedule.tokens
         return {
             "steps": step,
-            "tokens": self.tokens_NT.numel(),
+            "tokens": self.text.tokens_NT.numel(),
             "tokens_seen": tokens,
             "seconds": round(self.facts["seconds"], 2),
             "tokens_per_second": round(tokens / max(self.facts["seconds"], 1e-9), 1),
@@ -191,11 +192,11 @@ class _Run:
             parameter.grad = None
         sums = torch.zeros(4, device=self.team.device)
         for part in mine.split(self.machine.sequences):
-            tokens_BT = self.tokens_NT[part].to(self.team.device, torch.int64)
+            sequences = self.text[part].to(self.team.device)
             share = len(part) / len(mine)
             with self._fast():
-                targets = None if self.teacher is None else self.teacher(part, tokens_BT)
-                losses = self.called(tokens_BT, targets)
+                targets = None if self.teacher is None else self.teacher(part, sequences)
+                losses = self.called(sequences, targets)
             (losses.total * share).backward()
             found = (losses.total.detach(), losses.kl, losses.ce, losses.hidden)
             sums += torch.stack([value.float() for value in found]) * share

@@ -24,6 +24,7 @@ class Healing(BaseModel):
         epochs: How often each is learnt from.
         step_tokens: Tokens a step, rounded to whole sequences.
         sequence_length: Tokens of a sequence.
+        context: Positions that sequences are spread over, at most; never more than the model's own.
         optimiser: ``muon`` with steps relative to each tensor, or ``adamw`` with absolute ones.
         rate: Size of a full step; by default one that suits the optimiser.
         warmup: Steps of linear warm-up.
@@ -50,6 +51,7 @@ class Healing(BaseModel):
     epochs: int = Field(1, gt=0)
     step_tokens: int = Field(1024, gt=0)
     sequence_length: int = Field(512, gt=1)
+    context: int = Field(32_768, gt=1)
     optimiser: Literal["muon", "adamw"] | None = None
     rate: float | None = Field(None, gt=0)
     warmup: int = Field(5, ge=0)

@@ -21,11 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention, state_dict
+from latentize.calibrate.tokens import Passages
 from latentize.checkpoint import Checkpoint
 from latentize.errors import OptionError
 from latentize.formats.deepseek_v3 import NORM_SHIFT, LatentNorm, decode_attention, encode_attention
 from latentize.heal.recipe import Healing
-from latentize.heal.targets import Targets
+from latentize.heal.targets import Targets, inputs
 from latentize.runtime.cache import cache_formats, rotation
 from latentize.runtime.codecs import Plain, codec
 from latentize.runtime.load import load_model
@@ -107,16 +108,16 @@ class Student(nn.Module):
                 lambda _, args, kwargs: (args, {**kwargs, "past_key_values": rounding}), with_kwargs=True
             )
 
-    def forward(self, tokens_BT: Tensor, targets: Targets | None) -> Losses:
+    def forward(self, text: Passages, targets: Targets | None) -> Losses:
         """Losses of a batch; positions without a next token do not count.
 
         Args:
-            tokens_BT: Sequences.
+            text: Sequences.
             targets: The teacher's predictions of them, or ``None`` to learn from the text alone.
         """
         matches = self.healing.match_hidden > 0
-        made = self.body(input_ids=tokens_BT, use_cache=False, output_hidden_states=matches)
-        final_nD, next_n = made.last_hidden_state[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten()
+        made = self.body(**inputs(text), use_cache=False, output_hidden_states=matches)
+        final_nD, next_n = made.last_hidden_state[:, :-1].flatten(0, 1), text.tokens_NT[:, 1:].flatten()
         head, size = self.model.get_output_embeddings(), self._tokens_at_once()
         kl, ce = final_nD.new_zeros((), dtype=torch.float32), final_nD.new_zeros((), dtype=torch.float32)
         parts = [None] * -(-len(next_n) // size) if targets is None else targets.split(size)

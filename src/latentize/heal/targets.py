@@ -15,11 +15,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from latentize.calibrate.tokens import Passages
 from latentize.convert.progress import Progress
 
-__all__ = ["FullTargets", "Live", "Targets", "Teacher", "TopKTargets", "Written", "write_top_k"]
+__all__ = ["FullTargets", "Live", "Targets", "Teacher", "TopKTargets", "Written", "inputs", "write_top_k"]
 
 _SEQUENCES_A_FILE = 128
+
+
+def inputs(text: Passages) -> dict[str, Tensor]:
+    """Keyword arguments of a model of transformers."""
+    # Without a mask it would take a jump for the start of another document, which sees nothing of the one before.
+    whole = torch.ones_like(text.tokens_NT)
+    return {"input_ids": text.tokens_NT, "position_ids": text.positions_NT, "attention_mask": whole}
 
 
 class Targets(Protocol):
@@ -93,12 +101,12 @@ class TopKTargets:
 class Teacher(Protocol):
     """Gives the targets of a batch."""
 
-    def __call__(self, rows: Tensor, tokens_BT: Tensor) -> Targets:
+    def __call__(self, rows: Tensor, text: Passages) -> Targets:
         """Of the positions that have a next token.
 
         Args:
             rows: Numbers of the sequences in the training text.
-            tokens_BT: The sequences.
+            text: The sequences.
         """
         ...
 
@@ -115,8 +123,8 @@ class Live:
         self._body, self._head, self._hidden = model.get_decoder(), model.get_output_embeddings(), hidden
 
     @torch.no_grad()
-    def __call__(self, rows: Tensor, tokens_BT: Tensor) -> FullTargets:
-        made = self._body(input_ids=tokens_BT, use_cache=False, output_hidden_states=self._hidden)
+    def __call__(self, rows: Tensor, text: Passages) -> FullTargets:
+        made = self._body(**inputs(text), use_cache=False, output_hidden_states=self._hidden)
         final_nD = made.last_hidden_state[:, :-1].flatten(0, 1)
         return FullTargets(final_nD, self._head, list(made.hidden_states[1:]) if self._hidden else [])
 
@@ -133,7 +141,7 @@ class Written:
 
         self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
 
-    def __call__(self, rows: Tensor, tokens_BT: Tensor) -> TopKTargets:
+    def __call__(self, rows: Tensor, text: Passages) -> TopKTargets:
         found: dict[str, list[Tensor]] = {"log_p": [], "ids": []}
         for row in rows.tolist():
             file, place = divmod(row, _SEQUENCES_A_FILE)
@@ -141,14 +149,14 @@ class Written:
                 part = self._files[file].get_slice(name)[place]
                 # Autocast on a CPU does not join float16.
                 parts.append(part.float() if name == "log_p" else part)
-        log_p_nk, ids_nk = (torch.cat(parts).to(tokens_BT.device) for parts in found.values())
+        log_p_nk, ids_nk = (torch.cat(parts).to(text.tokens_NT.device) for parts in found.values())
         return TopKTargets(log_p_nk, ids_nk)
 
 
 @torch.no_grad()
 def write_top_k(
     model: Any,
-    tokens_NT: Tensor,
+    text: Passages,
     folder: Path,
     *,
     k: int,
@@ -163,7 +171,7 @@ def write_top_k(
 
     Args:
         model: The teacher.
-        tokens_NT: The training text.
+        text: The training text.
         folder: Where to.
         k: How many.
         temperature: Of the distribution.
@@ -173,19 +181,20 @@ def write_top_k(
     """
     from safetensors.torch import save_file
 
-    digest = hashlib.sha256(tokens_NT.to(torch.int64).cpu().numpy().tobytes()).hexdigest()
+    both = torch.stack([text.tokens_NT.to(torch.int64), text.positions_NT])
+    digest = hashlib.sha256(both.cpu().numpy().tobytes()).hexdigest()
     what = json.dumps({"k": k, "temperature": temperature, "tokens": digest})
     done = folder / "what.json"
     if done.is_file() and done.read_text() == what:
         return
     folder.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
-    files = tokens_NT.split(_SEQUENCES_A_FILE)
-    for number, rows_NT in enumerate(files):
+    files = text.split(_SEQUENCES_A_FILE)
+    for number, sequences in enumerate(files):
         log_ps, ids = [], []
-        for tokens_BT in rows_NT.split(batch):
+        for part in sequences.split(batch):
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                logits_BTV = model(input_ids=tokens_BT.to(device), use_cache=False).logits[:, :-1]
+                logits_BTV = model(**inputs(part.to(device)), use_cache=False).logits[:, :-1]
             best = (logits_BTV.float() / temperature).log_softmax(-1).topk(min(k, logits_BTV.shape[-1]))
             log_ps.append(best.values.to(torch.float16).cpu())
             ids.append(best.indices.to(torch.int32).cpu())
