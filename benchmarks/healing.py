@@ -25,8 +25,10 @@ import torch
 import latentize
 
 ROOT = Path(__file__).resolve().parents[1]
+# Everything here happens in contexts of this length, so that the published methods are compared at what they look at.
+SHORT = 512
 STARTS: dict[str, dict[str, Any]] = {
-    "calibrated": {},
+    "calibrated": {"context": SHORT},
     "transmla": {"method": "transmla"},
     "mha2mla": {"method": "mha2mla"},
 }
@@ -72,7 +74,7 @@ def measure(model: Path, name: str, keep: str, folder: Path, part: str) -> dict[
     begin = start(model, kind, keep, folder)
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "out"
-        found = latentize.heal(begin, out, model, **options)
+        found = latentize.heal(begin, out, model, context=SHORT, **options)
         if part == "long":
             for key, subject in (("int4_excess_loss_before", begin), ("int4_excess_loss", out)):
                 found[key] = latentize.evaluate(subject, model, cache="int4")["excess_loss"]

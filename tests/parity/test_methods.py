@@ -77,9 +77,21 @@ def test_refinement_and_polish_lose_less(
     assert report["closed_form_excess_loss"] is not None
     last = report["layers"][-1]
     assert last["error_after_refine"] < last["error_before_refine"]
-    *others, contexts = report["notes"]
-    assert "the model is made for 256" in contexts
-    assert others == [] or "approximate" in others[0]
+    assert report["notes"] == [] or "approximate" in report["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "reach"),
+    [({"method": "transmla"}, 64), ({"fast": True, "context": 100}, 100), ({"fast": True}, None)],
+    ids=["published", "bounded", "default"],
+)
+def test_a_conversion_says_how_far_it_has_looked(
+    options: dict, reach: int | None, source: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    report = latentize.convert(source(), tmp_path / "out", **{**SMALL, "fast": False, **options}, data=(text,))
+    said = [note for note in report["notes"] if "distances" in note]
+    assert len(said) == (reach is not None)
+    assert reach is None or f"up to {reach} tokens, the model is made for 256" in said[0]
 
 
 def test_the_same_seed_gives_the_same_bytes_after_refinement(
