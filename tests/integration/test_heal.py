@@ -242,8 +242,9 @@ def test_two_processes_are_one(
     losses = [(a["total"], b["total"]) for a, b in pairs if "total" in a]
     assert len(losses) == 20
     assert max(abs(a - b) for a, b in losses) <= tolerance
-    # They learnt.
-    assert losses[-1][0] < losses[0][0]
+    # They learnt; a step's own text may be harder than that of the one before.
+    looks = [a["held_out"]["loss"] for a, _ in pairs if "held_out" in a]
+    assert min(looks) < 0.98 * looks[0]
     assert latentize.verify(tmp_path / "two")["ok"]
 
 
