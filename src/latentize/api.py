@@ -434,7 +434,7 @@ def verify(
     from latentize.engines.compare import verify_engine
 
     options: dict[str, Any] = {"folder": folder and Path(folder), "environment": environment and Path(environment)}
-    return {"ok": True, **checked, **verify_engine(engine, path, kind=kind, **options, **sizes)}
+    return {"ok": True, **checked, **verify_engine(engine, path, kind=kind, **{**options, **sizes})}
 
 
 def export(

@@ -7,6 +7,7 @@ JSON line: ``versions``, ``settings``, and ``tokens``, the ids of each text.
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def main(job):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = {"dtype": getattr(torch, job["dtype"]), "local_files_only": True, "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(job["model"], **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(job["model"], **options)
+    model, info = loaded[0], loaded[1]
     if info["missing_keys"] or info["unexpected_keys"]:
         sys.exit(f"weights that do not fit: {info}")
     tokenizer, arrays = AutoTokenizer.from_pretrained(job["model"], local_files_only=True), {}

@@ -18,6 +18,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
+# What its attention on CPUs is compiled for, where latents are expanded.
+_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
 def settings(job):
     with open(os.path.join(job["model"], "config.json"), encoding="utf-8") as stream:
         config = json.load(stream)
@@ -32,6 +36,9 @@ def settings(job):
     # The latent backend of CPUs is made for these sizes; for others latents are expanded.
     if (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (512, 64):
         return {**chosen, "attention_backend": "CPU_MLA"}, False
+    size = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    if size not in _HEAD_SIZES:
+        sys.exit(f"on CPUs it takes latents of 512 + 64, or heads of {_HEAD_SIZES}; these are of {size}. GPUs take any")
     os.environ["VLLM_MLA_DISABLE"] = "1"
     return chosen, True
 
