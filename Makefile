@@ -4,6 +4,7 @@
 #   OUT      where `make demo` writes
 #   ARGS     passed on: make test ARGS="-k rope", make bench ARGS="--help"
 #   JOBS     parallel test processes
+#   ENGINE   which environment `make engines` makes: llama.cpp, transformers or vllm; all if not given
 #   PIP_ARGS passed to pip install. On Linux the torch of PyPI brings CUDA along; for the small CPU build:
 #            make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -13,6 +14,8 @@ OUT      ?= demo-out
 ARGS     ?=
 JOBS     ?= 2
 PIP_ARGS ?=
+ENGINE   ?=
+RESULTS  ?=
 
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
@@ -21,11 +24,11 @@ RUN     := $(VENV)/.stamp-run
 DEV     := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench venv clean
+.PHONY: help demo test check bench venv engines test-engines clean
 .NOTPARALLEL:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(RUN) ## convert, check, heal and measure the bundled model; prints where the report is
 	$(BIN)/latentize demo $(OUT)
@@ -41,6 +44,13 @@ check: $(DEV) ## lint, formatting, types, import order
 	@command -v node >/dev/null || $(INSTALL) 'pyright[nodejs]'
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+engines: ## environments with llama.cpp, transformers, vLLM in .engines: 20 minutes, 5 GB; ENGINE=vllm makes one
+	PYTHON=$(PYTHON) PIP_ARGS='$(PIP_ARGS)' scripts/engines.sh $(ENGINE)
+
+# One after the other: each engine takes the cores that there are. RESULTS keeps what was measured.
+test-engines: $(DEV) engines ## the tests that need them; RESULTS=benchmarks/results/engines.json keeps the numbers
+	LATENTIZE_ENGINE_RESULTS=$(RESULTS) $(BIN)/python -m pytest tests/engine -m 'engine or not engine' $(ARGS)
 
 bench: $(RUN) ## compare the conversion methods on the bundled model
 	$(BIN)/python benchmarks/methods.py $(ARGS)

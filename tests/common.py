@@ -106,6 +106,90 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=pieces[0], bos_token=pieces[0])
 
 
+@functools.cache
+def trained_tokenizer(vocab: int = 320) -> Any:
+    """Byte-level BPE that has learnt some merges; none but token 0 is special."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    fast.train_from_iterator(_sentences(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+
+
+def portable(
+    tmp_path: Path,
+    *,
+    heads: int,
+    rank: int,
+    rope: int,
+    nope: int,
+    value: int,
+    seed: int = 0,
+    linear: bool = True,
+    stored: torch.dtype = torch.float32,
+    hidden: int = 96,
+    **config: Any,
+) -> Path:
+    """A folder as the portable format has it, with random weights: two layers, 320 tokens, an MLP of 128.
+
+    Args:
+        tmp_path: Where its folder goes.
+        heads: Of queries.
+        rank: ``kv_lora_rank``.
+        rope: ``qk_rope_head_dim``.
+        nope: ``qk_nope_head_dim``.
+        value: ``v_head_dim``.
+        seed: Of the weights.
+        linear: The latent so small that its norm is linear, as the format has it; or a norm like any other.
+        stored: Precision of the weights.
+        hidden: ``hidden_size``.
+        config: Other entries of the config.
+    """
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    from latentize.formats.deepseek_v3 import EPS, NORM_SHIFT, LatentNorm
+
+    entries = {
+        "hidden_size": hidden, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "kv_lora_rank": rank, "q_lora_rank": None, "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": nope, "v_head_dim": value, "vocab_size": 320, "max_position_embeddings": 512,
+        "first_k_dense_replace": 2, "moe_layer_freq": 1, "moe_intermediate_size": 128, "n_routed_experts": 1,
+        "n_shared_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
+        "rms_norm_eps": EPS, "rope_interleave": True, "attention_bias": False, "tie_word_embeddings": False,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "routed_scaling_factor": 1.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}, "rope_theta": 10_000.0,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**entries, **config}))
+    randomize(model, seed)
+    if linear:
+        # A row of unit variance on a normed stream gives a latent of about one.
+        norm = LatentNorm.of(4.0, 1.0)
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            layer.input_layernorm.weight.data *= NORM_SHIFT
+            attention.q_proj.weight.data /= NORM_SHIFT
+            attention.kv_a_proj_with_mqa.weight.data /= NORM_SHIFT
+            attention.kv_a_proj_with_mqa.weight.data[:rank] *= norm.latent
+            attention.kv_a_layernorm.weight.data.fill_(norm.weight)
+            attention.kv_b_proj.weight.data *= norm.up
+    folder = tmp_path / f"portable-{rank}-{rope}-{seed}-{linear}"
+    model.to(stored).save_pretrained(folder)
+    # transformers stores what it knows; engines read more.
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**saved, **entries, **config}, indent=2))
+    trained_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def pico(
     tmp_path: Path,
     family: str = "llama",

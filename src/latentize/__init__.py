@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from latentize._registration import install as _install
 
 if TYPE_CHECKING:
-    from latentize.api import convert, evaluate, heal, verify
+    from latentize.api import convert, evaluate, export, heal, verify
     from latentize.recipe import Recipe
     from latentize.runtime.accelerate import accelerate, decelerate, is_accelerated
     from latentize.runtime.cache import LatentCache
@@ -27,6 +27,7 @@ __all__ = [
     "convert",
     "decelerate",
     "evaluate",
+    "export",
     "heal",
     "is_accelerated",
     "verify",
@@ -37,6 +38,7 @@ _HOMES = {
     "accelerate": "latentize.runtime.accelerate",
     "decelerate": "latentize.runtime.accelerate",
     "is_accelerated": "latentize.runtime.accelerate",
+    "export": "latentize.api",
     "verify": "latentize.api",
     "Recipe": "latentize.recipe",
 }

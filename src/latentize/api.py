@@ -23,7 +23,7 @@ from latentize.report.page import verdict, write_report
 if TYPE_CHECKING:
     from latentize.heal.parallel import Parallel
 
-__all__ = ["convert", "evaluate", "generate", "heal", "open_source", "verify"]
+__all__ = ["convert", "evaluate", "export", "generate", "heal", "open_source", "verify"]
 
 
 def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:
@@ -389,15 +389,81 @@ def report(
     return {"report": str(path), "bytes": path.stat().st_size, "verdict": short, "meaning": long}
 
 
-def verify(out: str | Path) -> dict[str, Any]:
+def verify(
+    out: str | Path,
+    *,
+    engine: str | None = None,
+    folder: str | Path | None = None,
+    kind: str = "f32",
+    environment: str | Path | None = None,
+    **sizes: int,
+) -> dict[str, Any]:
     """What ``latentize verify --json`` prints.
+
+    Args:
+        out: An output of latentize, or a GGUF file exported from one.
+        engine: ``transformers``, ``llama.cpp`` or ``vllm``: compare what it computes with transformers in float32.
+        folder: That a GGUF file was exported from.
+        kind: Type of the GGUF file that is made for llama.cpp, where ``out`` is a folder.
+        environment: The engine's virtual environment.
+        sizes: ``prompts``, ``prompt_tokens``, ``new_tokens`` of :func:`latentize.engines.compare.verify_engine`.
 
     Raises:
         CheckpointError: something is wrong with the output.
+        EngineError: the engine is missing, stops, or computes something else.
+        OptionError: no such engine or type; a GGUF file without ``folder``.
     """
     from latentize.evaluate.verify import TOLERANCE, require
     from latentize.evaluate.verify import verify as check
 
-    verdict = check(Path(out))
-    require(verdict, Path(out))
-    return {"ok": verdict.ok, "tolerance": TOLERANCE, **{k: v for k, v in vars(verdict).items() if k != "problems"}}
+    path, checked = Path(out), {}
+    if path.is_file():
+        from latentize.formats.gguf_check import check_gguf
+
+        if folder is None:
+            raise OptionError(
+                "a GGUF file is compared with the folder it was made from", where="--folder", fix="give it"
+            )
+        checked = {"ok": True, **check_gguf(path, Path(folder))}
+    elif engine is None:
+        verdict = check(path)
+        require(verdict, path)
+        return {"ok": verdict.ok, "tolerance": TOLERANCE, **{k: v for k, v in vars(verdict).items() if k != "problems"}}
+    if engine is None:
+        return checked
+    from latentize.engines.compare import verify_engine
+
+    options: dict[str, Any] = {"folder": folder and Path(folder), "environment": environment and Path(environment)}
+    return {"ok": True, **checked, **verify_engine(engine, path, kind=kind, **{**options, **sizes})}
+
+
+def export(
+    model: str | Path, out: str | Path | None = None, *, to: str = "gguf", kind: str = "bf16", overwrite: bool = False
+) -> dict[str, Any]:
+    """Write a portable folder for another engine, read it back and compare: ``latentize export``.
+
+    Args:
+        model: A portable folder.
+        out: The file; by default beside the folder, named after it and the type.
+        to: ``gguf``.
+        kind: ``f32``, ``bf16``, ``f16`` or ``q8_0``.
+        overwrite: Replace a file that is there.
+
+    Returns:
+        What :func:`latentize.formats.gguf.write_gguf` says, with ``largest_error`` by type.
+
+    Raises:
+        FormatError: the folder is native, or has what the engine cannot hold, or the type damages it.
+        OptionError: no such target or type; the ``gguf`` package is missing.
+        OutputError: the file exists or cannot be written.
+    """
+    from latentize.formats.gguf import write_gguf
+    from latentize.formats.gguf_check import check_gguf
+
+    if to != "gguf":
+        fix = "a portable folder needs no export" if to == "deepseek_v3" else "gguf"
+        raise OptionError(f"nothing is exported to '{to}'", where="--to", fix=fix)
+    folder = resolve(model)
+    path = Path(out) if out is not None else folder.absolute().with_name(f"{folder.absolute().name}-{kind}.gguf")
+    result = write_gguf(folder, path, kind, overwrite=overwrite)
+    return {**result, "largest_error": check_gguf(path, folder)["largest_error"]}

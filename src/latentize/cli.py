@@ -384,15 +384,43 @@ def heal(
 
 @app.command()
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that convert has written.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that convert has written, or a GGUF file.")],
+    engine: Annotated[str | None, typer.Option(help="Compare with: transformers, llama.cpp or vllm.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="What a GGUF file was exported from.")] = None,
+    type_: Annotated[str, typer.Option("--type", help="Of the file made for llama.cpp: f32, bf16, f16, q8_0.")] = "f32",
+    environment: Annotated[
+        Path | None, typer.Option(help="The engine's virtual environment. Default: .engines/ENGINE.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="How many the engine gets.")] = 10,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens after each.")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Check hashes, finiteness, and that expanded, absorbed, prefill and decode agree."""
+    """Check hashes, finiteness, and that expanded, absorbed, prefill and decode agree; a GGUF file against its folder;
+    an engine against transformers in float32."""
     from latentize.api import verify as run
 
-    result = run(out)
+    sizes = {"prompts": prompts, "new_tokens": new_tokens}
+    result = run(out, engine=engine, folder=folder, kind=type_, environment=environment, **sizes)
     shown = {k: f"{v:.2e}" if isinstance(v, float) else v for k, v in result.items()}
     _emit(result, as_json, _facts(f"{out} is whole", shown))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A portable folder that convert has written.")],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="File to write. Default: MODEL-TYPE.gguf.")
+    ] = None,
+    to: Annotated[str, typer.Option(help="gguf, for llama.cpp.")] = "gguf",
+    type_: Annotated[str, typer.Option("--type", help="f32, bf16, f16 or q8_0.")] = "bf16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a portable model for llama.cpp, and compare what was written with the folder."""
+    from latentize.api import export as run
+
+    result = run(model, out, to=to, kind=type_, overwrite=overwrite)
+    _emit(result, as_json, _facts(result["file"], {k: v for k, v in result.items() if k != "file"}))
 
 
 @app.command()

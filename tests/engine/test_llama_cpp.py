@@ -1,0 +1,103 @@
+"""llama.cpp runs exported files, and computes what transformers does in float32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.common import portable
+from tests.engine.conftest import Record
+
+import latentize
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+ODD, FAST, CONVERTED = "random 160 + 32, 6 heads", "random 512 + 64", "converted 32 + 32"
+# KL from transformers in float32, nats a token.
+LIMITS = {"f32": 1e-6, "f16": 1e-6, "bf16": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def _engine(needs: Callable[[str], None]) -> None:
+    needs("llama.cpp")
+
+
+@pytest.mark.parametrize("name", [FAST, ODD, CONVERTED])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+def test_logits_and_greedy_tokens(models: Callable[[str], Path], record: Record, name: str, kind: str) -> None:
+    """10 prompts, 64 tokens after each. Rounded weights may decide a tie otherwise: never by more than they are off."""
+    found = record(name, latentize.verify(models(name), engine="llama.cpp", kind=kind))
+    assert found["kl"] <= LIMITS[kind]
+    assert (found["prompts"], found["new_tokens"]) == (10, 64)
+    assert found["texts_cut_alike"] == found["texts"] > 10
+    if kind == "f32":
+        assert found["greedy_identical"] == 10
+    assert found["greedy_margin"] <= 2 * found["largest_logprob_error"]
+
+
+@pytest.mark.parametrize("name", [FAST, ODD])
+def test_q8_0_costs_no_more_for_the_linear_norm(
+    models: Callable[[str], Path], record: Record, tmp_path: Path, name: str
+) -> None:
+    """Against a DeepSeek-V3 of the same weights whose norm is one."""
+    shape = {FAST: {"heads": 4, "rank": 512, "rope": 64}, ODD: {"heads": 6, "rank": 160, "rope": 32}}[name]
+    plain = portable(tmp_path, nope=32, value=32, linear=False, stored=torch.bfloat16, **shape)
+    ours, theirs = (latentize.verify(folder, engine="llama.cpp", kind="q8_0") for folder in (models(name), plain))
+    record(name, {**ours, "plain_kl": theirs["kl"]})
+    assert ours["kl"] <= 1.2 * theirs["kl"]
+
+
+def test_q8_0_perplexity(models: Callable[[str], Path], record: Record) -> None:
+    sizes = {"prompts": 16, "prompt_tokens": 256, "new_tokens": 8}
+    q8, bf16 = (latentize.verify(models(CONVERTED), engine="llama.cpp", kind=k, **sizes) for k in ("q8_0", "bf16"))
+    record(CONVERTED, {**q8, "bf16_perplexity": bf16["perplexity"]})
+    assert q8["perplexity"] == pytest.approx(bf16["perplexity"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+        },
+    ],
+)
+def test_scaled_rope_is_exact(tmp_path: Path, record: Record, rope: dict[str, Any]) -> None:
+    config = {"rope_parameters": {"rope_theta": 10_000.0, **rope}}
+    folder = portable(tmp_path, heads=4, rank=64, rope=32, nope=32, value=32, **config)
+    found = record(
+        f"random, {rope['rope_type']}", latentize.verify(folder, engine="llama.cpp", prompts=4, new_tokens=16)
+    )
+    assert found["kl"] <= 1e-6
+    # The scaling matters: without it the same file is another model.
+    entries = json.loads((folder / "config.json").read_text())
+    entries["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0}
+    out = tmp_path / "scaled.gguf"
+    latentize.export(folder, out, kind="f32")
+    (folder / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(latentize.errors.EngineError, match="KL"):
+        latentize.verify(out, engine="llama.cpp", folder=folder, prompts=4, new_tokens=4)
+
+
+def test_a_file(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """An exported file, by its own type."""
+    out = tmp_path / "out.gguf"
+    latentize.export(models(ODD), out, kind="f16")
+    found = latentize.verify(out, engine="llama.cpp", folder=models(ODD), prompts=2, new_tokens=8)
+    assert found["type"] == "f16" and found["kl"] <= LIMITS["f16"]
+    assert found["tensors"]["F16"] > 10 and found["ok"]

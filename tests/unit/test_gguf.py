@@ -1,0 +1,455 @@
+"""GGUF files, read back with gguf's own reader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+from tests.common import call_cli, last_json, leftovers, portable, run_python, trained_tokenizer
+
+import latentize
+from latentize.errors import CheckpointError, FormatError, LatentizeError, OptionError, OutputError
+from latentize.formats.gguf import gguf_reasons, write_gguf
+from latentize.formats.gguf_check import check_gguf
+from latentize.formats.gguf_types import GgufTensor, check_range
+from latentize.formats.gguf_vocab import pre_tokenizer_name, read_vocab
+
+HEADS, RANK, ROPE, NOPE, VALUE = 6, 160, 32, 32, 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rank 160, rope 32, six heads: nothing is a power of two that need not be."""
+    return portable(tmp_path_factory.mktemp("gguf"), heads=HEADS, rank=RANK, rope=ROPE, nope=NOPE, value=VALUE)
+
+
+def changed(folder: Path, tmp_path: Path, **config: Any) -> Path:
+    """A copy with another config."""
+    copy = Path(shutil.copytree(folder, tmp_path / "changed"))
+    entries = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**entries, **config}))
+    return copy
+
+
+def values(path: Path) -> dict[str, Any]:
+    return {key: field.contents() for key, field in GGUFReader(path).fields.items()}
+
+
+def test_keys(folder: Path, tmp_path: Path) -> None:
+    write_gguf(folder, tmp_path / "out.gguf", "f32", name="a model")
+    found = values(tmp_path / "out.gguf")
+    expected = {
+        "general.architecture": "deepseek2",
+        "general.name": "a model",
+        "general.file_type": 0,
+        "deepseek2.block_count": 2,
+        "deepseek2.leading_dense_block_count": 2,
+        "deepseek2.embedding_length": 96,
+        "deepseek2.feed_forward_length": 128,
+        "deepseek2.attention.head_count": HEADS,
+        "deepseek2.attention.head_count_kv": 1,
+        "deepseek2.attention.q_lora_rank": 0,
+        "deepseek2.attention.kv_lora_rank": RANK,
+        "deepseek2.attention.key_length": RANK + ROPE,
+        "deepseek2.attention.value_length": RANK,
+        "deepseek2.attention.key_length_mla": NOPE + ROPE,
+        "deepseek2.attention.value_length_mla": VALUE,
+        "deepseek2.rope.dimension_count": ROPE,
+        "deepseek2.rope.freq_base": 10000.0,
+        "deepseek2.expert_shared_count": 0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+    assert {key: found.get(key) for key in expected} == expected
+    assert found["deepseek2.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    # llama.cpp asserts that groups are fewer than experts.
+    assert not [key for key in found if "expert_group" in key or "expert_count" in key or "expert_used" in key]
+    assert not [key for key in found if "rope.scaling" in key]
+
+
+def test_tensors_are_those_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    """Computed here in another way: the up-projection is applied, not cut."""
+    write_gguf(folder, tmp_path / "out.gguf", "f32")
+    tensors = {t.name: torch.from_numpy(np.array(t.data)) for t in GGUFReader(tmp_path / "out.gguf").tensors}
+    source = load_file(folder / "model.safetensors")
+    assert not [name for name in tensors if not name.endswith(".weight")]
+    assert len(tensors) == len(source) + 2  # of two layers, each has its up-projection in two
+    latent_r = torch.randn(RANK, generator=torch.Generator().manual_seed(0))
+    for layer in range(2):
+        both_HdV = (source[f"model.layers.{layer}.self_attn.kv_b_proj.weight"] @ latent_r).view(HEADS, NOPE + VALUE)
+        k_HN = torch.einsum("hrn,r->hn", tensors[f"blk.{layer}.attn_k_b.weight"], latent_r)
+        v_HV = torch.einsum("hvr,r->hv", tensors[f"blk.{layer}.attn_v_b.weight"], latent_r)
+        assert torch.allclose(torch.cat([k_HN, v_HV], dim=1), both_HdV, atol=1e-5)
+    for name, original in {
+        "token_embd": "model.embed_tokens",
+        "output": "lm_head",
+        "output_norm": "model.norm",
+        "blk.1.attn_norm": "model.layers.1.input_layernorm",
+        "blk.1.ffn_norm": "model.layers.1.post_attention_layernorm",
+        "blk.0.attn_kv_a_norm": "model.layers.0.self_attn.kv_a_layernorm",
+        "blk.0.attn_kv_a_mqa": "model.layers.0.self_attn.kv_a_proj_with_mqa",
+        "blk.0.attn_q": "model.layers.0.self_attn.q_proj",
+        "blk.1.attn_output": "model.layers.1.self_attn.o_proj",
+        "blk.1.ffn_down": "model.layers.1.mlp.down_proj",
+    }.items():
+        assert torch.equal(tensors[f"{name}.weight"], source[f"{original}.weight"]), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "matrix", "code"), [("f32", "F32", 0), ("f16", "F16", 1), ("q8_0", "Q8_0", 7), ("bf16", "BF16", 32)]
+)
+def test_types(folder: Path, tmp_path: Path, kind: str, matrix: str, code: int) -> None:
+    out = tmp_path / "out.gguf"
+    report = write_gguf(folder, out, kind)
+    types = {t.name: t.tensor_type.name for t in GGUFReader(out).tensors}
+    assert values(out)["general.file_type"] == code
+    assert {t for name, t in types.items() if "norm" in name} == {"F32"}
+    # What makes the latent's norm linear is too small for fp16.
+    assert types["blk.0.attn_kv_a_mqa.weight"] == {"F16": "F32", "Q8_0": "F32"}.get(matrix, matrix)
+    assert types["blk.0.attn_q.weight"] == types["token_embd.weight"] == types["blk.1.attn_k_b.weight"] == matrix
+    assert report["tensors"] == {name: list(types.values()).count(name) for name in sorted(set(types.values()))}
+    assert report["bytes"] == out.stat().st_size
+    found = check_gguf(out, folder)
+    bound = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.5 / 127 + 2.0**-11}
+    assert all(error <= bound[name] for name, error in found["largest_error"].items())
+
+
+def test_same_bytes_again(folder: Path, tmp_path: Path) -> None:
+    a, b = (write_gguf(folder, tmp_path / f"{n}.gguf", "q8_0")["sha256"] for n in "ab")
+    assert a == b
+
+
+def test_rows_that_no_block_divides(tmp_path: Path) -> None:
+    folder = portable(tmp_path, heads=4, rank=44, rope=20, nope=12, value=32)
+    report = write_gguf(folder, tmp_path / "out.gguf", "q8_0")
+    types = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "out.gguf").tensors}
+    assert types["blk.0.attn_v_b.weight"] == types["blk.0.attn_k_b.weight"] == "F16"
+    assert types["blk.0.attn_q.weight"] == "Q8_0"
+    assert report["notes"] == ["4 matrices stay in F16: blocks of 32 do not divide their rows"]
+
+
+@pytest.mark.parametrize("what", ["tensor", "transposed", "key", "truncated", "not GGUF"])
+def test_a_file_of_something_else_is_noticed(folder: Path, tmp_path: Path, what: str) -> None:
+    out = tmp_path / "out.gguf"
+    write_gguf(folder, out, "bf16")
+    whole = out.read_bytes()
+    if what == "tensor":
+        other = portable(tmp_path, heads=HEADS, rank=RANK, rope=ROPE, nope=NOPE, value=VALUE, seed=1)
+        write_gguf(other, out, "bf16", overwrite=True)
+    elif what == "transposed":  # heads of keys and values exchanged
+        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+        tensors = load_file(copy / "model.safetensors")
+        name = "model.layers.1.self_attn.kv_b_proj.weight"
+        tensors[name] = tensors[name].unflatten(0, (HEADS, 2, NOPE)).flip(1).flatten(0, 2).contiguous()
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+        write_gguf(copy, out, "bf16", overwrite=True)
+    elif what == "key":
+        at = whole.index(b"deepseek2.attention.q_lora_rank") + len("deepseek2.attention.q_lora_rank") + 4
+        out.write_bytes(whole[:at] + b"\x01" + whole[at + 1 :])
+    elif what == "truncated":
+        out.write_bytes(whole[: len(whole) // 2])
+    else:
+        out.write_bytes(b"GGML" + whole[4:])
+    with pytest.raises(CheckpointError) as error:
+        check_gguf(out, folder)
+    assert error.value.where == str(out) and error.value.fix
+    named = {"tensor": "differs", "transposed": "blk.1.attn_k_b.weight", "key": "q_lora_rank"}
+    assert named.get(what, "cannot be read") in error.value.what
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"model_type": "latentize"}, "native"),
+        ({"model_type": "llama"}, "only a portable folder"),
+        ({"q_lora_rank": 8}, "low-rank query"),
+        ({"first_k_dense_replace": 1}, "mixture of experts"),
+        ({"attention_bias": True}, "biases"),
+        ({"rope_interleave": False}, "interleaved"),
+        ({"rms_norm_eps": 1e-5}, "epsilon"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"tie_word_embeddings": True}, "tied"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "llama3"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}}, "mscale"),
+    ],
+)
+def test_refused_before_anything_is_written(folder: Path, tmp_path: Path, config: dict[str, Any], why: str) -> None:
+    bad, out = changed(folder, tmp_path, **config), tmp_path / "out.gguf"
+    with pytest.raises(FormatError, match=why) as error:
+        write_gguf(bad, out, "f32")
+    assert error.value.where == str(bad / "config.json") and error.value.fix
+    assert leftovers(tmp_path, out) == []
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, None),
+        ({"mscale": 1.0}, "one mscale"),
+        ({"mscale": 0, "mscale_all_dim": 0}, "one mscale"),
+        ({"beta_fast": 4}, "betas"),
+        ({"beta_fast": 32, "beta_slow": 1}, None),
+        ({"truncate": False}, "truncate"),
+        ({"attention_factor": 1.2}, "attention_factor"),
+        ({"rope_type": "linear"}, "mscale_all_dim"),
+        ({"rope_type": "linear", "mscale_all_dim": None}, None),
+    ],
+)
+def test_which_scaled_rope_is_exact(folder: Path, change: dict[str, Any], why: str | None) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    reasons = gguf_reasons({**config, "rope_parameters": {**YARN, **change}})
+    assert (why is None) == (reasons == [])
+    assert why is None or why in reasons[0]
+
+
+def test_scaled_rope_is_carried(folder: Path, tmp_path: Path) -> None:
+    write_gguf(changed(folder, tmp_path, rope_parameters=YARN), tmp_path / "out.gguf", "f32")
+    found = values(tmp_path / "out.gguf")
+    assert found["deepseek2.rope.scaling.type"] == "yarn"
+    assert found["deepseek2.rope.scaling.factor"] == 8.0
+    assert found["deepseek2.rope.scaling.original_context_length"] == 64
+    assert found["deepseek2.rope.scaling.yarn_log_multiplier"] == pytest.approx(0.07)
+
+
+def test_unknown_tensors_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = changed(folder, tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(96)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match="no such tensor") as error:
+        write_gguf(copy, tmp_path / "out.gguf", "f32")
+    assert "o_proj.bias" in error.value.where
+
+
+@pytest.mark.parametrize(
+    ("kind", "of", "scale", "fine"),
+    [
+        ("f16", "F16", 1.0, True),
+        ("f16", "F16", 1e-3, True),
+        ("f16", "F16", 1e-5, False),
+        ("f16", "F16", 1e6, False),
+        ("q8_0", "Q8_0", 1.0, True),
+        ("q8_0", "Q8_0", 1e-4, False),
+        ("bf16", "BF16", 1e-9, True),
+        ("f32", "F32", 1e-9, True),
+    ],
+)
+def test_what_fp16_would_damage(kind: str, of: str, scale: float, fine: bool) -> None:
+    t = scale * torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    tensor = GgufTensor("blk.0.attn_q.weight", "some.weight", (64, 96), lambda t: t)
+    if not fine:
+        with pytest.raises(FormatError, match="fp16's normal range") as error:
+            check_range(t, tensor, of, kind)
+        assert "some.weight" in error.value.where and "bf16" in error.value.fix
+        return
+    small = check_range(t, tensor, of, kind)
+    assert small == (int(((t != 0) & (t.abs() < 2.0**-14)).sum()) if of == "F16" else 0)
+
+
+def test_damage_leaves_no_file(folder: Path, tmp_path: Path) -> None:
+    copy = changed(folder, tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e-6
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    for kind in ("f16", "q8_0"):
+        with pytest.raises(FormatError, match="normal range"):
+            write_gguf(copy, tmp_path / "out.gguf", kind)
+    assert leftovers(tmp_path, tmp_path / "out.gguf") == []
+    write_gguf(copy, tmp_path / "out.gguf", "bf16")
+
+
+def test_nothing_is_overwritten_unless_asked(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        write_gguf(folder, out, "f32")
+    assert out.read_text() == "mine"
+    write_gguf(folder, out, "f32", overwrite=True)
+    assert out.read_bytes()[:4] == b"GGUF"
+    with pytest.raises(OutputError, match="exists"):
+        write_gguf(folder, tmp_path, "f32", overwrite=True)
+    with pytest.raises(OutputError, match="cannot write"):
+        write_gguf(folder, tmp_path / "missing" / "out.gguf", "f32")
+    with pytest.raises(OptionError, match="no such type"):
+        write_gguf(folder, tmp_path / "b.gguf", "q4_k")
+
+
+def test_a_write_that_fails_leaves_what_was_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gguf import GGUFWriter
+
+    out = tmp_path / "out.gguf"
+    write_gguf(folder, out, "f32")
+    before, written = out.read_bytes(), []
+    original = GGUFWriter.write_tensor_data
+
+    def fails(self: Any, *args: Any) -> None:
+        written.append(1)
+        if len(written) == 5:
+            raise OSError(28, "No space left on device")
+        original(self, *args)
+
+    monkeypatch.setattr(GGUFWriter, "write_tensor_data", fails)
+    with pytest.raises(OutputError, match="No space left"):
+        write_gguf(folder, out, "bf16", overwrite=True)
+    assert out.read_bytes() == before
+    assert leftovers(tmp_path, out) == ["out.gguf"]
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ENCODE = {**BYTES, "use_regex": False}
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("steps", "ignore_merges", "name"),
+    [
+        ([BYTES], False, "gpt-2"),
+        ([BYTES], True, None),
+        ([{**BYTES, "add_prefix_space": True}], False, None),
+        ([{"type": "Digits", "individual_digits": True}, BYTES], False, "smollm"),
+        ([{"type": "Digits", "individual_digits": False}, BYTES], False, None),
+        ([split(LLAMA3), ENCODE], True, "llama-bpe"),
+        ([split(LLAMA3), ENCODE], False, None),
+        ([split(LLAMA3), BYTES], True, None),
+        ([split(LLAMA3.replace("{1,3}", "")), ENCODE], False, "qwen2"),
+        ([split(r"\w+"), ENCODE], False, None),
+        ([split(LLAMA3), split(r"\w+"), ENCODE], True, None),
+        ([{"type": "Metaspace", "replacement": "_"}], False, None),
+        ([], False, None),
+    ],
+)
+def test_pre_tokenizer_names(steps: list[dict[str, Any]], ignore_merges: bool, name: str | None) -> None:
+    several = {"type": "Sequence", "pretokenizers": steps}
+    for pre_tokenizer in [several, *steps] if len(steps) == 1 else [several if steps else None]:
+        entries = {"pre_tokenizer": pre_tokenizer, "model": {"type": "BPE", "ignore_merges": ignore_merges}}
+        assert pre_tokenizer_name(entries) == name
+
+
+def test_vocabulary(folder: Path) -> None:
+    entries = json.loads((folder / "tokenizer.json").read_text())
+    vocab = read_vocab(folder, 400)
+    assert len(vocab.tokens) == len(vocab.types) == 400
+    assert vocab.tokens[: len(entries["model"]["vocab"])] == sorted(
+        entries["model"]["vocab"], key=entries["model"]["vocab"].get
+    )
+    assert vocab.types[0] == 3 and set(vocab.types[1:320]) == {1} and set(vocab.types[320:]) == {5}
+    assert vocab.tokens[399] == "[PAD399]"
+    assert vocab.merges == [" ".join(pair) for pair in entries["model"]["merges"]]
+    assert vocab.special == {"bos": 0, "eos": 0} and not vocab.add_bos and vocab.notes == []
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t: t["model"].update(byte_fallback=True), "not a byte-level BPE"),
+        (lambda t: t["model"].update(merges=[]), "merges nothing"),
+        (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "no name"),
+        (lambda t: t["model"]["vocab"].update({"toolate": 400}), "no embedding"),
+    ],
+)
+def test_tokenizers_that_llama_cpp_cannot_hold(
+    folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], why: str
+) -> None:
+    copy = changed(folder, tmp_path)
+    entries = json.loads((copy / "tokenizer.json").read_text())
+    change(entries)
+    (copy / "tokenizer.json").write_text(json.dumps(entries))
+    with pytest.raises(FormatError, match=why) as error:
+        write_gguf(copy, tmp_path / "out.gguf", "f32")
+    assert "tokenizer.json" in error.value.where and error.value.fix
+
+
+def test_what_llama_cpp_skips_is_noted(folder: Path, tmp_path: Path) -> None:
+    from tokenizers import normalizers
+
+    tokenizer = trained_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    copy = changed(folder, tmp_path)
+    tokenizer.save_pretrained(copy)
+    assert "NFC" in write_gguf(copy, tmp_path / "out.gguf", "f32")["notes"][0]
+
+
+def test_export_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.gguf"
+    done = call_cli(capsys, "export", folder, out, "--to", "gguf", "--type", "q8_0", "--json")
+    assert done.returncode == 0, done.stderr
+    report = last_json(done.stdout)
+    assert report.keys() >= {
+        "file",
+        "to",
+        "type",
+        "bytes",
+        "sha256",
+        "tensors",
+        "pre_tokenizer",
+        "notes",
+        "largest_error",
+    }
+    assert (report["file"], report["to"], report["type"]) == (str(out), "gguf", "q8_0")
+    again = call_cli(capsys, "export", folder, out, "--to", "gguf")
+    assert again.returncode == 2 and "LZ401" in again.stderr and "--overwrite" in again.stderr
+    assert call_cli(capsys, "export", folder, out, "--to", "gguf", "--overwrite").returncode == 0
+    done = call_cli(capsys, "verify", out, "--folder", folder, "--json")
+    assert done.returncode == 0 and last_json(done.stdout)["tensors"] == {"BF16": 18, "F32": 7}
+    done = call_cli(capsys, "verify", out)
+    assert done.returncode == 2 and "LZ301" in done.stderr and "--folder" in done.stderr
+    for to in ("deepseek_v3", "onnx"):
+        done = call_cli(capsys, "export", folder, tmp_path / "other", "--to", to)
+        assert done.returncode == 2 and "--to" in done.stderr
+
+
+def test_export_beside_the_folder(folder: Path, tmp_path: Path) -> None:
+    copy = changed(folder, tmp_path)
+    report = latentize.export(copy, kind="f16")
+    assert Path(report["file"]) == tmp_path / "changed-f16.gguf" and Path(report["file"]).is_file()
+
+
+def test_without_the_package(folder: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["gguf"] = None
+import latentize
+try:
+    latentize.export(sys.argv[1], sys.argv[2])
+except latentize.errors.OptionError as error:
+    assert "latentize[gguf]" in error.fix, error
+else:
+    sys.exit("exported")
+"""
+    done = run_python(code, folder, tmp_path / "out.gguf")
+    assert done.returncode == 0, done.stderr
+
+
+def test_errors_are_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(LatentizeError):
+        latentize.export(tmp_path / "missing", tmp_path / "out.gguf")
