@@ -167,10 +167,11 @@ def measure(out: Path, contexts: list[int], rounds: int, threads: int) -> dict[s
         for context in contexts:
             ids = torch.randint(4096, (context,), generator=torch.Generator().manual_seed(0)).tolist()
             times: dict[str, list[list[float]]] = {name: [] for name in runs}
-            for turn in range(rounds + 1):
+            warm_up = 1 if context == contexts[0] else 0
+            for turn in range(rounds + warm_up):
                 for name, run in runs.items():
                     found = run(ids)
-                    if turn:  # the first one warms up
+                    if turn >= warm_up:
                         times[name].append(found)
             for name, found in times.items():
                 prompt, decode = (median(t[i] for t in found) for i in (0, 1))

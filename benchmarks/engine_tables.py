@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
-BEGIN, END = "<!-- engines:begin -->", "<!-- engines:end -->"
+SPEED = ROOT / "benchmarks" / "results" / "engine-speed.json"
 _ORDER = ["transformers", "llama.cpp", "vllm"]
 
 
@@ -93,20 +93,43 @@ def readme_table(made: dict[str, Any]) -> str:
     )
 
 
-def _placed(text: str, table: str) -> str:
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+def speed_table(made: dict[str, Any]) -> str:
+    """Tokens a second, and beside them the quotient with the source in the same engine."""
+    rows, of = [], {(row["context"], row["name"]): row for row in made["rows"]}
+    for (context, name), row in of.items():
+        engine = "llama.cpp" if "llama.cpp" in name else "transformers"
+        source, cells = of[context, f"source, {engine}"], [f"{context:,}", name]
+        for kind in ("prompt", "decode"):
+            key = f"{kind}_tokens_per_second"
+            share = "" if row is source else f" ({row[key] / source[key]:.2f} ×)"
+            cells.append(f"{row[key]:,.0f}{share}")
+        rows.append(cells)
+    told = (
+        f"Measured {made['date']} on {made['threads']} thread of an AMD EPYC that did other work as well: "
+        f"{made['dtype']}, batch 1, median of {made['rounds']} interleaved rounds of {made['steps']} steps; in brackets the quotient "
+        f"with the source in the same engine. `python benchmarks/engine_speed.py {made['command']}`"
+    )
+    return "\n".join([told, "", *_table(["context", "", "prompt tokens/s", "decode tokens/s"], rows)])
+
+
+def _placed(text: str, name: str, table: str) -> str:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def main() -> int:
-    made = json.loads(RESULTS.read_text())
+    made, docs, readme = json.loads(RESULTS.read_text()), ROOT / "docs" / "engines.md", ROOT / "README.md"
+    tables = [(docs, "engines", docs_tables(made)), (readme, "engines", readme_table(made))]
+    tables.append((docs, "speed", speed_table(json.loads(SPEED.read_text()))))
     stale = []
-    for path, table in ((ROOT / "docs" / "engines.md", docs_tables(made)), (ROOT / "README.md", readme_table(made))):
+    for path, name, table in tables:
         text = path.read_text()
-        wanted = _placed(text, table)
-        if wanted != text:
-            stale.append(path.name)
+        wanted = _placed(text, name, table)
+        if wanted == text:
+            continue
+        stale.append(path.name)
         if "--check" not in sys.argv:
             path.write_text(wanted)
     if stale and "--check" in sys.argv:

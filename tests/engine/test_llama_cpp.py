@@ -60,7 +60,6 @@ def test_q8_0_perplexity(models: Callable[[str], Path], record: Record) -> None:
 @pytest.mark.parametrize(
     "rope",
     [
-        {"rope_type": "linear", "factor": 4.0},
         {
             "rope_type": "yarn",
             "factor": 4.0,

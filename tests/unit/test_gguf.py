@@ -212,8 +212,7 @@ YARN = {
         ({"beta_fast": 32, "beta_slow": 1}, None),
         ({"truncate": False}, "truncate"),
         ({"attention_factor": 1.2}, "attention_factor"),
-        ({"rope_type": "linear"}, "mscale_all_dim"),
-        ({"rope_type": "linear", "mscale_all_dim": None}, None),
+        ({"rope_type": "linear", "mscale": None, "mscale_all_dim": None}, "linear"),
     ],
 )
 def test_which_scaled_rope_is_exact(folder: Path, change: dict[str, Any], why: str | None) -> None:
