@@ -284,6 +284,9 @@ def compare(
         list[str] | None, typer.Option(metavar="LATENT[+ROPE]", help="Each also with this cache. Repeat for several.")
     ] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Each also with only so many tokens.")] = None,
+    source_window: Annotated[
+        list[int] | None, typer.Option(min=2, help="The source also with only so many. Repeat for several.")
+    ] = None,
     data: Data = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on.")] = 32_768,
     sequence_length: Annotated[int, typer.Option(min=2, help="Context of the predictions.")] = 512,
@@ -297,6 +300,7 @@ def compare(
     from latentize.tables import compare_table
 
     options = {"cache": tuple(cache or ()), "window": window, "data": tuple(data or ()), "tokens": tokens}
+    options |= {"source_windows": tuple(source_window or ())}
     options |= {"sequence_length": sequence_length, "dtype": dtype, "device": device}
     with _progress() as progress:
         result = run(source, models, progress=progress, **options)
