@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ OURS = "calibrated"
 METHODS = (OURS, "transmla", "mha2mla", "gqa (mean pool)", "mqa (mean pool)")
 CACHES = ("int8", "int4")
 LENGTH, SINKS = 512, 4
+# Two measurements of the same weights in float32 differ by the order of their sums.
+ROUNDING = 1e-4
 KEYS = ("perplexity", "excess_loss", "kl", "top1_agreement")
 
 
@@ -180,6 +183,25 @@ def verdicts(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def unlike(result: dict[str, Any], methods: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Rows that were measured by ``methods.py``, too, on the same weights and tokens; and which of them differ.
+
+    Args:
+        result: What was measured here.
+        methods: Rows of ``benchmarks/results/methods-<model>.json``, which the README shows.
+    """
+    theirs = {r["weights_sha256"]: r for r in methods if "weights_sha256" in r}
+    same, other = [], []
+    for row in result["rows"]:
+        measured = theirs.get(result["weights_sha256"].get(row["name"], ""))
+        if measured is None or measured["tokens"] != result["tokens"]:
+            continue
+        same.append(row["name"])
+        if not all(math.isclose(row[key], measured[key], rel_tol=ROUNDING, abs_tol=ROUNDING / 10) for key in KEYS):
+            other.append(row["name"])
+    return same, other
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-llama-gqa")
@@ -195,6 +217,11 @@ def main() -> None:
         path.with_suffix(".svg").write_text(pareto_chart(result["rows"]), encoding="utf-8")
     result = json.loads(path.read_text())
     print(table(result), verdicts(result), *result["notes"], sep="\n\n")
+    methods = args.out / f"methods-{args.model.name}.json"
+    same, other = unlike(result, json.loads(methods.read_text())["rows"]) if methods.exists() else ([], [])
+    print(
+        f"\nAs methods.py found them, {len(same)} of the same conversions: {', '.join(same)}; unlike: {other or 'none'}"
+    )
 
 
 if __name__ == "__main__":
