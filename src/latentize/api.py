@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +169,8 @@ def evaluate(
     probes: bool = False,
     lengths: Sequence[int] | None = None,
     samples: int = 4,
+    tasks: Sequence[str] = (),
+    task_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """What ``latentize eval --json`` prints.
@@ -179,6 +181,9 @@ def evaluate(
         dtype: Precision to run in.
         probes: Ask for what lies far back in long contexts, too.
         lengths, samples: As in :func:`latentize.evaluate.probes.probe`.
+        tasks: Names of lm-eval's, or paths of YAML.
+        task_options: ``include_path``, ``limit``, ``num_fewshot``, ``batch_size``, as in
+            :func:`latentize.evaluate.tasks.run_tasks`.
         options: As in :func:`latentize.evaluate.quality.evaluate`.
     """
     from latentize.evaluate.probes import probe
@@ -186,11 +191,29 @@ def evaluate(
 
     folder, source = resolve(model), None if reference is None else resolve(reference)
     options["dtype"] = _torch_dtype(dtype)
+    # First: what goes wrong with tasks should not do so after minutes of other measurements.
+    answered = _tasks(folder, source, tasks, dict(task_options or {}), options) if tasks else None
     entries = {**measure(folder, source, **options).describe(), "text": describe(options.get("data", ()))}
     if probes:
         shared = {name: value for name, value in options.items() if name not in ("tokens", "sequence_length", "split")}
         entries["probes"] = probe(folder, source, lengths=lengths, samples=samples, **shared)
-    return entries
+    return entries if answered is None else {**entries, "tasks": answered}
+
+
+def _tasks(
+    folder: Path, source: Path | None, tasks: Sequence[str], own: dict[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    from latentize.evaluate.tasks import run_tasks
+
+    for option in ("cache", "window"):
+        if options.get(option) is not None:
+            raise OptionError(
+                "lm-eval runs a model with its own cache, not with this one",
+                where=f"--tasks with --{option}",
+                fix="measure the two in separate runs",
+            )
+    own |= {name: options[name] for name in ("dtype", "device", "progress") if name in options}
+    return run_tasks(folder, source, tasks=tasks, **own)
 
 
 def compare(

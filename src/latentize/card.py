@@ -2,47 +2,155 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from latentize.families import ModelSpec
 from latentize.recipe import Recipe
 
-__all__ = ["render"]
+__all__ = ["licence", "render"]
 
+_FRONT = re.compile(r"\A---\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
+# What a card of the hub may say of a licence.
+_KEYS = ("license", "license_name", "license_link")
+# Licences that are known by how they begin.
+_BEGINNINGS = {"apache license": "apache-2.0", "mit license": "mit"}
 _LOAD = {
-    "deepseek_v3": "It is a dense DeepSeek-V3 checkpoint: it loads with stock transformers, no code of latentize's.",
-    "native": "It loads with `AutoModelForCausalLM` after `import latentize`.",
+    "deepseek_v3": (
+        "It is a dense DeepSeek-V3 checkpoint: stock transformers loads it, without any code of latentize's.",
+        "",
+    ),
+    "native": (
+        "It is in latentize's own format, which transformers knows once latentize is imported.",
+        "import latentize\n",
+    ),
 }
+_AS_BEFORE = ("It has the architecture of its source, with fewer kv heads, and loads wherever that does.", "")
 
 
-def render(model: str, spec: ModelSpec, recipe: Recipe, report: dict[str, Any], notes: list[str]) -> str:
-    """Markdown that says what was done, what it cost, and how to load it."""
+def licence(folder: Path) -> dict[str, str]:
+    """What the source says of its licence, as entries of a card: from its card, else from a licence file.
+
+    Args:
+        folder: Of the source.
+
+    Returns:
+        ``license`` and, where it needs them, ``license_name`` and ``license_link``; ``unknown`` where nothing is said.
+    """
+    card = folder / "README.md"
+    if card.is_file():
+        front = _front(card.read_text(encoding="utf-8", errors="replace"))
+        if front.get("license"):
+            return {key: front[key] for key in _KEYS if isinstance(front.get(key), str | list)}
+    files = (path for pattern in ("LICENSE*", "LICENCE*") for path in sorted(folder.glob(pattern)) if path.is_file())
+    for path in files:
+        head = path.read_text(encoding="utf-8", errors="replace")[:400].lower()
+        known = next((name for words, name in _BEGINNINGS.items() if words in head), None)
+        return (
+            {"license": known}
+            if known
+            else {"license": "other", "license_name": "that-of-the-source", "license_link": path.name}
+        )
+    return {"license": "unknown"}
+
+
+def _front(text: str) -> dict[str, Any]:
+    """Entries before a card's text; none where they cannot be read."""
+    found = _FRONT.match(text.replace("\r\n", "\n"))
+    try:
+        entries = yaml.safe_load(found.group(1)) if found else None
+    except yaml.YAMLError:
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def render(model: str, folder: Path, spec: ModelSpec, recipe: Recipe, report: dict[str, Any], notes: list[str]) -> str:
+    """Markdown that says what was done, what it cost, how to load it, and whose licence it has.
+
+    Args:
+        model: The source, as it was named.
+        folder: Where it lies.
+        spec, recipe: What it is, and what was done.
+        report: What was measured.
+        notes: Approximations and limits.
+    """
+    latent = recipe.to == "mla"
+    what = "multi-head latent attention" if latent else f"{report['num_key_value_heads']} kv head(s)"
+    said = licence(folder)
+    entries: dict[str, Any] = {**said, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    entries["tags"] = ["mla", "latentize"] if latent else ["latentize"]
+    # A folder is no name that anybody else could look up.
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).expanduser().exists():
+        entries["base_model"] = model
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _facts(model, spec, recipe, report).items())
+    limits = "\n".join(f"- {note}" for note in _limits(recipe, report, notes))
+    terms = (
+        "unknown: neither a card nor a licence file lay beside it"
+        if said["license"] == "unknown"
+        else f"`{said['license']}`"
+    )
+    return (
+        f"---\n{yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)}---\n"
+        f"# {model.rstrip('/').rsplit('/', 1)[-1]} with {what}\n\n{_loading(report['format'])}\n\n"
+        f"## What was done, and what it cost\n\n| | |\n|---|---|\n{table}\n\n"
+        f"Measured on {report['evaluation_tokens']:,} held-out tokens that nothing was learnt or chosen from.\n\n"
+        f"## Approximations and limits\n\n{limits}\n\n"
+        f"## Licence\n\nThat of the source: {terms}.\n\n"
+        f"`latentize.json` holds the recipe, hashes, versions and errors of every layer; "
+        f"`latentize verify` checks the files against it.\n"
+    )
+
+
+def _cell(value: str) -> str:
+    """A bar would begin another cell."""
+    return value.replace("|", "\\|")
+
+
+def _loading(kind: str) -> str:
+    sentence, before = _LOAD.get(kind, _AS_BEFORE)
+    return (
+        f"{sentence}\n\n```python\n{before}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
+    )
+
+
+def _facts(model: str, spec: ModelSpec, recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
     a, before, after = spec.attention, spec.cache_values, report["cache_values_per_token_layer"]
-    what = "multi-head latent attention" if recipe.to == "mla" else f"{report['num_key_value_heads']} kv head(s)"
     rows = {
         "source": f"`{model}` ({spec.table.model_type}, {a.kind}: {a.num_heads} query and {a.num_kv_heads} kv heads)",
         "method": report["method"],
         "format": report["format"],
-        "cached values per token and layer": f"{after} instead of {before} ({1 - after / before:.1%} fewer)",
-        "kv_lora_rank + qk_rope_head_dim": f"{report['kv_lora_rank']} + {report['qk_rope_head_dim']}",
-        "calibrated on": f"{report['calibration_tokens']:,} tokens of {report['calibration_text']}, "
-        f"in sequences of {recipe.sequence_length}",
+        "cached values per token and layer": f"{after:g} instead of {before} ({1 - after / before:.1%} fewer)",
+    }
+    if report["kv_lora_rank"] is not None:
+        sizes = [report["kv_lora_rank"], report["qk_rope_head_dim"]]
+        mean = "" if all(float(size).is_integer() for size in sizes) else ", mean over layers"
+        rows["kv_lora_rank + qk_rope_head_dim"] = " + ".join(f"{size:.4g}" for size in sizes) + mean
+    if report["calibration_tokens"]:
+        rows["calibrated on"] = (
+            f"{report['calibration_tokens']:,} tokens of {report['calibration_text']}, in sequences of "
+            f"{recipe.sequence_length:,}"
+        )
+    return {
+        **rows,
+        "loss above the source": f"{report['excess_loss']:.4f} nats per token",
         "perplexity": f"{report['perplexity']:.4f}, the source has {report['source_perplexity']:.4f}",
         "KL from the source": f"{report['kl']:.4f} nats per token",
         "same most likely token": f"{report['top1_agreement']:.2%}",
     }
-    if report["kv_lora_rank"] is None:
-        del rows["kv_lora_rank + qk_rope_head_dim"]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    limits = "\n".join(f"- {note}" for note in notes) or "- none that the format imposes"
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [mla, latentize]\n---\n"
-        f"# {model.rstrip('/').rsplit('/', 1)[-1]} with {what}\n\n"
-        f"{_LOAD.get(report['format'], 'It loads as its source does.')}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"Quality was measured on {report['evaluation_tokens']:,} held-out tokens that nothing was chosen on, in "
-        f"sequences of {recipe.sequence_length}; longer contexts were not measured. "
-        f"Python source is a narrow diet: for a general model calibrate on text like your own (`--data`).\n\n"
-        f"Approximations and limits:\n{limits}\n\n"
-        f"`latentize.json` holds the recipe, hashes, versions and errors of every layer; "
-        f"`latentize verify` checks the files against it.\n"
-    )
+
+
+def _limits(recipe: Recipe, report: dict[str, Any], notes: list[str]) -> list[str]:
+    found = [*notes, f"Measured in sequences of {recipe.sequence_length:,} tokens; longer contexts were not."]
+    if not recipe.data:
+        found.append(
+            f"The text is {report['calibration_text']}, a narrow diet: for a general model calibrate on text like your "
+            f"own (`--data`)."
+        )
+    if not report["calibration_tokens"]:
+        found.append("Heads were averaged, nothing was trained afterwards: expect to train it before it is of use.")
+    return found

@@ -242,6 +242,14 @@ def evaluate(
         str | None, typer.Option(metavar="N,N", help="Tokens of the probes' contexts. Default: 512,1024,2048.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Examples of each probe, length and depth.")] = 4,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME", help="Tasks of lm-eval, as hellaswag or longbench, or paths of their YAML."),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder more of tasks for --tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task, at most.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples before each question.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests of tasks at a time.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, calibration, and distance from a reference, on held-out text; by position, too."""
@@ -251,16 +259,21 @@ def evaluate(
     options = {"data": tuple(data or ()), "tokens": tokens, "sequence_length": sequence_length, "cache": cache}
     options |= {"window": window, "probes": probes or lengths is not None, "samples": samples}
     options["lengths"] = None if lengths is None else _numbers(lengths, "--lengths")
+    options["tasks"] = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    options["task_options"] = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
+    options["task_options"]["batch_size"] = batch_size
     with _progress() as progress:
         result = run(model, reference, dtype=dtype, device=device, progress=progress, **options)
     extend_report(model, "eval", {**result, "reference": reference, "cache": cache, "window": window})
     plain = {k: v for k, v in result.items() if v is not None and not isinstance(v, list | dict)}
     shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in plain.items()}
-    from latentize.tables import positions_table, probes_table
+    from latentize.tables import positions_table, probes_table, tasks_table
 
     _emit(result, as_json, _facts(model, shown), positions_table(result["by_position"]))
     if "probes" in result and not as_json:
         console.print(*probes_table(result["probes"]), sep="\n")
+    if "tasks" in result and not as_json:
+        console.print(*tasks_table(result["tasks"]), sep="\n")
 
 
 @app.command()
@@ -271,6 +284,9 @@ def compare(
         list[str] | None, typer.Option(metavar="LATENT[+ROPE]", help="Each also with this cache. Repeat for several.")
     ] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Each also with only so many tokens.")] = None,
+    source_window: Annotated[
+        list[int] | None, typer.Option(min=2, help="The source also with only so many. Repeat for several.")
+    ] = None,
     data: Data = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on.")] = 32_768,
     sequence_length: Annotated[int, typer.Option(min=2, help="Context of the predictions.")] = 512,
@@ -284,6 +300,7 @@ def compare(
     from latentize.tables import compare_table
 
     options = {"cache": tuple(cache or ()), "window": window, "data": tuple(data or ()), "tokens": tokens}
+    options |= {"source_windows": tuple(source_window or ())}
     options |= {"sequence_length": sequence_length, "dtype": dtype, "device": device}
     with _progress() as progress:
         result = run(source, models, progress=progress, **options)

@@ -179,7 +179,8 @@ class Job:
             notes=self.notes,
         )
         self.folder.copy_tokenizer(self.checkpoint.folder)
-        self.folder.write_text("README.md", card.render(model, self.spec, self.recipe, report, self.notes))
+        told = (self.spec, self.recipe, report, self.notes)
+        self.folder.write_text("README.md", card.render(model, self.checkpoint.folder, *told))
         self.folder.finish(self.writer.config(), manifest)
         return report
 

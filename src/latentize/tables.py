@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from latentize.report.evaluation import with_error
+from latentize.report.evaluation import score_cells, tasks_said, with_error
 
 __all__ = [
     "capacity_tables",
@@ -16,6 +16,7 @@ __all__ = [
     "plan_table",
     "positions_table",
     "probes_table",
+    "tasks_table",
 ]
 
 GB = 10**9
@@ -128,6 +129,16 @@ def probes_table(found: dict[str, Any]) -> tuple[Table, str]:
         f"per token, than where the text lacks it"
     )
     return table, note
+
+
+def tasks_table(found: dict[str, Any]) -> tuple[Table, str]:
+    """Scores of lm-eval's tasks, and how to read them."""
+    head, rows = score_cells(found)
+    table = _table("Tasks", head[0], *head[1:])
+    for row in rows:
+        # What is in brackets is no style.
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return table, tasks_said(found)
 
 
 def compare_table(result: dict[str, Any]) -> Table:

@@ -37,14 +37,15 @@ def commands() -> list[list[str]]:
 def test_every_command_of_the_readme(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One after the other in one folder where ``models`` is the repository's, on less text to be quick."""
+    """In one folder where ``models`` and ``examples`` are the repository's, on less text to be quick."""
     found = commands()
     assert any(command[0] == "convert" for command in found), "the README shows how to convert"
     build = Recipe.build
     monkeypatch.setattr(Recipe, "build", lambda **entries: build(**{**QUICK, **entries}))
     heal = Healing.build
     monkeypatch.setattr(Healing, "build", lambda **entries: heal(**{**entries, **QUICK_HEALING}))
-    (tmp_path / "models").symlink_to(ROOT / "models")
+    for name in ("models", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     for command in found:
         done = call_cli(capsys, *command)

@@ -56,11 +56,16 @@ def test_names_that_tell_apart() -> None:
 
 def test_bytes_by_hand_and_losses_as_eval_finds_them(models: dict[str, Path], text: str) -> None:
     chosen = [str(models[name]) for name in ("half", "mqa")]
-    result = compare(models["source"], chosen, cache=("int8", "int4"), window=20, data=(text,), **MEASURED)
+    result = compare(
+        models["source"], chosen, cache=("int8", "int4"), window=20, source_windows=(10,), data=(text,), **MEASURED
+    )
     rows = {r["name"]: r for r in result["rows"]}
     # Two layers. GQA of two heads of 16; a latent of 24 and a roped key of 8; a scale of two bytes for either.
     kept = {"half": 2 * 32 * 2, "half, int8": 2 * (24 + 2 + 8 + 2), "half, int4": 2 * (12 + 2 + 8 + 2)}
-    expected = {"the source": 2 * 64 * 2, **kept, "mqa": 2 * 32 * 2}
+    # Keys and values alike, a scale for all heads of either.
+    kept |= {"mqa": 2 * 32 * 2, "mqa, int8": 2 * 2 * (16 + 2), "mqa, int4": 2 * 2 * (8 + 2)}
+    kept |= {"the source": 2 * 64 * 2, "the source, int8": 2 * 2 * (32 + 2), "the source, int4": 2 * 2 * (16 + 2)}
+    expected = {**kept, "the source, window 10": 2 * 64 * 2 * 14 / 64}
     # 20 tokens and the first four, of 64.
     expected |= {f"{name}, window 20": size * 24 / 64 for name, size in kept.items()}
     assert {name: r["cache_bytes_per_token"] for name, r in rows.items()} == pytest.approx(expected)
@@ -76,7 +81,9 @@ def test_bytes_by_hand_and_losses_as_eval_finds_them(models: dict[str, Path], te
         for key in ("perplexity", "excess_loss", "kl", "top1_agreement"):
             assert rows[name][key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6), (name, key)
     assert rows["half, window 20"]["kl"] > rows["half"]["kl"]
-    assert any("mqa has no latents" in note for note in result["notes"])
+    assert rows["mqa, int8"]["kl"] == pytest.approx(rows["mqa"]["kl"], rel=0.05), "eight bits are nearly exact"
+    assert 0 < rows["the source, int8"]["kl"] < rows["the source, int4"]["kl"] < rows["mqa"]["kl"]
+    assert 0 < rows["the source, window 20"]["kl"] < rows["the source, window 10"]["kl"]
 
 
 def test_a_roped_key_for_each_head_is_counted(models: dict[str, Path], text: str) -> None:
@@ -100,9 +107,9 @@ def test_the_source_with_transformers_own_cache(models: dict[str, Path], text: s
     assert relative_error(near[:, :32], exact[:, :32]) < 1e-5, "the first chunk sees itself as it was"
     assert torch.equal(found.predict(tokens, 3), near[:, -3:])
     result = compare(models["source"], [str(models["half"])], cache=("fp8",), data=(text,), **MEASURED)
-    assert result["rows"][1]["name"] == "the source, fp8"
-    assert result["rows"][1]["cache_bytes_per_token"] == 2 * 64
-    assert result["rows"][1]["kl"] > 0
+    (row,) = (r for r in result["rows"] if r["name"] == "the source, transformers fp8")
+    assert row["cache_bytes_per_token"] == 2 * 64
+    assert row["kl"] > 0
 
 
 @pytest.mark.parametrize("latent", ["int8", "int4"])
@@ -112,7 +119,8 @@ def test_a_backend_that_is_not_installed(
     monkeypatch.setattr(module, "is_hqq_available", lambda: False)
     monkeypatch.setattr(module, "is_optimum_quanto_available", lambda: False)
     result = compare(models["source"], [str(models["half"])], cache=(latent,), data=(text,), **MEASURED)
-    assert [r["name"] for r in result["rows"]] == ["the source", "half", f"half, {latent}"]
+    names = [r["name"] for r in result["rows"]]
+    assert names == ["the source", f"the source, {latent}", "half", f"half, {latent}"]
     assert len(result["notes"]) == 1 and "hqq, not installed" in result["notes"][0]
 
 

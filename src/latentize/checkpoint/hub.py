@@ -10,6 +10,8 @@ __all__ = ["resolve"]
 
 # Never pickles, never code.
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+# The licence, and the card, which names it.
+_WANTED += ["README.md", "LICENSE*", "LICENCE*", "NOTICE*"]
 
 
 def resolve(model: str | Path, *, revision: str | None = None) -> Path:

@@ -22,6 +22,7 @@ __all__ = ["OutputFolder"]
 
 # What gathers in memory before it is written; so files are smaller than is usual.
 SHARD_BYTES = 256 << 20
+_LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -107,8 +108,9 @@ class OutputFolder:
         return self.partial / f"shard-{number:05d}.safetensors"
 
     def copy_tokenizer(self, source: Path) -> None:
-        """Copy the files that belong to the tokenizer and to generation, where the source has them."""
-        for name in _TOKENIZER_FILES:
+        """Copy the files that belong to the tokenizer, to generation and to the licence, where the source has them."""
+        licence = [path.name for pattern in _LICENCE_FILES for path in sorted(source.glob(pattern))]
+        for name in (*_TOKENIZER_FILES, *licence):
             if (source / name).is_file():
                 shutil.copyfile(source / name, self.partial / name)
 

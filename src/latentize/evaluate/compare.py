@@ -14,6 +14,7 @@ from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import pack
 from latentize.convert.progress import Progress, silent
 from latentize.evaluate.detail import Evaluation
+from latentize.evaluate.grouped import SINKS, grouped_predictor
 from latentize.evaluate.predict import Predict, predictor
 from latentize.evaluate.quality import measure
 from latentize.evaluate.quantized import quantized
@@ -24,8 +25,10 @@ from latentize.runtime.load import load_model
 
 __all__ = ["Row", "compare", "marked"]
 
+# Cache format and window.
+Variant = tuple[str | None, int | None]
+
 SOURCE = "the source"
-_SINKS = 4
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,10 @@ def _cached_parts(model: Any) -> list[tuple[int, int]]:
     return [(layer.keys[0, :, 0].numel(), layer.values[0, :, 0].numel()) for layer in cache.layers]
 
 
-def _row_bytes(parts: Sequence[tuple[int, int]], cache: str | None) -> int:
-    """Bytes of a token in all layers, scales included."""
+def _row_bytes(parts: Sequence[tuple[int, int]], cache: str | None, *, latents: bool) -> int:
+    """Bytes of a token in all layers, scales included; keys and values are coded alike, roped keys with more bits."""
     formats = {"latent": "bf16", "rope": "bf16", **cache_formats(cache)}
-    names = (formats["latent"], formats["rope"])
+    names = (formats["latent"], formats["rope" if latents else "latent"])
     stored = [
         tensor
         for sizes in parts
@@ -89,37 +92,29 @@ def _row_bytes(parts: Sequence[tuple[int, int]], cache: str | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
 
-def _variants(caches: Sequence[str], window: int | None) -> list[tuple[str | None, int | None]]:
-    windows = [None] if window is None else [None, window]
-    return [(cache, size) for size in windows for cache in (None, *caches)]
-
-
 def _rows_of(
-    name: str, path: str, model: Any, caches: Sequence[str], window: int | None, length: int
-) -> tuple[list[Row], list[Predict], list[str]]:
-    """Rows of a converted model that are still to be measured, how, and what could not be."""
-    parts, notes, variants = _cached_parts(model), [], _variants(caches, window)
-    if len(variants) > 1 and not has_latents(model):
-        notes.append(f"{name} has no latents: without --cache and --window")
-        variants = variants[:1]
-    rows, predicts = [], []
+    name: str, path: str, model: Any, variants: Sequence[Variant], length: int
+) -> tuple[list[Row], list[Predict]]:
+    """Rows of a model that are still to be measured, and how."""
+    parts, latents, rows, predicts = _cached_parts(model), has_latents(model), [], []
+    make = predictor if latents else grouped_predictor
     for cache, size in variants:
-        kept = 1.0 if size is None else min(1.0, (size + _SINKS) / length)
+        kept = 1.0 if size is None else min(1.0, (size + SINKS) / length)
         full = name + (f", {cache}" if cache else "") + (f", window {size}" if size else "")
-        rows.append(Row(full, path, cache, size, kept * _row_bytes(parts, cache)))
-        predicts.append(predictor(model, cache=cache, window=size))
-    return rows, predicts, notes
+        rows.append(Row(full, path, cache, size, kept * _row_bytes(parts, cache, latents=latents)))
+        predicts.append(make(model, cache=cache, window=size))
+    return rows, predicts
 
 
-def _source_rows(path: str, model: Any, caches: Sequence[str]) -> tuple[list[Row], list[Predict], list[str]]:
-    """The source as it is, and with transformers' quantised caches where it can have them."""
+def _quantized_rows(path: str, model: Any, caches: Sequence[str]) -> tuple[list[Row], list[Predict], list[str]]:
+    """The source with transformers' own quantised caches, where it can have them."""
     parts, notes = _cached_parts(model), []
     values = sum(map(sum, parts))
-    rows, predicts = [Row(SOURCE, path, None, None, 2.0 * values)], [predictor(model)]
+    rows, predicts = [], []
     for latent in dict.fromkeys(cache.split("+")[0] for cache in caches):
         found = quantized(model, latent, parts[0][0])
         if isinstance(found, str):
-            notes.append(f"{SOURCE} with {latent} is left out: {found}")
+            notes.append(f"{SOURCE} with transformers' own {latent} is left out: {found}")
             continue
         rows.append(Row(f"{SOURCE}, {found.name}", path, latent, None, values * found.bits / 8))
         predicts.append(found.predict)
@@ -140,6 +135,7 @@ def compare(
     *,
     caches: Sequence[str] = (),
     window: int | None = None,
+    source_windows: Sequence[int] = (),
     data: tuple[str, ...] = (),
     tokens: int = 32_768,
     sequence_length: int = 512,
@@ -156,6 +152,7 @@ def compare(
         models: Folders by name.
         caches: ``LATENT[+ROPE]``: each model also with these.
         window: Each also with so many tokens, and the first four.
+        source_windows: The source also with so many, in 16 bits.
         data, tokens, sequence_length, device, dtype, progress: As for :func:`latentize.evaluate.quality.evaluate`.
 
     Returns:
@@ -173,16 +170,19 @@ def compare(
     length = tokens_NT.shape[1]
     reference = load_model(source, dtype=dtype, device=device)
     expected = predictor(reference)
-    rows, predicts, notes = _source_rows(str(source), reference, caches)
+    variants: list[Variant] = [(c, size) for size in ((None, window) if window else (None,)) for c in (None, *caches)]
+    narrow: list[Variant] = [(None, size) for size in source_windows if size != window]
+    rows, predicts = _rows_of(SOURCE, str(source), reference, [*variants, *narrow], length)
+    more, how, notes = _quantized_rows(str(source), reference, caches)
+    rows, predicts = rows + more, predicts + how
     options: dict[str, Any] = {"device": device, "progress": progress}
     found = measure(predicts, expected, tokens_NT, what=f"measuring {SOURCE}", **options)
     done = [row.measured(evaluation) for row, evaluation in zip(rows, found, strict=True)]
     for name, path in models.items():
         model = load_model(path, dtype=dtype, device=device)
-        rows, predicts, more = _rows_of(name, str(path), model, caches, window, length)
+        rows, predicts = _rows_of(name, str(path), model, variants, length)
         found = measure(predicts, expected, tokens_NT, what=f"measuring {name}", **options)
         done += [row.measured(evaluation) for row, evaluation in zip(rows, found, strict=True)]
-        notes += more
     return marked(done), notes, tokens_NT.numel() - len(tokens_NT)
 
 

@@ -80,4 +80,5 @@ def quantized(model: Any, latent: str, values: int) -> Quantized | str:
     bits = options.get("nbits", 8)
     # One scale for a whole tensor is nothing to a token.
     shared = 32 / options["q_group_size"] if options else 0.0
-    return Quantized(backend if backend == latent else f"{backend} {latent}", predict, bits + shared)
+    named = "transformers" if backend == latent else backend
+    return Quantized(f"{named} {latent}", predict, bits + shared)

@@ -9,7 +9,7 @@ from typing import Any
 from latentize.report.chart import line_chart
 from latentize.report.html import figure, table
 
-__all__ = ["named", "positions", "probes", "with_error"]
+__all__ = ["named", "positions", "probes", "score_cells", "tasks", "tasks_said", "with_error"]
 
 # Nats below which a logarithmic axis would show noise.
 _LEAST = 1e-6
@@ -83,6 +83,47 @@ _MEANING = {
     "copy": "a row of words that begins again",
     "recall": "one of eight pairs of words",
 }
+
+
+def tasks(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """The latest evaluation that has run tasks, as a table; empty without one."""
+    latest = next((e for e in reversed(evaluations) if e.get("tasks")), None)
+    if latest is None:
+        return ""
+    found = latest["tasks"]
+    head, rows = score_cells(found)
+    said = f"{named(latest)}, {tasks_said(found)}"
+    return f"<h2>Tasks</h2>{table(rows, head=head)}<p class=dim>{escape(said)}</p>"
+
+
+def score_cells(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Scores of tasks with their intervals: names of columns, and the cells of each row."""
+    compared = any(row["reference_value"] is not None for row in found["rows"])
+    more = {"the source": "reference_", "difference": "difference_"} if compared else {}
+    cells = []
+    for row in found["rows"]:
+        scores = [_score(row["value"], row["low"], row["high"])]
+        for name, prefix in more.items():
+            value = row["reference_value"] if name == "the source" else row["difference"]
+            scores.append(_score(value, row[f"{prefix}low"], row[f"{prefix}high"], signed=name == "difference"))
+        better = {True: " ↑", False: " ↓"}.get(row["higher_is_better"], "")
+        cells.append((row["task"], row["metric"] + better, f"{row['examples']:,}", *scores))
+    return ("task", "metric", "examples", "this model", *more), cells
+
+
+def _score(value: float, low: float | None, high: float | None, *, signed: bool = False) -> str:
+    form = "+.4f" if signed else ".4f"
+    return f"{value:{form}}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
+
+
+def tasks_said(found: Mapping[str, Any]) -> str:
+    """How to read scores of tasks."""
+    limit = "" if found["limit"] is None else f", the first {found['limit']:,} examples of each"
+    return (
+        f"lm-eval {found['lm_eval']}{limit}. In brackets: 95 % intervals, 1.96 standard errors to either side, or from "
+        f"{found['draws']:,} draws of the examples where the score is no mean. Difference: this model's minus the "
+        f"source's, its interval from both models' results on each example; ↑ more is better, ↓ less."
+    )
 
 
 def with_error(row: Mapping[str, Any], key: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from latentize.checkpoint import MANIFEST_NAME, Manifest
 from latentize.errors import CheckpointError
 from latentize.report.chart import layer_bars, line_chart, rope_map
-from latentize.report.evaluation import named, positions, probes
+from latentize.report.evaluation import named, positions, probes, tasks
 from latentize.report.html import figure, table
 from latentize.report.measurements import measured
 from latentize.spec import kv_cache_bytes
@@ -94,6 +94,7 @@ def page(manifest: Manifest, found: Mapping[str, Sequence[dict[str, Any]]], *, n
         _healing(manifest.healing),
         positions(found.get("eval", ())),
         probes(found.get("eval", ())),
+        tasks(found.get("eval", ())),
         _layers(manifest.layers, source),
         _rope(manifest.layers),
         _spectra(manifest.layers),
