@@ -106,8 +106,9 @@ def speed_table(made: dict[str, Any]) -> str:
         rows.append(cells)
     told = (
         f"Measured {made['date']} on {made['threads']} thread of an AMD EPYC that did other work as well: "
-        f"{made['dtype']}, batch 1, median of {made['rounds']} interleaved rounds of {made['steps']} steps; in brackets the quotient "
-        f"with the source in the same engine. `python benchmarks/engine_speed.py {made['command']}`"
+        f"{made['dtype']}, batch 1, median of {made['rounds']} interleaved rounds of {made['steps']} steps"
+        f"{' (' + made['note'] + ')' if 'note' in made else ''}; in brackets the quotient with the "
+        f"source in the same engine. `python benchmarks/engine_speed.py {made['command']}`"
     )
     return "\n".join([told, "", *_table(["context", "", "prompt tokens/s", "decode tokens/s"], rows)])
 

@@ -74,7 +74,8 @@ def _rope_reasons(rope: dict[str, Any]) -> list[str]:
     if kind == "default":
         return []
     if kind == "linear":
-        # kq_scale of its deepseek2 is (1 + 0.1 log factor)² too large unless yarn cancels that: KL 0.016 on a random model.
+        # kq_scale of its deepseek2 is (1 + 0.1 log factor)² too large unless yarn cancels that: KL 0.016 on random
+        # weights.
         return ["its RoPE is scaled by 'linear', and llama.cpp scales deepseek2's softmax by that, too"]
     if kind != "yarn":
         return [f"its RoPE is scaled by '{kind}', which llama.cpp does not apply to deepseek2"]
