@@ -184,6 +184,7 @@ def main() -> None:
     def save() -> None:
         machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         result = {"model": args.model.name, "machine": machine, "rows": rows, "memory": peaks}
+        args.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n")
 
     today = datetime.date.today().isoformat()
