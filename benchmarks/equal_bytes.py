@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="measure nothing")
     args = parser.parse_args()
     path = args.out / f"equal-bytes-{args.model.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not args.print:
         result = measure(args.model, args.outputs, args.tokens)
         path.write_text(json.dumps(result, indent=2) + "\n")
