@@ -26,12 +26,13 @@ from methods import BUDGETS, ROOT, ROWS
 import latentize
 from latentize.api import compare
 from latentize.errors import OptionError
+from latentize.evaluate.grouped import SINKS
 from latentize.report.pareto import pareto_chart
 
 OURS = "calibrated"
 METHODS = (OURS, "transmla", "mha2mla", "gqa (mean pool)", "mqa (mean pool)")
 CACHES = ("int8", "int4")
-LENGTH, SINKS = 512, 4
+LENGTH = 512
 # Two measurements of the same weights in float32 differ by the order of their sums.
 ROUNDING = 1e-4
 KEYS = ("perplexity", "excess_loss", "kl", "top1_agreement")

@@ -1,4 +1,4 @@
-"""Does it matter how long the calibration text is? Calibrated at 512 and at 2,048 tokens, evaluated at both.
+"""Does it matter which distances calibration sees? Sequences of 512 with positions spread, as they are, and of 2,048.
 
     python benchmarks/long_context.py [--model DIR] [--keep 50%] [--effort 1]
 
@@ -23,18 +23,23 @@ import latentize
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (512, 2048)
+WAYS: dict[str, dict[str, Any]] = {
+    "512, positions spread (default)": {},
+    "512 as they are": {"context": 512},
+    "2,048": {"sequence_length": 2048},
+}
 
 
-def measure(model: Path, keep: str, calibrated_at: int, tokens: int, effort: float) -> list[dict[str, Any]]:
+def measure(model: Path, keep: str, way: str, tokens: int, effort: float) -> list[dict[str, Any]]:
     """One conversion, evaluated at every length."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         with effort_of(effort):
-            made = latentize.convert(model, out, keep=keep, sequence_length=calibrated_at)
+            made = latentize.convert(model, out, keep=keep, **WAYS[way])
         return [
             {
                 "keep": keep,
-                "calibrated_at": calibrated_at,
+                "calibrated_on": way,
                 "setting": made["setting"],
                 "evaluated_at": length,
                 **latentize.evaluate(out, model, tokens=tokens, sequence_length=length),
@@ -45,13 +50,13 @@ def measure(model: Path, keep: str, calibrated_at: int, tokens: int, effort: flo
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| keep | calibrated at | sizes, stride | evaluated at | source ppl | excess, nats | KL, nats |",
+        "| keep | calibrated on sequences of | sizes, stride | evaluated at | source ppl | excess, nats | KL, nats |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         s = r["setting"]
         lines.append(
-            f"| {r['keep']} | {r['calibrated_at']} | {s['kv_lora_rank']} + {s['qk_rope_head_dim']}, {s['stride']:g} "
+            f"| {r['keep']} | {r['calibrated_on']} | {s['kv_lora_rank']} + {s['qk_rope_head_dim']}, {s['stride']:g} "
             f"| {r['evaluated_at']} | {r['reference_perplexity']:.2f} | {r['excess_loss']:.4f} | {r['kl']:.4f} |"
         )
     return "\n".join(lines)
@@ -66,10 +71,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768, help="held-out tokens")
     args = parser.parse_args()
     rows = [
-        row
-        for keep in args.keep
-        for length in LENGTHS
-        for row in measure(args.model, keep, length, args.tokens, args.effort)
+        row for keep in args.keep for way in WAYS for row in measure(args.model, keep, way, args.tokens, args.effort)
     ]
     result = {
         "model": args.model.name,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentize.calibrate.text import Split, describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import Passages, pack, spread_positions
+from latentize.calibrate.tokens import Passages, pack
 from latentize.checkpoint import Checkpoint, Manifest, OutputFolder
 from latentize.checkpoint.manifest import sha256
 from latentize.convert.progress import Progress, silent
@@ -113,9 +113,6 @@ def _text(model: Path, healing: Healing) -> tuple[Passages, Passages]:
     config = Checkpoint(model).config
     context = min(config.get("source_config", config)["max_position_embeddings"], healing.context)
 
-    def spread(rows_NT: Tensor, seed: int) -> Passages:
-        return Passages(rows_NT, spread_positions(len(rows_NT), length, context, seed=seed))
-
     def draw(split: Split, tokens: int) -> Tensor:
         text = documents(healing.data, split)
         return pack(tokenizer, text, tokens=tokens, sequence_length=length, seed=healing.seed)
@@ -129,7 +126,8 @@ def _text(model: Path, healing: Healing) -> tuple[Passages, Passages]:
         if held == 0:
             raise
         rows_NT, held_NT = rows_NT[held:], rows_NT[:held]
-    return spread(rows_NT, healing.seed), spread(held_NT, healing.seed + 1)
+    text = Passages.spread(rows_NT, context, seed=healing.seed)
+    return text, Passages.spread(held_NT, context, seed=healing.seed + 1)
 
 
 def _teacher(

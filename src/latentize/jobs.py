@@ -15,7 +15,7 @@ from latentize import card
 from latentize import plan as arithmetic
 from latentize.calibrate.text import describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import Passages, pack, spread_positions
+from latentize.calibrate.tokens import Passages, pack
 from latentize.checkpoint import Checkpoint, Manifest, OutputFolder
 from latentize.checkpoint.manifest import sha256
 from latentize.convert.allocate import allocate
@@ -79,14 +79,12 @@ def draw_text(folder: Path, recipe: Recipe, context: int) -> Text:
     held = max(1, min(recipe.selection_tokens // length, len(rows) // 4)) if len(rows) > 1 else 0
     # One sequence alone has to serve for everything.
     selection, calibration = rows[: held or 1], rows[held : held + max(1, recipe.calibration_tokens // length)]
-    # The published methods are as they were published.
-    context = min(context, recipe.context) if recipe.method == "calibrated" else 0
-
-    def spread(tokens_NT: Tensor, seed: int) -> Passages:
-        return Passages(tokens_NT, spread_positions(len(tokens_NT), length, context, seed=seed))
-
-    evaluation = Passages.contiguous(draw("heldout", recipe.evaluation_tokens))
-    return Text(spread(calibration, recipe.seed), spread(selection, recipe.seed + 1), evaluation)
+    context = min(context, recipe.reach)
+    return Text(
+        calibration=Passages.spread(calibration, context, seed=recipe.seed),
+        selection=Passages.spread(selection, context, seed=recipe.seed + 1),
+        evaluation=Passages.contiguous(draw("heldout", recipe.evaluation_tokens)),
+    )
 
 
 def _format(
@@ -159,8 +157,7 @@ class Job:
         if done.linear_fit is not None:
             kl = done.linear_fit.kl / done.linear_fit.tokens
             self.notes.append(f"the linear fit alone, nothing compressed or refined, is {kl:.2g} nats from the source")
-        length, longest = self.recipe.sequence_length, self.spec.max_positions
-        reach = max(length, self.recipe.context if self.recipe.method == "calibrated" else length)
+        reach, longest = self.recipe.reach, self.spec.max_positions
         if self.recipe.to == "mla" and reach < longest:
             self.notes.append(
                 f"calibrated on distances up to {reach:,} tokens, the model is made for {longest:,}: what "

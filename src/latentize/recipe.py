@@ -109,6 +109,11 @@ class Recipe(BaseModel):
         return self.to == "mla" and self.method == "calibrated" and not self.fast
 
     @property
+    def reach(self) -> int:
+        """Positions that the conversion looks at, at most. The published methods are as they were published."""
+        return max(self.sequence_length, self.context if self.method == "calibrated" else 0)
+
+    @property
     def calibration_tokens(self) -> int:
         """Calibration tokens, the default filled in."""
         if self.tokens is not None:

@@ -15,7 +15,7 @@ from latentize.report.page import page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome on this machine"),
+    pytest.mark.skipif(BROWSER is None, reason="2026-11-24: there is no Chromium or Chrome on this machine"),
     pytest.mark.slow,
 ]
 LIGHT, DARK = 1, 0

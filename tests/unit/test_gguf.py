@@ -138,7 +138,14 @@ def test_rows_that_no_block_divides(tmp_path: Path) -> None:
     assert report["notes"] == ["4 matrices stay in F16: blocks of 32 do not divide their rows"]
 
 
-@pytest.mark.parametrize("what", ["tensor", "transposed", "key", "truncated", "not GGUF"])
+CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "base": lambda c: {"rope_parameters": {**c["rope_parameters"], "rope_theta": 10001.0}},
+    "epsilon": lambda _: {"rms_norm_eps": 1e-5},
+    "scaling": lambda c: {"rope_parameters": {**c["rope_parameters"], **YARN}},
+}
+
+
+@pytest.mark.parametrize("what", ["tensor", "transposed", "key", "base", "epsilon", "scaling", "truncated", "not GGUF"])
 def test_a_file_of_something_else_is_noticed(folder: Path, tmp_path: Path, what: str) -> None:
     out = tmp_path / "out.gguf"
     write_gguf(folder, out, "bf16")
@@ -156,6 +163,14 @@ def test_a_file_of_something_else_is_noticed(folder: Path, tmp_path: Path, what:
     elif what == "key":
         at = whole.index(b"deepseek2.attention.q_lora_rank") + len("deepseek2.attention.q_lora_rank") + 4
         out.write_bytes(whole[:at] + b"\x01" + whole[at + 1 :])
+    elif what in CHANGES:
+        config = json.loads((folder / "config.json").read_text())
+        change = CHANGES[what](config)
+        # What is asked for is written, whatever it is; it is the check that has to notice.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("latentize.formats.gguf.check_portable", lambda _: None)
+            patch.setattr("latentize.formats.gguf.EPS", change.get("rms_norm_eps", config["rms_norm_eps"]))
+            write_gguf(changed(folder, tmp_path, **change), out, "bf16", overwrite=True)
     elif what == "truncated":
         out.write_bytes(whole[: len(whole) // 2])
     else:
@@ -164,6 +179,7 @@ def test_a_file_of_something_else_is_noticed(folder: Path, tmp_path: Path, what:
         check_gguf(out, folder)
     assert error.value.where == str(out) and error.value.fix
     named = {"tensor": "differs", "transposed": "blk.1.attn_k_b.weight", "key": "q_lora_rank"}
+    named |= {"base": "rope.freq_base", "epsilon": "rms_epsilon", "scaling": "rope.scaling"}
     assert named.get(what, "cannot be read") in error.value.what
 
 

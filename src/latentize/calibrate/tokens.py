@@ -6,26 +6,51 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from latentize.errors import DataError
 
-__all__ = ["Passages", "pack", "spread_positions"]
+__all__ = ["Passages", "Placed", "pack", "spread_positions"]
 
 # Pieces of about two sequences: few enough from one place, and few that are made of several ends.
 _CHARS_PER_TOKEN = 8
 
 
-@dataclass(frozen=True)
-class Passages:
-    """Sequences of tokens, and where in a context each token is.
+class Placed:
+    """Sequences of whatever each token has, in tensors ``[N, T, …]``, and where in a context the tokens are.
 
     Attributes:
-        tokens_NT: int64.
         positions_NT: int64, rising along each sequence.
+    """
+
+    positions_NT: Tensor
+
+    def __len__(self) -> int:
+        return len(self.positions_NT)
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return type(self)(**{name: t[rows] for name, t in vars(self).items()})
+
+    def split(self, size: int) -> list[Self]:
+        """Parts of ``size`` sequences."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.positions_NT.shape[1]
+
+
+@dataclass(frozen=True)
+class Passages(Placed):
+    """Text.
+
+    Attributes:
+        tokens_NT: Token ids, of any integer type.
+        positions_NT: As in :class:`Placed`.
     """
 
     tokens_NT: Tensor
@@ -36,24 +61,14 @@ class Passages:
         """Every sequence at the start of a context."""
         return cls(tokens_NT, torch.arange(tokens_NT.shape[1]).expand_as(tokens_NT))
 
-    def __len__(self) -> int:
-        return len(self.tokens_NT)
-
-    def __getitem__(self, rows: slice | Tensor) -> Passages:
-        return Passages(self.tokens_NT[rows], self.positions_NT[rows])
-
-    def split(self, size: int) -> list[Passages]:
-        """Parts of ``size`` sequences."""
-        return [self[start : start + size] for start in range(0, len(self), size)]
+    @classmethod
+    def spread(cls, tokens_NT: Tensor, context: int, *, seed: int) -> Passages:
+        """Sequences that reach far into a context, see :func:`spread_positions`."""
+        return cls(tokens_NT, spread_positions(len(tokens_NT), tokens_NT.shape[1], context, seed=seed))
 
     def to(self, device: torch.device | str) -> Passages:
         """The same on a device."""
         return Passages(self.tokens_NT.to(device, torch.int64), self.positions_NT.to(device))
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.tokens_NT.shape[1]
 
 
 def spread_positions(count: int, length: int, context: int, *, seed: int = 0) -> Tensor:

@@ -36,7 +36,8 @@ _TOKENIZER_FILES = (
 )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder, before anything else is done."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -98,7 +99,7 @@ class OutputFolder:
             save_file(self._pending, str(path), metadata={"format": "pt"})
             # safetensors lets nobody else read it; the folder says who may.
             path.chmod(self.partial.stat().st_mode & 0o666)
-            _sync(path)
+            sync(path)
         except Exception as error:
             raise OutputError(f"cannot write weights: {error}", where=str(path)) from error
         self._shards.append({n: t.numel() * t.element_size() for n, t in self._pending.items()})
@@ -152,9 +153,9 @@ class OutputFolder:
             manifest.files = {p.name: sha256(p) for p in sorted(self.partial.iterdir()) if p.name != MANIFEST_NAME}
             self.write_text(MANIFEST_NAME, manifest.dumps())
             for path in self.partial.iterdir():
-                _sync(path)
-            _sync(self.partial)
+                sync(path)
+            sync(self.partial)
             self.partial.rename(self.out)
-            _sync(self.out.parent)
+            sync(self.out.parent)
         except OSError as error:
             raise OutputError(f"cannot finish the output: {error.strerror}", where=str(self.out)) from error

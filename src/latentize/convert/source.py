@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize.attention.grouped import AttentionWeights
-from latentize.calibrate.tokens import Passages
+from latentize.calibrate.tokens import Passages, Placed
 from latentize.checkpoint import Checkpoint
 from latentize.errors import CheckpointError
 from latentize.families import ModelSpec
@@ -59,27 +59,16 @@ def attention_weights(tensors: dict[str, Tensor], spec: ModelSpec) -> AttentionW
 
 
 @dataclass(frozen=True)
-class Stream:
+class Stream(Placed):
     """Text on its way through the layers.
 
     Attributes:
         hidden_NTD: Its hidden states, float32.
-        positions_NT: Where in a context each token is.
+        positions_NT: As in :class:`Placed`.
     """
 
     hidden_NTD: Tensor
     positions_NT: Tensor
-
-    def __len__(self) -> int:
-        return len(self.hidden_NTD)
-
-    def __getitem__(self, rows: slice | Tensor) -> Stream:
-        return Stream(self.hidden_NTD[rows], self.positions_NT[rows])
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.hidden_NTD.shape[1]
 
     @property
     def reach(self) -> int:
@@ -93,10 +82,6 @@ class Stream:
     def clone(self) -> Stream:
         """A copy that may go another way."""
         return Stream(self.hidden_NTD.clone(), self.positions_NT)
-
-    def split(self, size: int) -> list[Stream]:
-        """Parts of ``size`` sequences."""
-        return [self[start : start + size] for start in range(0, len(self), size)]
 
 
 @dataclass

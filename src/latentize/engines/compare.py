@@ -22,6 +22,7 @@ from latentize.engines.run import Answers, engine_python, run_engine
 from latentize.errors import EngineError, OptionError
 from latentize.formats.gguf import write_gguf
 from latentize.formats.gguf_check import check_gguf, read_gguf
+from latentize.formats.gguf_types import TYPES
 from latentize.runtime.load import load_model
 
 __all__ = ["Agreement", "Reference", "compare", "reference", "verify_engine"]
@@ -132,8 +133,6 @@ def _margin(wanted: list[int], got: list[int], steps_SV: Tensor) -> float:
 
 def _file_type(path: Path) -> str:
     """The ``--type`` that a GGUF file was exported as."""
-    from latentize.formats.gguf_types import TYPES
-
     field = read_gguf(path).fields.get("general.file_type")
     number = None if field is None else int(field.contents())
     return next((name for name, (_, code) in TYPES.items() if code == number), "unknown")

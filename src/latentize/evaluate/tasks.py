@@ -16,7 +16,7 @@ import torch
 
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.convert.progress import Progress, silent
-from latentize.errors import DataError, LatentizeError, OptionError
+from latentize.errors import DataError, OptionError
 from latentize.evaluate.paired import DRAWS, Aggregate, Interval, around, of_difference, of_score
 from latentize.evaluate.predict import longest_context
 from latentize.runtime.load import load_model
@@ -178,14 +178,11 @@ def _load(names: Sequence[str], manager: TaskManager) -> list[Any]:
 def _loaded(name: str, spec: Any, manager: TaskManager) -> dict[str, Any]:
     try:
         return dict(manager.load([spec]))
-    except LatentizeError:
-        raise
     except ImportError as error:
-        extra = "lm-eval[longbench]" if "longbench" in name else "what it names"
         raise OptionError(
             f"the task wants something that is not installed: {_first(error)}",
             where=f"{_OPTION} {name}",
-            fix=f"pip install '{extra}'" if "longbench" in name else f"install {extra}",
+            fix="pip install 'lm-eval[longbench]'" if "longbench" in name else "install what it names",
         ) from error
     except Exception as error:
         # Data sets raise what they like: of the network, the file system, or the format.

@@ -10,7 +10,6 @@ the key has to be there; no count of experts or of groups of them, since one gro
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from latentize.checkpoint import Checkpoint
 from latentize.checkpoint.manifest import sha256
+from latentize.checkpoint.writer import sync
 from latentize.errors import FormatError, OptionError, OutputError
 from latentize.formats.deepseek_v3 import EPS
 from latentize.formats.gguf_types import BLOCK, TYPES, GgufTensor, check_range, ggml_type, gguf_module, stored
@@ -240,11 +240,10 @@ def write_gguf(folder: Path, out: Path, kind: str, *, name: str = "", overwrite:
     partial = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         share = _write(partial, checkpoint, tensors, vocab, kind, name or folder.name)
-        handle = os.open(partial, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        sync(partial)
         digest, size = sha256(partial), partial.stat().st_size
         partial.replace(out)
+        sync(out.parent)
     except OSError as error:
         raise OutputError(f"cannot write the file: {error.strerror}", where=str(out)) from error
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,20 @@ def read_gguf(path: Path) -> Any:
         ) from error
 
 
+def _expected_rope(config: dict[str, Any]) -> dict[str, Any]:
+    rope = config["rope_parameters"]
+    keys = {"rope.dimension_count": config["qk_rope_head_dim"], "rope.freq_base": rope["rope_theta"]}
+    if rope.get("rope_type", "default") == "default":
+        return keys
+    return {
+        **keys,
+        "rope.scaling.type": rope["rope_type"],
+        "rope.scaling.factor": rope["factor"],
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"],
+    }
+
+
 def _expected_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
     rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
@@ -54,7 +69,8 @@ def _expected_keys(checkpoint: Checkpoint) -> dict[str, Any]:
         "attention.value_length": rank,
         "attention.key_length_mla": config["qk_nope_head_dim"] + rope,
         "attention.value_length_mla": config["v_head_dim"],
-        "rope.dimension_count": rope,
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        **_expected_rope(config),
     }
     return {
         "general.architecture": "deepseek2",
@@ -68,15 +84,22 @@ def _expected_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _same(found: Any, wanted: Any) -> bool:
+    # GGUF's numbers with a point are float32.
+    return bool(np.float32(found) == np.float32(wanted)) if isinstance(wanted, float) else found == wanted
+
+
 def _key_problems(reader: Any, expected: dict[str, Any]) -> list[str]:
     problems = []
     for key, value in expected.items():
         field = reader.fields.get(key)
         if field is None:
             problems.append(f"key {key} is missing")
-        elif field.contents() != value:
+        elif not _same(field.contents(), value):
             problems.append(f"key {key} is not what the folder says")
-    # One group of one expert stops llama.cpp.
+    # A rotation that is scaled where it should not be computes something else; one group of one expert stops llama.cpp.
+    unwanted = {key for key in reader.fields if "rope.scaling" in key} - expected.keys()
+    problems += [f"key {key} should not be there" for key in sorted(unwanted)]
     problems += [f"key {key} should not be there" for key in reader.fields if "expert_group" in key]
     return problems
 

@@ -8,7 +8,6 @@ on with it. It is complete before it takes the place of the one before.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from latentize.checkpoint.writer import sync
 from latentize.errors import OptionError, OutputError
 from latentize.heal.parallel import Team
 from latentize.heal.tracking import Tracking
@@ -106,9 +106,7 @@ class Workspace:
             if self._state.exists():
                 self._state.rename(old)
             new.rename(self._state)
-            handle = os.open(self.folder, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            sync(self.folder)
             shutil.rmtree(old, ignore_errors=True)
         self._team.wait()
 
