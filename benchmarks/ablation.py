@@ -91,9 +91,7 @@ def first_frequencies() -> AbstractContextManager[Any]:
 def cheapest_ladder() -> AbstractContextManager[Any]:
     """Of each size only the ladder that costs the logits least before refinement."""
     original = search.best_strides
-    return patch.object(
-        search, "best_strides", lambda s, c, tokens, _, progress: original(s, c, tokens, False, progress)
-    )
+    return patch.object(search, "best_strides", lambda s, c, tokens, _, *rest: original(s, c, tokens, False, *rest))
 
 
 def one_size() -> AbstractContextManager[Any]:

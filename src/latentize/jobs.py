@@ -83,7 +83,7 @@ def draw_text(folder: Path, recipe: Recipe, context: int) -> Text:
     return Text(
         calibration=Passages.spread(calibration, context, seed=recipe.seed),
         selection=Passages.spread(selection, context, seed=recipe.seed + 1),
-        evaluation=Passages.contiguous(draw("heldout", recipe.evaluation_tokens)),
+        evaluation=Passages.contiguous(draw("heldout", recipe.held_out_tokens)),
     )
 
 
@@ -150,7 +150,7 @@ class Job:
 
     def run(self, model: str, device: str, progress: Progress, started: float) -> dict[str, Any]:
         text = draw_text(self.checkpoint.folder, self.recipe, self.spec.max_positions)
-        source = SourceModel(self.checkpoint, self.spec, device)
+        source = SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries)
         # A model that is large beside the machine's memory has none to keep.
         with contextlib.nullcontext() if source.large else keeping_freed_memory():
             done = self.convert(source, text, progress)

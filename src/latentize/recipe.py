@@ -14,7 +14,7 @@ __all__ = ["Recipe", "parse_keep"]
 Method = Literal["calibrated", "transmla", "mha2mla", "care"]
 
 # Enough to refine on; statistics alone settle earlier.
-_TOKENS_REFINED, _TOKENS_CLOSED = 131_072, 32_768
+_TOKENS_REFINED, _TOKENS_CLOSED, _TOKENS_EVALUATED = 131_072, 32_768, 16_384
 
 
 def parse_keep(value: Any) -> Any:
@@ -51,7 +51,8 @@ class Recipe(BaseModel):
         sequence_length: Tokens per calibration sequence.
         context: Positions that calibration sequences are spread over, at most; never more than the model's own.
         selection_tokens: Tokens of held-out calibration text that candidates are compared on.
-        evaluation_tokens: Tokens of held-out text that the reported quality is measured on.
+        evaluation_tokens: Tokens of held-out text that the reported quality is measured on; by default 16,384, and
+            half as many with ``fast``.
         seed: Draws the calibration sequences.
     """
 
@@ -76,7 +77,7 @@ class Recipe(BaseModel):
     sequence_length: int = Field(512, gt=1)
     context: int = Field(32_768, gt=1)
     selection_tokens: int = Field(4_096, gt=0)
-    evaluation_tokens: int = Field(16_384, gt=0)
+    evaluation_tokens: int | None = Field(None, gt=0)
     seed: int = 0
 
     @field_validator("keep", mode="before")
@@ -109,6 +110,11 @@ class Recipe(BaseModel):
         return self.to == "mla" and self.method == "calibrated" and not self.fast
 
     @property
+    def hurries(self) -> bool:
+        """Whether seconds count more than the last digits. The published methods are as they were published."""
+        return self.fast and self.to == "mla" and self.method == "calibrated"
+
+    @property
     def reach(self) -> int:
         """Positions that the conversion looks at, at most. The published methods are as they were published."""
         return max(self.sequence_length, self.context if self.method == "calibrated" else 0)
@@ -119,6 +125,13 @@ class Recipe(BaseModel):
         if self.tokens is not None:
             return self.tokens
         return _TOKENS_REFINED if self.refines else _TOKENS_CLOSED
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens that the reported quality is measured on, the default filled in."""
+        if self.evaluation_tokens is not None:
+            return self.evaluation_tokens
+        return _TOKENS_EVALUATED // 2 if self.fast else _TOKENS_EVALUATED
 
     @property
     def sizes(self) -> tuple[int, int] | None:

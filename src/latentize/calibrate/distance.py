@@ -7,10 +7,12 @@ B batch, H query heads, G kv heads, T tokens, c queries in a chunk, L distances,
 
 from __future__ import annotations
 
+from itertools import pairwise, product
+
 import torch
 from torch import Tensor
 
-__all__ = ["attended_distances", "expected_rotation"]
+__all__ = ["attended_distances", "expected_rotation", "rotations"]
 
 # Few enough for a core's cache, and for most chunks not to look at what comes later.
 _SCORES_AT_ONCE = 1 << 21
@@ -50,31 +52,54 @@ def attended_distances(
             hidden |= torch.ones_like(hidden).tril(start - window)
         p_BHcS = score_BHcS.masked_fill_(hidden, -torch.inf).softmax(-1)
         if positions_BT is None:
-            histogram_HL[:, :end] += _sum_diagonals(p_BHcS.sum(0))
+            _add(histogram_HL, p_BHcS.sum(0), start)
             continue
-        for p_HcS, position_T in zip(p_BHcS, positions_BT, strict=True):
-            # Where a key comes after its query nothing is attended, so any distance will do.
-            apart_cS = (position_T[start:end, None] - position_T[:end]).clamp_min(0)
-            histogram_HL.index_add_(1, apart_cS.flatten(), p_HcS.flatten(1).double())
+        for p_HcS, position_T in zip(p_BHcS, positions_BT.tolist(), strict=True):
+            for (first, last), (near, far) in product(_runs(position_T[start:end]), _runs(position_T[:end])):
+                apart = position_T[start + first] - position_T[near]
+                _add(histogram_HL, p_HcS[:, first:last, near:far], apart)
     return histogram_HL
 
 
+def _runs(positions: list[int]) -> list[tuple[int, int]]:
+    """Where positions follow one after the other: first and one past the last index of each stretch."""
+    cuts = [0, *(i for i in range(1, len(positions)) if positions[i] != positions[i - 1] + 1), len(positions)]
+    return list(pairwise(cuts))
+
+
+def _add(histogram_HL: Tensor, p_HcS: Tensor, apart: int) -> None:
+    """Add probabilities of ``c`` queries and ``S`` keys in a row, the first of each ``apart``."""
+    last = apart + p_HcS.shape[1] - 1
+    if last < 0:
+        return
+    # Where a key comes after its query nothing is attended.
+    by_distance_HL = _sum_diagonals(p_HcS)[:, -(last + 1) :]
+    histogram_HL[:, last + 1 - by_distance_HL.shape[1] : last + 1] += by_distance_HL
+
+
 def _sum_diagonals(p_HcS: Tensor) -> Tensor:
-    """Sum where ``(start + i) - s`` is equal, ``start = S - c``: ``[H, S]`` by distance."""
+    """Sums of equal ``i - s``, query less key: ``[H, c + S - 1]``, from ``1 - S`` to ``c - 1``."""
     heads, rows, keys = p_HcS.shape
-    # Reversed, distance Δ of row i is at column Δ + c - 1 - i: a diagonal, which a skewed view makes a column.
-    padded = torch.nn.functional.pad(p_HcS.flip(-1), (0, rows)).contiguous()
-    width = keys + rows
-    skewed = padded.as_strided((heads, rows, keys), (rows * width, width - 1, 1), rows - 1)
+    # With the keys reversed a diagonal is a column of a view whose rows are one entry too short.
+    width = keys + rows - 1
+    padded = torch.nn.functional.pad(p_HcS.flip(-1), (0, rows - 1)).contiguous()
+    skewed = padded.as_strided((heads, rows, width), (rows * width, width - 1, 1))
     return skewed.double().sum(1)
 
 
-def expected_rotation(frequencies_f: Tensor, histogram_HT: Tensor) -> Tensor:
+def rotations(frequencies_f: Tensor, distances: int) -> Tensor:
+    """``e^{i ω Δ}`` for ``Δ = 0 … L - 1``, complex ``[L, f]``."""
+    distance_L = torch.arange(distances, dtype=torch.float64, device=frequencies_f.device)
+    angle_Lf = distance_L[:, None] * frequencies_f.double()
+    # Several times faster than a complex exponential.
+    return torch.complex(angle_Lf.cos(), angle_Lf.sin())
+
+
+def expected_rotation(frequencies_f: Tensor, histogram_HL: Tensor) -> Tensor:
     """``ρ = E[e^{i ω Δ}]`` under the attended distances, complex ``[H, f]``.
 
     The constant that comes nearest to a rotation, in the mean square, over the distances that are looked at.
     """
-    distance_T = torch.arange(histogram_HT.shape[1], dtype=torch.float64, device=histogram_HT.device)
-    turn_Tf = torch.exp(1j * distance_T[:, None] * frequencies_f.double())
-    weight_HT = histogram_HT / histogram_HT.sum(-1, keepdim=True)
-    return weight_HT.to(turn_Tf.dtype) @ turn_Tf
+    turn_Lf = rotations(frequencies_f, histogram_HL.shape[1])
+    weight_HL = histogram_HL / histogram_HL.sum(-1, keepdim=True)
+    return weight_HL.to(turn_Lf.dtype) @ turn_Lf

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -71,8 +72,11 @@ def stdlib_documents(split: Split) -> Iterator[str]:
 @cache
 def _text_files(root: Path) -> list[str]:
     """Names below ``root``, in the order of their hashes; thousands, so they are looked for once."""
-    found = (path.relative_to(root) for path in root.rglob("*.py"))
-    names = [path.as_posix() for path in found if not _NOT_TEXT.intersection(path.parts)]
+    names = []
+    for folder, folders, files in os.walk(root):
+        # Not walked into: site-packages may hold ten times as many files.
+        folders[:] = [name for name in folders if name not in _NOT_TEXT]
+        names += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()[8:])
 
 

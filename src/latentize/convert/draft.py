@@ -57,7 +57,7 @@ def observe(layer: SourceLayer, spec: AttentionSpec, text: Stream, needed: Neede
     jumps, reach = text.jumps(), text.reach
     total: CalibrationStats | None = None
     # What is refined does not need the last digits of where it starts.
-    for rows, x_BTD, after_BTD in layer.stream(text, fast=residual):
+    for rows, x_BTD, after_BTD in layer.stream(text, fast=residual or layer.rough):
         # Distances settle early, and cost more than everything else.
         enough = total is not None and total.tokens >= _DISTANCE_TOKENS
         wanted = replace(needed, distances=needed.distances and not enough)
@@ -102,7 +102,7 @@ class Draft:
 
     def advance(self, layer: SourceLayer, attention: nn.Module) -> None:
         """Take the calibration text through the converted layer."""
-        layer.run(self.text, attention, fast=self.refinement is not None)
+        layer.run(self.text, attention, fast=self.refinement is not None or layer.rough)
 
     def latent_rms(self, layer: SourceLayer, w: LatentWeights) -> tuple[float, float]:
         """Largest and mean root mean square of a token's latent."""

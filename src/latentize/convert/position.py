@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights
-from latentize.calibrate.distance import expected_rotation
+from latentize.calibrate.distance import expected_rotation, rotations
 from latentize.calibrate.stats import CalibrationStats
 from latentize.convert.rope_split import RopeSplit
 from latentize.linalg import eigh
@@ -163,8 +163,9 @@ def rung_gains(c: Components, rungs_J: Tensor) -> Tensor:
 
     ``λ ((1 - |ρ_f|²) - E|e^{i ω_f Δ} - e^{i ω_j Δ}|²)``
     """
-    gap_JF = rungs_J[:, None] - c.frequencies_F
-    mismatch_JF = 2 - 2 * expected_rotation(gap_JF.flatten(), c.distances_T[None])[0].real.view_as(gap_JF)
+    weight_T = c.distances_T / c.distances_T.sum()
+    turn_TJ, turn_TF = (rotations(f, len(weight_T)) for f in (rungs_J, c.frequencies_F))
+    mismatch_JF = 2 - 2 * ((turn_TJ * weight_T[:, None]).mH @ turn_TF).real
     return (_constant_cost(c) - mismatch_JF)[..., None] * c.energy_FG
 
 

@@ -6,7 +6,7 @@ import torch
 
 from latentize.attention.module import LatentAttention
 from latentize.calibrate.tokens import Passages
-from latentize.convert.draft import Draft, observe
+from latentize.convert.draft import Draft, Seen, observe
 from latentize.convert.methods import ladder_costs
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import compare_streams
@@ -51,22 +51,24 @@ def choose(
         The best, and ``(setting, KL from the source in nats per token)`` of all that were compared.
     """
     calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
+    spec, refinement = source.spec.attention, short_refinement(refines)
+    # Where memory allows, and the same is wanted of them, layers are observed once for both choices.
+    observed: dict[int, Seen] | None = None if refines or source.large else {}
     if any(setting.stride is not None for setting in candidates):
-        candidates = best_strides(source, candidates, calibration, refines, progress)
+        candidates = best_strides(source, candidates, calibration, refines, progress, observed)
     if len(candidates) == 1:
         return candidates[0], []
-    spec = source.spec.attention
-    refinement = short_refinement(refines)
     own = source.embed(calibration)
     drafts = [Draft(spec, refinement, own) for _ in candidates]
     reference = source.embed(selection)
     streams = [reference.clone() for _ in candidates]
     for layer in source.layers():
-        seen = observe(layer, spec, own, candidates[0].needs(spec), residual=refinement is not None)
-        layer.run(reference)
+        seen = observed.pop(layer.index) if observed else None
+        seen = seen or observe(layer, spec, own, candidates[0].needs(spec), residual=refines)
+        layer.run(reference, fast=layer.rough)
         for setting, draft, hidden in zip(candidates, drafts, streams, strict=True):
             attention = LatentAttention.from_weights(draft.convert(layer, seen, setting).refined.to(torch.float32))
-            layer.run(hidden, attention)
+            layer.run(hidden, attention, fast=layer.rough)
             if refinement is not None:
                 draft.advance(layer, attention)
         progress("comparing settings", layer.index + 1, source.spec.layers)
@@ -83,12 +85,25 @@ def choose(
 
 
 def best_strides(
-    source: SourceModel, candidates: list[Setting], calibration: Passages, refines: bool, progress: Progress
+    source: SourceModel,
+    candidates: list[Setting],
+    calibration: Passages,
+    refines: bool,
+    progress: Progress,
+    observed: dict[int, Seen] | None = None,
 ) -> list[Setting]:
     """For each pair of sizes the ladder that costs the logits least, all layers together, and beside it the widest.
 
     The cost counts what is lost before anything is repaired, most of it in layers with large logits. Where layers are
     refined much of that is repaired, and it may be worth more to reach every frequency.
+
+    Args:
+        source: The model.
+        candidates: Settings with ladders.
+        calibration: Tokens for statistics.
+        refines: Whether layers will be refined.
+        progress: Told after each layer.
+        observed: Takes what was seen of each layer, by its number, for whoever needs it again.
     """
     spec, costs = source.spec.attention, [0.0] * len(candidates)
     text = source.embed(calibration)
@@ -96,6 +111,8 @@ def best_strides(
         seen = observe(layer, spec, text, candidates[0].needs(spec))
         for index, cost in enumerate(ladder_costs(layer.weights, spec, seen.stats, candidates)):
             costs[index] += cost
+        if observed is not None:
+            observed[layer.index] = seen
         progress("choosing the ladder", layer.index + 1, source.spec.layers)
         del layer, seen
     by_size: dict[tuple[int, int], list[tuple[float, Setting]]] = {}

@@ -93,6 +93,7 @@ class SourceLayer:
         tensors: As stored, by name without the layer's prefix.
         weights: Its attention, in float32.
         fast_matmul: Whether bfloat16 is faster here, for what does not need more.
+        rough: Whether statistics and choices do not.
     """
 
     index: int
@@ -102,6 +103,7 @@ class SourceLayer:
     _rotary: Callable[..., Any]
     _autocast: bool = False
     fast_matmul: bool = False
+    rough: bool = False
 
     def _call(self, module: nn.Module, hidden_BTD: Tensor, positions: Tensor, *, fast: bool = False) -> Any:
         # Within somebody else's autocast it stays as that is.
@@ -188,6 +190,7 @@ class SourceModel:
         checkpoint: The files.
         spec: Their family's table, applied.
         device: Where layers run.
+        rough: Whether statistics and choices may be made in bfloat16, where the machine is faster at it.
 
     Attributes:
         autocast: Whether layers multiply in bfloat16; the residual stream is float32 in any case.
@@ -195,11 +198,11 @@ class SourceModel:
         large: Whether the model is too big to be trained as a whole without being asked to.
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu") -> None:
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu", *, rough: bool = False) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.checkpoint, self.spec, self.device = checkpoint, spec, device
+        self.checkpoint, self.spec, self.device, self.rough = checkpoint, spec, device, rough
         self.large = sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()) > _LARGE
         self.autocast = self.large
         self.fast_matmul = self.autocast or multiplies_bfloat16(torch.device(device).type)
@@ -241,7 +244,14 @@ class SourceModel:
             module.load_state_dict(wide, strict=True, assign=True)
             weights = attention_weights(wide, self.spec)
             layer = SourceLayer(
-                index, stored, weights, module.requires_grad_(False), self._rotary, self.autocast, self.fast_matmul
+                index,
+                stored,
+                weights,
+                module.requires_grad_(False),
+                self._rotary,
+                self.autocast,
+                self.fast_matmul,
+                self.rough,
             )
             # Nothing here may hold a layer while the next is read.
             del stored, wide, weights, module
