@@ -75,3 +75,11 @@ def test_the_documentation_shows_what_was_measured(script: ModuleType) -> None:
     shown = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for said in (script.table(result), script.verdicts(result)):
         assert said in shown
+
+
+def test_the_numbers_are_those_of_the_readme(script: ModuleType) -> None:
+    result = json.loads((RESULTS / "equal-bytes-tiny-llama-gqa.json").read_text())
+    methods = json.loads((RESULTS / "methods-tiny-llama-gqa.json").read_text())
+    same, other = script.unlike(result, methods["rows"])
+    assert {f"calibrated {keep}" for keep in ("50%", "25%", "12.5%")} <= set(same), "the default rows, at least"
+    assert not other
