@@ -172,7 +172,7 @@ def portable(
     randomize(model, seed)
     if linear:
         # A row of unit variance on a normed stream gives a latent of about one.
-        norm = LatentNorm.of(4.0, 1.0)
+        norm = LatentNorm.stored_as(stored, 4.0, 1.0)
         for layer in model.model.layers:
             attention = layer.self_attn
             layer.input_layernorm.weight.data *= NORM_SHIFT

@@ -174,7 +174,9 @@ def convert(
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. Default: 512.")] = None,
     context: SpreadOver = None,
-    dtype: Annotated[str | None, typer.Option(help="Saved precision: bfloat16 or float32. Default: bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Saved precision: bfloat16, float16 or float32. Default: bfloat16.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe, or an output's latentize.json.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the calibration text. Default: 0.")] = None,
     device: Annotated[str, typer.Option(help="Where layers run.")] = "cpu",

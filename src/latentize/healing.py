@@ -202,7 +202,7 @@ def _save(folder: OutputFolder, model: Path, healing: Healing, weights: dict[str
     student, files = Student(model, healing), Checkpoint(model)
     student.load_state_dict(weights, strict=False)
     dtype = getattr(torch, files.config.get("dtype") or "bfloat16")
-    for name, tensor in student.stored(files, text.tokens_NT[: max(1, _RMS_TOKENS // text.length)]):
+    for name, tensor in student.stored(files, text.tokens_NT[: max(1, _RMS_TOKENS // text.length)], dtype):
         folder.add(name, tensor.detach() if tensor.dtype == torch.int32 else tensor.detach().to(dtype))
     folder.copy_tokenizer(model)
     folder.finish_model(files.config)

@@ -46,7 +46,7 @@ class Recipe(BaseModel):
         svd: ``mha2mla``: keys and values in one SVD or in two.
         damping: ``care``: fraction of the mean diagonal added to the input covariance.
         data: Text files or hub data sets; without any, the Python standard library's text.
-        dtype: Precision that weights are saved in.
+        dtype: Precision that weights are saved in; ``float16`` also for what is to run in it.
         tokens: Calibration tokens; by default 131,072 where layers are refined and 32,768 where not.
         sequence_length: Tokens per calibration sequence.
         context: Positions that calibration sequences are spread over, at most; never more than the model's own.
@@ -72,7 +72,7 @@ class Recipe(BaseModel):
     svd: Literal["joint", "split"] = "joint"
     damping: float = Field(0.01, ge=0)
     data: tuple[str, ...] = ()
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     tokens: int | None = Field(None, gt=0)
     sequence_length: int = Field(512, gt=1)
     context: int = Field(32_768, gt=1)

@@ -27,7 +27,7 @@ Record = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Three portable folders in bfloat16, by name; made when they are asked for."""
+    """Portable folders in bfloat16, and one in float16, by name; made when they are asked for."""
     made: dict[str, Path] = {}
     shapes = {
         "random 512 + 64": {"heads": 4, "rank": 512, "rope": 64},
@@ -37,9 +37,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         if name not in made:
             folder = tmp_path_factory.mktemp("engine")
-            if name == "converted 32 + 32":
+            if name.startswith("converted 32 + 32"):
                 sizes = {"kv_lora_rank": 32, "qk_rope_head_dim": 32, "tokens": 16_384}
-                latentize.convert(ROOT / "models" / "tiny-llama-gqa", folder / "out", fast=True, **sizes)
+                dtype = "float16" if name.endswith("float16") else "bfloat16"
+                latentize.convert(ROOT / "models" / "tiny-llama-gqa", folder / "out", fast=True, dtype=dtype, **sizes)
                 made[name] = folder / "out"
             else:
                 made[name] = portable(folder, nope=32, value=32, stored=torch.bfloat16, **shapes[name])

@@ -17,6 +17,9 @@ from tests.engine.conftest import Record
 from torch import Tensor, nn
 
 import latentize
+from latentize.calibrate.text import documents
+from latentize.calibrate.tokenizer import load_tokenizer
+from latentize.calibrate.tokens import pack
 from latentize.errors import EngineError, OptionError
 from latentize.formats.deepseek_v3 import EPS, NORM_SHIFT
 from latentize.runtime.load import load_model
@@ -61,9 +64,9 @@ def norm_free(folder: Path) -> Any:
     return model
 
 
-def rounding(folder: Path, dtype: torch.dtype) -> tuple[float, float]:
+def rounding(folder: Path, dtype: torch.dtype, tokens: Tensor | None = None) -> tuple[float, float]:
     """KL of a precision from float32: of the model as it is, and without the norm."""
-    tokens, found = random_tokens(8, 48, vocab=300), []
+    tokens, found = random_tokens(8, 48, vocab=300) if tokens is None else tokens, []
     with torch.no_grad():
         for make in (load_model, norm_free):
             exact = make(folder)(input_ids=tokens).logits
@@ -90,6 +93,24 @@ def test_what_the_norm_costs_in_float16(shape: tuple[str, Path], record: Record)
     record(shape[0], {"engine": "transformers", "type": "float16", "kl": as_it_is, "norm_free_kl": without})
     assert without <= 1e-5
     assert as_it_is <= 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "times"), [(torch.bfloat16, 1.2), (torch.float16, 2.5)])
+def test_a_converted_model_in_the_precision_that_it_is_stored_in(
+    models: Callable[[str], Path], record: Record, dtype: torch.dtype, times: float
+) -> None:
+    """In fp16 latents are larger, and their norm not linear to the last bit: together not much more than it rounds."""
+    kind = str(dtype).removeprefix("torch.")
+    folder = models("converted 32 + 32" + (", float16" if dtype == torch.float16 else ""))
+    tokens = pack(load_tokenizer(folder), documents((), "heldout"), tokens=1024, sequence_length=128)
+    as_it_is, without = rounding(folder, dtype, tokens.long())
+    record(f"converted 32 + 32, stored in {kind}", {
+        "engine": "transformers", "type": kind, "kl": as_it_is, "norm_free_kl": without,
+    })  # fmt: skip
+    assert as_it_is <= times * without
+    with torch.no_grad():
+        exact, free = (make(folder)(input_ids=tokens.long()).logits for make in (load_model, norm_free))
+    assert kl(exact, free) <= 1e-6
 
 
 def test_no_biases(shape: tuple[str, Path]) -> None:

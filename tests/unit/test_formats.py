@@ -20,6 +20,7 @@ from latentize.convert.settings import Setting
 from latentize.families import model_spec
 from latentize.formats.deepseek_v3 import (
     DELTA,
+    DELTA_FP16,
     EPS,
     NORM_SHIFT,
     LatentNorm,
@@ -130,6 +131,12 @@ def test_latent_norm_is_made_of_powers_of_two(largest: float, ratio: float) -> N
     assert 0.49 < norm.latent * largest / math.sqrt(DELTA * EPS) <= 1 + 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp16_has_larger_latents(dtype: torch.dtype) -> None:
+    size = LatentNorm.stored_as(dtype, 1.0, 0.5).latent / math.sqrt(EPS)
+    assert size == pytest.approx(2.0**-5 if dtype == torch.float16 else 2.0**-8, rel=0.5)
+
+
 @given(largest=st.floats(1e-3, 1e3), mean=st.floats(0.05, 1.0), seed=st.integers(0, 99))
 def test_the_norm_is_linear_to_delta(largest: float, mean: float, seed: int) -> None:
     """In float32, for every token up to the largest, relative to that token."""
@@ -150,11 +157,11 @@ def test_the_gain_is_made_good_for_the_mean_token() -> None:
     assert relative_error(shrunk, y) > 0.01
 
 
-@pytest.mark.parametrize(("hidden", "delta"), [(64, DELTA), (4096, 2.0**-8)])
+@pytest.mark.parametrize(("hidden", "delta"), [(64, DELTA), (4096, DELTA_FP16)])
 def test_no_encoded_weight_is_subnormal_in_half_precision(hidden: int, delta: float) -> None:
     """Weights of the usual size ``hidden ** -0.5``, normalised inputs, and a first token four times the mean.
 
-    Wide models need a larger delta to be read as fp16; they are saved in bf16 or fp32.
+    Wide models need a larger delta for it, which what is saved in fp16 has.
     """
     w = latent_weights(scale=(D / hidden) ** 0.5)
     w = replace(w, k_up_UNr=latent_weights().k_up_UNr, v_up_UVr=latent_weights().v_up_UVr)

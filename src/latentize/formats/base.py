@@ -11,7 +11,9 @@ from torch import Tensor
 from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Checkpoint, OutputFolder
 from latentize.convert.pipeline import LayerResult
+from latentize.errors import FormatError
 from latentize.families import ModelSpec
+from latentize.formats.half import FP16_ROUNDING, lost_in_fp16
 
 __all__ = ["FormatWriter"]
 
@@ -51,7 +53,13 @@ class FormatWriter(ABC):
         """``config.json`` of the output, once all layers are written."""
 
     def _add(self, name: str, tensor: Tensor, factor: float = 1.0) -> None:
-        """Write ``factor · tensor``, rounded once."""
+        """Write ``factor · tensor``, rounded once.
+
+        Raises:
+            FormatError: it is to be fp16, and is not in that range.
+        """
+        if self.dtype == torch.float16 and tensor.dtype != torch.int32:
+            self._check_fp16(name, tensor, factor)
         if factor != 1.0:
             scaled = torch.empty_like(tensor, dtype=self.dtype)
             for out, part in zip(scaled.split(_ROWS_AT_ONCE), tensor.split(_ROWS_AT_ONCE), strict=True):
@@ -59,6 +67,15 @@ class FormatWriter(ABC):
             tensor = scaled
         kept = tensor if tensor.dtype == torch.int32 else tensor.to(self.dtype)
         self.folder.add(name, kept.cpu())
+
+    def _check_fp16(self, name: str, tensor: Tensor, factor: float) -> None:
+        lost = max(lost_in_fp16(part.double() * factor) for part in tensor.split(_ROWS_AT_ONCE))
+        if not lost <= FP16_ROUNDING:
+            raise FormatError(
+                f"the weights are outside of fp16's normal range: {lost:.1%} of them would be lost",
+                where=f"--dtype float16, tensor {name}",
+                fix="use bfloat16 or float32",
+            )
 
     def _dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")

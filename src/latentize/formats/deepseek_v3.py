@@ -33,11 +33,20 @@ from latentize.convert.settings import Setting
 from latentize.families import ModelSpec
 from latentize.formats.base import FormatWriter
 
-__all__ = ["DELTA", "DeepseekWriter", "LatentNorm", "decode_attention", "encode_attention", "portable_reasons"]
+__all__ = [
+    "DELTA",
+    "DELTA_FP16",
+    "DeepseekWriter",
+    "LatentNorm",
+    "decode_attention",
+    "encode_attention",
+    "portable_reasons",
+]
 
 EPS = 1e-6
-# Largest mean(y²) of a token's latent, in units of epsilon.
-DELTA = 2.0**-16
+# Largest mean(y²) of a token's latent, in units of epsilon. In fp16 latents that small would be far below the normal
+# range; larger ones bend the norm by no more than 2⁻¹⁰, about what fp16 rounds in any case.
+DELTA, DELTA_FP16 = 2.0**-16, 2.0**-9
 NORM_SHIFT = 2.0**-10
 _ATTENTION = "self_attn."
 
@@ -78,6 +87,11 @@ class LatentNorm:
     latent: float
     weight: float
     up: float
+
+    @classmethod
+    def stored_as(cls, dtype: torch.dtype, largest_rms: float, mean_rms: float) -> LatentNorm:
+        """For weights, and so activations, of a precision; arguments as for :meth:`of`."""
+        return cls.of(largest_rms, mean_rms, delta=DELTA_FP16 if dtype == torch.float16 else DELTA)
 
     @classmethod
     def of(cls, largest_rms: float, mean_rms: float, *, delta: float = DELTA, eps: float = EPS) -> LatentNorm:
@@ -181,7 +195,7 @@ class DeepseekWriter(FormatWriter):
     def saved(self, result: LayerResult) -> LatentWeights:
         w = result.latent
         assert w is not None
-        f = _factors(w, LatentNorm.of(*result.latent_rms), self.stream_scale)
+        f = _factors(w, LatentNorm.stored_as(self.dtype, *result.latent_rms), self.stream_scale)
 
         def rounded(t: Tensor, factor: float) -> Tensor:
             return ((t * factor).to(self.dtype).double() / factor).float()
@@ -201,7 +215,7 @@ class DeepseekWriter(FormatWriter):
         assert result.latent is not None
         self._latent = result.latent.spec
         prefix = f"model.layers.{result.index}."
-        norm = LatentNorm.of(*result.latent_rms)
+        norm = LatentNorm.stored_as(self.dtype, *result.latent_rms)
         for name, tensor in encode_attention(result.latent, norm, self.stream_scale).items():
             self._add(prefix + _ATTENTION + name, tensor)
         for name, tensor in result.source.tensors.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentize.errors import FormatError, OptionError
+from latentize.formats.half import FP16_ROUNDING, lost_in_fp16
 
 __all__ = ["BLOCK", "TYPES", "GgufTensor", "check_range", "ggml_type", "gguf_module", "rounded", "stored"]
 
@@ -18,8 +19,6 @@ __all__ = ["BLOCK", "TYPES", "GgufTensor", "check_range", "ggml_type", "gguf_mod
 TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "q8_0": ("Q8_0", 7), "bf16": ("BF16", 32)}
 BLOCK = 32  # values of a Q8_0 block, which share one step in fp16
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Half a unit in the last place of fp16, relative: no normal number loses more.
-_FP16_ROUNDING = 2.0**-11
 # By how much the error of a block may grow because fp16 holds its step badly.
 _STEP_ROUNDING = 1.1
 
@@ -115,14 +114,14 @@ def check_range(t: Tensor, tensor: GgufTensor, of: str, kind: str) -> int:
     if of not in ("F16", "Q8_0"):
         return 0
     if of == "F16":
-        scale, lost = _rms(t), _rms(rounded(t, "F16") - t.float())
-        bad = not lost <= _FP16_ROUNDING * scale  # an infinite loss, too
+        share = lost_in_fp16(t)
+        bad = not share <= FP16_ROUNDING  # an infinite loss, too
     else:
-        scale, (lost, unavoidable) = _rms(t), _lost_to_steps(t)
-        bad = not lost <= _STEP_ROUNDING * unavoidable
+        lost, unavoidable = _lost_to_steps(t)
+        bad, share = not lost <= _STEP_ROUNDING * unavoidable, lost / _rms(t)
     if bad:
         raise FormatError(
-            f"the weights are outside of fp16's normal range: {lost / scale:.1%} of them would be lost",
+            f"the weights are outside of fp16's normal range: {share:.1%} of them would be lost",
             where=f"--type {kind}, tensor {tensor.source}",
             fix="export as bf16 or f32",
         )

@@ -144,20 +144,23 @@ class Student(nn.Module):
         return (ce.detach() * 0 if targets is None else targets.divergence(logits_nV, self.healing.temperature)), ce
 
     @torch.no_grad()
-    def stored(self, files: Checkpoint, tokens_NT: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def stored(
+        self, files: Checkpoint, tokens_NT: Tensor, dtype: torch.dtype = torch.bfloat16
+    ) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the healed checkpoint, in the names and the order of the one that was opened.
 
         Args:
             files: The checkpoint that was opened.
             tokens_NT: Text that shows how large latents get.
+            dtype: What it will be rounded to.
         """
-        learnt = self._attention(tokens_NT)
+        learnt = self._attention(tokens_NT, dtype)
         if self.healing.train == "all":
             learnt = {**self._others(), **learnt}
         for name in files.names():
             yield name, learnt[name] if name in learnt else files.load(name)
 
-    def _attention(self, tokens_NT: Tensor) -> dict[str, Tensor]:
+    def _attention(self, tokens_NT: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         if not all(isinstance(layer.self_attn, LatentAttention) for layer in self.layers):
             return {
                 f"{self.prefix}model.layers.{index}.self_attn.{name}": p
@@ -168,7 +171,7 @@ class Student(nn.Module):
         for index, layer in enumerate(self.layers):
             w = layer.self_attn.weights()
             if self.portable:
-                tensors = encode_attention(w, LatentNorm.of(*sizes[index]))
+                tensors = encode_attention(w, LatentNorm.stored_as(dtype, *sizes[index]))
             else:
                 tensors = state_dict(_in_full(w, layer.self_attn), layer.self_attn.frequency_table)
             found |= {f"{self.prefix}model.layers.{index}.self_attn.{name}": t for name, t in tensors.items()}
