@@ -4,8 +4,8 @@
 
 Random weights: 8 layers, hidden 1,024, MLP 2,816, 16 query heads of 64, 4 kv heads (512 cached values a token and
 layer); as MLA at half of that, 224 + 32. bfloat16, 4,096 tokens of vocabulary. Each decode step of every model in
-turn. Writes ``decode-model.json`` and ``decode.svg`` (which the documentation shows) to
-``benchmarks/results``, prints Markdown with the break-even context.
+turn. Writes ``benchmarks/results/decode-model.json`` and a chart beside it
+(``docs/decode.svg`` is a copy), prints Markdown with the break-even context.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
     for row in rows:
         series.setdefault(row["name"], []).append((row["context"], row["milliseconds_per_token"]))
     chart = line_chart(series, title="Milliseconds a decoded token", x_label="tokens of context")
-    (args.out / "decode.svg").write_text(chart)
+    args.out.with_suffix(".svg").write_text(chart)
     print(markdown(rows))
 
 
