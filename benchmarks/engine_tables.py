@@ -48,7 +48,8 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def docs_tables(made: dict[str, Any]) -> str:
     """Logits and greedy tokens; then quantisation and half precision, each beside what it would be without the norm."""
-    plain = [e for e in made["results"] if "greedy_identical" in e and not {"plain_kl", "bf16_perplexity"} & e.keys()]
+    other = {"plain_kl", "bf16_perplexity", "family"}
+    plain = [e for e in made["results"] if "greedy_identical" in e and not other & e.keys()]
     plain.sort(key=lambda e: (_ORDER.index(e["engine"]), e["model"]))
     head = [
         "engine",
@@ -76,21 +77,17 @@ def docs_tables(made: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_table(["what is rounded", "model", "portable", "beside it"], rows)])
 
 
-def readme_table(made: dict[str, Any]) -> str:
-    """One row for each engine and type: the worst of all models."""
+def family_table(made: dict[str, Any]) -> str:
+    """What the portable format makes of each family, and the KL of each engine from transformers in float32."""
+    entries = [e for e in made["results"] if "family" in e]
+    engines = [(name, next(e for e in entries if e.get("engine") == name)) for name in _ORDER]
     rows = []
-    for engine in _ORDER:
-        entries = [
-            e for e in made["results"] if e["engine"] == engine and "greedy_identical" in e and "plain_kl" not in e
-        ]
-        entries = [e for e in entries if "bf16_perplexity" not in e]
-        for kind in dict.fromkeys(e["type"] for e in entries):
-            of = [e for e in entries if e["type"] == kind]
-            same, count = sum(e["greedy_identical"] for e in of), sum(e["prompts"] for e in of)
-            rows.append([_versions(of[0]), kind, f"{max(e['kl'] for e in of):.1e}", f"{same} of {count}"])
-    return "\n".join(
-        _table(["engine", "type", "largest KL, nats a token", "prompts continued by the same tokens"], rows)
-    )
+    for label in dict.fromkeys(e["family"] for e in entries):
+        of = {e.get("engine"): e for e in entries if e["family"] == label}
+        held = next(iter(of.values()))["held"]
+        cells = ["refused" if held == "refused" else f"{held}, {of[name]['kl']:.0e}" for name, _ in engines]
+        rows.append([label, *cells])
+    return "\n".join(_table(["portable format", *(_versions(e) for _, e in engines)], rows))
 
 
 def speed_table(made: dict[str, Any]) -> str:
@@ -122,7 +119,11 @@ def _placed(text: str, name: str, table: str) -> str:
 
 def main() -> int:
     made, docs, readme = json.loads(RESULTS.read_text()), ROOT / "docs" / "engines.md", ROOT / "README.md"
-    tables = [(docs, "engines", docs_tables(made)), (readme, "engines", readme_table(made))]
+    tables = [
+        (docs, "engines", docs_tables(made)),
+        (readme, "engines", family_table(made)),
+        (docs, "families", family_table(made)),
+    ]
     tables.append((docs, "speed", speed_table(json.loads(SPEED.read_text()))))
     stale = []
     for path, name, table in tables:

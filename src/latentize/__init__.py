@@ -14,6 +14,7 @@ from latentize._registration import install as _install
 
 if TYPE_CHECKING:
     from latentize.api import convert, evaluate, export, heal, verify
+    from latentize.families import register_family
     from latentize.recipe import Recipe
     from latentize.runtime.accelerate import accelerate, decelerate, is_accelerated
     from latentize.runtime.cache import LatentCache
@@ -30,6 +31,7 @@ __all__ = [
     "export",
     "heal",
     "is_accelerated",
+    "register_family",
     "verify",
 ]
 
@@ -39,6 +41,7 @@ _HOMES = {
     "decelerate": "latentize.runtime.accelerate",
     "is_accelerated": "latentize.runtime.accelerate",
     "export": "latentize.api",
+    "register_family": "latentize.families",
     "verify": "latentize.api",
     "Recipe": "latentize.recipe",
 }

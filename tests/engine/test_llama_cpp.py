@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import portable
+from tests.common import logits, portable, random_tokens, relative_error
 from tests.engine.conftest import Record
 
 import latentize
@@ -83,13 +83,16 @@ def test_scaled_rope_is_exact(tmp_path: Path, record: Record, rope: dict[str, An
         f"random, {rope['rope_type']}", latentize.verify(folder, engine="llama.cpp", prompts=4, new_tokens=16)
     )
     assert found["kl"] <= 1e-6
-    # The scaling matters: without it the same file is another model.
+    # The scaling matters: without it the same weights are another model, and the file is not that model's.
+    tokens = random_tokens(2, 48, vocab=300)
+    scaled = logits(folder, tokens)
     entries = json.loads((folder / "config.json").read_text())
-    entries["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0}
     out = tmp_path / "scaled.gguf"
     latentize.export(folder, out, kind="f32")
+    entries["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0}
     (folder / "config.json").write_text(json.dumps(entries))
-    with pytest.raises(latentize.errors.EngineError, match="KL"):
+    assert relative_error(logits(folder, tokens), scaled) > 0.01
+    with pytest.raises(latentize.errors.CheckpointError, match=r"rope\.scaling"):
         latentize.verify(out, engine="llama.cpp", folder=folder, prompts=4, new_tokens=4)
 
 

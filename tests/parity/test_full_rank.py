@@ -53,6 +53,8 @@ def test_native_at_full_rank_is_the_source(
         ("llama", {"rms_norm_eps": 1e-2}),
         ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-2}),
         ("mistral", {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
+        ("granite", {"rms_norm_eps": 1e-5}),
+        ("granite", {"tie_word_embeddings": True}),
     ],
     ids=lambda c: c if isinstance(c, str) else "-".join(c) or "plain",
 )

@@ -88,8 +88,9 @@ def test_a_teacher_that_was_asked_is_not_asked_again(tmp_path: Path) -> None:
     assert asked == [1, 1]
 
 
-def test_a_live_teacher_predicts_as_the_model_does() -> None:
-    model, tokens = pico_model(), random_tokens()
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_a_live_teacher_predicts_as_the_model_does(family: str) -> None:
+    model, tokens = pico_model(family), random_tokens()
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
         targets = Live(model, hidden=True)(torch.arange(2), Passages.contiguous(tokens))

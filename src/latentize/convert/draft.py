@@ -89,7 +89,7 @@ class Draft:
             return DraftedLayer(closed, closed.weights)
         hidden_NTD = self.text.hidden_NTD
         assert seen.residual_NTD is not None
-        target_NTD = seen.residual_NTD - hidden_NTD
+        target_NTD = (seen.residual_NTD - hidden_NTD) / layer.residual_scale
         found = refine(
             expand_heads(closed.weights),
             lambda rows: layer.normalise(hidden_NTD[rows]),

@@ -94,6 +94,7 @@ class SourceLayer:
         weights: Its attention, in float32.
         fast_matmul: Whether bfloat16 is faster here, for what does not need more.
         rough: Whether statistics and choices do not.
+        residual_scale: Factor on what the attention adds to the residual stream.
     """
 
     index: int
@@ -104,6 +105,7 @@ class SourceLayer:
     _autocast: bool = False
     fast_matmul: bool = False
     rough: bool = False
+    residual_scale: float = 1.0
 
     def _call(self, module: nn.Module, hidden_BTD: Tensor, positions: Tensor, *, fast: bool = False) -> Any:
         # Within somebody else's autocast it stays as that is.
@@ -157,7 +159,7 @@ class SourceLayer:
                 part = text[start : start + size]
                 after = self._call(self._module, part.hidden_NTD, part.positions_NT, fast=fast)
                 x_BTD, y_BTD = kept
-                residual = part.hidden_NTD + y_BTD
+                residual = part.hidden_NTD + self.residual_scale * y_BTD
                 part.hidden_NTD.copy_(after)
                 yield slice(start, start + size), x_BTD, residual
         finally:
@@ -231,7 +233,7 @@ class SourceModel:
             )
         used, which_NT = tokens_NT.cpu().unique(return_inverse=True)
         table = self.checkpoint.load_rows(name, used.tolist()).to(self.device, torch.float32)
-        return Stream(table[which_NT], text.positions_NT.to(self.device))
+        return Stream(self.spec.embedding_scale * table[which_NT], text.positions_NT.to(self.device))
 
     def layers(self) -> Iterator[SourceLayer]:
         """The decoder layers in order; for memory, let go of one before asking for the next."""
@@ -252,6 +254,7 @@ class SourceModel:
                 self.autocast,
                 self.fast_matmul,
                 self.rough,
+                self.spec.residual_scale,
             )
             # Nothing here may hold a layer while the next is read.
             del stored, wide, weights, module
@@ -266,7 +269,7 @@ class SourceModel:
         table = self.checkpoint.load("model.embed_tokens.weight" if tied else "lm_head.weight").to(self.device)
 
         def logits(hidden_nD: Tensor) -> Tensor:
-            normed_nD = norm(hidden_nD)
+            normed_nD = self.spec.logit_scale * norm(hidden_nD)
             # The table is wide and stays as it is stored; only slices of it are ever float32.
             parts = [torch.nn.functional.linear(normed_nD, rows.float()) for rows in table.split(_VOCAB_AT_ONCE)]
             return torch.cat(parts, dim=-1)

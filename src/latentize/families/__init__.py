@@ -1,5 +1,5 @@
 """One declarative table per architecture."""
 
-from latentize.families.table import ModelSpec, Table, families, model_spec
+from latentize.families.table import ModelSpec, Table, families, model_spec, register_family
 
-__all__ = ["ModelSpec", "Table", "families", "model_spec"]
+__all__ = ["ModelSpec", "Table", "families", "model_spec", "register_family"]

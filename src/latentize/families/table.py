@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
-from importlib import resources
+from importlib import metadata, resources
+from pathlib import Path
 from typing import Any
 
 from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.spec import AttentionSpec, RopeSpec
 
-__all__ = ["ModelSpec", "Table", "families", "model_spec"]
+__all__ = ["PLUGINS", "ModelSpec", "Table", "families", "model_spec", "register_family"]
 
-_ATTENTION_KEYS = {"qkv_bias", "o_bias", "qk_norm", "sliding_window", "sliding_window_switch"}
+_ATTENTION_KEYS = {"qkv_bias", "o_bias", "qk_norm", "sliding_window", "sliding_window_switch", "softmax_scale"}
+_MULTIPLIERS = {"embedding", "residual", "logits"}
 # Config entries whose mere presence with a true value changes what attention computes.
 _UNSUPPORTED = {
     "attn_logit_softcapping": "attention logits are soft-capped",
@@ -44,6 +46,8 @@ class Table:
         layer_prefix: With ``{layer}``.
         layer_tensors: Tensor of a layer, without prefix → symbolic shape.
         optional_layer_tensors: The same with ``{"shape": …, "when": config key}``.
+        multipliers: Config keys of factors: ``embedding`` on what enters the first layer, ``residual`` on what each
+            block adds, ``logits`` that logits are divided by.
     """
 
     model_type: str
@@ -55,16 +59,21 @@ class Table:
     layer_prefix: str
     layer_tensors: Mapping[str, tuple[str, ...]]
     optional_layer_tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    multipliers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Table:
         """Build a table, refusing keys that no field or feature is called by."""
+        where = f"table '{entries.get('model_type')}'"
+        if missing := sorted({f.name for f in fields(cls) if f.default_factory is MISSING} - set(entries)):
+            raise ConfigError(f"a family table lacks {', '.join(missing)}", where=where)
         unknown = set(entries) - {f.name for f in fields(cls)}
         unknown |= {f"attention.{k}" for k in set(entries.get("attention", {})) - _ATTENTION_KEYS}
+        unknown |= {f"multipliers.{k}" for k in set(entries.get("multipliers", {})) - _MULTIPLIERS}
         if unknown:
             raise ConfigError(
                 f"unknown key in a family table: {', '.join(sorted(unknown))}",
-                where=f"table '{entries.get('model_type')}'",
+                where=where,
             )
         return cls(**{**entries, "architectures": tuple(entries["architectures"])})
 
@@ -82,6 +91,9 @@ class ModelSpec:
         norm_eps: Epsilon of the RMSNorms of the residual stream.
         tied: Whether the output head is the embedding.
         max_positions: Context length that the model was trained for.
+        embedding_scale: Factor on what enters the first layer.
+        residual_scale: Factor on what attention and MLP add to the residual stream.
+        logit_scale: Factor on the output logits.
     """
 
     table: Table
@@ -93,6 +105,9 @@ class ModelSpec:
     norm_eps: float
     tied: bool
     max_positions: int
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
 
     @property
     def cache_values(self) -> int:
@@ -125,16 +140,56 @@ class ModelSpec:
         return self.table.layer_prefix.format(layer=layer)
 
 
+_REGISTERED: dict[str, Table] = {}
+# Entry points of installed packages; each is, or returns, a table's entries or the path of its file.
+PLUGINS = "latentize.families"
+
+
+def register_family(table: Mapping[str, Any] | Path) -> Table:
+    """Make a family known to this process; it may replace one of the same name.
+
+    Args:
+        table: The entries of a table, or a JSON file with them.
+
+    Raises:
+        ConfigError: a key that no field is called by, or a file that is not JSON.
+    """
+    if isinstance(table, Path):
+        try:
+            table = json.loads(table.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"not a family table: {error}", where=str(table)) from error
+    made = Table.from_dict(table)  # type: ignore[arg-type]
+    _REGISTERED[made.model_type] = made
+    return made
+
+
 @lru_cache
-def families() -> dict[str, Table]:
-    """All known tables by ``model_type``."""
+def _installed() -> dict[str, Table]:
     folder = resources.files("latentize.families") / "tables"
-    entries = [json.loads(f.read_text()) for f in folder.iterdir() if f.name.endswith(".json")]
-    return {e["model_type"]: Table.from_dict(e) for e in sorted(entries, key=lambda e: e["model_type"])}
+    tables = [Table.from_dict(json.loads(f.read_text())) for f in folder.iterdir() if f.name.endswith(".json")]
+    for plugin in metadata.entry_points(group=PLUGINS):
+        found = plugin.load()
+        found = found() if callable(found) else found
+        tables.append(Table.from_dict(json.loads(found.read_text()) if isinstance(found, Path) else found))
+    return {t.model_type: t for t in tables}
+
+
+def families() -> dict[str, Table]:
+    """All known tables by ``model_type``, in alphabetical order."""
+    return dict(sorted({**_installed(), **_REGISTERED}.items()))
 
 
 def _feature(key: Any, config: Mapping[str, Any]) -> Any:
     return config.get(key) if isinstance(key, str) else key
+
+
+def _multiplier(table: Table, name: str, config: Mapping[str, Any]) -> float:
+    key = table.multipliers.get(name)
+    value = 1.0 if key is None or config.get(key) is None else config[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ConfigError(f"'{key}' should be a positive number, is {value!r}", where="config.json")
+    return float(value)
 
 
 def _int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -215,6 +270,7 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
         o_bias=bool(feature.get("o_bias")),
         qk_norm=bool(feature.get("qk_norm")),
         norm_eps=eps,
+        softmax_scale=float(feature.get("softmax_scale") or 0.0),
     )
     return ModelSpec(
         table=table,
@@ -226,4 +282,7 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
         norm_eps=eps,
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=_int(config, "max_position_embeddings", 2048),
+        embedding_scale=_multiplier(table, "embedding", config),
+        residual_scale=_multiplier(table, "residual", config),
+        logit_scale=1 / _multiplier(table, "logits", config),
     )

@@ -192,10 +192,15 @@ class DeepseekWriter(FormatWriter):
     def stream_scale(self) -> float:
         return math.sqrt(EPS / self.spec.norm_eps)
 
+    @property
+    def block_scale(self) -> float:
+        """Factor on what attention and MLP add to the residual stream, the source's own included."""
+        return self.stream_scale * self.spec.residual_scale
+
     def saved(self, result: LayerResult) -> LatentWeights:
         w = result.latent
         assert w is not None
-        f = _factors(w, LatentNorm.stored_as(self.dtype, *result.latent_rms), self.stream_scale)
+        f = _factors(w, LatentNorm.stored_as(self.dtype, *result.latent_rms), self.block_scale)
 
         def rounded(t: Tensor, factor: float) -> Tensor:
             return ((t * factor).to(self.dtype).double() / factor).float()
@@ -216,20 +221,21 @@ class DeepseekWriter(FormatWriter):
         self._latent = result.latent.spec
         prefix = f"model.layers.{result.index}."
         norm = LatentNorm.stored_as(self.dtype, *result.latent_rms)
-        for name, tensor in encode_attention(result.latent, norm, self.stream_scale).items():
+        for name, tensor in encode_attention(result.latent, norm, self.block_scale).items():
             self._add(prefix + _ATTENTION + name, tensor)
         for name, tensor in result.source.tensors.items():
             if name.startswith(_ATTENTION):
                 continue
-            factor = {"input_layernorm.weight": NORM_SHIFT, "mlp.down_proj.weight": self.stream_scale}.get(name, 1.0)
+            factor = {"input_layernorm.weight": NORM_SHIFT, "mlp.down_proj.weight": self.block_scale}.get(name, 1.0)
             self._add(prefix + name, tensor, factor)
 
     def top(self) -> None:
         embedding = self.checkpoint.load("model.embed_tokens.weight")
-        scale = self.stream_scale
+        scale = self.stream_scale * self.spec.embedding_scale
         head = embedding if self.spec.tied else self.checkpoint.load("lm_head.weight")
         # Two tensors of one storage cannot be saved as two.
-        self._add("lm_head.weight", head.clone() if head is embedding and scale == 1.0 else head)
+        shared = head is embedding and scale == self.spec.logit_scale == 1.0
+        self._add("lm_head.weight", head.clone() if shared else head, self.spec.logit_scale)
         self._add("model.embed_tokens.weight", embedding, scale)
         self._add("model.norm.weight", self.checkpoint.load("model.norm.weight"))
 

@@ -26,7 +26,7 @@ from latentize.checkpoint import Checkpoint
 from latentize.errors import OptionError
 from latentize.formats.deepseek_v3 import NORM_SHIFT, LatentNorm, decode_attention, encode_attention
 from latentize.heal.recipe import Healing
-from latentize.heal.targets import Targets, inputs
+from latentize.heal.targets import Targets, head_of, inputs
 from latentize.runtime.cache import cache_formats, rotation
 from latentize.runtime.codecs import Plain, codec
 from latentize.runtime.load import load_model
@@ -118,7 +118,7 @@ class Student(nn.Module):
         matches = self.healing.match_hidden > 0
         made = self.body(**inputs(text), use_cache=False, output_hidden_states=matches)
         final_nD, next_n = made.last_hidden_state[:, :-1].flatten(0, 1), text.tokens_NT[:, 1:].flatten()
-        head, size = self.model.get_output_embeddings(), self._tokens_at_once()
+        head, size = head_of(self.model), self._tokens_at_once()
         kl, ce = final_nD.new_zeros((), dtype=torch.float32), final_nD.new_zeros((), dtype=torch.float32)
         parts = [None] * -(-len(next_n) // size) if targets is None else targets.split(size)
         for part_nD, target, expected in zip(final_nD.split(size), parts, next_n.split(size), strict=True):

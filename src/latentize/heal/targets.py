@@ -17,6 +17,7 @@ from torch import Tensor
 
 from latentize.calibrate.tokens import Passages
 from latentize.convert.progress import Progress
+from latentize.families import families
 
 __all__ = ["FullTargets", "Live", "Targets", "Teacher", "TopKTargets", "Written", "inputs", "write_top_k"]
 
@@ -111,6 +112,15 @@ class Teacher(Protocol):
         ...
 
 
+def head_of(model: Any) -> Callable[[Tensor], Tensor]:
+    """From final hidden states to logits; some families divide them by a number of their config."""
+    inner, head = getattr(model, "source", model), model.get_output_embeddings()
+    table = families().get(inner.config.model_type)
+    key = table.multipliers.get("logits") if table else None
+    divisor = getattr(inner.config, key) if key else 1.0
+    return head if divisor == 1.0 else lambda final_nD: head(final_nD / divisor)
+
+
 class Live:
     """A model that runs along.
 
@@ -120,7 +130,7 @@ class Live:
     """
 
     def __init__(self, model: Any, *, hidden: bool = False) -> None:
-        self._body, self._head, self._hidden = model.get_decoder(), model.get_output_embeddings(), hidden
+        self._body, self._head, self._hidden = model.get_decoder(), head_of(model), hidden
 
     @torch.no_grad()
     def __call__(self, rows: Tensor, text: Passages) -> FullTargets:

@@ -1,0 +1,95 @@
+"""What becomes of each family, and whether each engine then computes what transformers does.
+
+Small random models, converted in closed form to the portable format. Makes the support matrix of the documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.common import LLAMA3_SCALING, pico_model, text_file, trained_tokenizer
+from tests.engine.conftest import Record
+
+import latentize
+from latentize.errors import UnsupportedModelError
+
+# Label → model_type, entries of its config, and how the portable format holds it.
+CONVERTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Llama 2, SmolLM2, TinyLlama": ("llama", {}, "exact"),
+    "Llama 3.1+, scaled RoPE": ("llama", {"rope_parameters": LLAMA3_SCALING}, "approximate"),
+    "Mistral 0.2+": ("mistral", {}, "exact"),
+    "Granite 3": ("granite", {}, "exact"),
+    "Qwen2, Qwen2.5, biases": ("qwen2", {}, "approximate"),
+    "Qwen3, qk-norm": ("qwen3", {}, "approximate"),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Mistral 0.1, sliding window": ("mistral", {"sliding_window": 16}),
+    "Mixtral, mixture of experts": ("mixtral", {"num_local_experts": 2}),
+    "Gemma 2": ("gemma2", {}),
+    "DeepSeek-V3, latent already": ("deepseek_v3", {}),
+}
+ENGINES = [
+    "transformers",
+    pytest.param("llama.cpp", marks=[pytest.mark.engine, pytest.mark.slow]),
+    pytest.param("vllm", marks=[pytest.mark.engine, pytest.mark.slow]),
+]
+
+
+def source(folder: Path, model_type: str, config: dict[str, Any]) -> Path:
+    pico_model(model_type, 2, vocab_size=320, **config).to(torch.bfloat16).save_pretrained(folder)
+    trained_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """The portable folder of a family, and what ``convert`` reported."""
+    made: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def make(label: str) -> tuple[Path, dict[str, Any]]:
+        if label not in made:
+            folder = tmp_path_factory.mktemp("family")
+            model_type, config, _ = CONVERTED[label]
+            model = source(folder / "source", model_type, config)
+            sizes = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "sequence_length": 64}
+            tokens = {"tokens": 4096, "selection_tokens": 256, "evaluation_tokens": 512}
+            options = {"fast": True, "format": "deepseek_v3", "data": (text_file(folder),), **sizes, **tokens}
+            made[label] = folder / "out", latentize.convert(model, folder / "out", **options)
+        return made[label]
+
+    return make
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("label", CONVERTED)
+def test_a_family_in_an_engine(
+    converted: Callable[[str], tuple[Path, dict[str, Any]]],
+    needs: Callable[[str], None],
+    record: Record,
+    label: str,
+    engine: str,
+) -> None:
+    if engine != "transformers":
+        needs(engine)
+    folder, report = converted(label)
+    approximations = [note for note in report["notes"] if "approximate" in note]
+    held = "approximate" if approximations else "exact"
+    assert held == CONVERTED[label][2], report["notes"]
+    found = latentize.verify(folder, engine=engine, prompts=4, new_tokens=16)
+    record(label, {**found, "family": label, "held": held})
+    assert found["kl"] <= 1e-6
+    assert found["greedy_identical"] == found["prompts"] == 4
+
+
+@pytest.mark.parametrize("label", REFUSED)
+def test_a_family_that_is_refused(tmp_path: Path, record: Record, label: str) -> None:
+    model_type, config = REFUSED[label]
+    model, out = source(tmp_path / "source", model_type, config), tmp_path / "out"
+    with pytest.raises(UnsupportedModelError) as error:
+        latentize.convert(model, out, keep="50%", fast=True, data=(text_file(tmp_path),))
+    assert error.value.what and not list(tmp_path.glob("out*"))
+    record(label, {"family": label, "held": "refused", "why": error.value.what})
