@@ -32,11 +32,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 2": ("gemma2", {}),
     "DeepSeek-V3, latent already": ("deepseek_v3", {}),
 }
-ENGINES = [
-    "transformers",
-    pytest.param("llama.cpp", marks=[pytest.mark.engine, pytest.mark.slow]),
-    pytest.param("vllm", marks=[pytest.mark.engine, pytest.mark.slow]),
-]
+ENGINES = ("transformers", "llama.cpp", "vllm")
 
 
 def source(folder: Path, model_type: str, config: dict[str, Any]) -> Path:
@@ -64,6 +60,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
     return make
 
 
+@pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("label", CONVERTED)
 def test_a_family_in_an_engine(
