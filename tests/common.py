@@ -22,7 +22,7 @@ BF16 = 1e-2  # two orders of summation, bfloat16
 STOCK = 1e-4  # stock DeepSeek-V3, whose latent norm is linear to 2**-16
 STREAM = 1e-4  # one measurement made in two ways
 
-FAMILIES = ("granite", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3")
 # What a conversion of a picomodel needs so that it takes less than a second.
 SMALL: dict[str, Any] = {
     "tokens": 2048,
@@ -67,6 +67,8 @@ def pico_config(family: str = "llama", kv_heads: int = 2, **changes: Any) -> Any
     }
     if family == "mistral":
         entries["sliding_window"] = None
+    if family == "phi3":
+        entries["pad_token_id"] = 0
     if family == "granite":
         factors = {"attention_multiplier": 0.2, "embedding_multiplier": 2.0, "residual_multiplier": 0.4}
         entries |= {**factors, "logits_scaling": 3.0}

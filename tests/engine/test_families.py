@@ -23,6 +23,7 @@ CONVERTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Llama 3.1+, scaled RoPE": ("llama", {"rope_parameters": LLAMA3_SCALING}, "approximate"),
     "Mistral 0.2+": ("mistral", {}, "exact"),
     "Granite 3": ("granite", {}, "exact"),
+    "Phi-4": ("phi3", {}, "exact"),
     "Qwen2, Qwen2.5, biases": ("qwen2", {}, "approximate"),
     "Qwen3, qk-norm": ("qwen3", {}, "approximate"),
 }

@@ -54,6 +54,7 @@ def test_native_at_full_rank_is_the_source(
         ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-2}),
         ("mistral", {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
         ("granite", {"rms_norm_eps": 1e-5}),
+        ("phi3", {}),
         ("granite", {"tie_word_embeddings": True}),
     ],
     ids=lambda c: c if isinstance(c, str) else "-".join(c) or "plain",

@@ -20,6 +20,7 @@ CASES: list[tuple[str, dict[str, Any], int, dict[str, Any], int]] = [
     ("llama", {"tie_word_embeddings": True}, 4, {"to": "mqa"}, 1),
     ("llama", {"attention_bias": True}, 2, {"to": "mqa"}, 1),
     ("mistral", {}, 4, {"to": "gqa"}, 1),
+    ("phi3", {}, 4, {"to": "gqa", "keep": "50%"}, 2),
     ("qwen2", {}, 4, {"to": "gqa", "keep": "50%"}, 2),
     ("qwen3", {"tie_word_embeddings": True}, 4, {"to": "gqa", "keep": "60%"}, 2),
 ]
@@ -31,10 +32,17 @@ def pooled_by_hand(folder: Path, kv_heads: int) -> Any:
     config = AutoConfig.from_pretrained(folder)
     config.num_key_value_heads = kv_heads
     tensors = {}
+
+    def mean(tensor: Any) -> Any:
+        heads = tensor.reshape(kv_heads, -1, config.head_dim, *tensor.shape[1:])
+        return heads.mean(1).reshape(kv_heads * config.head_dim, *tensor.shape[1:])
+
     for name, tensor in model.state_dict().items():
-        if "k_proj" in name or "v_proj" in name:
-            heads = tensor.reshape(kv_heads, -1, config.head_dim, *tensor.shape[1:])
-            tensor = heads.mean(1).reshape(kv_heads * config.head_dim, *tensor.shape[1:])
+        if "qkv_proj" in name:
+            q, k, v = tensor.split((len(tensor) - 8 * config.head_dim, 4 * config.head_dim, 4 * config.head_dim))
+            tensor = torch.cat([q, mean(k), mean(v)])
+        elif "k_proj" in name or "v_proj" in name:
+            tensor = mean(tensor)
         tensors[name] = tensor
     pooled = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     pooled.load_state_dict(tensors)

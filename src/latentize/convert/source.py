@@ -37,6 +37,10 @@ _VOCAB_AT_ONCE = 16_384
 def attention_weights(tensors: dict[str, Tensor], spec: ModelSpec) -> AttentionWeights:
     """The canonical projections out of a layer's tensors (names without the layer's prefix)."""
     a = spec.attention
+    if "self_attn.qkv_proj.weight" in tensors:
+        sizes = [n * a.head_dim for n in (a.num_heads, a.num_kv_heads, a.num_kv_heads)]
+        parts = tensors["self_attn.qkv_proj.weight"].split(sizes)
+        tensors = tensors | {f"self_attn.{n}_proj.weight": w for n, w in zip("qkv", parts, strict=True)}
 
     def heads(name: str) -> Tensor | None:
         t = tensors.get(f"self_attn.{name}")
@@ -168,7 +172,12 @@ class SourceLayer:
 
     def with_kv_heads(self, w: AttentionWeights, repeat: int) -> nn.Module:
         """The layer's attention with other keys and values, each head of ``w`` serving ``repeat`` of its own."""
-        attention = copy.deepcopy(self._module.self_attn)
+        attention: Any = copy.deepcopy(self._module.self_attn)
+        if hasattr(attention, "qkv_proj"):
+            k, v = (t.repeat_interleave(repeat, dim=0).flatten(0, 1) for t in (w.k_GdD, w.v_GdD))
+            fused = torch.cat([w.q_HdD.flatten(0, 1), k, v])
+            attention.qkv_proj.weight = nn.Parameter(fused, requires_grad=False)
+            return attention
         for name in ("k", "v"):
             projection = getattr(attention, f"{name}_proj")
             heads = getattr(w, f"{name}_GdD").repeat_interleave(repeat, dim=0)

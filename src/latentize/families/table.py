@@ -134,7 +134,8 @@ class ModelSpec:
             for name, entry in self.table.optional_layer_tensors.items():
                 if _feature(entry["when"], self.config):
                     symbolic[prefix + name] = entry["shape"]
-        return {name: tuple(size[s] for s in shape) for name, shape in symbolic.items()}
+        # Fused projections are as wide as their parts together: "q+kv+kv".
+        return {n: tuple(sum(size[part] for part in s.split("+")) for s in shape) for n, shape in symbolic.items()}
 
     def layer_prefix(self, layer: int) -> str:
         return self.table.layer_prefix.format(layer=layer)

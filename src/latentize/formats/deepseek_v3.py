@@ -226,6 +226,10 @@ class DeepseekWriter(FormatWriter):
         for name, tensor in result.source.tensors.items():
             if name.startswith(_ATTENTION):
                 continue
+            if name == "mlp.gate_up_proj.weight":
+                for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
+                    self._add(f"{prefix}mlp.{part}_proj.weight", rows.clone())
+                continue
             factor = {"input_layernorm.weight": NORM_SHIFT, "mlp.down_proj.weight": self.block_scale}.get(name, 1.0)
             self._add(prefix + name, tensor, factor)
 

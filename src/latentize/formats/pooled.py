@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from latentize.attention.latent import LatentWeights
 from latentize.convert.pipeline import LayerResult
 from latentize.formats.base import FormatWriter
@@ -27,7 +29,10 @@ class PooledWriter(FormatWriter):
         w = result.grouped
         assert w is not None
         self.kv_heads = w.k_GdD.shape[0]
-        changed = {"self_attn.k_proj.weight": w.k_GdD.flatten(0, 1), "self_attn.v_proj.weight": w.v_GdD.flatten(0, 1)}
+        k, v = w.k_GdD.flatten(0, 1), w.v_GdD.flatten(0, 1)
+        changed = {"self_attn.k_proj.weight": k, "self_attn.v_proj.weight": v}
+        if "self_attn.qkv_proj.weight" in result.source.tensors:
+            changed = {"self_attn.qkv_proj.weight": torch.cat([w.q_HdD.flatten(0, 1), k, v])}
         if w.k_bias_Gd is not None and w.v_bias_Gd is not None:
             changed |= {"self_attn.k_proj.bias": w.k_bias_Gd.flatten(), "self_attn.v_proj.bias": w.v_bias_Gd.flatten()}
         for name, tensor in (result.source.tensors | changed).items():
