@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 
 from latentize.calibrate.text import describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.checkpoint import Checkpoint, Manifest, OutputFolder, resolve
+from latentize.checkpoint import Checkpoint, Manifest, resolve
 from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, ConfigError, OptionError, OutputError
 from latentize.families import ModelSpec, model_spec
@@ -53,6 +52,7 @@ def convert(
     recipe: Recipe | None = None,
     *,
     device: str = "cpu",
+    resume: bool = False,
     progress: Progress = silent,
     **entries: Any,
 ) -> dict[str, Any]:
@@ -63,27 +63,22 @@ def convert(
         out: A folder that does not exist yet.
         recipe: What to do; or give its entries as keyword arguments.
         device: Where layers run.
+        resume: Go on with an unfinished conversion of the same to ``out``; the result is what it would have been.
         progress: Told how far it is.
 
     Returns:
         What ``latentize convert --json`` prints.
 
     Raises:
-        LatentizeError: anything that the user can mend; nothing is left at ``out``.
+        LatentizeError: anything that the user can mend; nothing is left at ``out``. What an interruption or a full disk
+            has left unfinished stays in ``OUT.partial-…``, if anything in it took long.
     """
-    started = time.time()
     recipe = recipe or Recipe.build(**entries)
     checkpoint, spec = open_source(model)
     if Path(out).expanduser().absolute() == checkpoint.folder:
         raise OutputError("the output would overwrite the model", where=str(out), fix="choose another folder")
-    with OutputFolder(Path(out)) as folder:
-        if recipe.to != "mla":
-            job = PooledJob(recipe, checkpoint, spec, folder)
-        else:
-            job = LatentJob(recipe, checkpoint, spec, folder)
-        result = job.run(str(model), device, progress, started)
-    write_report(folder.out)
-    return result
+    job = (LatentJob if recipe.to == "mla" else PooledJob)(recipe, checkpoint, spec)
+    return job.run(Path(out), str(model), device, progress, resume)
 
 
 def heal(

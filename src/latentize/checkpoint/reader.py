@@ -74,9 +74,15 @@ def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return 8 + length, header
 
 
-def _is_finite(part: Any) -> bool:
-    # A sum is finite only if all terms are; the exact test is for sums that overflow.
-    return math.isfinite(float(part.float().sum())) or bool(part.isfinite().all())
+def is_finite(tensor: Any) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+
+    def fine(part: Any) -> bool:
+        # A sum is finite only if all terms are; the exact test is for sums that overflow.
+        return math.isfinite(float(part.float().sum())) or bool(part.isfinite().all())
+
+    # In parts: a sum in float32 makes a float32 copy of what it sums.
+    return all(fine(part) for part in tensor.reshape(-1).split(_CHECKED_AT_ONCE))
 
 
 def _check_entry(path: Path, name: str, entry: Any, data_bytes: int) -> None:
@@ -243,7 +249,6 @@ class Checkpoint:
 
         dtype = getattr(torch, _TORCH_NAMES[self._entry[name]["dtype"]])
         tensor = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-        # In parts: a sum in float32 makes a float32 copy of what it sums.
-        if tensor.is_floating_point() and not all(_is_finite(part) for part in tensor.split(_CHECKED_AT_ONCE)):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise CheckpointError("the tensor holds NaN or infinity", where=f"{self._file_of[name]}, tensor {name}")
         return tensor.view(shape)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latentize.checkpoint import Checkpoint
 from latentize.checkpoint.manifest import sha256
-from latentize.checkpoint.writer import sync
+from latentize.checkpoint.journal import sync
 from latentize.errors import FormatError, OptionError, OutputError
 from latentize.formats.deepseek_v3 import EPS
 from latentize.formats.gguf_types import BLOCK, TYPES, GgufTensor, check_range, ggml_type, gguf_module, stored

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from latentize.checkpoint.writer import sync
+from latentize.checkpoint.journal import sync
 from latentize.errors import OptionError, OutputError
 from latentize.heal.parallel import Team
 from latentize.heal.tracking import Tracking
