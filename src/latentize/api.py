@@ -34,12 +34,20 @@ def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:
     """
     checkpoint = Checkpoint(resolve(model))
     spec = model_spec(checkpoint.config)
+    if (stored := checkpoint.count(spec.table.layer_prefix)) != spec.layers:
+        raise CheckpointError(
+            f"config.json says {spec.layers} layers, the files have {stored}",
+            code="LZ110",
+            where=f"{checkpoint.folder / 'config.json'}, num_hidden_layers",
+            fix="take all files from where the model was published",
+        )
     checkpoint.check_tensors(spec.tensor_shapes(), ignore=["lm_head.weight"] if spec.tied else [])
     if spec.tied and "lm_head.weight" in checkpoint:
         head, embedding = checkpoint.load("lm_head.weight"), checkpoint.load("model.embed_tokens.weight")
         if head.shape != embedding.shape or not torch.equal(head, embedding):
             raise ConfigError(
                 "tie_word_embeddings is true, yet lm_head.weight differs from the embedding",
+                code="LZ112",
                 where=str(checkpoint.folder / "config.json"),
                 fix="set tie_word_embeddings to false",
             )
@@ -76,7 +84,9 @@ def convert(
     recipe = recipe or Recipe.build(**entries)
     checkpoint, spec = open_source(model)
     if Path(out).expanduser().absolute() == checkpoint.folder:
-        raise OutputError("the output would overwrite the model", where=str(out), fix="choose another folder")
+        raise OutputError(
+            "the output would overwrite the model", code="LZ404", where=str(out), fix="choose another folder"
+        )
     job = (LatentJob if recipe.to == "mla" else PooledJob)(recipe, checkpoint, spec)
     return job.run(Path(out), str(model), device, progress, resume)
 
@@ -137,7 +147,10 @@ def heal(
     )
     if not is_output(Path(model)):
         raise CheckpointError(
-            "not an output of latentize", where=str(model), fix="convert the model first; healing starts from that"
+            "not an output of latentize",
+            code="LZ118",
+            where=str(model),
+            fix="convert the model first; healing starts from that",
         )
     with together(device):
         team = Team(parallel, device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ from latentize.convert.refine import Refinement
 from latentize.convert.search import choose
 from latentize.convert.settings import Setting, pooled_heads, settings
 from latentize.convert.source import SourceModel
-from latentize.errors import FormatError
+from latentize.errors import ArithmeticBreakdown, FormatError
 from latentize.families import ModelSpec
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
@@ -135,6 +137,19 @@ def _effort(recipe: Recipe, source: SourceModel) -> Effort:
     return Effort(before.suited(*model), Polish(seed=recipe.seed).suited(*model))
 
 
+@contextlib.contextmanager
+def _finite_numbers() -> Iterator[None]:
+    """Arithmetic that leaves the range of numbers is the model's fault, or that of what was done to it."""
+    try:
+        yield
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:
+        raise ArithmeticBreakdown(
+            f"the conversion has left the range of numbers: {error}",
+            where="the weights of the model, or the method",
+            fix="does the model itself predict anything? if so, try --fast, or another --method",
+        ) from error
+
+
 class Job:
     """One conversion, from checked input to finished folder."""
 
@@ -200,9 +215,9 @@ class Job:
                 self.writer = self.kind(folder, self.checkpoint, self.spec, self.dtype)
                 source = SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries)
                 # A model that is large beside the machine's memory has none to keep.
-                with contextlib.nullcontext() if source.large else keeping_freed_memory():
+                with _finite_numbers(), contextlib.nullcontext() if source.large else keeping_freed_memory():
                     done = self.convert(source, text, journal, progress)
-                report = self._report(done, started)
+                    report = self._report(done, started)
                 self._write(folder, journal, model, report, request["weights"])
         return report
 
@@ -241,6 +256,8 @@ class Job:
                 f"comes later in a context may be predicted far worse (latentize eval --sequence-length {longest})"
             )
         quality = done.quality.describe()
+        if not all(math.isfinite(value) for value in quality.values() if isinstance(value, float)):
+            raise ArithmeticError("what the converted model predicts is not finite")
         return {
             "format": self.writer.name,
             "to": self.recipe.to,
@@ -298,9 +315,7 @@ class LatentJob(Job):
             return chosen, scores
         return [Setting(**entries) for entries in found["layers"]], found["scores"]
 
-    def choose(
-        self, source: SourceModel, text: Text, progress: Progress
-    ) -> tuple[list[Setting], list[dict[str, Any]]]:
+    def choose(self, source: SourceModel, text: Text, progress: Progress) -> tuple[list[Setting], list[dict[str, Any]]]:
         """A setting for each layer, and what was compared; sizes of their own where the format holds them and nobody
         has fixed them."""
         options = (source, self.candidates, text.calibration, text.selection, self.recipe.refines, progress)

@@ -177,9 +177,7 @@ class OutputFolder:
             raise self._unwritten("finish the output", error, self.out) from error
         self._shards = []
 
-    def finish(
-        self, config: dict[str, Any], manifest: Manifest, last: Callable[[Path], object] | None = None
-    ) -> None:
+    def finish(self, config: dict[str, Any], manifest: Manifest, last: Callable[[Path], object] | None = None) -> None:
         """Write what :meth:`finish_model` has not written yet, then the manifest, and rename to the final name.
 
         Args:

@@ -75,7 +75,10 @@ def write_report(folder: Path, *, name: str = "") -> Path:
     manifest, path = Manifest.load(folder), folder / REPORT_NAME
     if "layers" not in manifest.source:
         raise CheckpointError(
-            "the manifest does not describe the source", where=str(folder / MANIFEST_NAME), fix="convert again"
+            "the manifest does not describe the source",
+            code="LZ118",
+            where=str(folder / MANIFEST_NAME),
+            fix="convert again",
         )
     path.write_text(page(manifest, measured(folder), name=name or folder.name), encoding="utf-8")
     return path
