@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 
 from latentize.calibrate.text import describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.checkpoint import Checkpoint, Manifest, OutputFolder, resolve
+from latentize.checkpoint import Checkpoint, Manifest, resolve
 from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, ConfigError, OptionError, OutputError
 from latentize.families import ModelSpec, model_spec
@@ -35,12 +34,20 @@ def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:
     """
     checkpoint = Checkpoint(resolve(model))
     spec = model_spec(checkpoint.config)
+    if (stored := checkpoint.count(spec.table.layer_prefix)) != spec.layers:
+        raise CheckpointError(
+            f"config.json says {spec.layers} layers, the files have {stored}",
+            code="LZ110",
+            where=f"{checkpoint.folder / 'config.json'}, num_hidden_layers",
+            fix="take all files from where the model was published",
+        )
     checkpoint.check_tensors(spec.tensor_shapes(), ignore=["lm_head.weight"] if spec.tied else [])
     if spec.tied and "lm_head.weight" in checkpoint:
         head, embedding = checkpoint.load("lm_head.weight"), checkpoint.load("model.embed_tokens.weight")
         if head.shape != embedding.shape or not torch.equal(head, embedding):
             raise ConfigError(
                 "tie_word_embeddings is true, yet lm_head.weight differs from the embedding",
+                code="LZ112",
                 where=str(checkpoint.folder / "config.json"),
                 fix="set tie_word_embeddings to false",
             )
@@ -53,6 +60,7 @@ def convert(
     recipe: Recipe | None = None,
     *,
     device: str = "cpu",
+    resume: bool = False,
     progress: Progress = silent,
     **entries: Any,
 ) -> dict[str, Any]:
@@ -63,27 +71,24 @@ def convert(
         out: A folder that does not exist yet.
         recipe: What to do; or give its entries as keyword arguments.
         device: Where layers run.
+        resume: Go on with an unfinished conversion of the same to ``out``; the result is what it would have been.
         progress: Told how far it is.
 
     Returns:
         What ``latentize convert --json`` prints.
 
     Raises:
-        LatentizeError: anything that the user can mend; nothing is left at ``out``.
+        LatentizeError: anything that the user can mend; nothing is left at ``out``. What an interruption or a full disk
+            has left unfinished stays in ``OUT.partial-…``, if anything in it took long.
     """
-    started = time.time()
     recipe = recipe or Recipe.build(**entries)
     checkpoint, spec = open_source(model)
     if Path(out).expanduser().absolute() == checkpoint.folder:
-        raise OutputError("the output would overwrite the model", where=str(out), fix="choose another folder")
-    with OutputFolder(Path(out)) as folder:
-        if recipe.to != "mla":
-            job = PooledJob(recipe, checkpoint, spec, folder)
-        else:
-            job = LatentJob(recipe, checkpoint, spec, folder)
-        result = job.run(str(model), device, progress, started)
-    write_report(folder.out)
-    return result
+        raise OutputError(
+            "the output would overwrite the model", code="LZ404", where=str(out), fix="choose another folder"
+        )
+    job = (LatentJob if recipe.to == "mla" else PooledJob)(recipe, checkpoint, spec)
+    return job.run(Path(out), str(model), device, progress, resume)
 
 
 def heal(
@@ -142,7 +147,10 @@ def heal(
     )
     if not is_output(Path(model)):
         raise CheckpointError(
-            "not an output of latentize", where=str(model), fix="convert the model first; healing starts from that"
+            "not an output of latentize",
+            code="LZ118",
+            where=str(model),
+            fix="convert the model first; healing starts from that",
         )
     with together(device):
         team = Team(parallel, device)

@@ -180,6 +180,7 @@ def convert(
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe, or an output's latentize.json.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the calibration text. Default: 0.")] = None,
     device: Annotated[str, typer.Option(help="Where layers run.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion to OUT.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to latent attention and say what it cost."""
@@ -212,7 +213,7 @@ def convert(
 
     _return_freed_memory()
     with _progress() as progress:
-        result = run(model, out, built, device=device, progress=progress)
+        result = run(model, out, built, device=device, resume=resume, progress=progress)
     _emit(result, as_json, _facts(str(out), conversion_facts(result)))
     if not as_json:
         console.print(f"report: {out / 'report.html'}")

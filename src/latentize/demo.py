@@ -43,7 +43,9 @@ def demo(out: Path, progress: Progress = silent, *, evaluation_tokens: int = 8_1
         evaluation_tokens: Held-out tokens to measure on.
     """
     if out.exists():
-        raise OutputError("the output folder exists already", where=str(out), fix="remove it, or choose another")
+        raise OutputError(
+            "the output folder exists already", code="LZ401", where=str(out), fix="remove it, or choose another"
+        )
     model = bundled_model()
     source = evaluate(model, tokens=evaluation_tokens, progress=progress)
     said = generate(model, PROMPT, max_new_tokens=48)

@@ -13,8 +13,11 @@ __all__ = [
     "EngineError",
     "FormatError",
     "LatentizeError",
+    "NumericsError",
     "OptionError",
     "OutputError",
+    "ResourceError",
+    "ResumeError",
     "UnsupportedModelError",
 ]
 
@@ -26,12 +29,14 @@ class LatentizeError(Exception):
         what: What is wrong, one sentence.
         where: The file, tensor, config key or option that is concerned.
         fix: What the user can do about it.
+        code: Of this very refusal; by default that of the class.
     """
 
     code = "LZ000"
 
-    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", fix: str = "", code: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
+        self.code = code or self.code
         super().__init__(self.__str__())
 
     def __str__(self) -> str:
@@ -89,3 +94,21 @@ class OutputError(LatentizeError):
     """The output folder cannot be written, or would overwrite something."""
 
     code = "LZ401"
+
+
+class ResumeError(LatentizeError):
+    """Something unfinished is there that was not asked for, or is of something else."""
+
+    code = "LZ410"
+
+
+class ResourceError(LatentizeError):
+    """Memory or disk do not suffice."""
+
+    code = "LZ420"
+
+
+class NumericsError(LatentizeError):
+    """Conversion computed something that is not a finite number."""
+
+    code = "LZ601"

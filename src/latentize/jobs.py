@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +19,10 @@ from latentize import plan as arithmetic
 from latentize.calibrate.text import describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import Passages, pack
-from latentize.checkpoint import Checkpoint, Manifest, OutputFolder
-from latentize.checkpoint.manifest import sha256
+from latentize.checkpoint import Checkpoint, Journal, Manifest, OutputFolder
+from latentize.checkpoint.checksums import source_hashes
+from latentize.checkpoint.manifest import sha256, versions
+from latentize.checkpoint.writer import copied_files
 from latentize.convert.allocate import allocate
 from latentize.convert.pipeline import Converted, Effort, convert_latent, convert_pooled
 from latentize.convert.polish import Polish
@@ -26,13 +31,14 @@ from latentize.convert.refine import Refinement
 from latentize.convert.search import choose
 from latentize.convert.settings import Setting, pooled_heads, settings
 from latentize.convert.source import SourceModel
-from latentize.errors import FormatError
+from latentize.errors import FormatError, NumericsError
 from latentize.families import ModelSpec
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
 from latentize.formats.pooled import PooledWriter
 from latentize.machine import keeping_freed_memory, peak_rss_bytes
 from latentize.recipe import Recipe
+from latentize.report.page import write_report
 from latentize.spec import mean_over_layers
 
 if TYPE_CHECKING:
@@ -57,6 +63,14 @@ class Text:
     calibration: Passages
     selection: Passages
     evaluation: Passages
+
+    def digest(self) -> str:
+        """Of all tokens and positions."""
+        parts = (t for p in (self.calibration, self.selection, self.evaluation) for t in (p.tokens_NT, p.positions_NT))
+        found = hashlib.sha256()
+        for part in parts:
+            found.update(str(tuple(part.shape)).encode() + part.to(torch.int64).contiguous().numpy().tobytes())
+        return found.hexdigest()
 
 
 def draw_text(folder: Path, recipe: Recipe, context: int) -> Text:
@@ -123,21 +137,36 @@ def _effort(recipe: Recipe, source: SourceModel) -> Effort:
     return Effort(before.suited(*model), Polish(seed=recipe.seed).suited(*model))
 
 
+@contextlib.contextmanager
+def _finite_numbers() -> Iterator[None]:
+    """Arithmetic that leaves the range of numbers is the model's fault, or that of what was done to it."""
+    try:
+        yield
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise NumericsError(
+            f"the conversion has left the range of numbers: {error}",
+            where="the weights of the model, or the method",
+            fix="does the model itself predict anything? if so, try --fast, or another --method",
+        ) from error
+
+
 class Job:
     """One conversion, from checked input to finished folder."""
 
-    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, spec: ModelSpec, folder: OutputFolder) -> None:
-        self.recipe, self.checkpoint, self.spec, self.folder = recipe, checkpoint, spec, folder
+    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+        self.recipe, self.checkpoint, self.spec = recipe, checkpoint, spec
         self.dtype = getattr(torch, recipe.dtype)
         self.settings: list[Setting] = []
         self.notes: list[str] = []
         self.scores: list[dict[str, Any]] = []
-        self.writer: FormatWriter = self.make_writer()
+        self.kind: type[FormatWriter] = self.choose_kind()
+        self.writer: FormatWriter
 
-    def make_writer(self) -> FormatWriter:
+    def choose_kind(self) -> type[FormatWriter]:
+        """The class of the writer; what the recipe asks for is possible."""
         raise TypeError
 
-    def convert(self, source: SourceModel, text: Text, progress: Progress) -> Converted:
+    def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
         raise TypeError
 
     def shape(self) -> dict[str, Any]:
@@ -148,12 +177,75 @@ class Job:
         """For each layer the JSON entries that say what its attention became."""
         return [{} for _ in range(self.spec.layers)]
 
-    def run(self, model: str, device: str, progress: Progress, started: float) -> dict[str, Any]:
-        text = draw_text(self.checkpoint.folder, self.recipe, self.spec.max_positions)
-        source = SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries)
-        # A model that is large beside the machine's memory has none to keep.
-        with contextlib.nullcontext() if source.large else keeping_freed_memory():
-            done = self.convert(source, text, progress)
+    def request(self, model: str, text: Text) -> dict[str, Any]:
+        """What decides the bytes of the output, by name; reads all of the source."""
+        source = self.checkpoint
+        hashes = source_hashes(source)
+        for name in source.names():
+            source.load(name)
+        rest = {source.folder / "config.json", source.folder / "README.md", *copied_files(source.folder)}
+        return {
+            "model": model,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "weights": hashes,
+            "other files": {path.name: sha256(path) for path in sorted(rest) if path.is_file()},
+            "text": text.digest(),
+            "versions": versions(),
+        }
+
+    def run(self, out: Path, model: str, device: str, progress: Progress, resume: bool = False) -> dict[str, Any]:
+        """Convert and write; what was interrupted goes on with ``resume``.
+
+        Args:
+            out: Where to.
+            model: Name of the source.
+            device: Where layers run.
+            progress: Told how far it is.
+            resume: Go on with an unfinished conversion of the same to ``out``.
+        """
+        started = time.time()
+        with Journal(out, resume=resume) as journal:
+            if journal.done is not None:
+                journal.remove()
+                return journal.done
+            text = draw_text(self.checkpoint.folder, self.recipe, self.spec.max_positions)
+            request = self.request(model, text)
+            journal.begin(request)
+            with OutputFolder(out, journal=journal) as folder:
+                self.writer = self.kind(folder, self.checkpoint, self.spec, self.dtype)
+                source = SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries)
+                # A model that is large beside the machine's memory has none to keep.
+                with _finite_numbers(), contextlib.nullcontext() if source.large else keeping_freed_memory():
+                    done = self.convert(source, text, journal, progress)
+                    report = self._report(done, started)
+                self._write(folder, journal, model, report, request["weights"])
+        return report
+
+    def _write(
+        self, folder: OutputFolder, journal: Journal, model: str, report: dict[str, Any], hashes: dict[str, str]
+    ) -> None:
+        """Everything but the layers."""
+        self.writer.top()
+        measurements = {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes", "layers")}
+        manifest = Manifest(
+            format=self.writer.name,
+            source={"model": model, **arithmetic.describe(self.spec), "files": hashes},
+            recipe=self.recipe.model_dump(mode="json"),
+            layers=report["layers"],
+            measurements=measurements,
+            notes=self.notes,
+        )
+        folder.copy_tokenizer(self.checkpoint.folder)
+        told = (self.spec, self.recipe, report, self.notes)
+        folder.write_text("README.md", card.render(model, self.checkpoint.folder, *told))
+
+        def last(partial: Path) -> None:
+            write_report(partial, name=folder.out.name)
+            journal.finish(report)
+
+        folder.finish(self.writer.config(), manifest, last)
+
+    def _report(self, done: Converted, started: float) -> dict[str, Any]:
         if done.linear_fit is not None:
             kl = done.linear_fit.kl / done.linear_fit.tokens
             self.notes.append(f"the linear fit alone, nothing compressed or refined, is {kl:.2g} nats from the source")
@@ -163,26 +255,9 @@ class Job:
                 f"calibrated on distances up to {reach:,} tokens, the model is made for {longest:,}: what "
                 f"comes later in a context may be predicted far worse (latentize eval --sequence-length {longest})"
             )
-        self.writer.top()
-        report = self._report(done, time.time() - started)
-        measurements = {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes", "layers")}
-        source_hashes = {p.name: sha256(p) for p in self.checkpoint.files}
-        manifest = Manifest(
-            format=self.writer.name,
-            source={"model": model, **arithmetic.describe(self.spec), "files": source_hashes},
-            recipe=self.recipe.model_dump(mode="json"),
-            layers=report["layers"],
-            measurements=measurements,
-            notes=self.notes,
-        )
-        self.folder.copy_tokenizer(self.checkpoint.folder)
-        told = (self.spec, self.recipe, report, self.notes)
-        self.folder.write_text("README.md", card.render(model, self.checkpoint.folder, *told))
-        self.folder.finish(self.writer.config(), manifest)
-        return report
-
-    def _report(self, done: Converted, seconds: float) -> dict[str, Any]:
         quality = done.quality.describe()
+        if not all(math.isfinite(value) for value in quality.values() if isinstance(value, float)):
+            raise ArithmeticError("what the converted model predicts is not finite")
         return {
             "format": self.writer.name,
             "to": self.recipe.to,
@@ -190,7 +265,7 @@ class Job:
             "source_cache_values_per_token_layer": self.spec.cache_values,
             "calibration_tokens": done.calibration_tokens,
             "calibration_text": describe(self.recipe.data),
-            "seconds": round(seconds, 2),
+            "seconds": round(time.time() - started, 2),
             "peak_rss_bytes": peak_rss_bytes(),
             "layers": [
                 {**sizes, "error_before_refine": before, "error_after_refine": after, **facts}
@@ -214,32 +289,42 @@ class Job:
 class LatentJob(Job):
     """To multi-head latent attention."""
 
-    def make_writer(self) -> FormatWriter:
+    def choose_kind(self) -> type[FormatWriter]:
         allowed = settings(self.recipe, self.spec.attention)
-        writer, self.candidates, self.notes = _format(self.recipe, self.spec, allowed)
-        return writer(self.folder, self.checkpoint, self.spec, self.dtype)
+        kind, self.candidates, self.notes = _format(self.recipe, self.spec, allowed)
+        return kind
 
-    def convert(self, source: SourceModel, text: Text, progress: Progress) -> Converted:
+    def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
         effort = _effort(self.recipe, source)
-        self.settings = self.choose(source, text, progress)
+        self.settings, self.scores = self._chosen(source, text, journal, progress)
         first = self.settings[0]
         if not isinstance(self.writer, NativeWriter):
             self.writer.rope_theta = first.rope_theta(self.spec.attention)
         self.notes += first.approximations(self.spec.attention)
         texts = (text.calibration, text.selection, text.evaluation)
-        return convert_latent(source, self.settings, self.writer, *texts, effort, progress)
+        return convert_latent(source, self.settings, self.writer, *texts, effort, progress, journal)
 
-    def choose(self, source: SourceModel, text: Text, progress: Progress) -> list[Setting]:
-        """A setting for each layer; sizes of their own where the format holds them and nobody has fixed them."""
+    def _chosen(
+        self, source: SourceModel, text: Text, journal: Journal, progress: Progress
+    ) -> tuple[list[Setting], list[dict[str, Any]]]:
+        """What :meth:`choose` finds, now or before an interruption."""
+        found = journal.facts("settings")
+        if found is None:
+            chosen, scores = self.choose(source, text, progress)
+            journal.note("settings", {"layers": [asdict(setting) for setting in chosen], "scores": scores})
+            return chosen, scores
+        return [Setting(**entries) for entries in found["layers"]], found["scores"]
+
+    def choose(self, source: SourceModel, text: Text, progress: Progress) -> tuple[list[Setting], list[dict[str, Any]]]:
+        """A setting for each layer, and what was compared; sizes of their own where the format holds them and nobody
+        has fixed them."""
         options = (source, self.candidates, text.calibration, text.selection, self.recipe.refines, progress)
         one_by_one = isinstance(self.writer, NativeWriter) and self.recipe.method == "calibrated"
         if one_by_one and self.recipe.sizes is None and self.spec.layers > 1:
             chosen, prices = allocate(*options)
-            self.scores = [{"layer": i, "selection_kl_by_rank": found} for i, found in enumerate(prices)]
-            return chosen
+            return chosen, [{"layer": i, "selection_kl_by_rank": found} for i, found in enumerate(prices)]
         best, scores = choose(*options)
-        self.scores = [{**s.describe(), "selection_kl": kl} for s, kl in scores]
-        return [best] * self.spec.layers
+        return [best] * self.spec.layers, [{**s.describe(), "selection_kl": kl} for s, kl in scores]
 
     def shape(self) -> dict[str, Any]:
         described = [setting.describe() for setting in self.settings]
@@ -263,11 +348,11 @@ class LatentJob(Job):
 class PooledJob(Job):
     """To fewer kv heads."""
 
-    def make_writer(self) -> FormatWriter:
+    def choose_kind(self) -> type[FormatWriter]:
         self.kv_heads = pooled_heads(self.recipe, self.spec.attention)
-        return PooledWriter(self.folder, self.checkpoint, self.spec, self.dtype)
+        return PooledWriter
 
-    def convert(self, source: SourceModel, text: Text, progress: Progress) -> Converted:
+    def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
         return convert_pooled(source, self.kv_heads, self.writer, text.evaluation, progress, dtype=self.dtype)
 
     def shape(self) -> dict[str, Any]:

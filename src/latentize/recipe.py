@@ -175,9 +175,9 @@ class Recipe(BaseModel):
         try:
             entries = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise OptionError(f"the recipe cannot be read: {error}", where=str(path)) from error
+            raise OptionError(f"the recipe cannot be read: {error}", code="LZ305", where=str(path)) from error
         if not isinstance(entries, dict):
-            raise OptionError("a recipe is a mapping of entries", where=str(path))
+            raise OptionError("a recipe is a mapping of entries", code="LZ305", where=str(path))
         if isinstance(entries.get("recipe"), dict):
             entries = entries["recipe"]
         return cls.build(**{**entries, **overrides})

@@ -61,6 +61,7 @@ class RopeSpec:
             return tuple(self._llama3(w) for w in ladder)
         raise UnsupportedModelError(
             f"RoPE scaling of type '{self.rope_type}' is not supported",
+            code="LZ208",
             where="config.json, rope_parameters",
             fix="supported are default, linear and llama3",
         )

@@ -20,9 +20,11 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+    # What a damaged file raises depends on where it is damaged.
+    except Exception as error:
         raise CheckpointError(
-            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+            f"the tokenizer cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}",
+            code="LZ116",
             where=str(folder),
             fix="put tokenizer.json and tokenizer_config.json of the model into the folder",
         ) from error

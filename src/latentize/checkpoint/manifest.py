@@ -72,7 +72,10 @@ class Manifest:
             return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
             raise CheckpointError(
-                "the folder has no manifest", where=str(path), fix="only outputs of latentize can be verified"
+                "the folder has no manifest",
+                code="LZ118",
+                where=str(path),
+                fix="only outputs of latentize can be verified",
             ) from None
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"the manifest is damaged: {error}", where=str(path)) from error
+            raise CheckpointError(f"the manifest is damaged: {error}", code="LZ118", where=str(path)) from error

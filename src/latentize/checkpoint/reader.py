@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import BufferedReader
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _HEADER_CAP = 100_000_000
 _CHECKED_AT_ONCE = 1 << 22
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What of a folder is read, or copied.
+_READ = (".json", ".safetensors", ".model", ".txt", ".jinja", ".md", "LICENSE", "LICENCE", "NOTICE")
 # Integers are index tables (the native format has one); what is quantised comes in other types.
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
 _TORCH_NAMES = {
@@ -33,15 +37,18 @@ _TORCH_NAMES = {
 }
 
 
-def _read_json(path: Path, error: type[CheckpointError] | type[ConfigError]) -> dict[str, Any]:
+def _read_json(path: Path, error: type[CheckpointError] | type[ConfigError], code: str) -> dict[str, Any]:
+    fix = "download the file again"
     try:
+        if path.stat().st_size > _HEADER_CAP:
+            raise error("the file is too large for what it is", code=code, where=str(path), fix=fix)
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise error("the file is missing", where=str(path)) from None
-    except (OSError, ValueError) as reason:
-        raise error(f"the file cannot be read: {reason}", where=str(path)) from reason
+        raise error("the file is missing", code=code, where=str(path), fix="is this the folder of a model?") from None
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"the file cannot be read: {reason}", code=code, where=str(path), fix=fix) from reason
     if not isinstance(entries, dict):
-        raise error("the file should hold one JSON object", where=str(path))
+        raise error("the file should hold one JSON object", code=code, where=str(path), fix=fix)
     return entries
 
 
@@ -52,31 +59,51 @@ def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         start = stream.read(8)
         if start.startswith(b"version "):
             raise CheckpointError(
-                "the file is a git-LFS pointer, not weights", where=str(path), fix="run 'git lfs pull' in the folder"
+                "the file is a git-LFS pointer, not weights",
+                code="LZ104",
+                where=str(path),
+                fix="run 'git lfs pull' in the folder",
             )
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(_HEADER_CAP, size - 8):
             raise CheckpointError(
-                "the file is truncated or not safetensors", where=str(path), fix="download the file again"
+                "the file is truncated or not safetensors", code="LZ103", where=str(path), fix="download the file again"
             )
         try:
             header = json.loads(stream.read(length))
-        except ValueError as reason:
-            raise CheckpointError(f"the header is damaged: {reason}", where=str(path)) from reason
+        except (ValueError, RecursionError) as reason:
+            raise CheckpointError(f"the header is damaged: {reason}", code="LZ105", where=str(path)) from reason
     if not isinstance(header, dict):
-        raise CheckpointError("the header should hold one JSON object", where=str(path))
+        raise CheckpointError("the header should hold one JSON object", code="LZ105", where=str(path))
     header.pop("__metadata__", None)
     for name, entry in header.items():
         _check_entry(path, name, entry, size - 8 - length)
     spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
     if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
-        raise CheckpointError("tensors overlap in the file", where=str(path), fix="download the file again")
+        raise CheckpointError(
+            "tensors overlap in the file", code="LZ105", where=str(path), fix="download the file again"
+        )
+    ends = [0, *(end for _, end in spans)]
+    if any(begin > end for end, (begin, _) in zip(ends, spans, strict=False)) or ends[-1] != size - 8 - length:
+        raise CheckpointError(
+            "the file has bytes that belong to no tensor", code="LZ105", where=str(path), fix="download the file again"
+        )
     return 8 + length, header
 
 
-def _is_finite(part: Any) -> bool:
-    # A sum is finite only if all terms are; the exact test is for sums that overflow.
-    return math.isfinite(float(part.float().sum())) or bool(part.isfinite().all())
+def is_finite(tensor: Any) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+
+    def fine(part: Any) -> bool:
+        # A sum is finite only if all terms are; the exact test is for sums that overflow.
+        return math.isfinite(float(part.float().sum())) or bool(part.isfinite().all())
+
+    # In parts: a sum in float32 makes a float32 copy of what it sums.
+    return all(fine(part) for part in tensor.reshape(-1).split(_CHECKED_AT_ONCE))
+
+
+def _malformed(where: str) -> CheckpointError:
+    return CheckpointError("the header entry is malformed", code="LZ105", where=where, fix="download the file again")
 
 
 def _check_entry(path: Path, name: str, entry: Any, data_bytes: int) -> None:
@@ -84,13 +111,14 @@ def _check_entry(path: Path, name: str, entry: Any, data_bytes: int) -> None:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError("the header entry is malformed", where=where) from None
+        raise _malformed(where) from None
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise CheckpointError("the header entry is malformed", where=where)
+        raise _malformed(where)
     if dtype not in _ITEM_BYTES:
         raise CheckpointError(
             f"the weights are stored as {dtype}",
+            code="LZ204",
             where=where,
             fix="convert from an unquantised checkpoint (bf16, fp16 or fp32)",
         )
@@ -98,9 +126,9 @@ def _check_entry(path: Path, name: str, entry: Any, data_bytes: int) -> None:
     for n in shape:
         count *= n
     if end < begin or end - begin != count * _ITEM_BYTES[dtype]:
-        raise CheckpointError("shape and size of the tensor disagree", where=where)
+        raise CheckpointError("shape and size of the tensor disagree", code="LZ105", where=where)
     if end > data_bytes:
-        raise CheckpointError("the file is truncated", where=where, fix="download the file again")
+        raise CheckpointError("the file is truncated", code="LZ103", where=where, fix="download the file again")
 
 
 class Checkpoint:
@@ -116,7 +144,17 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_json(folder / "config.json", ConfigError)
+        for path in sorted(folder.iterdir()):
+            if path.is_symlink() and path.name.endswith(_READ):
+                self._check_link(path)
+        if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+            raise CheckpointError(
+                "the folder holds an adapter, not a model",
+                code="LZ115",
+                where=str(folder / "adapter_config.json"),
+                fix="merge it into its base model, and convert that",
+            )
+        self.config = _read_json(folder / "config.json", ConfigError, "LZ102")
         self._file_of: dict[str, Path] = {}
         self._entry: dict[str, dict[str, Any]] = {}
         self._data_start: dict[Path, int] = {}
@@ -124,10 +162,10 @@ class Checkpoint:
             self._data_start[path], header = _read_header(path)
             if expected is not None and expected != set(header):
                 odd = sorted(expected.symmetric_difference(header))[0]
-                raise CheckpointError(f"index and shard disagree about '{odd}'", where=str(path))
+                raise CheckpointError(f"index and shard disagree about '{odd}'", code="LZ106", where=str(path))
             for name in header:
                 if name in self._file_of:
-                    raise CheckpointError("the tensor is stored twice", where=f"{path}, tensor {name}")
+                    raise CheckpointError("the tensor is stored twice", code="LZ106", where=f"{path}, tensor {name}")
                 self._file_of[name], self._entry[name] = path, header[name]
 
     def _shards(self) -> dict[Path, set[str] | None]:
@@ -135,36 +173,57 @@ class Checkpoint:
         index, single = self.folder / INDEX_NAME, self.folder / SINGLE_NAME
         if not index.exists():
             if single.is_file():
-                self._check_link(single)
                 return {single: None}
-            pickles = sorted(p.name for p in self.folder.glob("*.bin"))
-            raise CheckpointError(
-                "no safetensors weights" + (f", only pickles ({pickles[0]})" if pickles else ""),
-                where=str(self.folder),
-                fix="save it with save_pretrained" if pickles else "is this the folder of a model?",
-            )
+            raise self._no_weights()
         promised: dict[Path, set[str]] = {}
-        weight_map = _read_json(index, CheckpointError).get("weight_map", {})
+        weight_map = _read_json(index, CheckpointError, "LZ106").get("weight_map", {})
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError("the weight_map of the index should map tensors to file names", where=str(index))
+            raise CheckpointError(
+                "the weight_map of the index should map tensors to file names", code="LZ106", where=str(index)
+            )
         for name, file in weight_map.items():
             if Path(file).name != file:
-                raise CheckpointError(f"the index points outside the folder: '{file}'", where=str(index))
+                raise CheckpointError(f"the index points outside the folder: '{file}'", code="LZ107", where=str(index))
             promised.setdefault(self.folder / file, set()).add(name)
         if not promised:
-            raise CheckpointError("the index names no weights", where=str(index))
+            raise CheckpointError("the index names no weights", code="LZ106", where=str(index))
         for path in promised:
             if not path.is_file():
-                raise CheckpointError("a shard is missing", where=str(path), fix="download the file again")
-            self._check_link(path)
+                raise CheckpointError(
+                    "a shard is missing", code="LZ106", where=str(path), fix="download the file again"
+                )
         return dict(promised)
+
+    def _no_weights(self) -> CheckpointError:
+        if unfinished := sorted(self.folder.rglob("*.incomplete")):
+            return CheckpointError(
+                "no weights, but a download that was not finished",
+                code="LZ104",
+                where=str(unfinished[0]),
+                fix="download the model again; what is there goes on",
+            )
+        pickles = sorted(p.name for pattern in _PICKLES for p in self.folder.glob(pattern))
+        return CheckpointError(
+            "no safetensors weights" + (f", only pickles ({pickles[0]})" if pickles else ""),
+            code="LZ113" if pickles else "LZ101",
+            where=str(self.folder),
+            fix="load it where you trust it and save it with save_pretrained" if pickles else "is it a model's folder?",
+        )
 
     def _check_link(self, path: Path) -> None:
         """A link may point into the folder, or, in a hub cache, to the blobs that snapshots share."""
-        real, folder = path.resolve(), self.folder.resolve()
+        try:
+            real, folder = path.resolve(), self.folder.resolve()
+        except (OSError, RuntimeError):
+            raise CheckpointError(
+                "the file is a link to itself", code="LZ107", where=str(path), fix="put the file itself there"
+            ) from None
         if real.parent != folder and real.parent != folder.parent.parent / "blobs":
             raise CheckpointError(
-                f"the file is a link out of the folder, to {real}", where=str(path), fix="put the file itself there"
+                f"the file is a link out of the folder, to {real}",
+                code="LZ107",
+                where=str(path),
+                fix="put the file itself there",
             )
 
     @property
@@ -178,6 +237,16 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._entry
 
+    def count(self, prefix: str) -> int:
+        """Layers, told by the names of their tensors.
+
+        Args:
+            prefix: Of a layer's tensors, with ``{layer}`` for its number.
+        """
+        before, after = prefix.split("{layer}")
+        rest = (name.removeprefix(before).split(after, 1)[0] for name in self.names() if name.startswith(before))
+        return 1 + max((int(number) for number in rest if number.isdecimal() and len(number) < 9), default=-1)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry[name]["shape"])
 
@@ -189,10 +258,11 @@ class Checkpoint:
         """
         for name, shape in expected.items():
             if name not in self:
-                raise CheckpointError("a tensor is missing", where=f"{self.folder}, tensor {name}")
+                raise self._missing(name)
             if self.shape(name) != shape:
                 raise CheckpointError(
                     f"the tensor is {list(self.shape(name))}, config.json implies {list(shape)}",
+                    code="LZ109",
                     where=f"{self._file_of[name]}, tensor {name}",
                 )
         skipped = set(ignore)
@@ -200,8 +270,14 @@ class Checkpoint:
             # Some old Llama checkpoints store the RoPE table; it is derived, not learned.
             if name not in expected and name not in skipped and not name.endswith("rotary_emb.inv_freq"):
                 raise CheckpointError(
-                    "a tensor that the architecture does not have", where=f"{self._file_of[name]}, tensor {name}"
+                    "a tensor that the architecture does not have",
+                    code="LZ111",
+                    where=f"{self._file_of[name]}, tensor {name}",
                 )
+
+    def _missing(self, name: str) -> CheckpointError:
+        fix = "are all files of the model there?"
+        return CheckpointError("a tensor is missing", code="LZ111", where=f"{self.folder}, tensor {name}", fix=fix)
 
     def load(self, name: str) -> Any:
         """One tensor, as stored.
@@ -210,14 +286,14 @@ class Checkpoint:
             CheckpointError: there is no such tensor, or it holds NaN or infinity.
         """
         if name not in self:
-            raise CheckpointError("a tensor is missing", where=f"{self.folder}, tensor {name}")
+            raise self._missing(name)
         path, entry = self._file_of[name], self._entry[name]
         begin, end = entry["data_offsets"]
         # Read, not mapped: mapped pages would stay in memory as long as the file is open.
         buffer = bytearray(end - begin)
-        with path.open("rb") as stream:
+        with self._opened(path) as stream:
             stream.seek(self._data_start[path] + begin)
-            stream.readinto(buffer)
+            self._filled(path, stream.readinto(buffer), len(buffer))
         return self._tensor(name, buffer, entry["shape"])
 
     def load_rows(self, name: str, rows: Sequence[int]) -> Any:
@@ -232,18 +308,33 @@ class Checkpoint:
         size = (end - begin) // count
         buffer = bytearray(size * len(rows))
         view = memoryview(buffer)
-        with path.open("rb") as stream:
+        with self._opened(path) as stream:
             for place, row in enumerate(rows):
                 stream.seek(self._data_start[path] + begin + row * size)
-                stream.readinto(view[place * size : (place + 1) * size])
+                self._filled(path, stream.readinto(view[place * size : (place + 1) * size]), size)
         return self._tensor(name, buffer, [len(rows), *rest])
+
+    def _opened(self, path: Path) -> BufferedReader:
+        try:
+            return path.open("rb")
+        except OSError as error:
+            raise CheckpointError(
+                f"the file can no longer be read: {error.strerror}", code="LZ103", where=str(path), fix="put it back"
+            ) from error
+
+    def _filled(self, path: Path, count: int, wanted: int) -> None:
+        if count != wanted:
+            raise CheckpointError(
+                "the file has become shorter", code="LZ103", where=str(path), fix="download the file again"
+            )
 
     def _tensor(self, name: str, buffer: bytearray, shape: list[int]) -> Any:
         import torch
 
         dtype = getattr(torch, _TORCH_NAMES[self._entry[name]["dtype"]])
         tensor = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-        # In parts: a sum in float32 makes a float32 copy of what it sums.
-        if tensor.is_floating_point() and not all(_is_finite(part) for part in tensor.split(_CHECKED_AT_ONCE)):
-            raise CheckpointError("the tensor holds NaN or infinity", where=f"{self._file_of[name]}, tensor {name}")
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise CheckpointError(
+                "the tensor holds NaN or infinity", code="LZ108", where=f"{self._file_of[name]}, tensor {name}"
+            )
         return tensor.view(shape)

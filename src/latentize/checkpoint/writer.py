@@ -1,27 +1,29 @@
 """Writing an output folder so that it is either whole or not there.
 
-Everything goes into ``OUT.partial-<id>`` beside ``OUT``; the index, then the config, then the manifest with
-the hashes come last; one rename makes it ``OUT``.
+Everything goes into ``OUT.partial-<id>`` beside ``OUT``, or into a folder inside it where a journal is kept; the index,
+then the config, then the manifest with the hashes come last; one rename makes it ``OUT``.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from latentize.checkpoint.journal import Journal, sync
 from latentize.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256
-from latentize.checkpoint.reader import INDEX_NAME, SINGLE_NAME
-from latentize.errors import OutputError
+from latentize.checkpoint.reader import INDEX_NAME, SINGLE_NAME, is_finite
+from latentize.errors import NumericsError, OutputError
 
 __all__ = ["OutputFolder"]
 
 # What gathers in memory before it is written; so files are smaller than is usual.
 SHARD_BYTES = 256 << 20
+_SHARD = "shard-"
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,37 +38,50 @@ _TOKENIZER_FILES = (
 )
 
 
-def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder, before anything else is done."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def copied_files(source: Path) -> list[Path]:
+    """Files of a checkpoint that belong to the tokenizer, to generation and to the licence."""
+    licence = [path for pattern in _LICENCE_FILES for path in sorted(source.glob(pattern))]
+    return [path for path in (*(source / name for name in _TOKENIZER_FILES), *licence) if path.is_file()]
 
 
 class OutputFolder:
     """A checkpoint being written.
 
-    Use as a context manager: leaving it by an exception removes the partial folder.
+    Use as a context manager: leaving it by an exception removes the partial folder. With a journal that is the
+    journal's to do, and shards that it knows to be finished are not written again.
 
     Args:
         out: Final folder; must not exist.
         shard_bytes: Tensors are flushed to a file when this much has gathered.
+        journal: Of a conversion that can be resumed; it has begun.
 
     Raises:
         OutputError: ``out`` exists, or its parent cannot be written.
     """
 
-    def __init__(self, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-        self.out = out.expanduser().absolute()
+    def __init__(self, out: Path, *, shard_bytes: int = SHARD_BYTES, journal: Journal | None = None) -> None:
+        self.out, self._journal = out.expanduser().absolute(), journal
         if self.out.exists():
-            raise OutputError("the output folder exists already", where=str(out), fix="remove it, or choose another")
+            raise OutputError(
+                "the output folder exists already", code="LZ401", where=str(out), fix="remove it, or choose another"
+            )
         self.partial = self.out.with_name(f"{self.out.name}.partial-{uuid.uuid4().hex[:8]}")
+        if journal is not None:
+            assert journal.folder is not None
+            self.partial = journal.folder / "out"
         try:
-            self.partial.mkdir(parents=True)
+            self.partial.mkdir(parents=True, exist_ok=journal is not None)
+            # Config and index come last, in a conversion that goes on as well.
+            for path in self.partial.iterdir():
+                if not path.name.startswith(_SHARD):
+                    path.unlink()
         except OSError as error:
-            raise OutputError(f"cannot create the output folder: {error.strerror}", where=str(out)) from error
+            raise OutputError(
+                f"cannot create the output folder: {error.strerror}",
+                code="LZ402",
+                where=str(out),
+                fix="choose a folder that can be written",
+            ) from error
         self._shard_bytes = shard_bytes
         self._pending: dict[str, Any] = {}
         self._pending_bytes = 0
@@ -78,11 +93,24 @@ class OutputFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.partial.exists():
+        if self._journal is None and self.partial.exists():
             shutil.rmtree(self.partial, ignore_errors=True)
 
+    def _unwritten(self, what: str, error: BaseException, path: Path) -> OutputError:
+        reason = getattr(error, "strerror", None) or str(error)
+        kept = self._journal is not None and self._journal.worth
+        fix = "make room on the disk, or choose another" + ("; then go on with --resume" if kept else "")
+        return OutputError(f"cannot {what}: {reason}", code="LZ403", where=str(path), fix=fix)
+
     def add(self, name: str, tensor: Any) -> None:
-        """Append one tensor; it is on disk at the latest when the folder is finished."""
+        """Append one tensor; it is on disk at the latest when the folder is finished.
+
+        Raises:
+            NumericsError: it holds NaN or infinity.
+            OutputError: writing fails.
+        """
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise NumericsError("a converted weight is not finite", where=f"tensor {name}")
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self._shard_bytes:
             self._flush()
@@ -94,29 +122,37 @@ class OutputFolder:
 
         if not self._pending:
             return
-        path = self._shard_path(len(self._shards))
-        try:
-            save_file(self._pending, str(path), metadata={"format": "pt"})
-            # safetensors lets nobody else read it; the folder says who may.
-            path.chmod(self.partial.stat().st_mode & 0o666)
-            sync(path)
-        except Exception as error:
-            raise OutputError(f"cannot write weights: {error}", where=str(path)) from error
-        self._shards.append({n: t.numel() * t.element_size() for n, t in self._pending.items()})
+        number, sizes = len(self._shards), {n: t.numel() * t.element_size() for n, t in self._pending.items()}
+        path, step = self._shard_path(number), f"shard {number}"
+        if self._journal is None or self._journal.facts(step) != sizes:
+            try:
+                save_file(self._pending, str(path), metadata={"format": "pt"})
+                # safetensors lets nobody else read it; the folder says who may.
+                path.chmod(self.partial.stat().st_mode & 0o666)
+                sync(path)
+            except Exception as error:
+                raise self._unwritten("write weights", error, path) from error
+            if self._journal is not None:
+                self._journal.note(step, sizes, path)
+        self._shards.append(sizes)
         self._pending, self._pending_bytes = {}, 0
 
     def _shard_path(self, number: int) -> Path:
-        return self.partial / f"shard-{number:05d}.safetensors"
+        return self.partial / f"{_SHARD}{number:05d}.safetensors"
 
     def copy_tokenizer(self, source: Path) -> None:
         """Copy the files that belong to the tokenizer, to generation and to the licence, where the source has them."""
-        licence = [path.name for pattern in _LICENCE_FILES for path in sorted(source.glob(pattern))]
-        for name in (*_TOKENIZER_FILES, *licence):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, self.partial / name)
+        for path in copied_files(source):
+            try:
+                shutil.copyfile(path, self.partial / path.name)
+            except OSError as error:
+                raise self._unwritten("copy the tokenizer", error, path) from error
 
     def write_text(self, name: str, text: str) -> None:
-        (self.partial / name).write_text(text, encoding="utf-8")
+        try:
+            (self.partial / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise self._unwritten("write", error, self.partial / name) from error
 
     def finish_model(self, config: dict[str, Any]) -> None:
         """Write what is left of the weights, index and config: from then on the partial folder can be loaded.
@@ -138,11 +174,16 @@ class OutputFolder:
                 self.write_text(INDEX_NAME, json.dumps(index, indent=2) + "\n")
             self.write_text("config.json", json.dumps(config, indent=2) + "\n")
         except OSError as error:
-            raise OutputError(f"cannot finish the output: {error.strerror}", where=str(self.out)) from error
+            raise self._unwritten("finish the output", error, self.out) from error
         self._shards = []
 
-    def finish(self, config: dict[str, Any], manifest: Manifest) -> None:
+    def finish(self, config: dict[str, Any], manifest: Manifest, last: Callable[[Path], object] | None = None) -> None:
         """Write what :meth:`finish_model` has not written yet, then the manifest, and rename to the final name.
+
+        Args:
+            config: ``config.json``.
+            manifest: Gets the hashes.
+            last: Called with the folder before it is renamed; may add files that the manifest does not hash.
 
         Raises:
             OutputError: writing fails; nothing is left at ``out``.
@@ -152,10 +193,12 @@ class OutputFolder:
         try:
             manifest.files = {p.name: sha256(p) for p in sorted(self.partial.iterdir()) if p.name != MANIFEST_NAME}
             self.write_text(MANIFEST_NAME, manifest.dumps())
+            if last is not None:
+                last(self.partial)
             for path in self.partial.iterdir():
                 sync(path)
             sync(self.partial)
             self.partial.rename(self.out)
             sync(self.out.parent)
         except OSError as error:
-            raise OutputError(f"cannot finish the output: {error.strerror}", where=str(self.out)) from error
+            raise self._unwritten("finish the output", error, self.out) from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latentize.attention.latent import LatentWeights
 from latentize.calibrate.stats import CalibrationStats, Needed, gather
+from latentize.convert.kept import Made, Once, at_once
 from latentize.convert.methods import Conversion, conversion
 from latentize.convert.refine import Refinement, expand_heads, refine
 from latentize.convert.settings import Setting
@@ -82,23 +83,27 @@ class Draft:
         self.spec, self.refinement = spec, refinement
         self.text = text.clone()
 
-    def convert(self, layer: SourceLayer, seen: Seen, setting: Setting) -> DraftedLayer:
-        """The layer in closed form, and refined."""
+    def convert(self, layer: SourceLayer, seen: Seen, setting: Setting, once: Once = at_once) -> DraftedLayer:
+        """The layer in closed form, and refined, once."""
         closed = conversion(layer.weights, self.spec, seen.stats, setting)
         if self.refinement is None:
             return DraftedLayer(closed, closed.weights)
-        hidden_NTD = self.text.hidden_NTD
-        assert seen.residual_NTD is not None
-        target_NTD = (seen.residual_NTD - hidden_NTD) / layer.residual_scale
-        found = refine(
-            expand_heads(closed.weights),
-            lambda rows: layer.normalise(hidden_NTD[rows]),
-            target_NTD,
-            self.refinement,
-            positions_NT=self.text.positions_NT,
-            autocast=layer.fast_matmul,
-        )
-        return DraftedLayer(closed, found.weights, f"error {found.before:.4f} → {found.after:.4f}")
+        how, hidden_NTD, residual_NTD = self.refinement, self.text.hidden_NTD, seen.residual_NTD
+        assert residual_NTD is not None
+
+        def make() -> Made:
+            found = refine(
+                expand_heads(closed.weights),
+                lambda rows: layer.normalise(hidden_NTD[rows]),
+                (residual_NTD - hidden_NTD) / layer.residual_scale,
+                how,
+                positions_NT=self.text.positions_NT,
+                autocast=layer.fast_matmul,
+            )
+            return [found.weights], f"error {found.before:.4f} → {found.after:.4f}"
+
+        (refined,), news = once(make)
+        return DraftedLayer(closed, refined, news)
 
     def advance(self, layer: SourceLayer, attention: nn.Module) -> None:
         """Take the calibration text through the converted layer."""

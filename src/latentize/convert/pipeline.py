@@ -21,7 +21,9 @@ from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
 from latentize.calibrate.tokens import Passages
+from latentize.checkpoint import Journal
 from latentize.convert.draft import Draft, DraftedLayer, observe
+from latentize.convert.kept import Made, once
 from latentize.convert.methods import linear_fit
 from latentize.convert.polish import Polish, polish
 from latentize.convert.pooling import pool_heads
@@ -123,8 +125,11 @@ def convert_latent(
     evaluation: Passages,
     effort: Effort | None = None,
     progress: Progress = silent,
+    journal: Journal | None = None,
 ) -> Converted:
     """Convert every layer to MLA and hand it to ``sink``.
+
+    What is refined is kept in the journal; the closed form takes less time than its place on the disk is worth.
 
     Args:
         source: The model.
@@ -135,9 +140,10 @@ def convert_latent(
         evaluation: Tokens that the result is measured on.
         effort: What to do beyond the closed form.
         progress: Told after each layer, and each step of the polish.
+        journal: Keeps what took long.
     """
     effort = effort or Effort()
-    first = _LayerByLayer(source, settings, sink, calibration, effort.refinement)
+    first = _LayerByLayer(source, settings, sink, calibration, effort.refinement, journal)
     make: _Make = first
     if effort.polish is not None:
         make = _polished(source, first, calibration, selection, effort.polish, sink, progress)
@@ -185,7 +191,9 @@ class _LayerByLayer:
         sink: Sink,
         calibration: Passages,
         refinement: Refinement | None,
+        journal: Journal | None = None,
     ) -> None:
+        self.journal = journal
         self.own: Stream | None = source.embed(calibration)
         # Without refinement nothing is learnt from the converted stream but how large its latents get.
         few = len(calibration) if refinement else max(1, _RMS_TOKENS // calibration.length)
@@ -198,7 +206,7 @@ class _LayerByLayer:
         assert self.own is not None and self.draft is not None
         refines, setting = self.draft.refinement is not None, self.settings[layer.index]
         seen = observe(layer, self.spec, self.own, setting.needs(self.spec), residual=refines)
-        made = self.draft.convert(layer, seen, setting)
+        made = self.draft.convert(layer, seen, setting, once(self.journal, f"layer {layer.index}"))
         self.facts.append(made.closed.describe())
         stages = {}
         if refines:
@@ -264,7 +272,13 @@ def _polished(
         progress("refining layers", layer.index + 1, source.spec.layers, made.news)
         del layer, made, passed
     assert first.own is not None
-    final = polish(source, refined, calibration, first.own.hidden_NTD, selection, how, progress)
+
+    def make(teacher_NTD: Tensor = first.own.hidden_NTD) -> Made:
+        return polish(source, refined, calibration, teacher_NTD, selection, how, progress), ""
+
+    final, _ = once(first.journal, "polish")(make)
+    # It holds the stream.
+    del make
     first.release()
     few = calibration[: max(1, _RMS_TOKENS // calibration.length)]
     draft = Draft(first.spec, None, source.embed(few))

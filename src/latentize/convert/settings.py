@@ -104,12 +104,14 @@ def settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
     if not found and recipe.freqfold is not None:
         raise OptionError(
             f"blocks of {recipe.freqfold} frequencies fit no roped key of this budget",
+            code="LZ304",
             where="--freqfold",
             fix=f"it should divide {spec.head_dim // 2} and be a multiple of head size / roped key size",
         )
     if not found:
         raise OptionError(
             f"no split into latent and roped key fits {_budget(recipe, spec)} values per token and layer",
+            code="LZ304",
             where="--keep",
             fix="keep more, or give --kv-lora-rank and --qk-rope-head-dim",
         )
@@ -120,6 +122,7 @@ def settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
     if not found:
         raise UnsupportedModelError(
             f"'{recipe.method}' cannot compress keys that are normalised per head (qk-norm)",
+            code="LZ210",
             where="config.json, model_type",
             fix="only --method mha2mla --keep 100% (exact, nothing saved) treats such a model yet",
         )
@@ -138,12 +141,15 @@ def _sizes(recipe: Recipe, spec: AttentionSpec, rope_heads: int) -> Iterator[tup
         rank, rope = recipe.sizes
         if rope > spec.head_dim or spec.head_dim % rope:
             raise OptionError(
-                f"a roped key of {rope} does not divide heads of {spec.head_dim}", where="--qk-rope-head-dim"
+                f"a roped key of {rope} does not divide heads of {spec.head_dim}",
+                code="LZ303",
+                where="--qk-rope-head-dim",
             )
         largest = min(full - rope_heads * rope, spec.hidden_size)
         if rank > largest:
             raise OptionError(
                 f"a latent of {rank} is larger than all it is made from ({largest})",
+                code="LZ303",
                 where="--kv-lora-rank",
             )
         yield rank, rope
@@ -200,6 +206,7 @@ def _calibrated(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
     if not found:
         raise OptionError(
             f"no split into latent and roped key fits {_budget(recipe, spec)} values per token and layer",
+            code="LZ304",
             where="--keep",
             fix="keep more, or give --kv-lora-rank and --qk-rope-head-dim",
         )
@@ -212,10 +219,13 @@ def _calibrated_sizes(recipe: Recipe, spec: AttentionSpec) -> Iterator[tuple[int
     if recipe.sizes is not None:
         rank, rope = recipe.sizes
         if rope > full // 2:
-            raise OptionError(f"the keys have {full // 2} values, fewer than {rope}", where="--qk-rope-head-dim")
+            raise OptionError(
+                f"the keys have {full // 2} values, fewer than {rope}", code="LZ303", where="--qk-rope-head-dim"
+            )
         if rank > min(full - rope, hidden):
             raise OptionError(
                 f"a latent of {rank} is larger than all it is made from ({min(full - rope, hidden)})",
+                code="LZ303",
                 where="--kv-lora-rank",
             )
         yield rank, rope
@@ -252,6 +262,7 @@ def pooled_heads(recipe: Recipe, spec: AttentionSpec) -> int:
     if heads == 0 or heads == spec.num_kv_heads:
         raise OptionError(
             f"pooling {spec.num_kv_heads} kv heads cannot give {recipe.budget:.1%} of the cache",
+            code="LZ304",
             where=f"--to {recipe.to} --keep",
             fix=f"the least that heads can be pooled to is {1 / spec.num_kv_heads:.1%}; latent attention goes lower",
         )

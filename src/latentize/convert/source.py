@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from latentize.attention.grouped import AttentionWeights
 from latentize.calibrate.tokens import Passages, Placed
 from latentize.checkpoint import Checkpoint
-from latentize.errors import CheckpointError
+from latentize.errors import CheckpointError, ConfigError
 from latentize.families import ModelSpec
 from latentize.machine import multiplies_bfloat16
 
@@ -217,11 +217,19 @@ class SourceModel:
         self.large = sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()) > _LARGE
         self.autocast = self.large
         self.fast_matmul = self.autocast or multiplies_bfloat16(torch.device(device).type)
-        config = AutoConfig.from_pretrained(checkpoint.folder)
-        config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        self._rotary = type(self._skeleton.model.rotary_emb)(config).to(device)
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.folder)
+            config._attn_implementation = "sdpa"
+            with torch.device("meta"):
+                self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            self._rotary = type(self._skeleton.model.rotary_emb)(config).to(device)
+        # Entries that the family's table does not read may be anything.
+        except Exception as error:
+            raise ConfigError(
+                f"transformers cannot make the model: {(str(error) or repr(error)).splitlines()[0]}",
+                where=str(checkpoint.folder / "config.json"),
+                fix="take config.json from where the model was published",
+            ) from error
 
     def _float(self, name: str) -> Tensor:
         return self.checkpoint.load(name).to(self.device, torch.float32)
@@ -237,6 +245,7 @@ class SourceModel:
         if int(tokens_NT.max()) >= rows:
             raise CheckpointError(
                 f"the tokenizer makes token {int(tokens_NT.max())}, the embedding has {rows} rows",
+                code="LZ117",
                 where=str(self.checkpoint.folder),
                 fix="is this the model's own tokenizer?",
             )

@@ -122,4 +122,6 @@ def _absorbed_error(model: Any, checkpoint: Checkpoint) -> float:
 def require(verdict: Verdict, out: Path) -> None:
     """Raise if anything was wrong."""
     if not verdict.ok:
-        raise CheckpointError("; ".join(verdict.problems), where=str(out), fix="convert or download again")
+        raise CheckpointError(
+            "; ".join(verdict.problems), code="LZ118", where=str(out), fix="convert or download again"
+        )

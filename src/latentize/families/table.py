@@ -6,6 +6,7 @@ Tables are JSON files in ``tables/``. Unknown keys are refused, so that a typo c
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
@@ -22,13 +23,13 @@ _ATTENTION_KEYS = {"qkv_bias", "o_bias", "qk_norm", "sliding_window", "sliding_w
 _MULTIPLIERS = {"embedding", "residual", "logits"}
 # Config entries whose mere presence with a true value changes what attention computes.
 _UNSUPPORTED = {
-    "attn_logit_softcapping": "attention logits are soft-capped",
-    "final_logit_softcapping": "output logits are soft-capped",
-    "kv_lora_rank": "the model has latent attention already",
-    "quantization_config": "the weights are quantised",
-    "is_encoder_decoder": "it is an encoder-decoder",
-    "vision_config": "it is multimodal",
-    "auto_map": "it needs code from the checkpoint to run",
+    "attn_logit_softcapping": ("attention logits are soft-capped", "LZ206"),
+    "final_logit_softcapping": ("output logits are soft-capped", "LZ206"),
+    "kv_lora_rank": ("the model has latent attention already", "LZ203"),
+    "quantization_config": ("the weights are quantised", "LZ204"),
+    "is_encoder_decoder": ("it is an encoder-decoder", "LZ211"),
+    "vision_config": ("it is multimodal", "LZ211"),
+    "auto_map": ("it needs code from the checkpoint to run", "LZ207"),
 }
 
 
@@ -201,8 +202,31 @@ def _int(config: Mapping[str, Any], key: str, default: int | None = None) -> int
     return value
 
 
+def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(f"'{key}' should be a positive number, is {value!r}", where=f"config.json, {key}")
+    return float(value)
+
+
 def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
-    """RoPE from either generation of config: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``."""
+    """RoPE from either generation of config: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
+
+    Raises:
+        ConfigError: an entry that RoPE cannot be computed from.
+        UnsupportedModelError: a scaling that cannot be converted.
+    """
+    try:
+        spec = _rope_spec(config, head_dim)
+        if all(0 < w < math.inf for w in (spec.theta, *spec.frequencies)):
+            return spec
+        reason = "its frequencies should be positive numbers"
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__} {error}"
+    raise ConfigError(f"the entries of RoPE make no sense: {reason}", where="config.json, rope_parameters")
+
+
+def _rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
     entries = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if "type" in entries:
         entries.setdefault("rope_type", entries.pop("type"))
@@ -212,9 +236,7 @@ def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
         entries.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     if entries.get("rope_type", "default") == "default":
         entries = {}
-    spec = RopeSpec(theta=float(theta), rotary_dim=int(head_dim * partial), scaling=entries)
-    spec.frequencies  # noqa: B018  (raises for scalings that cannot be converted)
-    return spec
+    return RopeSpec(theta=float(theta), rotary_dim=int(head_dim * partial), scaling=entries)
 
 
 def model_spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -228,9 +250,18 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
         raise ConfigError("the file should hold one JSON object", where="config.json")
     model_type = config.get("model_type")
     table = families().get(str(model_type))
-    for key, meaning in _UNSUPPORTED.items():
+    for key, (meaning, code) in _UNSUPPORTED.items():
         if config.get(key):
-            raise UnsupportedModelError(f"'{model_type}' cannot be converted: {meaning}", where=f"config.json, {key}")
+            raise UnsupportedModelError(
+                f"'{model_type}' cannot be converted: {meaning}", code=code, where=f"config.json, {key}"
+            )
+    if model_type == "latentize":
+        raise UnsupportedModelError(
+            "the model was converted already",
+            code="LZ203",
+            where="config.json, model_type",
+            fix="convert its source again, or heal it",
+        )
     if table is None:
         raise UnsupportedModelError(
             f"no table for the architecture '{model_type}'",
@@ -242,23 +273,36 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     kv_heads = _int(config, "num_key_value_heads", heads)
     hidden = _int(config, "hidden_size")
     if heads % kv_heads:
-        raise ConfigError(f"{heads} query heads are not a multiple of {kv_heads} kv heads", where="config.json")
+        raise ConfigError(
+            f"{heads} query heads are not a multiple of {kv_heads} kv heads", code="LZ121", where="config.json"
+        )
     head_dim = _int(config, "head_dim", hidden // heads)
     if head_dim % 2:
-        raise ConfigError(f"heads of {head_dim} cannot be rotated: RoPE needs pairs", where="config.json, head_dim")
+        raise ConfigError(
+            f"heads of {head_dim} cannot be rotated: RoPE needs pairs", code="LZ121", where="config.json, head_dim"
+        )
     feature = {name: _feature(key, config) for name, key in table.attention.items()}
     window = feature.get("sliding_window") if feature.get("sliding_window_switch", True) else None
     if window is not None:
         raise UnsupportedModelError(
             f"'{model_type}' with an active sliding window of {window} tokens cannot be converted",
+            code="LZ205",
             where=f"config.json, {table.attention['sliding_window']}",
             fix="if the window was never meant to be active, set it to null",
         )
-    eps = float(config.get("rms_norm_eps", 1e-6))
+    types = config.get("layer_types") or []
+    if others := sorted({str(t) for t in types} - {"full_attention"}) if isinstance(types, list) else [str(types)]:
+        raise UnsupportedModelError(
+            f"'{model_type}' with layers of '{others[0]}' cannot be converted",
+            code="LZ205",
+            where="config.json, layer_types",
+        )
+    eps = _positive(config, "rms_norm_eps", 1e-6)
     rope = rope_spec(config, head_dim)
     if rope.rotary_dim != head_dim:
         raise UnsupportedModelError(
             f"'{model_type}' with RoPE on a part of each head cannot be converted",
+            code="LZ209",
             where="config.json, partial_rotary_factor",
         )
     attention = AttentionSpec(

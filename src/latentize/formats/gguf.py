@@ -20,8 +20,8 @@ import numpy as np
 from torch import Tensor
 
 from latentize.checkpoint import Checkpoint
+from latentize.checkpoint.journal import sync
 from latentize.checkpoint.manifest import sha256
-from latentize.checkpoint.writer import sync
 from latentize.errors import FormatError, OptionError, OutputError
 from latentize.formats.deepseek_v3 import EPS
 from latentize.formats.gguf_types import BLOCK, TYPES, GgufTensor, check_range, ggml_type, gguf_module, stored
@@ -231,7 +231,9 @@ def write_gguf(folder: Path, out: Path, kind: str, *, name: str = "", overwrite:
         raise OptionError(f"no such type: '{kind}'", where="--type", fix=", ".join(TYPES))
     out = out.expanduser().absolute()
     if out.exists() and (not overwrite or not out.is_file()):
-        raise OutputError("the output exists already", where=str(out), fix="remove it, or give --overwrite")
+        raise OutputError(
+            "the output exists already", code="LZ401", where=str(out), fix="remove it, or give --overwrite"
+        )
     gguf_module()
     checkpoint = Checkpoint(folder)
     check_portable(checkpoint)
@@ -245,7 +247,7 @@ def write_gguf(folder: Path, out: Path, kind: str, *, name: str = "", overwrite:
         partial.replace(out)
         sync(out.parent)
     except OSError as error:
-        raise OutputError(f"cannot write the file: {error.strerror}", where=str(out)) from error
+        raise OutputError(f"cannot write the file: {error.strerror}", code="LZ403", where=str(out)) from error
     finally:
         partial.unlink(missing_ok=True)
     types = [ggml_type(tensor, kind) for tensor in tensors]

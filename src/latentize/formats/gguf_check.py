@@ -34,7 +34,7 @@ def read_gguf(path: Path) -> Any:
         return gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(
-            f"the GGUF file cannot be read: {error}", where=str(path), fix="export it again"
+            f"the GGUF file cannot be read: {error}", code="LZ118", where=str(path), fix="export it again"
         ) from error
 
 
@@ -160,5 +160,5 @@ def check_gguf(path: Path, folder: Path) -> dict[str, Any]:
             problems.append(problem)
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError("; ".join(problems[:3]) + more, where=str(path), fix="export it again")
+        raise CheckpointError("; ".join(problems[:3]) + more, code="LZ118", where=str(path), fix="export it again")
     return {"tensors": counts, "largest_error": largest, "keys": len(expected)}

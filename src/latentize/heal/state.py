@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from latentize.checkpoint.writer import sync
+from latentize.checkpoint.journal import sync
 from latentize.errors import OptionError, OutputError
 from latentize.heal.parallel import Team
 from latentize.heal.tracking import Tracking
@@ -57,16 +57,22 @@ class Workspace:
         self.metrics = self.folder / "metrics.jsonl"
         self._request, self._state, self._team = self.folder / "request.json", self.folder / "state", team
         if out.exists():
-            raise OutputError("the output folder exists already", where=str(out), fix="remove it, or choose another")
+            raise OutputError(
+                "the output folder exists already", code="LZ401", where=str(out), fix="remove it, or choose another"
+            )
         wanted = json.dumps(request, indent=2, sort_keys=True) + "\n"
         there = self._request.is_file()
         if there and not resume:
             raise OutputError(
-                "an unfinished healing is there", where=str(self.folder), fix="go on with --resume, or remove it"
+                "an unfinished healing is there",
+                code="LZ411",
+                where=str(self.folder),
+                fix="go on with --resume, or remove it",
             )
         if there and self._request.read_text() != wanted:
             raise OptionError(
                 "the unfinished healing was asked for something else",
+                code="LZ412",
                 where=str(self._request),
                 fix="use the same models and options, or remove the folder and start again",
             )
@@ -86,7 +92,9 @@ class Workspace:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._request.write_text(self._wanted)
             except OSError as error:
-                raise OutputError(f"cannot be written: {error.strerror}", where=str(self.folder)) from error
+                raise OutputError(
+                    f"cannot be written: {error.strerror}", code="LZ402", where=str(self.folder)
+                ) from error
         self._team.wait()
 
     def write(

@@ -48,6 +48,6 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
             found.setdefault(entry["kind"], []).append({"at": entry["at"], **entry["result"]})
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(
-                "a line is damaged", where=f"{path}, line {number}", fix="remove the line, or the file"
+                "a line is damaged", code="LZ118", where=f"{path}, line {number}", fix="remove the line, or the file"
             ) from None
     return found

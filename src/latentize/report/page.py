@@ -62,8 +62,12 @@ def verdict(excess: float) -> tuple[str, str]:
     return next((short, long) for bound, short, long in _VERDICTS if excess < bound)
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, *, name: str = "") -> Path:
     """Write ``report.html`` of an output from its manifest and what was measured since.
+
+    Args:
+        folder: The output.
+        name: What it is called, if not as the folder.
 
     Raises:
         CheckpointError: the folder is not an output of latentize, or what it says of itself is damaged.
@@ -71,9 +75,12 @@ def write_report(folder: Path) -> Path:
     manifest, path = Manifest.load(folder), folder / REPORT_NAME
     if "layers" not in manifest.source:
         raise CheckpointError(
-            "the manifest does not describe the source", where=str(folder / MANIFEST_NAME), fix="convert again"
+            "the manifest does not describe the source",
+            code="LZ118",
+            where=str(folder / MANIFEST_NAME),
+            fix="convert again",
         )
-    path.write_text(page(manifest, measured(folder), name=folder.name), encoding="utf-8")
+    path.write_text(page(manifest, measured(folder), name=name or folder.name), encoding="utf-8")
     return path
 
 

@@ -1,0 +1,66 @@
+"""Weights that took long, kept on disk until the conversion is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentize.attention.latent import LatentWeights
+from latentize.checkpoint import Journal
+
+__all__ = ["Made", "Once", "at_once", "once"]
+
+# Weights of some layers, and what is to be told of them.
+Made = tuple[Sequence[LatentWeights], str]
+# Makes them, unless that was done before.
+Once = Callable[[Callable[[], Made]], Made]
+
+
+def at_once(make: Callable[[], Made]) -> Made:
+    """Make them; nothing is kept."""
+    return make()
+
+
+def once(journal: Journal | None, step: str) -> Once:
+    """Make them, unless the journal has them from before an interruption; bit by bit the same.
+
+    Args:
+        journal: Of the conversion, if it keeps one.
+        step: Their name there.
+    """
+
+    def of_journal(make: Callable[[], Made]) -> Made:
+        if journal is None:
+            return make()
+        if (found := journal.tensors(step)) is not None:
+            return _read(*found)
+        weights, news = make()
+        tensors, numbers = {}, []
+        for index, w in enumerate(weights):
+            tensors |= {f"{index}.{name}": t for name, t in vars(w).items() if isinstance(t, Tensor)}
+            numbers.append({name: v for name, v in vars(w).items() if isinstance(v, float)})
+        strides = {name: t.stride() for name, t in tensors.items()}
+        journal.keep(step, tensors, {"news": news, "numbers": numbers, "strides": strides})
+        return weights, news
+
+    return of_journal
+
+
+def _read(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Made:
+    weights = []
+    for index, numbers in enumerate(facts["numbers"]):
+        prefix = f"{index}."
+        own = {name: t for name, t in tensors.items() if name.startswith(prefix)}
+        laid = {name.removeprefix(prefix): _laid(t, facts["strides"][name]) for name, t in own.items()}
+        weights.append(LatentWeights(**laid, **numbers))
+    return weights, facts["news"]
+
+
+def _laid(t: Tensor, strides: Sequence[int]) -> Tensor:
+    """The tensor in memory as it was before it was stored: a product's last bits depend on that."""
+    if 0 in strides:
+        return t.clone()
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
