@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
