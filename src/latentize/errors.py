@@ -7,6 +7,7 @@ them without a traceback and exit with status 2.
 from __future__ import annotations
 
 __all__ = [
+    "CODES",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -20,6 +21,57 @@ __all__ = [
     "ResumeError",
     "UnsupportedModelError",
 ]
+
+
+# What each code stands for, and what can be done; docs/errors.md is made of it.
+CODES: dict[str, tuple[str, str]] = {
+    "LZ101": ("no weights that can be read", "Is it the folder of a model, with .safetensors files?"),
+    "LZ102": ("config.json is missing, malformed or makes no sense", "Take it from where the model was published."),
+    "LZ103": ("a file of weights is truncated", "Download it again."),
+    "LZ104": ("a git-LFS pointer, or an unfinished download", "Run `git lfs pull`, or download again."),
+    "LZ105": ("the header of a file of weights is damaged", "Download it again."),
+    "LZ106": ("index and shards disagree", "Download all shards and the index from one revision."),
+    "LZ107": ("a path that leaves the folder, or a link to itself", "Put the file itself there."),
+    "LZ108": ("a tensor holds NaN or infinity", "The model is damaged; download it again."),
+    "LZ109": ("a tensor has another shape than config.json implies", "Is it the config.json of these weights?"),
+    "LZ110": ("config.json and the weights differ in the number of layers", "Is it the config.json of these weights?"),
+    "LZ111": ("a tensor is missing, or there is one too many", "Are all files there, and only those of this model?"),
+    "LZ112": ("embeddings are said to be tied, and are not", "Set tie_word_embeddings to what is true."),
+    "LZ113": ("only pickled weights", "Convert them to safetensors; pickles can run code and are never opened."),
+    "LZ114": ("a file is not what the hub published", "Download it again."),
+    "LZ115": ("an adapter, not a model", "Merge it into its model first."),
+    "LZ116": ("the tokenizer cannot be loaded", "Copy tokenizer.json and tokenizer_config.json from the model."),
+    "LZ117": ("the tokenizer makes tokens that the embedding does not have", "Is it this model's own tokenizer?"),
+    "LZ118": ("an output of latentize is damaged, or is none", "Convert again."),
+    "LZ121": ("sizes in config.json contradict each other", "Take it from where the model was published."),
+    "LZ201": ("an architecture without a table", "See docs/adding-a-family.md."),
+    "LZ202": ("the output format, or the file type, cannot hold this", "Use --format native, or another --type."),
+    "LZ203": ("the model has latent attention already", "Convert its source again, or heal it."),
+    "LZ204": ("quantised weights, or a precision that is not known", "Use the unquantised checkpoint."),
+    "LZ205": ("an active sliding window, or layers of other kinds", "Only full attention can be converted."),
+    "LZ206": ("soft-capped logits", "No latent attention of an engine has them."),
+    "LZ207": ("the model needs code from its checkpoint", "Only architectures of transformers itself are run."),
+    "LZ208": ("a RoPE scaling that depends on the text's length", "default, linear and llama3 can be converted."),
+    "LZ209": ("RoPE on a part of each head", "It cannot be converted yet."),
+    "LZ210": ("a published method that cannot treat qk-norm", "Use --method calibrated."),
+    "LZ211": ("encoder-decoder or multimodal", "Only decoders of text can be converted."),
+    "LZ301": ("an option with an impossible value", "The message says which values there are."),
+    "LZ302": ("text that is missing, unreadable or too short", "Give other --data."),
+    "LZ303": ("sizes of latent or roped key that are out of bounds", "The message says what would fit."),
+    "LZ304": ("a budget that no sizes fit", "Keep more, or give sizes."),
+    "LZ305": ("a recipe that cannot be read", "A recipe is a YAML mapping, or an output's latentize.json."),
+    "LZ401": ("the output exists already", "Remove it, or choose another."),
+    "LZ402": ("the output folder cannot be made", "Choose a folder that can be written."),
+    "LZ403": ("writing failed", "Make room on the disk; then go on with --resume."),
+    "LZ404": ("the output would overwrite the model", "Choose another folder."),
+    "LZ411": ("something unfinished is there", "Go on with --resume, or remove it."),
+    "LZ412": ("what is unfinished was asked for something else", "Use the same model, text and options."),
+    "LZ413": ("another process is at it", "Wait for it, or end it."),
+    "LZ421": ("the disk has not enough room", "Make room, or choose another disk."),
+    "LZ422": ("memory does not suffice", "End other programs, give fewer --tokens, or use a larger machine."),
+    "LZ501": ("an engine is missing, stops, or computes something else", "See docs/engines.md."),
+    "LZ601": ("conversion left the range of numbers", "Does the model itself predict anything?"),
+}
 
 
 class LatentizeError(Exception):
@@ -99,16 +151,35 @@ class OutputError(LatentizeError):
 class ResumeError(LatentizeError):
     """Something unfinished is there that was not asked for, or is of something else."""
 
-    code = "LZ410"
+    code = "LZ411"
 
 
 class ResourceError(LatentizeError):
     """Memory or disk do not suffice."""
 
-    code = "LZ420"
+    code = "LZ421"
 
 
 class NumericsError(LatentizeError):
     """Conversion computed something that is not a finite number."""
 
     code = "LZ601"
+
+
+def documentation() -> str:
+    """The text of docs/errors.md."""
+    lines = [
+        "# Errors",
+        "",
+        "Every refusal has a code that stays, says what is wrong, where, and how to mend it, exits with status 2 and",
+        "leaves nothing half-written. Made by `python -m latentize.errors > docs/errors.md`.",
+        "",
+        "| code | what | what to do |",
+        "|---|---|---|",
+        *(f"| {code} | {what} | {fix} |" for code, (what, fix) in CODES.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(documentation(), end="")

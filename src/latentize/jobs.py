@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +32,7 @@ from latentize.convert.refine import Refinement
 from latentize.convert.search import choose
 from latentize.convert.settings import Setting, pooled_heads, settings
 from latentize.convert.source import SourceModel
-from latentize.errors import FormatError, NumericsError
+from latentize.errors import FormatError, NumericsError, ResourceError
 from latentize.families import ModelSpec
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
@@ -150,6 +151,23 @@ def _finite_numbers() -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _within_memory() -> Iterator[None]:
+    """What Python and PyTorch say where there is no more memory, said once."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's allocators have no class of their own on a CPU.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise ResourceError(
+            f"memory does not suffice: {(str(error) or 'the system gives no more').splitlines()[0]}",
+            code="LZ422",
+            where="this machine",
+            fix="end other programs, give fewer --tokens or --no-polish, or use a larger machine",
+        ) from error
+
+
 class Job:
     """One conversion, from checked input to finished folder."""
 
@@ -193,6 +211,21 @@ class Job:
             "versions": versions(),
         }
 
+    def _check_room(self, out: Path) -> None:
+        """Refuse where the disk will not hold the output, and as much again that is kept until it is whole."""
+        stored = sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
+        # The portable format has an output head of its own.
+        stored += self.spec.vocab_size * self.spec.attention.hidden_size if self.spec.tied else 0
+        needed = 2 * stored * self.dtype.itemsize
+        parent = next(folder for folder in out.expanduser().absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise ResourceError(
+                f"the output and what it is made of take about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+                where=str(parent),
+                fix="make room, or choose another disk",
+            )
+
     def run(self, out: Path, model: str, device: str, progress: Progress, resume: bool = False) -> dict[str, Any]:
         """Convert and write; what was interrupted goes on with ``resume``.
 
@@ -204,12 +237,13 @@ class Job:
             resume: Go on with an unfinished conversion of the same to ``out``.
         """
         started = time.time()
-        with Journal(out, resume=resume) as journal:
+        with Journal(out, resume=resume) as journal, _within_memory():
             if journal.done is not None:
                 journal.remove()
                 return journal.done
             text = draw_text(self.checkpoint.folder, self.recipe, self.spec.max_positions)
             request = self.request(model, text)
+            self._check_room(out)
             journal.begin(request)
             with OutputFolder(out, journal=journal) as folder:
                 self.writer = self.kind(folder, self.checkpoint, self.spec, self.dtype)

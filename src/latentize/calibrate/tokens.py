@@ -146,6 +146,7 @@ def pack(
     if not rows:
         raise DataError(
             f"the text has {len(ends)} tokens, fewer than one sequence of {sequence_length}",
+            where="the text, or the tokenizer",
             fix="pass more text with --data, or a shorter --sequence-length",
         )
     return torch.tensor(rows[:wanted], dtype=torch.int64)

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from latentize.checkpoint.manifest import sha256
 from latentize.errors import LatentizeError, OutputError, ResumeError
 
-__all__ = ["Journal", "sync"]
+__all__ = ["Journal", "locked", "sync"]
 
 _REQUEST, _STEPS, _DONE = "request.json", "journal.jsonl", "done"
 
@@ -108,7 +108,7 @@ class Journal:
             raise _of_something_else(others[0], request)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._stream = _locked(self.folder / _STEPS)
+            self._stream = locked(self.folder / _STEPS)
             if not (self.folder / _REQUEST).is_file():
                 # Complete before it has its name: whoever finds it can compare it.
                 new = self.folder / "request.new"
@@ -237,7 +237,7 @@ def _of_something_else(folder: Path, request: Mapping[str, Any]) -> ResumeError:
     )
 
 
-def _locked(path: Path) -> TextIO:
+def locked(path: Path) -> TextIO:
     """The file, to append to; it stays locked until it is closed, or its process is gone."""
     stream = path.open("a", encoding="utf-8")
     try:
@@ -245,7 +245,7 @@ def _locked(path: Path) -> TextIO:
     except BlockingIOError:
         stream.close()
         raise ResumeError(
-            "another process is at this conversion",
+            "another process is at it",
             code="LZ413",
             where=str(path.parent),
             fix="wait for it, or end it first",

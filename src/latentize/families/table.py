@@ -232,6 +232,8 @@ def _rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
         entries.setdefault("rope_type", entries.pop("type"))
     theta = entries.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
     partial = entries.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    if not 0 < partial <= 1:
+        raise ValueError(f"partial_rotary_factor is {partial}")
     if entries.get("rope_type") == "llama3":
         entries.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     if entries.get("rope_type", "default") == "default":

@@ -11,7 +11,6 @@ the key has to be there; no count of experts or of groups of them, since one gro
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from latentize.checkpoint import Checkpoint
-from latentize.checkpoint.journal import sync
+from latentize.checkpoint.journal import locked, sync
 from latentize.checkpoint.manifest import sha256
 from latentize.errors import FormatError, OptionError, OutputError
 from latentize.formats.deepseek_v3 import EPS
@@ -239,7 +238,12 @@ def write_gguf(folder: Path, out: Path, kind: str, *, name: str = "", overwrite:
     check_portable(checkpoint)
     tensors = gguf_tensors(checkpoint)
     vocab = read_vocab(folder, checkpoint.config["vocab_size"])
-    partial = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial = out.with_name(f"{out.name}.partial-export")
+    try:
+        # One that was killed left this file, and is made again from its beginning.
+        stream = locked(partial)
+    except OSError as error:
+        raise OutputError(f"cannot write the file: {error.strerror}", code="LZ403", where=str(out)) from error
     try:
         share = _write(partial, checkpoint, tensors, vocab, kind, name or folder.name)
         sync(partial)
@@ -250,6 +254,7 @@ def write_gguf(folder: Path, out: Path, kind: str, *, name: str = "", overwrite:
         raise OutputError(f"cannot write the file: {error.strerror}", code="LZ403", where=str(out)) from error
     finally:
         partial.unlink(missing_ok=True)
+        stream.close()
     types = [ggml_type(tensor, kind) for tensor in tensors]
     notes = list(vocab.notes)
     if kind == "q8_0" and "F16" in types:
