@@ -20,6 +20,8 @@ from latentize.spec import AttentionSpec, RopeSpec
 __all__ = ["PLUGINS", "ModelSpec", "Table", "families", "model_spec", "register_family"]
 
 _ATTENTION_KEYS = {"qkv_bias", "o_bias", "qk_norm", "sliding_window", "sliding_window_switch", "softmax_scale"}
+# Far above any model; beyond it, a table of frequencies would not fit into memory.
+_LARGEST_HEAD = 1 << 16
 _MULTIPLIERS = {"embedding", "residual", "logits"}
 # Config entries whose mere presence with a true value changes what attention computes.
 _UNSUPPORTED = {
@@ -279,6 +281,8 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
             f"{heads} query heads are not a multiple of {kv_heads} kv heads", code="LZ121", where="config.json"
         )
     head_dim = _int(config, "head_dim", hidden // heads)
+    if head_dim > _LARGEST_HEAD:
+        raise ConfigError(f"heads of {head_dim} make no sense", code="LZ121", where="config.json, head_dim")
     if head_dim % 2:
         raise ConfigError(
             f"heads of {head_dim} cannot be rotated: RoPE needs pairs", code="LZ121", where="config.json, head_dim"
