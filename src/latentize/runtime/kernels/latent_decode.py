@@ -13,6 +13,9 @@ Formats: ``float`` (any floating-point type), ``fp8`` (e4m3 as bytes), ``int8``,
 even number low; sixteen levels from -7.5).
 """
 
+# What a kernel is written in looks like Python and has types of its own.
+# pyright: reportArgumentType=false, reportAssignmentType=false
+
 import triton
 import triton.language as tl
 
@@ -35,7 +38,7 @@ def _queries(ptr, row_Q, SIZE: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.con
 
 @triton.jit
 def _tile(ptr, at_N, ok_N, SIZE: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):
-    """Stored steps ``[N, BLOCK]``, without their scales; for int4 of even and of odd dimensions, else the same twice."""
+    """Stored steps ``[N, BLOCK]``, without scales; for int4 of even and of odd dimensions, else the same twice."""
     width: tl.constexpr = (SIZE + 1) // 2 if FORMAT == "int4" else SIZE
     dim = tl.arange(0, BLOCK)
     raw = tl.load(ptr + at_N[:, None] + dim[None, :], mask=ok_N[:, None] & (dim < width)[None, :], other=0)
@@ -163,9 +166,7 @@ def attend_splits(
         if PAGE > 0:
             outer = tl.load(table_ptr + sequence * table_outer + inner_N // PAGE, mask=ok_N, other=0).to(tl.int64)
             inner_N = inner_N % PAGE
-        tile, tile_odd = _tile(
-            c_ptr, outer * c_outer + inner_N * c_token, ok_N, RANK, BLOCK_RANK, LATENT, COMPUTE
-        )
+        tile, tile_odd = _tile(c_ptr, outer * c_outer + inner_N * c_token, ok_N, RANK, BLOCK_RANK, LATENT, COMPUTE)
         roped, roped_odd = _tile(k_ptr, outer * k_outer + inner_N * k_token, ok_N, ROPE, BLOCK_ROPE, ROPED, COMPUTE)
         score_QN = _dots(q, q_odd, tile, tile_odd, LATENT)
         if SINKS_TURNED:

@@ -126,11 +126,14 @@ def absorbed_decode(
         cut: Instead of :func:`tiles`.
 
     Returns:
-        Sums of latents ``[B, H, T, r]``, and log-sum-exps of the logits ``[B, H, T]`` in float32. A query that sees nothing
-        gets zeros, and ``-inf``.
+        Sums of latents ``[B, H, T, r]``, and log-sum-exps of the logits ``[B, H, T]`` in float32. A query that sees
+        nothing gets zeros, and ``-inf``.
     """
     from latentize.runtime.kernels import latent_decode
 
+    # Kernels are launched through an index, with arguments that their decorator adds.
+    attend_splits: Any = latent_decode.attend_splits
+    merge_splits: Any = latent_decode.merge_splits
     batch, heads, new, rank = q_BHTr.shape
     count, dtype, device = heads * new, q_BHTr.dtype, q_BHTr.device
     assert rank <= LARGEST_RANK and dtype in compute_types() and q_rope_BHTR.dtype == dtype
@@ -152,7 +155,7 @@ def absorbed_decode(
         for part, share in zip(parts, shares, strict=True):
             table = lengths_B if part.table_BP is None else part.table_BP
             halves = [t for half in (part.latent, part.rope) for t in (half.codes, half.scale)]
-            latent_decode.attend_splits[(q_tiles, share, batch)](
+            attend_splits[(q_tiles, share, batch)](
                 *(q, q_rope, q_sink, *halves, table, lengths_B, mask, out_Qsr, lse_Qs),
                 *(scale, count, new, part.first, part.first + part.count, window or 0, sinks, gone, share, done, total),
                 *(stride for t in halves for stride in t.stride()[:2]),
@@ -164,7 +167,7 @@ def absorbed_decode(
             done += share
         out_BHTr = torch.empty_like(q)
         lse_BHT = torch.empty(batch, heads, new, dtype=torch.float32, device=device)
-        latent_decode.merge_splits[(batch * count, -(-rank // _MERGED_DIMS))](
+        merge_splits[(batch * count, -(-rank // _MERGED_DIMS))](
             *(out_Qsr, lse_Qs, out_BHTr, lse_BHT, total),
             RANK=rank,
             BLOCK_S=1 << (total - 1).bit_length(),

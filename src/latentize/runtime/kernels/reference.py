@@ -52,9 +52,7 @@ def absorbed_decode_reference(
     rows = [part.rows(torch.float64) for part in parts]
     c_B1Sr, k_B1SR = (torch.cat(halves, dim=1)[:, None] for halves in zip(*rows, strict=True))
     row_S, turned = torch.arange(c_B1Sr.shape[2], device=q.device), sinks if window is not None else 0
-    seen_BTS = visible(
-        lengths_B, q.shape[2], len(row_S), window=window, sinks=sinks, gone=gone, mask_BTS=mask_BTS
-    )
+    seen_BTS = visible(lengths_B, q.shape[2], len(row_S), window=window, sinks=sinks, gone=gone, mask_BTS=mask_BTS)
     # Nothing that no query sees may matter, whatever it is.
     read_BS = seen_BTS.any(1)[:, None, :, None]
     c_B1Sr, k_B1SR = c_B1Sr.where(read_BS, 0.0), k_B1SR.where(read_BS, 0.0)

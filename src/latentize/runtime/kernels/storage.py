@@ -22,8 +22,8 @@ class Stored:
     """One half of the rows: latents, or roped keys.
 
     Attributes:
-        tensors: What a codec's ``encode`` returns: floating-point values, or codes and one scale a token. ``[B, S, …]``,
-            or ``[G, L, …]`` in pages; the last axis is contiguous.
+        tensors: What a codec's ``encode`` returns: floating-point values, or codes and one scale a token.
+            ``[B, S, …]``, or ``[G, L, …]`` in pages; the last axis is contiguous.
         format: Of ``codecs.FORMATS``.
         size: Values of a row, ``n``.
     """
