@@ -1,0 +1,64 @@
+"""The naive twin of ``launch.absorbed_decode``, in plain PyTorch: what the kernels are tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from latentize.runtime.kernels.storage import Part
+
+__all__ = ["absorbed_decode_reference", "visible"]
+
+
+def visible(
+    lengths_B: Tensor,
+    new: int,
+    rows: int,
+    *,
+    window: int | None = None,
+    sinks: int = 0,
+    gone: int = 0,
+    mask_BTS: Tensor | None = None,
+) -> Tensor:
+    """Who may look at whom, boolean ``[B, T, S]``, for the first ``S = rows`` rows."""
+    row_S = torch.arange(rows, device=lengths_B.device)
+    at_BT1 = (lengths_B[:, None] - new + torch.arange(new, device=lengths_B.device))[..., None]
+    seen_BTS = row_S <= at_BT1
+    if window is not None:
+        seen_BTS = seen_BTS & ((at_BT1 - row_S < window) | (row_S < sinks))
+    if mask_BTS is not None:
+        seen_BTS = seen_BTS & mask_BTS[..., torch.where(row_S < sinks, row_S, row_S + gone)]
+    return seen_BTS
+
+
+def absorbed_decode_reference(
+    q_BHTr: Tensor,
+    q_rope_BHTR: Tensor,
+    parts: Sequence[Part],
+    lengths_B: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    sinks: int = 0,
+    gone: int = 0,
+    q_sink_BHTR: Tensor | None = None,
+    mask_BTS: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As ``launch.absorbed_decode``, in float64; rows and masks are built in full."""
+    q, q_rope = q_BHTr.double(), q_rope_BHTR.double()
+    q_sink = q_rope if q_sink_BHTR is None else q_sink_BHTR.double()
+    rows = [part.rows(torch.float64) for part in parts]
+    c_B1Sr, k_B1SR = (torch.cat(halves, dim=1)[:, None] for halves in zip(*rows, strict=True))
+    row_S, turned = torch.arange(c_B1Sr.shape[2], device=q.device), sinks if window is not None else 0
+    seen_BTS = visible(lengths_B, q.shape[2], len(row_S), window=window, sinks=sinks, gone=gone, mask_BTS=mask_BTS)
+    # Nothing that no query sees may matter, whatever it is.
+    read_BS = seen_BTS.any(1)[:, None, :, None]
+    c_B1Sr, k_B1SR = c_B1Sr.where(read_BS, 0.0), k_B1SR.where(read_BS, 0.0)
+    rope_BHTS = torch.where(row_S < turned, q_sink @ k_B1SR.mT, q_rope @ k_B1SR.mT)
+    score_BHTS = scale * (q @ c_B1Sr.mT + rope_BHTS)
+    score_BHTS = score_BHTS.masked_fill(~seen_BTS[:, None], -torch.inf)
+    lse_BHT = score_BHTS.logsumexp(-1)
+    p_BHTS = (score_BHTS - lse_BHT.clamp_min(torch.finfo(torch.float64).min)[..., None]).exp()
+    return p_BHTS @ c_B1Sr, lse_BHT

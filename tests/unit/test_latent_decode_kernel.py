@@ -1,0 +1,62 @@
+"""The Triton kernels without a GPU: interpreted over random shapes, and compiled to PTX."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentize.runtime.codecs import FORMATS
+from latentize.runtime.kernels.launch import split_count
+
+ROOT = Path(__file__).parents[2]
+# Of a query's sum, relative to its largest value.
+LIMITS = {"float32": 1e-4, "float16": 2e-3}
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="2026-11-24: triton is not installed (extra: triton)"
+)
+
+
+def printed(script: str, *args: object) -> list[dict[str, Any]]:
+    """The JSON lines of a process of its own: whether Triton interprets is settled when it is imported."""
+    command = [sys.executable, str(ROOT / "tests" / script), *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("latent", FORMATS)
+def test_interpreted_over_random_shapes(latent: str) -> None:
+    """36 configurations of each format: ranks, heads, pages, windows, sinks, masks, lengths, several new tokens."""
+    found = printed("interpreted.py", "--latent", latent, "--count", 36)
+    assert len(found) == 36 and sum(made["queries"] for made in found) > 300
+    for made in found:
+        assert made["error"] <= LIMITS[made["dtype"]], made
+        assert made["lse_error"] <= LIMITS[made["dtype"]], made
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["int8+int8 in bf16", "int4+int8 in fp16", "merge"])
+def test_compiled_for_a_gpu_that_is_not_there(variant: str) -> None:
+    """``python tests/compiled.py`` compiles all variants."""
+    found = printed("compiled.py", "--capability", 90, "--match", variant)
+    assert len(found) >= 2
+    assert all(made["ptx"] > 1000 and made["shared"] <= 99 << 10 for made in found)
+
+
+@pytest.mark.parametrize(
+    ("rows", "programs", "processors", "expected"),
+    [(10, 1, 132, 1), (16_384, 1, 132, 64), (16_384, 264, 132, 1), (1 << 20, 1, 132, 128), (4096, 4, 132, 16)],
+)
+def test_splits(rows: int, programs: int, processors: int, expected: int) -> None:
+    assert split_count(rows, programs, processors) == expected
