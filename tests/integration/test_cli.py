@@ -281,10 +281,10 @@ MODEL, OUT = "{model}", "{out}"
 ERRORS: list[tuple[str, tuple[object, ...], str]] = [
     ("no model", ("convert", "./nowhere", OUT), "LZ101"),
     ("no model to inspect", ("inspect", "./nowhere"), "LZ101"),
-    ("no output to verify", ("verify", "./nowhere"), "LZ101"),
-    ("not an output", ("verify", MODEL), "LZ101"),
+    ("no output to verify", ("verify", "./nowhere"), "LZ118"),
+    ("not an output", ("verify", MODEL), "LZ118"),
     ("no config", ("plan", "{empty}"), "LZ102"),
-    ("cannot be kept", ("convert", "{qwen3}", OUT, "--method", "transmla"), "LZ201"),
+    ("cannot be kept", ("convert", "{qwen3}", OUT, "--method", "transmla"), "LZ210"),
     ("not in that format", ("convert", MODEL, OUT, "--method", "mha2mla", "--format", "deepseek_v3"), "LZ202"),
     ("no latents to store", ("generate", MODEL, "some words", "--cache", "int8"), "LZ301"),
     ("no latents to measure", ("eval", MODEL, "--cache", "int8"), "LZ301"),
@@ -293,10 +293,10 @@ ERRORS: list[tuple[str, tuple[object, ...], str]] = [
     ("no contexts", ("bench", MODEL, "--context", "many"), "LZ301"),
     ("no share", ("convert", MODEL, OUT, "--keep", "150%"), "LZ301"),
     ("no such method", ("convert", MODEL, OUT, "--method", "svd"), "LZ301"),
-    ("no recipe", ("convert", MODEL, OUT, "--recipe", "nowhere.yaml"), "LZ301"),
+    ("no recipe", ("convert", MODEL, OUT, "--recipe", "nowhere.yaml"), "LZ305"),
     ("no text", ("convert", MODEL, OUT, "--data", "nowhere.txt"), "LZ302"),
     ("exists", ("convert", MODEL, "{empty}"), "LZ401"),
-    ("overwrites", ("convert", MODEL, MODEL), "LZ401"),
+    ("overwrites", ("convert", MODEL, MODEL), "LZ404"),
 ]
 
 
@@ -369,4 +369,4 @@ def test_the_report_grows_with_what_is_measured(
 def test_a_report_of_something_else(capsys: pytest.CaptureFixture[str], source: Callable[..., Path]) -> None:
     done = call_cli(capsys, "report", source("llama", 2))
     assert done.returncode == 2
-    assert "LZ101" in done.stderr and "manifest" in done.stderr
+    assert "LZ118" in done.stderr and "manifest" in done.stderr
