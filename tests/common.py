@@ -22,7 +22,52 @@ BF16 = 1e-2  # two orders of summation, bfloat16
 STOCK = 1e-4  # stock DeepSeek-V3, whose latent norm is linear to 2**-16
 STREAM = 1e-4  # one measurement made in two ways
 
-FAMILIES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3")
+FAMILIES = (
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "gpt_neox",
+    "granite",
+    "lfm2",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+# What a picomodel of a family has beside the sizes that all have: features that are off by default are on, and
+# layers are of all kinds that there are.
+_EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2}
+_ALTERNATING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+PECULIAR: dict[str, dict[str, Any]] = {
+    "gemma2": {**_ALTERNATING, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 4.0},
+    "gemma3_text": {**_ALTERNATING, "query_pre_attn_scalar": 20},
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mistral": {"sliding_window": None},
+    "mixtral": {"num_local_experts": 3},
+    "olmo3": _ALTERNATING,
+    "olmoe": _EXPERTS,
+    "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {"use_qkv_bias": True},
+}
+# Heads of their own for every query.
+ONLY_MHA = ("gpt_neox",)
 # What a conversion of a picomodel needs so that it takes less than a second.
 SMALL: dict[str, Any] = {
     "tokens": 2048,
@@ -65,23 +110,22 @@ def pico_config(family: str = "llama", kv_heads: int = 2, **changes: Any) -> Any
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    if family == "mistral":
-        entries["sliding_window"] = None
-    if family == "phi3":
+    if family not in ("granite", "llama", "mistral", "qwen2", "qwen3"):
+        # Its default lies beyond so few tokens.
         entries["pad_token_id"] = 0
-    if family == "granite":
-        factors = {"attention_multiplier": 0.2, "embedding_multiplier": 2.0, "residual_multiplier": 0.4}
-        entries |= {**factors, "logits_scaling": 3.0}
+    entries |= PECULIAR.get(family, {})
     return AutoConfig.for_model(family, **{**entries, **changes})
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
     """Random weights of a size that makes attention pick, biases and norms that are not their defaults."""
     generator = torch.Generator().manual_seed(seed)
+    # Gemma's norms multiply with one more than their weight.
+    offset = float("Gemma" in type(model).__name__)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            parameter.data = 0.3 * noise if name.endswith("bias") else (1 + 0.3 * noise).abs() + 0.1
+            parameter.data = 0.3 * noise if name.endswith("bias") else (1 + 0.3 * noise).abs() + 0.1 - offset
         elif "embed" in name:
             parameter.data = noise
         else:

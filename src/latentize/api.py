@@ -41,12 +41,13 @@ def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:
             where=f"{checkpoint.folder / 'config.json'}, num_hidden_layers",
             fix="take all files from where the model was published",
         )
-    checkpoint.check_tensors(spec.tensor_shapes(), ignore=["lm_head.weight"] if spec.tied else [])
-    if spec.tied and "lm_head.weight" in checkpoint:
-        head, embedding = checkpoint.load("lm_head.weight"), checkpoint.load("model.embed_tokens.weight")
+    head_name, embedding_name = (spec.table.module(role) + ".weight" for role in ("head", "embedding"))
+    checkpoint.check_tensors(spec.tensor_shapes(), ignore=[head_name] if spec.tied else [])
+    if spec.tied and head_name in checkpoint:
+        head, embedding = checkpoint.load(head_name), checkpoint.load(embedding_name)
         if head.shape != embedding.shape or not torch.equal(head, embedding):
             raise ConfigError(
-                "tie_word_embeddings is true, yet lm_head.weight differs from the embedding",
+                f"tie_word_embeddings is true, yet {head_name} differs from the embedding",
                 code="LZ112",
                 where=str(checkpoint.folder / "config.json"),
                 fix="set tie_word_embeddings to false",

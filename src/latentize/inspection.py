@@ -130,7 +130,7 @@ def inspect(model: str) -> dict[str, Any]:
 
     checkpoint = Checkpoint(resolve(model))
     spec = model_spec(checkpoint.config)
-    checkpoint.check_tensors(spec.tensor_shapes(), ignore=["lm_head.weight"] if spec.tied else [])
+    checkpoint.check_tensors(spec.tensor_shapes(), ignore=[spec.table.module("head") + ".weight"] if spec.tied else [])
     methods = []
     for method in ("calibrated", "transmla", "care", "mha2mla"):
         try:

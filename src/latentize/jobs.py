@@ -25,6 +25,7 @@ from latentize.checkpoint.checksums import source_hashes
 from latentize.checkpoint.manifest import sha256, versions
 from latentize.checkpoint.writer import copied_files
 from latentize.convert.allocate import allocate
+from latentize.convert.canonical import is_like_llama
 from latentize.convert.pipeline import Converted, Effort, convert_latent, convert_pooled
 from latentize.convert.polish import Polish
 from latentize.convert.progress import Progress
@@ -354,21 +355,26 @@ class LatentJob(Job):
         has fixed them."""
         options = (source, self.candidates, text.calibration, text.selection, self.recipe.refines, progress)
         one_by_one = isinstance(self.writer, NativeWriter) and self.recipe.method == "calibrated"
-        if one_by_one and self.recipe.sizes is None and self.spec.layers > 1:
-            chosen, prices = allocate(*options)
-            return chosen, [{"layer": i, "selection_kl_by_rank": found} for i, found in enumerate(prices)]
+        if one_by_one and self.recipe.sizes is None and len(self.spec.converted) > 1:
+            sized, prices = allocate(*options)
+            by_layer = dict(zip(self.spec.converted, sized, strict=True))
+            # Layers that stay have an entry that nothing reads.
+            chosen = [by_layer.get(layer, sized[0]) for layer in range(self.spec.layers)]
+            found = zip(self.spec.converted, prices, strict=True)
+            return chosen, [{"layer": layer, "selection_kl_by_rank": priced} for layer, priced in found]
         best, scores = choose(*options)
         return [best] * self.spec.layers, [{**s.describe(), "selection_kl": kl} for s, kl in scores]
 
     def shape(self) -> dict[str, Any]:
-        described = [setting.describe() for setting in self.settings]
+        settings = [self.settings[layer] for layer in self.spec.converted]
+        described = [setting.describe() for setting in settings]
         common = {k: v for k, v in described[0].items() if all(d.get(k) == v for d in described)}
-        values = mean_over_layers([setting.cache_values for setting in self.settings])
+        values = mean_over_layers([setting.cache_values for setting in settings])
         return {
             "method": self.recipe.method,
             "setting": common,
-            "kv_lora_rank": mean_over_layers([setting.kv_lora_rank for setting in self.settings]),
-            "qk_rope_head_dim": mean_over_layers([setting.qk_rope_head_dim for setting in self.settings]),
+            "kv_lora_rank": mean_over_layers([setting.kv_lora_rank for setting in settings]),
+            "qk_rope_head_dim": mean_over_layers([setting.qk_rope_head_dim for setting in settings]),
             "rope_theta": self.writer.rope_theta,
             "cache_values_per_token_layer": values,
             "keep": values / self.spec.cache_values,
@@ -376,7 +382,11 @@ class LatentJob(Job):
 
     def layer_shapes(self) -> list[dict[str, Any]]:
         sizes = ("kv_lora_rank", "qk_rope_head_dim")
-        return [{size: getattr(setting, size) for size in sizes} for setting in self.settings]
+        made = [{size: getattr(setting, size) for size in sizes} for setting in self.settings]
+        return [
+            {"kept": self.spec.kind(layer)} if self.spec.layer_attention(layer) is None else entries
+            for layer, entries in enumerate(made)
+        ]
 
 
 class PooledJob(Job):
@@ -384,6 +394,13 @@ class PooledJob(Job):
 
     def choose_kind(self) -> type[FormatWriter]:
         self.kv_heads = pooled_heads(self.recipe, self.spec.attention)
+        if not is_like_llama(self.spec.table) or self.spec.kinds or not self.spec.attention.rotates_whole:
+            raise FormatError(
+                f"heads of '{self.spec.table.model_type}' cannot be pooled: they are stored unlike Llama's, or rotate "
+                f"in part, or not in every layer",
+                where=f"--to {self.recipe.to}",
+                fix="use --to mla",
+            )
         return PooledWriter
 
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:

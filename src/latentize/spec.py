@@ -92,9 +92,12 @@ class AttentionSpec:
         qkv_bias: Whether the query, key and value projections have a bias.
         o_bias: Whether the output projection has one.
         qk_norm: Whether each query and key head is RMS-normalised before RoPE (Qwen3).
+        qk_norm_across: Whether that is one norm over all heads together (OLMo 2).
         norm_eps: Epsilon of that norm.
         softmax_scale: Factor on the logits, ``d ** -0.5`` unless the family says otherwise.
         sliding_window: Tokens that a query sees, itself included; ``None`` is all of them.
+        softcap: Logits are ``softcap · tanh(logits / softcap)`` (Gemma 2); 0 is not at all.
+        rotates: Whether queries and keys are rotated at all; in SmolLM3 every fourth layer does without (NoPE).
     """
 
     hidden_size: int
@@ -105,13 +108,27 @@ class AttentionSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    qk_norm_across: bool = False
     norm_eps: float = 1e-6
     softmax_scale: float = 0.0
     sliding_window: int | None = None
+    softcap: float = 0.0
+    rotates: bool = True
 
     def __post_init__(self) -> None:
         if self.softmax_scale == 0.0:
             object.__setattr__(self, "softmax_scale", self.head_dim**-0.5)
+
+    @property
+    def frequencies(self) -> tuple[float, ...]:
+        """Radians per position of the ``d / 2`` pairs of a head; a pair that does not rotate turns by nothing."""
+        turning = self.rope.frequencies if self.rotates else ()
+        return turning + (0.0,) * (self.head_dim // 2 - len(turning))
+
+    @property
+    def rotates_whole(self) -> bool:
+        """Whether every pair of a head rotates."""
+        return self.rotates and self.rope.rotary_dim == self.head_dim
 
     @property
     def group_size(self) -> int:
@@ -144,6 +161,7 @@ class LatentSpec:
         rope_heads: Roped keys ``P``: DeepSeek shares one; MHA2MLA keeps one per kv head.
         up_heads: Distinct up-projections ``U`` (``H``, or ``G`` where heads of a group share them).
         softmax_scale: Factor on the logits.
+        softcap: As in :class:`AttentionSpec`.
     """
 
     hidden_size: int
@@ -155,6 +173,7 @@ class LatentSpec:
     rope_heads: int
     up_heads: int
     softmax_scale: float
+    softcap: float = 0.0
 
     @property
     def qk_head_dim(self) -> int:

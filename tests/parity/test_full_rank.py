@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import FAMILIES, FP32, LLAMA3_SCALING, SMALL, STOCK, logits, random_tokens, relative_error
+from tests.common import FAMILIES, FP32, LLAMA3_SCALING, ONLY_MHA, SMALL, STOCK, logits, random_tokens, relative_error
 
 import latentize
 
@@ -19,6 +19,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen3", {"head_dim": 32, "attention_bias": True, "rms_norm_eps": 1e-2}),
+    ("phi3", {"partial_rotary_factor": 0.5}),
+    ("smollm3", {"attention_bias": True, "mlp_bias": True}),
+    ("gemma2", {"attention_bias": True, "attn_logit_softcapping": None, "final_logit_softcapping": 5.0}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
 ]
 
 
@@ -27,6 +31,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def test_native_at_full_rank_is_the_source(
     source: Callable[..., Path], text: str, tmp_path: Path, family: str, config: dict[str, Any], kv_heads: int
 ) -> None:
+    if family in ONLY_MHA:
+        kv_heads = 4
     model, out = source(family, kv_heads, **config), tmp_path / "out"
     report = latentize.convert(model, out, method="mha2mla", keep="100%", format="native", data=(text,), **SMALL)
     tokens = random_tokens()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import FAMILIES, pico_config, pico_model
+from tests.common import FAMILIES, ONLY_MHA, pico, pico_config
 from transformers import AutoConfig
 
+from latentize.checkpoint import Checkpoint
 from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.families import Table, families, model_spec
 
@@ -42,7 +44,7 @@ def test_a_bare_config_means_what_transformers_takes_it_for(family: str) -> None
         "model_type": family,
         "intermediate_size": 96,
         "vocab_size": 257,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 6,
     }
     if family == "mistral":
         bare["sliding_window"] = None
@@ -75,31 +77,84 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {}),
     ("qwen3", {"attention_bias": True}),
     ("qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
+    *((family, {}) for family in FAMILIES if family not in ("llama", "mistral", "qwen2", "qwen3")),
+    ("smollm3", {"attention_bias": True, "mlp_bias": True}),
+    ("gemma2", {"attention_bias": True}),
+    ("glm4", {"attention_bias": False}),
+    ("gpt_neox", {"attention_bias": False}),
+    ("olmo2", {"attention_bias": True}),
+    ("starcoder2", {"use_bias": False}),
+    ("lfm2", {"block_auto_adjust_ff_dim": False}),
 ]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("family", "switch"), SWITCHES, ids=[f"{f}-{'-'.join(s) or 'plain'}" for f, s in SWITCHES])
-def test_tensor_shapes_are_the_models_own(family: str, switch: dict[str, Any], kv_heads: int) -> None:
-    """Exactly the names and shapes of transformers' state_dict, for each position of each switch."""
-    model = pico_model(family, kv_heads, **switch)
-    spec = model_spec(json.loads(model.config.to_json_string(use_diff=False)))
-    theirs = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    if spec.tied:
-        theirs.pop("lm_head.weight", None)
-    assert spec.tensor_shapes() == theirs
-    assert spec.tied == bool(switch.get("tie_word_embeddings"))
+def test_tensor_shapes_are_the_models_own(family: str, switch: dict[str, Any], kv_heads: int, tmp_path: Path) -> None:
+    """Exactly the names and shapes that transformers saves, for each position of each switch."""
+    if family in ONLY_MHA and kv_heads < 4:
+        kv_heads = 4
+    stored = Checkpoint(pico(tmp_path, family, kv_heads, **switch))
+    spec = model_spec(stored.config)
+    assert spec.tensor_shapes() == {name: stored.shape(name) for name in stored.names()}
+    assert spec.tied == AutoConfig.from_pretrained(stored.folder).tie_word_embeddings
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_of_each_family(family: str) -> None:
-    attention = model_spec(entries(family, rms_norm_eps=1e-5)).attention
-    assert attention.qkv_bias == (family == "qwen2")
-    assert attention.qk_norm == (family == "qwen3")
-    assert not attention.o_bias
+    table = families()[family]
+    attention = model_spec(entries(family, **{table.norm_eps: 1e-4})).attention
+    assert attention.qkv_bias == (family in ("glm", "glm4", "gpt_neox", "qwen2", "stablelm", "starcoder2"))
+    assert attention.o_bias == (family in ("gpt_neox", "starcoder2"))
+    across = family in ("olmo2", "olmo3", "olmoe")
+    assert attention.qk_norm == (across or family in ("gemma3_text", "lfm2", "qwen3", "qwen3_moe"))
+    assert attention.qk_norm_across == across
+    assert attention.rotates_whole == (family not in ("glm", "glm4", "gpt_neox", "stablelm"))
     assert attention.sliding_window is None
-    assert attention.norm_eps == 1e-5
+    assert attention.norm_eps == 1e-4
     assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, 2, 16)
+
+
+HYBRID = {
+    "gemma2": "sliding_attention",
+    "gemma3_text": "sliding_attention",
+    "olmo3": "sliding_attention",
+    "lfm2": "conv",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_stay(family: str) -> None:
+    spec = model_spec(entries(family))
+    if family in HYBRID:
+        assert spec.converted == [1]
+        assert spec.kind(0) == HYBRID[family]
+        assert spec.sliding == (HYBRID[family] == "sliding_attention")
+        assert spec.layer_attention(0) is None
+    else:
+        assert spec.converted == [0, 1]
+    assert [spec.layer_attention(layer).rotates for layer in spec.converted] == (  # type: ignore[union-attr]
+        [True, False] if family == "smollm3" else [True] * len(spec.converted)
+    )
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "smollm3"])
+def test_kinds_of_layers_that_a_config_leaves_out(family: str) -> None:
+    """As transformers fills them in."""
+    active = {"use_sliding_window": True, "max_window_layers": 3} if family in ("qwen2", "qwen3", "smollm3") else {}
+    if family == "smollm3":
+        del active["max_window_layers"]
+    bare = {"model_type": family, "intermediate_size": 96, "vocab_size": 257, "num_hidden_layers": 12}
+    bare |= {"sliding_window": 128, **active}
+    full = json.loads(AutoConfig.for_model(**bare).to_json_string(use_diff=False))
+    assert list(model_spec(bare).kinds) == full["layer_types"]
+    assert 0 < len(model_spec(bare).converted) < 12
+
+
+@pytest.mark.parametrize("types", [["full_attention"], "full_attention", ["full_attention", "mamba"]])
+def test_impossible_kinds_of_layers(types: Any) -> None:
+    with pytest.raises((ConfigError, UnsupportedModelError), match=r"layer_types|mamba"):
+        model_spec(entries("qwen3", layer_types=types))
 
 
 def raw_table() -> dict[str, Any]:
@@ -124,8 +179,8 @@ def test_an_unknown_feature_in_a_table_is_refused() -> None:
 
 
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(UnsupportedModelError, match="gpt_neox") as caught:
-        model_spec(entries(model_type="gpt_neox"))
+    with pytest.raises(UnsupportedModelError, match="mamba") as caught:
+        model_spec(entries(model_type="mamba"))
     for family in FAMILIES:
         assert family in caught.value.fix
     assert caught.value.code == "LZ201"
@@ -161,8 +216,8 @@ def test_the_value_counts_not_the_field(key: str) -> None:
     assert model_spec(entries(**{key: None})).layers == 2
 
 
-ACTIVE = [("mistral", {"sliding_window": 128}), ("qwen2", {"sliding_window": 128, "use_sliding_window": True})]
-ACTIVE += [("qwen3", ACTIVE[1][1])]
+_EVERYWHERE = {"sliding_window": 128, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}
+ACTIVE = [("mistral", {"sliding_window": 128}), ("qwen2", _EVERYWHERE), ("qwen3", _EVERYWHERE)]
 INACTIVE = [("mistral", {"sliding_window": None}), ("qwen2", {"sliding_window": 128, "use_sliding_window": False})]
 INACTIVE += [("qwen3", {"sliding_window": 128}), ("qwen2", {"sliding_window": None, "use_sliding_window": True})]
 

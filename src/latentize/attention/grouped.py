@@ -18,7 +18,7 @@ from latentize.attention.masks import causal_mask
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.spec import AttentionSpec
 
-__all__ = ["AttentionWeights", "attend", "grouped_attention", "queries_keys", "rms_norm"]
+__all__ = ["AttentionWeights", "attend", "capped", "grouped_attention", "head_norm", "queries_keys", "rms_norm"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class AttentionWeights:
         q_HdD, k_GdD, v_GdD: Weights that make queries, keys, values from the normalised hidden state.
         o_DHd: Weights from heads back to the hidden state.
         q_bias_Hd, k_bias_Gd, v_bias_Gd, o_bias_D: Biases, or ``None``.
-        q_norm_d, k_norm_d: Weights of the per-head RMSNorm (Qwen3), or ``None``.
+        q_norm_d, k_norm_d: Weights of the per-head RMSNorm (Qwen3), or of one over all heads ``[h, d]`` (OLMo 2), or
+            ``None``.
     """
 
     q_HdD: Tensor
@@ -55,6 +56,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def head_norm(x_BhTd: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of each head by a weight ``[d]``, or of all heads together by one ``[h, d]``."""
+    if weight.ndim == 1:
+        return rms_norm(x_BhTd, weight, eps)
+    normed_BTn = rms_norm(x_BhTd.transpose(1, 2).flatten(2), weight.flatten(), eps)
+    return normed_BTn.unflatten(-1, weight.shape).transpose(1, 2)
+
+
 def _project(x_BTD: Tensor, w_hdD: Tensor, bias_hd: Tensor | None) -> Tensor:
     y_BhTd = torch.einsum("btD,hdD->bhtd", x_BTD, w_hdD)
     return y_BhTd if bias_hd is None else y_BhTd + bias_hd[:, None]
@@ -65,13 +74,20 @@ def queries_keys(x_BTD: Tensor, w: AttentionWeights, eps: float) -> tuple[Tensor
     q_BHTd = _project(x_BTD, w.q_HdD, w.q_bias_Hd)
     k_BGTd = _project(x_BTD, w.k_GdD, w.k_bias_Gd)
     if w.q_norm_d is not None and w.k_norm_d is not None:
-        return rms_norm(q_BHTd, w.q_norm_d, eps), rms_norm(k_BGTd, w.k_norm_d, eps)
+        return head_norm(q_BHTd, w.q_norm_d, eps), head_norm(k_BGTd, w.k_norm_d, eps)
     return q_BHTd, k_BGTd
 
 
-def attend(q_BHTd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, allowed_TS: Tensor, scale: float) -> Tensor:
+def capped(score: Tensor, softcap: float) -> Tensor:
+    """Logits bent to stay below ``softcap``; 0 leaves them alone (Gemma 2, arXiv 2408.00118, section 2)."""
+    return softcap * torch.tanh(score / softcap) if softcap else score
+
+
+def attend(
+    q_BHTd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, allowed_TS: Tensor, scale: float, softcap: float = 0.0
+) -> Tensor:
     """Softmax attention, written out: ``softmax(scale · q kᵀ) v`` over the allowed keys."""
-    score_BHTS = scale * (q_BHTd @ k_BHSd.mT)
+    score_BHTS = capped(scale * (q_BHTd @ k_BHSd.mT), softcap)
     score_BHTS = score_BHTS.masked_fill(~allowed_TS, -torch.inf)
     return score_BHTS.softmax(-1) @ v_BHSd
 
@@ -103,7 +119,7 @@ def grouped_attention(
         positions_BT = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
     q_BHTd, k_BGTd = queries_keys(x_BTD, w, spec.norm_eps)
     v_BGSd = _project(x_BTD, w.v_GdD, w.v_bias_Gd)
-    frequencies = torch.tensor([spec.rope.frequencies], device=x_BTD.device, dtype=torch.float64)
+    frequencies = torch.tensor([spec.frequencies], device=x_BTD.device, dtype=torch.float64)
     cos, sin = rope_angles(frequencies, positions_BT)
     q_BHTd, k_BGSd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
     if cache is not None:
@@ -111,6 +127,6 @@ def grouped_attention(
     allowed_TS = causal_mask(x_BTD.shape[1], k_BGSd.shape[2], window=spec.sliding_window, device=x_BTD.device)
     k_BHSd = k_BGSd.repeat_interleave(spec.group_size, dim=1)
     v_BHSd = v_BGSd.repeat_interleave(spec.group_size, dim=1)
-    heads_BHTd = attend(q_BHTd, k_BHSd, v_BHSd, allowed_TS, spec.softmax_scale)
+    heads_BHTd = attend(q_BHTd, k_BHSd, v_BHSd, allowed_TS, spec.softmax_scale, spec.softcap)
     y_BTD = torch.einsum("bhtd,Dhd->btD", heads_BHTd, w.o_DHd)
     return y_BTD if w.o_bias_D is None else y_BTD + w.o_bias_D

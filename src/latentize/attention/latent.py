@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from latentize.attention.cache import GrowingCache
-from latentize.attention.grouped import attend, rms_norm
+from latentize.attention.grouped import attend, capped, head_norm
 from latentize.attention.masks import causal_mask
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.spec import LatentSpec
@@ -53,8 +53,10 @@ class LatentWeights:
         softmax_scale: Factor on the logits.
         q_nope_bias_HN, q_rope_bias_HR, k_rope_bias_PR, o_bias_D: Biases, or ``None``. The un-roped key and the
             latent need none: a constant key drops out of the softmax, a constant value is an output bias.
-        q_norm_R, k_norm_R: Per-head RMSNorm weights, or ``None``; exact only where the whole head is roped.
+        q_norm_R, k_norm_R: Weights of an RMSNorm of each head, or of all heads together (``[H, R]`` and ``[P, R]``), or
+            ``None``; exact only where the whole head is roped.
         norm_eps: Epsilon of that norm.
+        softcap: Logits are ``softcap · tanh(logits / softcap)``; 0 is not at all.
     """
 
     q_nope_HND: Tensor
@@ -73,6 +75,7 @@ class LatentWeights:
     q_norm_R: Tensor | None = None
     k_norm_R: Tensor | None = None
     norm_eps: float = 1e-6
+    softcap: float = 0.0
 
     @property
     def spec(self) -> LatentSpec:
@@ -87,6 +90,7 @@ class LatentWeights:
             rope_heads=self.k_rope_PRD.shape[0],
             up_heads=self.k_up_UNr.shape[0],
             softmax_scale=self.softmax_scale,
+            softcap=self.softcap,
         )
 
     def to(self, dtype: torch.dtype) -> LatentWeights:
@@ -115,7 +119,7 @@ def queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tens
     q_nope_BHTN = _project(x_BTD, w.q_nope_HND, w.q_nope_bias_HN)
     q_rope_BHTR = _project(x_BTD, w.q_rope_HRD, w.q_rope_bias_HR)
     if w.q_norm_R is not None:
-        q_rope_BHTR = rms_norm(q_rope_BHTR, w.q_norm_R, w.norm_eps)
+        q_rope_BHTR = head_norm(q_rope_BHTR, w.q_norm_R, w.norm_eps)
     cos, sin = rope_angles(w.frequencies_PF, positions_BT)
     share = w.q_rope_HRD.shape[0] // w.k_rope_PRD.shape[0]
     if cos.shape[1] > 1:
@@ -128,7 +132,7 @@ def cache_rows(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[T
     c_B1Tr = torch.nn.functional.linear(x_BTD, w.kv_a_rD)[:, None]
     k_rope_BPTR = _project(x_BTD, w.k_rope_PRD, w.k_rope_bias_PR)
     if w.k_norm_R is not None:
-        k_rope_BPTR = rms_norm(k_rope_BPTR, w.k_norm_R, w.norm_eps)
+        k_rope_BPTR = head_norm(k_rope_BPTR, w.k_norm_R, w.norm_eps)
     return c_B1Tr, rotate_half(k_rope_BPTR, *rope_angles(w.frequencies_PF, positions_BT))
 
 
@@ -148,7 +152,8 @@ def expanded_heads(
 ) -> Tensor:
     """Heads ``[B, H, T, V]`` by ordinary attention over expanded keys and values."""
     k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w)
-    return attend(torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1), k_BHSd, v_BHSV, allowed, w.softmax_scale)
+    q_BHTd = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
+    return attend(q_BHTd, k_BHSd, v_BHSV, allowed, w.softmax_scale, w.softcap)
 
 
 def absorbed_heads(
@@ -166,7 +171,7 @@ def absorbed_heads(
     # Heads that share a projection or a roped key lie next to each other: (U, s) and (P, H / P).
     q_latent_BHTr = (q_nope_BHTN.unflatten(1, (up, heads // up)) @ w.k_up_UNr[:, None]).flatten(1, 2)
     score_rope = q_rope_BHTR.unflatten(1, (ropes, heads // ropes)) @ k_rope_BPSR[:, :, None].mT
-    score_BHTS = w.softmax_scale * (q_latent_BHTr @ c_B1Sr.mT + score_rope.flatten(1, 2))
+    score_BHTS = capped(w.softmax_scale * (q_latent_BHTr @ c_B1Sr.mT + score_rope.flatten(1, 2)), w.softcap)
     p_BHTS = score_BHTS.masked_fill(~allowed, -torch.inf).softmax(-1)
     summed_BHTr = p_BHTS @ c_B1Sr
     return (summed_BHTr.unflatten(1, (up, heads // up)) @ w.v_up_UVr[:, None].mT).flatten(1, 2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentize.attention.grouped import capped
 from latentize.attention.latent import LatentWeights, absorbed_heads, cache_rows, expand, output, queries
 from latentize.spec import LatentSpec
 
@@ -21,6 +22,8 @@ __all__ = ["LatentAttention", "causal_blocks", "prefill"]
 
 # Training on a CPU attends in so many blocks of queries, while their scores do not exceed so many elements.
 _BLOCKS = 4
+# Queries whose bent logits exist at once.
+_CAPPED = 256
 _SCORES = 1 << 27
 
 
@@ -61,6 +64,8 @@ def prefill(
     q_BHTd = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
     k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w)
     size, v_size = q_BHTd.shape[-1], v_BHSV.shape[-1]
+    if w.softcap:
+        return capped_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale, w.softcap, mask)
     if mask is None and _trains_in_blocks(q_BHTd, k_BHSd):
         return causal_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale)
     if mask is None and q_BHTd.shape[2] != k_BHSd.shape[2]:
@@ -80,6 +85,29 @@ def prefill(
     return heads[..., :v_size]
 
 
+def capped_blocks(
+    q_BHTd: Tensor, k_BHSd: Tensor, v_BHSV: Tensor, scale: float, softcap: float, mask: Tensor | None
+) -> Tensor:
+    """Attention with bent logits, which no fused operator of PyTorch has, ``[B, H, T, V]``: block by block of queries.
+
+    Args:
+        q_BHTd, k_BHSd, v_BHSV: Queries, the last ones of all tokens; keys and values of all tokens.
+        scale, softcap: Of the logits.
+        mask: As for :func:`prefill`.
+    """
+    tokens, keys = q_BHTd.shape[2], k_BHSd.shape[2]
+    if mask is None:
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTd.device).tril(keys - tokens)[None, None]
+    mask = mask.expand(*mask.shape[:2], tokens, keys)
+    heads = []
+    for start in range(0, tokens, _CAPPED):
+        score_BHtS = capped(scale * (q_BHTd[:, :, start : start + _CAPPED] @ k_BHSd.mT), softcap)
+        part = mask[:, :, start : start + _CAPPED]
+        score_BHtS = score_BHtS.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else score_BHtS + part
+        heads.append(score_BHtS.softmax(-1) @ v_BHSV)
+    return torch.cat(heads, dim=2)
+
+
 def _trains_in_blocks(q_BHTd: Tensor, k_BHSd: Tensor) -> bool:
     square = q_BHTd.shape[2] == k_BHSd.shape[2]
     scores = q_BHTd.shape[:3].numel() * k_BHSd.shape[2]
@@ -95,6 +123,7 @@ class LatentAttention(nn.Module):
         layer_idx: Which layer of the cache is its own.
         q_bias, k_rope_bias, o_bias: Which projections have a bias.
         qk_norm: Per-head RMSNorm of roped queries and keys; only where the whole head is roped.
+        qk_norm_across: Whether that is one norm over all heads.
         norm_eps: Epsilon of that norm.
         frequency_table: Radians per position that ``rope_pairs`` chooses from.
     """
@@ -110,6 +139,7 @@ class LatentAttention(nn.Module):
         k_rope_bias: bool = False,
         o_bias: bool = False,
         qk_norm: bool = False,
+        qk_norm_across: bool = False,
         norm_eps: float = 1e-6,
         frequency_table: tuple[float, ...] = (),
     ) -> None:
@@ -122,8 +152,11 @@ class LatentAttention(nn.Module):
         self.k_rope_proj = nn.Linear(s.hidden_size, s.rope_heads * s.qk_rope_head_dim, bias=k_rope_bias)
         self.kv_b_proj = nn.Linear(s.kv_lora_rank, s.up_heads * (s.qk_nope_head_dim + s.v_head_dim), bias=False)
         self.o_proj = nn.Linear(s.num_heads * s.v_head_dim, s.hidden_size, bias=o_bias)
-        self.q_norm = nn.Parameter(torch.ones(s.qk_rope_head_dim)) if qk_norm else None
-        self.k_norm = nn.Parameter(torch.ones(s.qk_rope_head_dim)) if qk_norm else None
+        self.qk_norm_across = qk_norm_across
+        # Vectors, also where there is a row for each head: an optimiser of matrices should not take them for one.
+        heads, keys = (s.num_heads, s.rope_heads) if qk_norm_across else (1, 1)
+        self.q_norm = nn.Parameter(torch.ones(heads * s.qk_rope_head_dim)) if qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(keys * s.qk_rope_head_dim)) if qk_norm else None
         # An integer choice, not floats: loading in bf16 must not round a frequency.
         pairs = torch.zeros(s.rope_heads, s.qk_rope_head_dim // 2, dtype=torch.int32)
         self.register_buffer("rope_pairs", pairs)
@@ -149,6 +182,7 @@ class LatentAttention(nn.Module):
                 k_rope_bias=w.k_rope_bias_PR is not None,
                 o_bias=w.o_bias_D is not None,
                 qk_norm=w.q_norm_R is not None,
+                qk_norm_across=w.q_norm_R is not None and w.q_norm_R.ndim == 2,
                 norm_eps=w.norm_eps,
                 frequency_table=table,
             )
@@ -185,10 +219,16 @@ class LatentAttention(nn.Module):
             q_rope_bias_HR=None if q_bias_Hd is None else q_bias_Hd[:, nope:],
             k_rope_bias_PR=None if k_bias is None else k_bias.unflatten(0, ropes),
             o_bias_D=self.o_proj.bias,
-            q_norm_R=self.q_norm,
-            k_norm_R=self.k_norm,
+            q_norm_R=self._norm(self.q_norm),
+            k_norm_R=self._norm(self.k_norm),
             norm_eps=self.norm_eps,
+            softcap=s.softcap,
         )
+
+    def _norm(self, weight: Tensor | None) -> Tensor | None:
+        if weight is None or not self.qk_norm_across:
+            return weight
+        return weight.unflatten(0, (-1, self.spec.qk_rope_head_dim))
 
     def forward(
         self,
@@ -196,6 +236,7 @@ class LatentAttention(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Prefill expanded, decode (one new token) absorbed.
@@ -205,6 +246,7 @@ class LatentAttention(nn.Module):
             position_ids: ``[B, T]`` or ``[1, T]``; by default 0 … T - 1.
             attention_mask: ``None`` (causal), boolean, or additive; ``[B, 1, T, S]``.
             past_key_values: transformers' cache, or one like it.
+            layer_past: The same, as GPT-NeoX calls it.
 
         Returns:
             ``[B, T, D]`` and, in place of attention weights, ``None``.
@@ -214,6 +256,7 @@ class LatentAttention(nn.Module):
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         q_nope, q_rope = queries(hidden_states, w, position_ids)
         c, k_rope = cache_rows(hidden_states, w, position_ids)
+        past_key_values = layer_past if past_key_values is None else past_key_values
         if past_key_values is not None:
             c, k_rope = past_key_values.update(c, k_rope, self.layer_idx)
         if attention_mask is None and hidden_states.shape[1] > 1 and isinstance(c, Tensor):
@@ -262,8 +305,8 @@ def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str
         "o_proj.weight": w.o_DHV.flatten(1),
         "k_rope_proj.bias": None if w.k_rope_bias_PR is None else w.k_rope_bias_PR.flatten(),
         "o_proj.bias": w.o_bias_D,
-        "q_norm": w.q_norm_R,
-        "k_norm": w.k_norm_R,
+        "q_norm": None if w.q_norm_R is None else w.q_norm_R.flatten(),
+        "k_norm": None if w.k_norm_R is None else w.k_norm_R.flatten(),
         "rope_pairs": gap_PFf.argmin(-1).to(torch.int32),
     }
     if w.q_nope_bias_HN is not None and w.q_rope_bias_HR is not None:

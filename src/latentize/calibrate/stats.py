@@ -158,7 +158,7 @@ def gather(
     if needed.distances:
         in_order = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         positions = in_order if positions_BT is None else positions_BT
-        frequencies = torch.tensor([spec.rope.frequencies], dtype=torch.float64, device=x_BTD.device)
+        frequencies = torch.tensor([spec.frequencies], dtype=torch.float64, device=x_BTD.device)
         cos, sin = rope_angles(frequencies, positions)
         q_BHTd, k_BGTd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
         attended = attended_distances(

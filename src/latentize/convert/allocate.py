@@ -48,7 +48,7 @@ def allocate(
     refines: bool = False,
     progress: Progress = silent,
 ) -> tuple[list[Setting], list[dict[int, float]]]:
-    """A setting for every layer; together they keep no more than equal shares would.
+    """A setting for every layer that is converted; together they keep no more than equal shares would.
 
     Args:
         source: The model.
@@ -63,6 +63,7 @@ def allocate(
         The settings, and for each layer the price in nats per token of the ranks that were tried.
     """
     spec, layers = source.spec.attention, source.spec.layers
+    needed = candidates[0].needs(spec)
     a_sequence = 4 * selection.length * spec.hidden_size * layers * len(_TRIED)
     own = source.embed(calibration[: max(1, SEARCH_TOKENS // calibration.length)])
     selection = selection[: max(1, _STREAM_BYTES // a_sequence)]
@@ -72,7 +73,11 @@ def allocate(
         for trial in trials:
             for hidden in trial.values():
                 layer.run(hidden)
-        alone = _Alone(layer, spec, own, reference, candidates[0].needs(spec), short_refinement(refines))
+        if layer.spec is None:
+            layer.run(own)
+            layer.run(reference)
+            continue
+        alone = _Alone(layer, own, reference, needed, short_refinement(refines))
         made = {setting: alone.converted(setting) for setting in candidates}
         wrong = {setting: _wrong(hidden, reference) for setting, hidden in made.items()}
         best = min(wrong, key=wrong.__getitem__)
@@ -101,7 +106,6 @@ class _Alone:
 
     Args:
         layer: The layer.
-        spec: What it is.
         own: Calibration text as it enters, then as it leaves.
         reference: Held-out text as it enters, then as it leaves.
         needed: Statistics.
@@ -111,20 +115,19 @@ class _Alone:
     def __init__(
         self,
         layer: SourceLayer,
-        spec: AttentionSpec,
         own: Stream,
         reference: Stream,
         needed: Needed,
         refinement: Refinement | None,
     ) -> None:
-        self.layer, self.spec, self.refinement = layer, spec, refinement
+        self.layer, self.refinement = layer, refinement
         self.entering, self.before = own.clone(), reference.clone()
-        self.seen = observe(layer, spec, own, needed, residual=refinement is not None)
+        self.seen = observe(layer, own, needed, residual=refinement is not None)
         layer.run(reference)
 
     def converted(self, setting: Setting) -> Stream:
         """Held-out text as it leaves the converted layer."""
-        weights = Draft(self.spec, self.refinement, self.entering).convert(self.layer, self.seen, setting).refined
+        weights = Draft(self.refinement, self.entering).convert(self.layer, self.seen, setting).refined
         text = self.before.clone()
         self.layer.run(text, LatentAttention.from_weights(weights.to(torch.float32)))
         return text

@@ -18,7 +18,6 @@ from latentize.convert.methods import Conversion, conversion
 from latentize.convert.refine import Refinement, expand_heads, refine
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, Stream
-from latentize.spec import AttentionSpec
 
 __all__ = ["Draft", "DraftedLayer", "Seen", "observe"]
 
@@ -52,8 +51,9 @@ class DraftedLayer(NamedTuple):
     news: str = ""
 
 
-def observe(layer: SourceLayer, spec: AttentionSpec, text: Stream, needed: Needed, *, residual: bool = False) -> Seen:
-    """Advance the source's calibration stream through a layer."""
+def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: bool = False) -> Seen:
+    """Advance the source's calibration stream through a layer that will be converted."""
+    assert layer.weights is not None and layer.spec is not None
     kept = torch.empty_like(text.hidden_NTD) if residual else None
     jumps, reach = text.jumps(), text.reach
     total: CalibrationStats | None = None
@@ -62,7 +62,7 @@ def observe(layer: SourceLayer, spec: AttentionSpec, text: Stream, needed: Neede
         # Distances settle early, and cost more than everything else.
         enough = total is not None and total.tokens >= _DISTANCE_TOKENS
         wanted = replace(needed, distances=needed.distances and not enough)
-        part = gather(x_BTD, layer.weights, spec, wanted, text.positions_NT[rows] if jumps else None, reach)
+        part = gather(x_BTD, layer.weights, layer.spec, wanted, text.positions_NT[rows] if jumps else None, reach)
         total = part if total is None else total + part
         if kept is not None:
             kept[rows] = after_BTD
@@ -74,18 +74,18 @@ class Draft:
     """A converted model in the making.
 
     Args:
-        spec: What layers are.
         refinement: How they are refined, or ``None``.
         text: The calibration text as it enters the first layer; copied.
     """
 
-    def __init__(self, spec: AttentionSpec, refinement: Refinement | None, text: Stream) -> None:
-        self.spec, self.refinement = spec, refinement
+    def __init__(self, refinement: Refinement | None, text: Stream) -> None:
+        self.refinement = refinement
         self.text = text.clone()
 
     def convert(self, layer: SourceLayer, seen: Seen, setting: Setting, once: Once = at_once) -> DraftedLayer:
         """The layer in closed form, and refined, once."""
-        closed = conversion(layer.weights, self.spec, seen.stats, setting)
+        assert layer.weights is not None and layer.spec is not None
+        closed = conversion(layer.weights, layer.spec, seen.stats, setting)
         if self.refinement is None:
             return DraftedLayer(closed, closed.weights)
         how, hidden_NTD, residual_NTD = self.refinement, self.text.hidden_NTD, seen.residual_NTD
@@ -95,18 +95,19 @@ class Draft:
             found = refine(
                 expand_heads(closed.weights),
                 lambda rows: layer.normalise(hidden_NTD[rows]),
-                (residual_NTD - hidden_NTD) / layer.residual_scale,
+                residual_NTD - hidden_NTD,
                 how,
                 positions_NT=self.text.positions_NT,
                 autocast=layer.fast_matmul,
+                added=layer.added,
             )
             return [found.weights], f"error {found.before:.4f} → {found.after:.4f}"
 
         (refined,), news = once(make)
         return DraftedLayer(closed, refined, news)
 
-    def advance(self, layer: SourceLayer, attention: nn.Module) -> None:
-        """Take the calibration text through the converted layer."""
+    def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
+        """Take the calibration text through the converted layer, or one that stays."""
         layer.run(self.text, attention, fast=self.refinement is not None or layer.rough)
 
     def latent_rms(self, layer: SourceLayer, w: LatentWeights) -> tuple[float, float]:

@@ -26,6 +26,7 @@ from latentize.convert.position import (
     on_ladder,
     position_aware_split,
     rope_cost,
+    unrotated_split,
 )
 from latentize.convert.rope_split import RopeSplit, rorope, select_pairs, split_per_head
 from latentize.convert.settings import Setting
@@ -125,6 +126,7 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
         q_norm_R=w.q_norm_d,
         k_norm_R=w.k_norm_d,
         norm_eps=spec.norm_eps,
+        softcap=spec.softcap,
     )
     cost_F = None if components is None else _per_head(spec) * dropping_cost(components).sum(1)
     return Conversion(weights, split.kept_pairs, cost_F, factors.energy_o)
@@ -157,6 +159,8 @@ def ladder_costs(
     if candidates[0].linear:
         w = linearised(w, stats)
     components = key_components(w, spec, stats)
+    if not spec.rotates:
+        return [0.0] * len(candidates)
     return [_per_head(spec) * rope_cost(components, _rungs(setting, spec, components)[1]) for setting in candidates]
 
 
@@ -165,7 +169,7 @@ def _rungs(setting: Setting, spec: AttentionSpec, components: Components) -> tup
     size = setting.qk_rope_head_dim
     if setting.stride is None:
         return dearest(components, size // 2)
-    rungs_J = ladder(spec.rope.theta, spec.head_dim, size, setting.stride)
+    rungs_J = ladder(spec.rope.theta, spec.rope.rotary_dim, size, setting.stride)
     return on_ladder(components, rungs_J.to(components.frequencies_F.device))
 
 
@@ -173,6 +177,10 @@ def _split(
     w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting
 ) -> tuple[RopeSplit, Components | None]:
     """The keys, split, and the components that this was decided on, where there are some."""
+    if setting.method == "calibrated" and setting.stride is not None and not spec.rotates:
+        # A ladder that all layers share would turn what should not turn: its key stays empty here.
+        rungs_J = ladder(spec.rope.theta, spec.rope.rotary_dim, setting.qk_rope_head_dim, setting.stride)
+        return unrotated_split(w, rungs_J), None
     if setting.method == "calibrated":
         components = key_components(w, spec, stats)
         at_J2, rungs_J = _rungs(setting, spec, components)

@@ -60,7 +60,7 @@ class LayerResult:
     Attributes:
         index: Its number.
         source: The source's layer, tensors as stored.
-        latent: MLA weights, or ``None`` for head pooling.
+        latent: MLA weights, or ``None`` for head pooling and for a layer that stays as it is.
         grouped: Pooled weights, or ``None``.
         latent_rms: Largest and mean root mean square of a token's latent on the calibration text.
     """
@@ -162,12 +162,12 @@ class _Made:
 
     Attributes:
         result: For the writer.
-        attention: As saved.
-        stages: What it was before, by name; the same names in every layer.
+        attention: As saved; ``None`` where the layer stays as it is.
+        stages: What it was before, by name; the same names in every converted layer.
     """
 
     result: LayerResult
-    attention: nn.Module
+    attention: nn.Module | None
     stages: dict[str, nn.Module] = field(default_factory=dict)
 
 
@@ -197,26 +197,37 @@ class _LayerByLayer:
         self.own: Stream | None = source.embed(calibration)
         # Without refinement nothing is learnt from the converted stream but how large its latents get.
         few = len(calibration) if refinement else max(1, _RMS_TOKENS // calibration.length)
-        self.draft: Draft | None = Draft(source.spec.attention, refinement, self.own[:few])
+        self.draft: Draft | None = Draft(refinement, self.own[:few])
         self.facts: list[dict[str, Any]] = []
-        self.settings, self.sink, self.spec = settings, sink, source.spec.attention
+        self.settings, self.sink = settings, sink
 
     def weights(self, layer: SourceLayer) -> tuple[DraftedLayer, dict[str, LatentWeights]]:
         """The converted layer, and what it was on its way, by name, in float32."""
         assert self.own is not None and self.draft is not None
+        assert layer.spec is not None and layer.weights is not None
         refines, setting = self.draft.refinement is not None, self.settings[layer.index]
-        seen = observe(layer, self.spec, self.own, setting.needs(self.spec), residual=refines)
+        seen = observe(layer, self.own, setting.needs(layer.spec), residual=refines)
         made = self.draft.convert(layer, seen, setting, once(self.journal, f"layer {layer.index}"))
         self.facts.append(made.closed.describe())
         stages = {}
         if refines:
             stages[_CLOSED] = made.closed.weights.to(torch.float32)
         if setting.linear:
-            stages[_LINEAR] = linear_fit(layer.weights, self.spec, seen.stats).to(torch.float32)
+            stages[_LINEAR] = linear_fit(layer.weights, layer.spec, seen.stats).to(torch.float32)
         return made, stages
+
+    def stay(self, layer: SourceLayer) -> None:
+        """Take both streams through a layer that stays as it is."""
+        assert self.own is not None and self.draft is not None
+        layer.run(self.own)
+        self.draft.advance(layer, None)
+        self.facts.append({})
 
     def __call__(self, layer: SourceLayer) -> _Made:
         assert self.draft is not None
+        if layer.spec is None:
+            self.stay(layer)
+            return _Made(LayerResult(layer.index, layer), None)
         made, stages = self.weights(layer)
         return _made(layer, made.refined, stages, self.draft, self.sink)
 
@@ -228,14 +239,22 @@ class _Given:
     """Layers whose weights are known already."""
 
     def __init__(
-        self, draft: Draft, final: Sequence[LatentWeights], stages: Sequence[dict[str, LatentWeights]], sink: Sink
+        self,
+        draft: Draft,
+        final: Sequence[LatentWeights | None],
+        stages: Sequence[dict[str, LatentWeights]],
+        sink: Sink,
     ) -> None:
         self.draft: Draft | None = draft
         self.final, self.stages, self.sink = final, stages, sink
 
     def __call__(self, layer: SourceLayer) -> _Made:
         assert self.draft is not None
-        return _made(layer, self.final[layer.index], self.stages[layer.index], self.draft, self.sink)
+        final = self.final[layer.index]
+        if final is None:
+            self.draft.advance(layer, None)
+            return _Made(LayerResult(layer.index, layer), None)
+        return _made(layer, final, self.stages[layer.index], self.draft, self.sink)
 
     def release(self) -> None:
         self.draft = None
@@ -262,9 +281,15 @@ def _polished(
     progress: Progress,
 ) -> _Given:
     """All layers, refined one by one and then polished together."""
-    stages, refined = [], []
+    stages: list[dict[str, LatentWeights]] = []
+    refined: list[LatentWeights | None] = []
     for layer in source.layers():
         assert first.draft is not None
+        if layer.spec is None:
+            first.stay(layer)
+            stages.append({})
+            refined.append(None)
+            continue
         made, passed = first.weights(layer)
         first.draft.advance(layer, LatentAttention.from_weights(made.refined.to(torch.float32)))
         stages.append(passed)
@@ -276,12 +301,14 @@ def _polished(
     def make(teacher_NTD: Tensor = first.own.hidden_NTD) -> Made:
         return polish(source, refined, calibration, teacher_NTD, selection, how, progress), ""
 
-    final, _ = once(first.journal, "polish")(make)
+    learnt, _ = once(first.journal, "polish")(make)
+    converted = iter(learnt)
+    final = [None if w is None else next(converted) for w in refined]
     # It holds the stream.
     del make
     first.release()
     few = calibration[: max(1, _RMS_TOKENS // calibration.length)]
-    draft = Draft(first.spec, None, source.embed(few))
+    draft = Draft(None, source.embed(few))
     return _Given(draft, final, stages, sink)
 
 
@@ -292,6 +319,7 @@ class _Pooled:
         self.spec, self.kv_heads, self.dtype = spec, kv_heads, dtype
 
     def __call__(self, layer: SourceLayer) -> _Made:
+        assert layer.weights is not None
         pooled = pool_heads(layer.weights, self.kv_heads).to(self.dtype)
         # The same heads, repeated, fit into the layer that is there.
         repeat = self.spec.num_kv_heads // self.kv_heads
@@ -322,10 +350,10 @@ def _convert(source: SourceModel, make: _Make, sink: Sink, evaluation: Passages,
     errors: list[tuple[float, float]] = []
     for layer in source.layers():
         made = make(layer)
-        for name, attention in made.stages.items():
+        for name in {**before, **made.stages}:
             if name not in before:
                 before[name] = reference.clone()
-            layer.run(before[name], attention)
+            layer.run(before[name], made.stages.get(name))
         layer.run(reference)
         layer.run(hidden, made.attention)
         sink.layer(made.result)

@@ -74,7 +74,7 @@ def divergence(
 
 def polish(
     source: SourceModel,
-    weights: Sequence[LatentWeights],
+    weights: Sequence[LatentWeights | None],
     text: Passages,
     teacher_NTD: Tensor,
     check: Passages,
@@ -85,7 +85,7 @@ def polish(
 
     Args:
         source: The model that was converted.
-        weights: Its converted layers, the start.
+        weights: Its converted layers, the start; ``None`` for one that stays as it is.
         text: Calibration tokens.
         teacher_NTD: Hidden states that leave the source's last layer on these tokens.
         check: Tokens that are not learnt from and tell whether it helps.
@@ -93,16 +93,18 @@ def polish(
         progress: Told after each step.
 
     Returns:
-        float32 weights of every layer.
+        float32 weights of the layers that were converted, in order.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    attentions = [trainable(w) for w in weights]
+    start = [w for w in weights if w is not None]
+    attentions = [trainable(w) for w in start]
+    of_layer = iter(attentions)
     checked, layers = source.embed(check), []
-    for layer, attention in zip(source.layers(), attentions, strict=True):
+    for layer, w in zip(source.layers(), weights, strict=True):
         layer.run(checked)
-        layers.append(layer.with_attention(attention))
+        layers.append(layer.with_attention(None if w is None else next(of_layer)))
     entering, entering_check, head = source.embed(text), source.embed(check), source.head()
     at_once = max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
     parameters = [p for a in attentions for p in a.parameters()]
@@ -124,7 +126,7 @@ def polish(
 
     best, kept = look(), [p.detach().clone() for p in parameters]
     if best < how.enough:
-        return [refined(a, w) for a, w in zip(attentions, weights, strict=True)]
+        return [refined(a, w) for a, w in zip(attentions, start, strict=True)]
     descent = Descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5))
     for step, rows in enumerate(how.batches(len(text), text.length)):
         with torch.autocast(entering.hidden_NTD.device.type, torch.bfloat16, enabled=source.fast_matmul):
@@ -142,4 +144,4 @@ def polish(
         progress("polishing", step + 1, how.steps, f"KL {value:.4f}, held out {best:.4f}")
     for parameter, value in zip(parameters, kept, strict=True):
         parameter.data.copy_(value)
-    return [refined(a, w) for a, w in zip(attentions, weights, strict=True)]
+    return [refined(a, w) for a, w in zip(attentions, start, strict=True)]

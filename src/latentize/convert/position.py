@@ -35,6 +35,7 @@ __all__ = [
     "position_aware_split",
     "rope_cost",
     "rung_gains",
+    "unrotated_split",
 ]
 
 # Relative to the mean of the diagonal: directions in which inputs hardly vary stay as they are without the fit.
@@ -75,7 +76,7 @@ def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights
     q, k, v = w.q_HdD, w.k_GdD, w.v_GdD
     if w.q_norm_d is not None and w.k_norm_d is not None:
         assert stats.qx_HdD is not None and stats.kx_GdD is not None
-        q, k = fit(w.q_norm_d[:, None] * q, stats.qx_HdD), fit(w.k_norm_d[:, None] * k, stats.kx_GdD)
+        q, k = fit(w.q_norm_d[..., None] * q, stats.qx_HdD), fit(w.k_norm_d[..., None] * k, stats.kx_GdD)
     elif w.q_bias_Hd is not None and w.k_bias_Gd is not None:
         q, k = q + constant(w.q_bias_Hd), k + constant(w.k_bias_Gd)
     if w.v_bias_Gd is not None:
@@ -138,7 +139,7 @@ def key_components(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationS
     root_FG = weight_FG.sqrt()
     weighted = root_FG[:, :, None] * moment_FGG * root_FG[:, None, :]
     energy_FG, axes_FGG = eigh(weighted)
-    frequencies = torch.tensor(spec.rope.frequencies, dtype=torch.float64, device=second.device)
+    frequencies = torch.tensor(spec.frequencies, dtype=torch.float64, device=second.device)
     return Components(
         axes_FGG=axes_FGG,
         energy_FG=energy_FG.clamp_min(0),
@@ -244,6 +245,31 @@ def position_aware_split(
         kept_pairs=tuple(sorted(at_F.tolist())),
     )
     return split if w.q_bias_Hd is None else _without_ones(split)
+
+
+def unrotated_split(w: AttentionWeights, rungs_J: Tensor) -> RopeSplit:
+    """Keys that do not rotate, beside a roped key that is nothing.
+
+    Args:
+        w: The layer, float64.
+        rungs_J: Frequencies that the roped key would have.
+    """
+    heads, d, hidden = w.q_HdD.shape
+    G, R = len(w.k_GdD), 2 * len(rungs_J)
+    none = w.k_GdD.new_zeros
+    biased = w.q_bias_Hd is not None
+    return RopeSplit(
+        q_nope_HND=w.q_HdD,
+        q_rope_HRD=none(heads, R, hidden),
+        k_nope_CD=w.k_GdD.flatten(0, 1),
+        read_UNC=torch.eye(G * d, dtype=w.k_GdD.dtype, device=w.k_GdD.device).view(G, d, G * d),
+        k_rope_PRD=none(1, R, hidden),
+        frequencies_PF=rungs_J.to(w.k_GdD.device)[None],
+        kept_pairs=(),
+        q_nope_bias_HN=w.q_bias_Hd,
+        q_rope_bias_HR=none(heads, R) if biased else None,
+        k_rope_bias_PR=none(1, R) if biased else None,
+    )
 
 
 def _without_ones(split: RopeSplit) -> RopeSplit:

@@ -80,8 +80,9 @@ def refine(
     *,
     positions_NT: Tensor | None = None,
     autocast: bool = False,
+    added: Callable[[Tensor], Tensor] = lambda made_BTD: made_BTD,
 ) -> Refined:
-    """Minimise ``‖attn(x) - target‖²`` relative to the target's variance.
+    """Minimise ``‖added(attn(x)) - target‖²`` relative to the target's variance.
 
     Args:
         w: The start.
@@ -90,6 +91,7 @@ def refine(
         how: Steps and rates.
         positions_NT: Where in a context the tokens are; by default each sequence is at its start.
         autocast: Multiply in bfloat16.
+        added: From what the attention makes to what the residual stream gets of it.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -103,7 +105,7 @@ def refine(
         x_BTD = inputs(rows)
         with torch.autocast(x_BTD.device.type, torch.bfloat16, enabled=autocast):
             made_BTD = attention(x_BTD, None if positions_NT is None else positions_NT[rows])[0]
-            return (made_BTD.float() - target_NTD[rows].float()).square().mean() * scale
+            return (added(made_BTD.float()) - target_NTD[rows].float()).square().mean() * scale
 
     count, length = target_NTD.shape[:2]
     learnt = count - min(max(1, how.probe // length), count // 8)

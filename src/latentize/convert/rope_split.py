@@ -100,7 +100,7 @@ def split_per_head(w: AttentionWeights, spec: AttentionSpec, pairs_GF: Tensor) -
     N = nope_GN.shape[1]
     # Head u reads its N rows out of the G · N that are stacked.
     read_UNC = torch.eye(G * N, dtype=w.k_GdD.dtype).view(G, N, G * N)
-    frequencies = torch.tensor(spec.rope.frequencies, dtype=torch.float64)
+    frequencies = torch.tensor(spec.frequencies, dtype=torch.float64)
     q_nope, q_rope = take_queries(w.q_HdD, nope_GN), take_queries(w.q_HdD, rope_GR)
     assert q_nope is not None and q_rope is not None
     return RopeSplit(
@@ -164,7 +164,7 @@ def rorope(
         q_bias_H2bf1 = w.q_bias_Hd.unflatten(1, (2, blocks, freqfold))[..., None]
         q_rope_bias = _rope_queries(q_bias_H2bf1, axes_bGfj[..., leading], s)[..., 0]
         k_rope_bias = (axes_bcj.mT @ k_bias_2bc[..., None])[:, :, leading].flatten()[None]
-    frequencies = torch.tensor(spec.rope.frequencies, dtype=torch.float64)[::collapse]
+    frequencies = torch.tensor(spec.frequencies, dtype=torch.float64)[::collapse]
     return RopeSplit(
         q_nope_HND=w.q_HdD,
         q_rope_HRD=q_rope_HRD,

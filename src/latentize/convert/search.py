@@ -51,7 +51,7 @@ def choose(
         The best, and ``(setting, KL from the source in nats per token)`` of all that were compared.
     """
     calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
-    spec, refinement = source.spec.attention, short_refinement(refines)
+    needed, refinement = candidates[0].needs(source.spec.attention), short_refinement(refines)
     # Where memory allows, and the same is wanted of them, layers are observed once for both choices.
     observed: dict[int, Seen] | None = None if refines or source.large else {}
     if any(setting.stride is not None for setting in candidates):
@@ -59,12 +59,16 @@ def choose(
     if len(candidates) == 1:
         return candidates[0], []
     own = source.embed(calibration)
-    drafts = [Draft(spec, refinement, own) for _ in candidates]
+    drafts = [Draft(refinement, own) for _ in candidates]
     reference = source.embed(selection)
     streams = [reference.clone() for _ in candidates]
     for layer in source.layers():
+        if layer.spec is None:
+            for text in (own, reference, *streams, *(d.text for d in drafts if refinement is not None)):
+                layer.run(text, fast=layer.rough)
+            continue
         seen = observed.pop(layer.index) if observed else None
-        seen = seen or observe(layer, spec, own, candidates[0].needs(spec), residual=refines)
+        seen = seen or observe(layer, own, needed, residual=refines)
         layer.run(reference, fast=layer.rough)
         for setting, draft, hidden in zip(candidates, drafts, streams, strict=True):
             attention = LatentAttention.from_weights(draft.convert(layer, seen, setting).refined.to(torch.float32))
@@ -105,11 +109,14 @@ def best_strides(
         progress: Told after each layer.
         observed: Takes what was seen of each layer, by its number, for whoever needs it again.
     """
-    spec, costs = source.spec.attention, [0.0] * len(candidates)
+    needed, costs = candidates[0].needs(source.spec.attention), [0.0] * len(candidates)
     text = source.embed(calibration)
     for layer in source.layers():
-        seen = observe(layer, spec, text, candidates[0].needs(spec))
-        for index, cost in enumerate(ladder_costs(layer.weights, spec, seen.stats, candidates)):
+        if layer.spec is None or layer.weights is None:
+            layer.run(text, fast=layer.rough)
+            continue
+        seen = observe(layer, text, needed)
+        for index, cost in enumerate(ladder_costs(layer.weights, layer.spec, seen.stats, candidates)):
             costs[index] += cost
         if observed is not None:
             observed[layer.index] = seen

@@ -70,10 +70,10 @@ class Setting:
         )
 
     def rope_theta(self, spec: AttentionSpec) -> float:
-        """Base of the ladder that rotates the shared key, ``θ^(σ R / d)``."""
+        """Base of the ladder that rotates the shared key, ``θ^(σ R / d)``, where ``d`` of a head rotate."""
         if self.stride is None:
             return spec.rope.theta
-        return spec.rope.theta ** (self.stride * self.qk_rope_head_dim / spec.head_dim)
+        return spec.rope.theta ** (self.stride * self.qk_rope_head_dim / spec.rope.rotary_dim)
 
     def approximations(self, spec: AttentionSpec) -> list[str]:
         """What of the source was replaced by the nearest that the format holds, before anything was compressed."""
@@ -101,6 +101,13 @@ def settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
     if recipe.method == "calibrated":
         return _calibrated(recipe, spec)
     found = list(_mha2mla(recipe, spec) if recipe.method == "mha2mla" else _shared_key(recipe, spec))
+    if not spec.rotates_whole and recipe.method in ("transmla", "care"):
+        raise UnsupportedModelError(
+            f"'{recipe.method}' takes RoPE to cover whole heads",
+            code="LZ209",
+            where="config.json, partial_rotary_factor",
+            fix="use --method calibrated",
+        )
     if not found and recipe.freqfold is not None:
         raise OptionError(
             f"blocks of {recipe.freqfold} frequencies fit no roped key of this budget",
@@ -195,7 +202,7 @@ def _calibrated(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
     not_linear = spec.qkv_bias or spec.o_bias or spec.qk_norm
     found = []
     for rank, rope in _calibrated_sizes(recipe, spec):
-        widest = max(1.0, spec.head_dim / rope)
+        widest = max(1.0, spec.rope.rotary_dim / rope)
         for stride in (*(s for s in _STRIDES if s < widest), widest):
             found.append(Setting("calibrated", rank, rope, stride=stride, linear=not_linear))
         found.append(Setting("calibrated", rank, rope, linear=spec.qk_norm))
@@ -233,10 +240,10 @@ def _calibrated_sizes(recipe: Recipe, spec: AttentionSpec) -> Iterator[tuple[int
     budget = _budget(recipe, spec)
     tried = set()
     for share in _ROPE_SHARES:
-        rope = max(2, 2 * round(share * spec.head_dim / 2))
+        rope = max(2, 2 * round(share * spec.rope.rotary_dim / 2))
         rank = min(budget - rope, full - rope, hidden)
-        # Between an eighth and a half of what is kept; but a whole head is enough.
-        wide = 8 * rope >= min(budget, 8 * spec.head_dim)
+        # Between an eighth and a half of what is kept; but all that rotates of a head is enough.
+        wide = 8 * rope >= min(budget, 8 * spec.rope.rotary_dim)
         if rank >= max(1, rope) and wide and rope not in tried:
             tried.add(rope)
             yield rank, rope

@@ -9,6 +9,7 @@ B batch, T tokens, D hidden.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -18,48 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentize.attention.grouped import AttentionWeights
+from latentize.attention.grouped import AttentionWeights, capped
+from latentize.attention.masks import causal_mask
 from latentize.calibrate.tokens import Passages, Placed
 from latentize.checkpoint import Checkpoint
+from latentize.convert.canonical import attention_weights, module_tensors
 from latentize.errors import CheckpointError, ConfigError
 from latentize.families import ModelSpec
 from latentize.machine import multiplies_bfloat16
+from latentize.spec import AttentionSpec
 
-__all__ = ["SourceLayer", "SourceModel", "Stream", "attention_weights"]
+__all__ = ["SourceLayer", "SourceModel", "Stream"]
 
 # From so many parameters on, layers multiply in bfloat16: in float32 a CPU would take hours.
 _LARGE = 200_000_000
 # Sequences that go through a layer at once, in tokens: bounds the activations of its MLP.
 _TOKENS_AT_ONCE = 2048
 _VOCAB_AT_ONCE = 16_384
-
-
-def attention_weights(tensors: dict[str, Tensor], spec: ModelSpec) -> AttentionWeights:
-    """The canonical projections out of a layer's tensors (names without the layer's prefix)."""
-    a = spec.attention
-    if "self_attn.qkv_proj.weight" in tensors:
-        sizes = [n * a.head_dim for n in (a.num_heads, a.num_kv_heads, a.num_kv_heads)]
-        parts = tensors["self_attn.qkv_proj.weight"].split(sizes)
-        tensors = tensors | {f"self_attn.{n}_proj.weight": w for n, w in zip("qkv", parts, strict=True)}
-
-    def heads(name: str) -> Tensor | None:
-        t = tensors.get(f"self_attn.{name}")
-        return None if t is None else t.unflatten(0, (-1, a.head_dim))
-
-    q, k, v = heads("q_proj.weight"), heads("k_proj.weight"), heads("v_proj.weight")
-    assert q is not None and k is not None and v is not None
-    return AttentionWeights(
-        q_HdD=q,
-        k_GdD=k,
-        v_GdD=v,
-        o_DHd=tensors["self_attn.o_proj.weight"].unflatten(1, (-1, a.head_dim)),
-        q_bias_Hd=heads("q_proj.bias"),
-        k_bias_Gd=heads("k_proj.bias"),
-        v_bias_Gd=heads("v_proj.bias"),
-        o_bias_D=tensors.get("self_attn.o_proj.bias"),
-        q_norm_d=tensors.get("self_attn.q_norm.weight"),
-        k_norm_d=tensors.get("self_attn.k_norm.weight"),
-    )
 
 
 @dataclass(frozen=True)
@@ -94,8 +70,12 @@ class SourceLayer:
 
     Attributes:
         index: Its number.
-        tensors: As stored, by name without the layer's prefix.
-        weights: Its attention, in float32.
+        tensors: Of transformers' module, in the stored precision, by name without the layer's prefix.
+        spec: Its attention; ``None`` where the layer stays as it is.
+        weights: That attention, in float32.
+        names: What plays which role in it.
+        window: Tokens that its own attention sees, where that is a sliding window.
+        additive: Whether its own attention wants a mask that is added.
         fast_matmul: Whether bfloat16 is faster here, for what does not need more.
         rough: Whether statistics and choices do not.
         residual_scale: Factor on what the attention adds to the residual stream.
@@ -103,9 +83,13 @@ class SourceLayer:
 
     index: int
     tensors: dict[str, Tensor]
-    weights: AttentionWeights
+    spec: AttentionSpec | None
+    weights: AttentionWeights | None
+    names: Callable[[str], str]
     _module: nn.Module
     _rotary: Callable[..., Any]
+    window: int | None = None
+    additive: bool = False
     _autocast: bool = False
     fast_matmul: bool = False
     rough: bool = False
@@ -116,22 +100,54 @@ class SourceLayer:
         kind = hidden_BTD.device.type
         narrow = self._autocast or torch.is_autocast_enabled(kind) or (fast and self.fast_matmul)
         with torch.autocast(kind, torch.bfloat16, enabled=narrow):
-            return module(
+            out = module(
                 hidden_states=hidden_BTD,
-                attention_mask=None,
+                attention_mask=self._mask(hidden_BTD),
                 position_ids=positions,
                 position_embeddings=self._rotary(hidden_BTD, positions),
             )
+        return out[0] if isinstance(out, tuple) else out
+
+    def _mask(self, hidden_BTD: Tensor) -> Tensor | None:
+        """None where attention is causal and knows it."""
+        tokens = hidden_BTD.shape[1]
+        if not self.additive and (self.window is None or tokens <= self.window):
+            return None
+        allowed_TT = causal_mask(tokens, tokens, window=self.window, device=hidden_BTD.device)[None, None]
+        if not self.additive:
+            return allowed_TT
+        lowest = torch.finfo(hidden_BTD.dtype).min
+        return torch.zeros_like(allowed_TT, dtype=hidden_BTD.dtype).masked_fill(~allowed_TT, lowest)
+
+    @property
+    def attention(self) -> nn.Module:
+        """The module that is, or stands for, its attention."""
+        found = getattr(self._module, self.names("attention"))
+        assert isinstance(found, nn.Module)
+        return found
+
+    @attention.setter
+    def attention(self, module: nn.Module) -> None:
+        setattr(self._module, self.names("attention"), module)
 
     def normalise(self, hidden_BTD: Tensor) -> Tensor:
         """What the layer's attention sees of the residual stream."""
-        norm = self._module.input_layernorm
-        assert isinstance(norm, nn.Module)
-        return norm(hidden_BTD)
+        return self._through("input_norm", hidden_BTD)
 
-    def with_attention(self, attention: nn.Module) -> Callable[[Stream], Stream]:
+    def added(self, made_BTD: Tensor) -> Tensor:
+        """What the attention's output adds to the residual stream."""
+        through_BTD = self._through("post_norm", made_BTD)
+        return through_BTD if self.residual_scale == 1.0 else self.residual_scale * through_BTD
+
+    def _through(self, role: str, x_BTD: Tensor) -> Tensor:
+        # Some families have no norm there.
+        name = self.names(role)
+        return getattr(self._module, name)(x_BTD) if name else x_BTD
+
+    def with_attention(self, attention: nn.Module | None) -> Callable[[Stream], Stream]:
         """The layer as a differentiable function, with another attention."""
-        self._module.self_attn = attention
+        if attention is not None:
+            self.attention = attention
         return lambda s: Stream(self._call(self._module, s.hidden_NTD, s.positions_NT), s.positions_NT)
 
     @torch.no_grad()
@@ -148,31 +164,29 @@ class SourceLayer:
         Yields:
             Which sequences, the attention's normalised input, and the residual stream after the attention.
         """
-        size, original = max(1, _TOKENS_AT_ONCE // text.length), self._module.self_attn
+        size, original = max(1, _TOKENS_AT_ONCE // text.length), self.attention
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple, kwargs: dict, result: tuple[Tensor, Any]) -> None:
             kept[:] = [kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], result[0]]
 
-        current = attention or original
-        assert isinstance(current, nn.Module)
-        self._module.self_attn = current
-        hook = current.register_forward_hook(keep, with_kwargs=True)
+        self.attention = attention or original
+        hook = self.attention.register_forward_hook(keep, with_kwargs=True)
         try:
             for start in range(0, len(text), size):
                 part = text[start : start + size]
                 after = self._call(self._module, part.hidden_NTD, part.positions_NT, fast=fast)
                 x_BTD, y_BTD = kept
-                residual = part.hidden_NTD + self.residual_scale * y_BTD
+                residual = part.hidden_NTD + self.added(y_BTD)
                 part.hidden_NTD.copy_(after)
                 yield slice(start, start + size), x_BTD, residual
         finally:
-            self._module.self_attn = original
+            self.attention = original
             hook.remove()
 
     def with_kv_heads(self, w: AttentionWeights, repeat: int) -> nn.Module:
         """The layer's attention with other keys and values, each head of ``w`` serving ``repeat`` of its own."""
-        attention: Any = copy.deepcopy(self._module.self_attn)
+        attention: Any = copy.deepcopy(self.attention)
         if hasattr(attention, "qkv_proj"):
             k, v = (t.repeat_interleave(repeat, dim=0).flatten(0, 1) for t in (w.k_GdD, w.v_GdD))
             fused = torch.cat([w.q_HdD.flatten(0, 1), k, v])
@@ -188,8 +202,14 @@ class SourceLayer:
         assert isinstance(attention, nn.Module)
         return attention
 
+    @torch.no_grad()
     def run(self, text: Stream, attention: nn.Module | None = None, *, fast: bool = False) -> None:
         """Advance hidden states through the layer, in place; arguments as for :meth:`stream`."""
+        if self.spec is None:
+            size = max(1, _TOKENS_AT_ONCE // text.length)
+            for part in text.split(size):
+                part.hidden_NTD.copy_(self._call(self._module, part.hidden_NTD, part.positions_NT, fast=fast))
+            return
         for _ in self.stream(text, attention, fast=fast):
             pass
 
@@ -219,10 +239,12 @@ class SourceModel:
         self.fast_matmul = self.autocast or multiplies_bfloat16(torch.device(device).type)
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder)
-            config._attn_implementation = "sdpa"
+            # No fused attention bends logits.
+            config._attn_implementation = "eager" if spec.additive_masks else "sdpa"
             with torch.device("meta"):
                 self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-            self._rotary = type(self._skeleton.model.rotary_emb)(config).to(device)
+            self._body = self._skeleton.base_model
+            self._rotary = type(self._body.rotary_emb)(config).to(device) if hasattr(self._body, "rotary_emb") else None
         # Entries that the family's table does not read may be anything.
         except Exception as error:
             raise ConfigError(
@@ -240,7 +262,7 @@ class SourceModel:
         Raises:
             CheckpointError: a token has no row in the embedding.
         """
-        name, tokens_NT = "model.embed_tokens.weight", text.tokens_NT
+        name, tokens_NT = self.spec.table.module("embedding") + ".weight", text.tokens_NT
         rows = self.checkpoint.shape(name)[0]
         if int(tokens_NT.max()) >= rows:
             raise CheckpointError(
@@ -255,41 +277,64 @@ class SourceModel:
 
     def layers(self) -> Iterator[SourceLayer]:
         """The decoder layers in order; for memory, let go of one before asking for the next."""
-        for index, empty in enumerate(self._skeleton.model.layers):
+        spec = self.spec
+        for index, empty in enumerate(self._body.layers):
             prefix = self.spec.layer_prefix(index)
             names = [n for n in self.checkpoint.names() if n.startswith(prefix) and "rotary_emb" not in n]
             stored = {name.removeprefix(prefix): self.checkpoint.load(name) for name in names}
+            stored = module_tensors(stored, spec, index)
             module = copy.deepcopy(empty)
             wide = {name: t.to(self.device, torch.float32) for name, t in stored.items()}
             module.load_state_dict(wide, strict=True, assign=True)
-            weights = attention_weights(wide, self.spec)
+            attention = spec.layer_attention(index)
+            weights = None if attention is None else attention_weights(wide, spec)
             layer = SourceLayer(
                 index,
                 stored,
+                attention,
                 weights,
+                spec.table.module,
                 module.requires_grad_(False),
-                self._rotary,
+                self._angles(spec.kind(index)),
+                spec.window if spec.kind(index) == "sliding_attention" else None,
+                spec.additive_masks,
                 self.autocast,
                 self.fast_matmul,
                 self.rough,
-                self.spec.residual_scale,
+                spec.residual_scale,
             )
             # Nothing here may hold a layer while the next is read.
             del stored, wide, weights, module
             yield layer
             del layer
 
+    def _angles(self, kind: str) -> Callable[..., Any]:
+        """Cosines and sines of a kind of layer."""
+        rotary = self._rotary
+        if rotary is None:
+            return lambda hidden_BTD, positions: None
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            return lambda hidden_BTD, positions: rotary(hidden_BTD, positions, kind)
+        return rotary
+
     def head(self) -> Callable[[Tensor], Tensor]:
         """A function from final hidden states ``[n, D]`` to logits ``[n, vocab]``, both float32."""
-        norm = copy.deepcopy(self._skeleton.model.norm)
-        norm.load_state_dict({"weight": self._float("model.norm.weight")}, assign=True)
-        tied = "lm_head.weight" not in self.checkpoint
-        table = self.checkpoint.load("model.embed_tokens.weight" if tied else "lm_head.weight").to(self.device)
+        names = self.spec.table.module
+        norm = copy.deepcopy(getattr(self._body, names("norm").rpartition(".")[2]))
+        parts = {part: f"{names('norm')}.{part}" for part in ("weight", "bias")}
+        norm.load_state_dict(
+            {n: self._float(full) for n, full in parts.items() if full in self.checkpoint}, assign=True
+        )
+        own = names("head") + ".weight"
+        table = self.checkpoint.load(own if own in self.checkpoint else names("embedding") + ".weight").to(self.device)
+        bias = names("head") + ".bias"
+        bias_V = self._float(bias) if bias in self.checkpoint else None
 
         def logits(hidden_nD: Tensor) -> Tensor:
             normed_nD = self.spec.logit_scale * norm(hidden_nD)
             # The table is wide and stays as it is stored; only slices of it are ever float32.
             parts = [torch.nn.functional.linear(normed_nD, rows.float()) for rows in table.split(_VOCAB_AT_ONCE)]
-            return torch.cat(parts, dim=-1)
+            made_nV = torch.cat(parts, dim=-1)
+            return capped(made_nV if bias_V is None else made_nV + bias_V, self.spec.logit_softcap)
 
         return logits

@@ -14,7 +14,7 @@ from latentize.checkpoint import Checkpoint, Manifest
 from latentize.checkpoint.manifest import sha256
 from latentize.errors import CheckpointError
 from latentize.formats.deepseek_v3 import decode_attention
-from latentize.runtime.generate import cached_values
+from latentize.runtime.generate import cached_values, latent_layers
 from latentize.runtime.load import load_model
 
 __all__ = ["Verdict", "verify"]
@@ -85,7 +85,7 @@ def verify(out: Path) -> Verdict:
         cache = step.past_key_values
         stepwise.append(step.logits)
     verdict.decode_error = relative_error(torch.cat(stepwise, dim=1), at_once)
-    verdict.cache_values_per_token_layer = cached_values(cache)
+    verdict.cache_values_per_token_layer = cached_values(cache, latent_layers(model.config))
     verdict.absorbed_error = _absorbed_error(model, checkpoint)
     _judge(verdict, manifest)
     return verdict
@@ -105,15 +105,17 @@ def _judge(verdict: Verdict, manifest: Manifest) -> None:
 def _absorbed_error(model: Any, checkpoint: Checkpoint) -> float:
     """Largest difference of the two forms over the layers; zero where attention is not latent."""
     generator, worst = torch.Generator().manual_seed(0), 0.0
-    for layer in getattr(model, "source", model).model.layers:
-        attention = layer.self_attn
-        if isinstance(attention, LatentAttention):
+    for layer in getattr(model, "source", model).base_model.layers:
+        attention = next((m for m in layer.children() if isinstance(m, LatentAttention)), None)
+        if attention is not None:
             weights = attention.weights()
         elif checkpoint.config["model_type"] == "deepseek_v3":
-            weights = decode_attention(attention.state_dict(), checkpoint.config)
+            weights = decode_attention(layer.self_attn.state_dict(), checkpoint.config)
         else:
             continue
-        x = torch.randn(1, 16, weights.spec.hidden_size, generator=generator) * layer.input_layernorm.weight
+        x = torch.randn(1, 16, weights.spec.hidden_size, generator=generator)
+        # As large as what the attention sees; some families have no norm before it.
+        x = x * getattr(getattr(layer, "input_layernorm", None), "weight", 1.0)
         expanded = latent_attention(x, weights, absorb=False)
         worst = max(worst, relative_error(latent_attention(x, weights, absorb=True), expanded))
     return worst

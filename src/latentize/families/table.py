@@ -6,33 +6,81 @@ Tables are JSON files in ``tables/``. Unknown keys are refused, so that a typo c
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from latentize.errors import ConfigError, UnsupportedModelError
-from latentize.spec import AttentionSpec, RopeSpec
+from latentize.errors import ConfigError
 
-__all__ = ["PLUGINS", "ModelSpec", "Table", "families", "model_spec", "register_family"]
+__all__ = ["PLUGINS", "Experts", "Table", "families", "register_family"]
 
-_ATTENTION_KEYS = {"qkv_bias", "o_bias", "qk_norm", "sliding_window", "sliding_window_switch", "softmax_scale"}
-# Far above any model; beyond it, a table of frequencies would not fit into memory.
-_LARGEST_HEAD = 1 << 16
-_MULTIPLIERS = {"embedding", "residual", "logits"}
-# Config entries whose mere presence with a true value changes what attention computes.
-_UNSUPPORTED = {
-    "attn_logit_softcapping": ("attention logits are soft-capped", "LZ206"),
-    "final_logit_softcapping": ("output logits are soft-capped", "LZ206"),
-    "kv_lora_rank": ("the model has latent attention already", "LZ203"),
-    "quantization_config": ("the weights are quantised", "LZ204"),
-    "is_encoder_decoder": ("it is an encoder-decoder", "LZ211"),
-    "vision_config": ("it is multimodal", "LZ211"),
-    "auto_map": ("it needs code from the checkpoint to run", "LZ207"),
+_ATTENTION_KEYS = {
+    "qkv_bias",
+    "o_bias",
+    "qk_norm",
+    "qk_norm_across",
+    "sliding_window",
+    "sliding_window_switch",
+    "softmax_scale",
+    "softmax_scalar",
+    "softcap",
+    "interleaved",
+    "partial",
+    "unrotated",
+    "rope_of",
 }
+_MULTIPLIERS = {"embedding", "residual", "logits", "logits_times"}
+# Where things are, under the names that most families use.
+_MODULES = {
+    "attention": "self_attn",
+    "input_norm": "input_layernorm",
+    "post_norm": "",
+    "q_proj": "q_proj",
+    "k_proj": "k_proj",
+    "v_proj": "v_proj",
+    "o_proj": "o_proj",
+    "qkv_proj": "qkv_proj",
+    "query_key_value": "query_key_value",
+    "q_norm": "q_norm",
+    "k_norm": "k_norm",
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of the MLP. Checkpoints hold experts one by one, transformers stacks them.
+
+    Attributes:
+        count: Config keys, of which one says how many there are.
+        intermediate, chosen: Config keys: their width, how many a token goes through.
+        tensors: Tensor of an expert, with ``{expert}`` → symbolic shape, where ``moe`` is their width.
+        stacked: Tensor of transformers' module → those that it is made of; those with ``{expert}`` are joined along
+            their rows, then stacked over experts, others are renamed.
+        other_tensors: As ``tensors``, once a layer (the router).
+        dense_tensors: MLP of the layers that have no experts.
+        every, except_layers: Config keys: every so many layers has experts, but for these.
+    """
+
+    count: Sequence[str]
+    intermediate: str
+    chosen: str
+    tensors: Mapping[str, tuple[str, ...]]
+    stacked: Mapping[str, Sequence[str]]
+    other_tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dense_tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    every: str = ""
+    except_layers: str = ""
+
+    def in_layer(self, layer: int, config: Mapping[str, Any]) -> bool:
+        """Whether a layer has experts."""
+        step = int(config.get(self.every) or 1) if self.every else 1
+        return (layer + 1) % step == 0 and layer not in (config.get(self.except_layers) or ())
 
 
 @dataclass(frozen=True)
@@ -44,13 +92,29 @@ class Table:
         architectures: Class names of ``config.json`` that are meant.
         about: One line for users.
         config_defaults: What transformers assumes for entries that ``config.json`` leaves out.
-        attention: Feature → config key that switches it, or a constant.
+        implied: The same for entries that older configs had, and transformers has a place of its own for now.
+        attention: Feature → config key that switches it, or a constant. Those that are not self-evident:
+            ``softmax_scalar`` is a number whose ``-1/2``-th power scales logits; ``interleaved`` says how pairs lie in
+            a head, ``partial`` that RoPE may cover a part of it; ``unrotated`` has the config keys of a ``list`` of 1
+            and 0 for each layer, 0 where nothing rotates, and of a number that stands for one, ``every`` so many
+            layers; ``rope_of`` is the kind of layer whose entry of ``rope_parameters`` counts.
         top_tensors: Tensor → symbolic shape, outside the layers.
         layer_prefix: With ``{layer}``.
         layer_tensors: Tensor of a layer, without prefix → symbolic shape.
         optional_layer_tensors: The same with ``{"shape": …, "when": config key}``.
         multipliers: Config keys of factors: ``embedding`` on what enters the first layer, ``residual`` on what each
-            block adds, ``logits`` that logits are divided by.
+            block adds, ``logits`` that logits are divided by, ``logits_times`` that they are multiplied with. A number
+            or ``sqrt(key)`` stands for itself.
+        logit_softcap: Config key of what output logits are bent below.
+        modules: Where things are called otherwise than in Llama; see ``_MODULES``.
+        norm_eps: Config key of the norms' epsilon.
+        norm_offset: What is added to the weights of norms (1 in Gemma).
+        layer_kinds: Kind of layer other than ``full_attention`` → the rule by which layers are of it where the config
+            does not say: ``"all"``, ``{"from": config key}``, ``{"except_every": number or config key}``,
+            ``"unrotated"``. They stay as they are.
+        kept_tensors: Such a kind → its tensors in the place of attention's, where it has other ones.
+        experts: See :class:`Experts`.
+        native_only: What no format but the native one can hold, in words.
     """
 
     model_type: str
@@ -62,86 +126,46 @@ class Table:
     layer_prefix: str
     layer_tensors: Mapping[str, tuple[str, ...]]
     optional_layer_tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    multipliers: Mapping[str, str] = field(default_factory=dict)
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    multipliers: Mapping[str, Any] = field(default_factory=dict)
+    logit_softcap: str = ""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    norm_eps: str = "rms_norm_eps"
+    norm_offset: float = 0.0
+    layer_kinds: Mapping[str, Any] = field(default_factory=dict)
+    kept_tensors: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    experts: Experts | None = None
+    native_only: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Table:
         """Build a table, refusing keys that no field or feature is called by."""
         where = f"table '{entries.get('model_type')}'"
-        if missing := sorted({f.name for f in fields(cls) if f.default_factory is MISSING} - set(entries)):
-            raise ConfigError(f"a family table lacks {', '.join(missing)}", where=where)
+        _complete(cls, entries, where, "a family table")
+        nested = {"attention": _ATTENTION_KEYS, "multipliers": _MULTIPLIERS, "modules": set(_MODULES)}
         unknown = set(entries) - {f.name for f in fields(cls)}
-        unknown |= {f"attention.{k}" for k in set(entries.get("attention", {})) - _ATTENTION_KEYS}
-        unknown |= {f"multipliers.{k}" for k in set(entries.get("multipliers", {})) - _MULTIPLIERS}
+        unknown |= {f"{name}.{k}" for name, known in nested.items() for k in set(entries.get(name, {})) - known}
+        experts = entries.get("experts")
+        if experts is not None:
+            _complete(Experts, experts, where, "experts of a family table")
+            unknown |= {f"experts.{k}" for k in set(experts) - {f.name for f in fields(Experts)}}
         if unknown:
             raise ConfigError(
                 f"unknown key in a family table: {', '.join(sorted(unknown))}",
                 where=where,
             )
-        return cls(**{**entries, "architectures": tuple(entries["architectures"])})
+        made = {"architectures": tuple(entries["architectures"]), "native_only": tuple(entries.get("native_only", ()))}
+        return cls(**{**entries, **made, "experts": None if experts is None else Experts(**experts)})
+
+    def module(self, role: str) -> str:
+        """What plays a role is called; see ``_MODULES``."""
+        return self.modules.get(role, _MODULES[role])
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """A checkpoint's shape: its table applied to its ``config.json``.
-
-    Attributes:
-        table: The family.
-        config: ``config.json`` as it was read.
-        layers: Decoder layers ``L``.
-        attention: The attention of every layer.
-        vocab_size: Rows of the embedding.
-        norm_eps: Epsilon of the RMSNorms of the residual stream.
-        tied: Whether the output head is the embedding.
-        max_positions: Context length that the model was trained for.
-        embedding_scale: Factor on what enters the first layer.
-        residual_scale: Factor on what attention and MLP add to the residual stream.
-        logit_scale: Factor on the output logits.
-    """
-
-    table: Table
-    config: Mapping[str, Any]
-    layers: int
-    attention: AttentionSpec
-    intermediate_size: int
-    vocab_size: int
-    norm_eps: float
-    tied: bool
-    max_positions: int
-    embedding_scale: float = 1.0
-    residual_scale: float = 1.0
-    logit_scale: float = 1.0
-
-    @property
-    def cache_values(self) -> int:
-        return self.attention.cache_values
-
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the checkpoint must have, with its shape."""
-        a = self.attention
-        size = {
-            "hidden": a.hidden_size,
-            "q": a.num_heads * a.head_dim,
-            "kv": a.num_kv_heads * a.head_dim,
-            "head": a.head_dim,
-            "intermediate": self.intermediate_size,
-            "vocab": self.vocab_size,
-        }
-        symbolic = dict(self.table.top_tensors)
-        if not self.tied:
-            symbolic["lm_head.weight"] = ("vocab", "hidden")
-        for layer in range(self.layers):
-            prefix = self.layer_prefix(layer)
-            for name, shape in self.table.layer_tensors.items():
-                symbolic[prefix + name] = shape
-            for name, entry in self.table.optional_layer_tensors.items():
-                if _feature(entry["when"], self.config):
-                    symbolic[prefix + name] = entry["shape"]
-        # Fused projections are as wide as their parts together: "q+kv+kv".
-        return {n: tuple(sum(size[part] for part in s.split("+")) for s in shape) for n, shape in symbolic.items()}
-
-    def layer_prefix(self, layer: int) -> str:
-        return self.table.layer_prefix.format(layer=layer)
+def _complete(kind: type, entries: Mapping[str, Any], where: str, what: str) -> None:
+    required = {f.name for f in fields(kind) if f.default_factory is MISSING and f.default is MISSING}
+    if missing := sorted(required - set(entries)):
+        raise ConfigError(f"{what} lacks {', '.join(missing)}", where=where)
 
 
 _REGISTERED: dict[str, Table] = {}
@@ -182,158 +206,3 @@ def _installed() -> dict[str, Table]:
 def families() -> dict[str, Table]:
     """All known tables by ``model_type``, in alphabetical order."""
     return dict(sorted({**_installed(), **_REGISTERED}.items()))
-
-
-def _feature(key: Any, config: Mapping[str, Any]) -> Any:
-    return config.get(key) if isinstance(key, str) else key
-
-
-def _multiplier(table: Table, name: str, config: Mapping[str, Any]) -> float:
-    key = table.multipliers.get(name)
-    value = 1.0 if key is None or config.get(key) is None else config[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ConfigError(f"'{key}' should be a positive number, is {value!r}", where="config.json")
-    return float(value)
-
-
-def _int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"'{key}' should be a positive whole number, is {value!r}", where="config.json")
-    return value
-
-
-def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"'{key}' should be a positive number, is {value!r}", where=f"config.json, {key}")
-    return float(value)
-
-
-def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
-    """RoPE from either generation of config: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
-
-    Raises:
-        ConfigError: an entry that RoPE cannot be computed from.
-        UnsupportedModelError: a scaling that cannot be converted.
-    """
-    try:
-        spec = _rope_spec(config, head_dim)
-        if all(0 < w < math.inf for w in (spec.theta, *spec.frequencies)):
-            return spec
-        reason = "its frequencies should be positive numbers"
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        reason = f"{type(error).__name__} {error}"
-    raise ConfigError(f"the entries of RoPE make no sense: {reason}", where="config.json, rope_parameters")
-
-
-def _rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
-    entries = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if "type" in entries:
-        entries.setdefault("rope_type", entries.pop("type"))
-    theta = entries.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
-    partial = entries.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    if not 0 < partial <= 1:
-        raise ValueError(f"partial_rotary_factor is {partial}")
-    if entries.get("rope_type") == "llama3":
-        entries.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-    if entries.get("rope_type", "default") == "default":
-        entries = {}
-    return RopeSpec(theta=float(theta), rotary_dim=int(head_dim * partial), scaling=entries)
-
-
-def model_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Apply the table of the config's family.
-
-    Raises:
-        UnsupportedModelError: unknown family, or a feature that conversion cannot keep.
-        ConfigError: sizes that are missing or contradict each other.
-    """
-    if not isinstance(config, Mapping):
-        raise ConfigError("the file should hold one JSON object", where="config.json")
-    model_type = config.get("model_type")
-    table = families().get(str(model_type))
-    for key, (meaning, code) in _UNSUPPORTED.items():
-        if config.get(key):
-            raise UnsupportedModelError(
-                f"'{model_type}' cannot be converted: {meaning}", code=code, where=f"config.json, {key}"
-            )
-    if model_type == "latentize":
-        raise UnsupportedModelError(
-            "the model was converted already",
-            code="LZ203",
-            where="config.json, model_type",
-            fix="convert its source again, or heal it",
-        )
-    if table is None:
-        raise UnsupportedModelError(
-            f"no table for the architecture '{model_type}'",
-            where="config.json, model_type",
-            fix=f"known are: {', '.join(families())}",
-        )
-    config = {**table.config_defaults, **config}
-    heads = _int(config, "num_attention_heads")
-    kv_heads = _int(config, "num_key_value_heads", heads)
-    hidden = _int(config, "hidden_size")
-    if heads % kv_heads:
-        raise ConfigError(
-            f"{heads} query heads are not a multiple of {kv_heads} kv heads", code="LZ121", where="config.json"
-        )
-    head_dim = _int(config, "head_dim", hidden // heads)
-    if head_dim > _LARGEST_HEAD:
-        raise ConfigError(f"heads of {head_dim} make no sense", code="LZ121", where="config.json, head_dim")
-    if head_dim % 2:
-        raise ConfigError(
-            f"heads of {head_dim} cannot be rotated: RoPE needs pairs", code="LZ121", where="config.json, head_dim"
-        )
-    feature = {name: _feature(key, config) for name, key in table.attention.items()}
-    window = feature.get("sliding_window") if feature.get("sliding_window_switch", True) else None
-    if window is not None:
-        raise UnsupportedModelError(
-            f"'{model_type}' with an active sliding window of {window} tokens cannot be converted",
-            code="LZ205",
-            where=f"config.json, {table.attention['sliding_window']}",
-            fix="if the window was never meant to be active, set it to null",
-        )
-    types = config.get("layer_types") or []
-    if others := sorted({str(t) for t in types} - {"full_attention"}) if isinstance(types, list) else [str(types)]:
-        raise UnsupportedModelError(
-            f"'{model_type}' with layers of '{others[0]}' cannot be converted",
-            code="LZ205",
-            where="config.json, layer_types",
-        )
-    eps = _positive(config, "rms_norm_eps", 1e-6)
-    rope = rope_spec(config, head_dim)
-    if rope.rotary_dim != head_dim:
-        raise UnsupportedModelError(
-            f"'{model_type}' with RoPE on a part of each head cannot be converted",
-            code="LZ209",
-            where="config.json, partial_rotary_factor",
-        )
-    attention = AttentionSpec(
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rope=rope,
-        qkv_bias=bool(feature.get("qkv_bias")),
-        o_bias=bool(feature.get("o_bias")),
-        qk_norm=bool(feature.get("qk_norm")),
-        norm_eps=eps,
-        softmax_scale=float(feature.get("softmax_scale") or 0.0),
-    )
-    return ModelSpec(
-        table=table,
-        config=config,
-        layers=_int(config, "num_hidden_layers"),
-        attention=attention,
-        intermediate_size=_int(config, "intermediate_size"),
-        vocab_size=_int(config, "vocab_size"),
-        norm_eps=eps,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=_int(config, "max_position_embeddings", 2048),
-        embedding_scale=_multiplier(table, "embedding", config),
-        residual_scale=_multiplier(table, "residual", config),
-        logit_scale=1 / _multiplier(table, "logits", config),
-    )

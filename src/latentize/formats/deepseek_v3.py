@@ -31,6 +31,7 @@ from latentize.attention.rope import half_to_interleaved
 from latentize.convert.pipeline import LayerResult
 from latentize.convert.settings import Setting
 from latentize.families import ModelSpec
+from latentize.families.model import FULL
 from latentize.formats.base import FormatWriter
 
 __all__ = [
@@ -54,7 +55,14 @@ _ATTENTION = "self_attn."
 def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
     """Why the portable format cannot hold a model converted in this way; empty if it can."""
     a = model.attention
-    reasons = []
+    reasons = list(model.table.native_only)
+    if model.kinds:
+        kept = next(kind for kind in model.kinds if kind != FULL)
+        reasons.append(f"layers of '{kept}' stay as they are, in DeepSeek's layout all are latent")
+    if a.softcap or model.logit_softcap:
+        reasons.append("logits are soft-capped, DeepSeek's are not")
+    if not (a.rotates_whole and not model.unrotated) and setting.stride is None:
+        reasons.append("RoPE does not cover all of the keys, DeepSeek's ladder would")
     if setting.rope_heads > 1:
         reasons.append(f"the method keeps {setting.rope_heads} roped keys (one a kv head), DeepSeek's layout has one")
     elif setting.selection is not None and setting.qk_rope_head_dim == a.head_dim:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention, state_dict
 from latentize.convert.pipeline import LayerResult
+from latentize.families import model_spec
 from latentize.formats.base import FormatWriter
 from latentize.spec import LatentSpec
 
@@ -41,7 +42,8 @@ class LatentizeConfig(PreTrainedConfig):
 
     Attributes:
         source_config: ``config.json`` of the source.
-        latent_layers: For each layer the fields of ``LatentSpec`` and which biases and norms it has.
+        latent_layers: For each layer the fields of ``LatentSpec`` and which biases and norms it has; ``None`` where it
+            is the source's own.
         frequency_table: Radians per position that the layers' ``rope_pairs`` choose from.
     """
 
@@ -50,7 +52,7 @@ class LatentizeConfig(PreTrainedConfig):
     def __init__(
         self,
         source_config: dict[str, Any] | None = None,
-        latent_layers: list[dict[str, Any]] | None = None,
+        latent_layers: list[dict[str, Any] | None] | None = None,
         frequency_table: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -71,18 +73,20 @@ def layer_entry(w: LatentWeights) -> dict[str, Any]:
         "k_rope_bias": w.k_rope_bias_PR is not None,
         "o_bias": w.o_bias_D is not None,
         "qk_norm": w.q_norm_R is not None,
+        "qk_norm_across": w.q_norm_R is not None and w.q_norm_R.ndim == 2,
         "norm_eps": w.norm_eps,
     }
 
 
 def _empty_attention(entry: dict[str, Any], layer_idx: int, table: tuple[float, ...]) -> LatentAttention:
-    spec_fields = {k: entry[k] for k in LatentSpec.__dataclass_fields__}
+    # What earlier versions did not write is as it was then.
+    spec_fields = {k: entry[k] for k in LatentSpec.__dataclass_fields__ if k in entry}
     options = {k: v for k, v in entry.items() if k not in spec_fields}
     return LatentAttention(LatentSpec(**spec_fields), layer_idx, frequency_table=table, **options)
 
 
 class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
-    """A source architecture, by composition, with latent attention in every layer."""
+    """A source architecture, by composition, with latent attention in every layer that was converted."""
 
     config_class = LatentizeConfig
     base_model_prefix = "source"
@@ -91,12 +95,15 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LatentizeConfig) -> None:
         super().__init__(config)
         source_config = AutoConfig.for_model(**config.source_config)
-        # LatentAttention takes boolean masks or none, as SDPA does.
-        source_config._attn_implementation = "sdpa"
+        # LatentAttention takes any mask or none, as SDPA does.
+        spec = model_spec(config.source_config)
+        source_config._attn_implementation = "eager" if spec.additive_masks else "sdpa"
         self.source = AutoModelForCausalLM.from_config(source_config, dtype=config.dtype)
         table = tuple(config.frequency_table)
-        for index, (layer, entry) in enumerate(zip(self.source.model.layers, config.latent_layers, strict=True)):
-            layer.self_attn = _empty_attention(entry, index, table)
+        name = spec.table.module("attention")
+        for index, (layer, entry) in enumerate(zip(self.source.base_model.layers, config.latent_layers, strict=True)):
+            if entry is not None:
+                setattr(layer, name, _empty_attention(entry, index, table))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -129,35 +136,39 @@ class NativeWriter(FormatWriter):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._entries: list[dict[str, Any]] = []
-        self._table = self.spec.attention.rope.frequencies
+        self._entries: list[dict[str, Any] | None] = []
+        self._table = self.spec.frequencies
 
     def saved(self, result: LayerResult) -> LatentWeights:
         assert result.latent is not None
         return result.latent.to(self.dtype).to(torch.float32)
 
     def layer(self, result: LayerResult) -> None:
-        assert result.latent is not None
-        prefix = "source." + self.spec.layer_prefix(result.index)
-        for name, tensor in state_dict(result.latent, self._table).items():
-            self._add(f"{prefix}self_attn.{name}", tensor)
+        prefix, latent = "source." + self.spec.layer_prefix(result.index), result.latent
+        attention = self.spec.table.module("attention") + "."
+        if latent is not None:
+            for name, tensor in state_dict(latent, self._table).items():
+                self._add(prefix + attention + name, tensor)
         for name, tensor in result.source.tensors.items():
-            if not name.startswith("self_attn."):
+            if latent is None or not name.startswith(attention):
                 self._add(prefix + name, tensor)
-        self._entries.append(layer_entry(result.latent))
+        self._entries.append(None if latent is None else layer_entry(latent))
 
     def top(self) -> None:
         for name in self.spec.table.top_tensors:
             self._add("source." + name, self.checkpoint.load(name))
         if not self.spec.tied:
-            self._add("source.lm_head.weight", self.checkpoint.load("lm_head.weight"))
+            # Whatever it is called in the files.
+            self._add("source.lm_head.weight", self.checkpoint.load(self.spec.table.module("head") + ".weight"))
 
     def config(self) -> dict[str, Any]:
-        source = dict(self.spec.config)
+        source, spec = dict(self.spec.config), self.spec
         return {
             "architectures": ["LatentizeForCausalLM"],
             "model_type": "latentize",
             "dtype": self._dtype_name(),
+            # Caches are made by these.
+            **({"layer_types": list(spec.kinds), "sliding_window": spec.window} if spec.kinds else {}),
             "source_config": source,
             "latent_layers": self._entries,
             "frequency_table": list(self._table),

@@ -86,7 +86,7 @@ def _announce(frequencies: Callable[[], Tensor | None], interleaved: bool) -> Ca
     """Before a layer runs, tell a :class:`LatentCache` that its rows may stay as they lie."""
 
     def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         if isinstance(cache, LatentCache):
             layer = cache.layers[module.layer_idx]
             layer.attends_rows, layer.frequencies_F, layer.interleaved = True, frequencies(), interleaved
@@ -100,7 +100,8 @@ def _is_mla(module: nn.Module) -> bool:
 
 
 def _latent_layers(model: Any) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, LatentAttention) or _is_mla(m)]
+    # No fused form bends logits: such layers decode absorbed as they are.
+    return [m for m in model.modules() if (isinstance(m, LatentAttention) and not m.spec.softcap) or _is_mla(m)]
 
 
 def has_latents(model: Any) -> bool:
@@ -159,8 +160,9 @@ def accelerate(model: Any) -> Any:
             layer.expand_kv = MethodType(_as_they_are, layer)
             frequencies = partial(getattr, rotary, "inv_freq", None)
         hooks.append(layer.register_forward_pre_hook(_announce(frequencies, interleaved), with_kwargs=True))
-    # Models that were made from one config share it: this one gets its own.
-    before = [(m, m.config) for m in model.modules() if hasattr(m, "config")]
+    # Models that were made from one config share it: this one gets its own. Layers that are not latent go on as before.
+    mixed = len(layers) < model.config.get_text_config(decoder=True).num_hidden_layers
+    before = [(m, m.config) for m in model.modules() if hasattr(m, "config") and not mixed]
     own = {id(config): copy.deepcopy(config) for _, config in before}
     for module, config in before:
         module.config = own[id(config)]

@@ -19,7 +19,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from latentize.attention.rope import rotate_half, rotate_interleaved
 from latentize.errors import OptionError
@@ -343,7 +343,8 @@ class LatentCache(Cache):
     """A cache for DeepSeek-V2/V3-type models and for the native format, for ``generate(past_key_values=…)``.
 
     Args:
-        config: The model's; only how many layers it has is read.
+        config: The model's; only how many layers it has is read, and which of them are not latent: these have what
+            transformers gives them.
         latent: Format of the latents: bf16, fp16, fp32, fp8, int8 or int4; by default what the model computes in.
             Below 16 bits they are rotated first, which spreads outliers, with a scale for each token.
         rope: Format of the roped keys.
@@ -372,10 +373,15 @@ class LatentCache(Cache):
                 f"a window of {window} tokens with {residual} in full precision", where="LatentCache", fix="widen it"
             )
         count = config.get_text_config(decoder=True).num_hidden_layers
-        self._rows = [LatentLayer(latent, rope, window, sinks, residual) for _ in range(count)]
-        super().__init__(layers=list(self._rows))
+        entries = getattr(config, "latent_layers", None) or [True] * count
+        layers: list[Any] = [LatentLayer(latent, rope, window, sinks, residual) for _ in range(count)]
+        if None in entries:
+            others = DynamicCache(config=config).layers
+            layers = [other if e is None else mine for e, mine, other in zip(entries, layers, others, strict=True)]
+        self._rows = [layer for layer in layers if isinstance(layer, LatentLayer)]
+        super().__init__(layers=layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all layers' tensors take up."""
+        """Bytes that the latent layers' tensors take up."""
         return sum(layer.nbytes for layer in self._rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from latentize.runtime.cache import LatentCache
 from latentize.spec import mean_over_layers
 
-__all__ = ["Generated", "cache_bytes", "cached_values", "generate"]
+__all__ = ["Generated", "cache_bytes", "cached_values", "generate", "latent_layers"]
 
 # Longer prompts go through the model in parts, so that the memory of their activations is bounded.
 _PREFILL = 2048
@@ -81,19 +82,34 @@ def generate(
         tokens=len(new),
         seconds=time.time() - started,
         cache_bytes=cache_bytes(used),
-        cache_values_per_token_layer=cached_values(used),
+        cache_values_per_token_layer=cached_values(used, latent_layers(model.config)),
         prompt_tokens=inputs["input_ids"].shape[1],
     )
 
 
-def cached_values(cache: Any) -> int | float:
+def latent_layers(config: Any) -> list[int]:
+    """Numbers of the layers whose cache counts: all but those that a conversion has left as they were."""
+    entries = getattr(config, "latent_layers", None) or [True] * config.num_hidden_layers
+    return [layer for layer, entry in enumerate(entries) if entry is not None]
+
+
+def cached_values(cache: Any, layers: Sequence[int]) -> int | float:
     """Numbers that a transformers cache keeps for one token and layer; their mean where layers differ."""
-    return mean_over_layers([sum(t[0, :, 0].numel() for t in (layer.keys, layer.values)) for layer in cache.layers])
+    counted = [cache.layers[layer] for layer in layers]
+    return mean_over_layers([sum(t[0, :, 0].numel() for t in (layer.keys, layer.values)) for layer in counted])
 
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of a cache's tensors; transformers' own, or a :class:`LatentCache`."""
     if isinstance(cache, LatentCache):
         return cache.nbytes
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(layer))
+
+
+def _tensors(layer: Any) -> list[torch.Tensor]:
+    """Keys and values, or the states of a layer that has none."""
+    found: list[torch.Tensor | None] = []
+    for name in ("keys", "values", "conv_states", "recurrent_states"):
+        held = getattr(layer, name, None)
+        found += held.values() if isinstance(held, dict) else [held]
+    return [t for t in found if isinstance(t, torch.Tensor)]
