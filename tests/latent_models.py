@@ -67,6 +67,9 @@ def mixture(name: str, *, seed: int = 0, **changes: Any) -> Any:
     config = AutoConfig.for_model(model_type, **{**entries, **own, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomize(model, seed)
+    if model.config.tie_word_embeddings:
+        # As an output head the table of random models is too sure of itself.
+        model.model.embed_tokens.weight.data /= 8
     return model
 
 

@@ -1,4 +1,4 @@
-"""Models that have latent attention as they come: run layer by layer, accelerated and measured as the stock model runs."""
+"""Models that have latent attention as they come, accelerated or layer by layer, say what the stock model says."""
 
 from __future__ import annotations
 

@@ -142,9 +142,10 @@ def lower(tensors: Mapping[str, Tensor], seen: LatentMoments, rank: int, *, scal
     root_rr, inverse_rr = (vectors_rr * root_r) @ vectors_rr.T, (vectors_rr / root_r) @ vectors_rr.T
     energy_r, axes_rr = eigh(root_rr @ cost_rr @ root_rr)
     axes_rs = axes_rr[:, :rank]
-    basis_rs, triangle_ss = torch.linalg.qr(inverse_rr @ axes_rs)
-    up_rs = root_rr @ axes_rs @ triangle_ss.mT
-    # In the basis where the kept part of the latent is uncorrelated each direction has a scale of its own.
+    # Coordinates of what the kept directions tell of the whole latent: as long as that, as far as they can know.
+    up_rs, triangle_ss = torch.linalg.qr(root_rr @ axes_rs)
+    basis_rs = inverse_rr @ axes_rs @ triangle_ss.mT
+    # Where they are uncorrelated each has a scale of its own.
     y_nr = seen.y_nr
     _, turn_ss = eigh(basis_rs.T @ (y_nr.T @ y_nr) @ basis_rs)
     basis_rs, up_rs = basis_rs @ turn_ss, up_rs @ turn_ss
