@@ -187,6 +187,13 @@ def test_our_own_portable_output(tmp_path: Path, text: str, linear: bool) -> Non
     report = latentize.convert(folder, out, kv_lora_rank=24, data=(text,), **LOWER)
     assert report["format"] == "deepseek_v3" and report["kv_lora_rank"] == 24
     assert latentize.verify(out)["ok"]
+    assert all(layer["linear_norm"] is linear for layer in report["layers"])
+    healing = {"tokens": 256, "selection_tokens": 64, "evaluation_tokens": 64, "sequence_length": 64, "data": (text,)}
+    if linear:
+        assert latentize.heal(out, tmp_path / "healed", folder, **healing)["kl"] >= 0
+    else:
+        with pytest.raises(LatentizeError, match="cannot be healed"):
+            latentize.heal(out, tmp_path / "healed", folder, **healing)
     sizes = []
     for path in (folder, out):
         found: list[torch.Tensor] = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ __all__ = ["LatentMoments", "Lowered", "lower"]
 _DAMPING = 1e-5
 # Scales of a latent's directions that keep its norm near the larger one's: steps, and how far they may part.
 _STEPS, _SPREAD = 300, 100.0
+# Of epsilon: below it a latent's own size changes its norm by less than a hundredth.
+_LINEAR = 0.02
 # Latents that are kept to fit the norm on.
 _KEPT_TOKENS = 32_768
 
@@ -72,11 +75,17 @@ class Lowered:
         tensors: What changes, by name within the attention; float32.
         lost: Share of the weighted energy of keys and values that is outside of what is kept.
         norm_spread: Standard deviation over tokens of the new norm over the old one, relative to its mean.
+        linear_norm: Whether latents are so far below the norm's epsilon that it only scales them.
     """
 
     tensors: dict[str, Tensor]
     lost: float
     norm_spread: float
+    linear_norm: bool
+
+    def describe(self) -> dict[str, Any]:
+        """What a report shows of a layer."""
+        return {"energy_lost": self.lost, "norm_spread": self.norm_spread, "linear_norm": self.linear_norm}
 
 
 def _normalised(y_nr: Tensor, eps: float) -> Tensor:
@@ -163,7 +172,8 @@ def lower(tensors: Mapping[str, Tensor], seen: LatentMoments, rank: int, *, scal
         made["kv_a_proj_with_mqa.bias"] = torch.cat([basis_rs.T @ bias[:full], bias[full:]])
     energy_r = energy_r.clamp_min(0)
     lost = float(energy_r[rank:].sum() / energy_r.sum().clamp_min(1e-300))
-    return Lowered({name: t.float() for name, t in made.items()}, lost, spread)
+    linear = bool(y_nr.square().mean(-1).max() < _LINEAR * seen.eps)
+    return Lowered({name: t.float() for name, t in made.items()}, lost, spread, linear)
 
 
 def _after_norm(basis_rs: Tensor, up_rs: Tensor, y_nr: Tensor, eps: float) -> tuple[Tensor, float]:

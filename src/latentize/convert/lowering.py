@@ -89,10 +89,10 @@ class _Lowering:
     def __call__(self, layer: SourceLayer) -> _Made:
         assert isinstance(layer, LatentLayer)
         if not self.changes:
-            self.facts.append({"energy_lost": 0.0, "norm_spread": 0.0})
+            self.facts.append({"energy_lost": 0.0, "norm_spread": 0.0, "linear_norm": None})
             return _Made(LoweredLayer(layer.index, layer), layer.attention)
         closed, residual_NTD = self._closed(layer)
-        self.facts.append({"energy_lost": closed.lost, "norm_spread": closed.norm_spread})
+        self.facts.append(closed.describe())
         stages: dict[str, nn.Module] = {}
         tensors = closed.tensors
         if self.draft is not None:

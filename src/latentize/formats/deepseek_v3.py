@@ -40,7 +40,6 @@ __all__ = [
     "LatentNorm",
     "decode_attention",
     "encode_attention",
-    "is_portable",
     "portable_reasons",
 ]
 
@@ -182,13 +181,6 @@ def decode_attention(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
         frequencies_PF=torch.tensor([ladder], dtype=torch.float64),
         softmax_scale=(nope + rope) ** -0.5,
     )
-
-
-def is_portable(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is one that is written here: dense, with whole queries and no biases."""
-    dense = config.get("first_k_dense_replace", 0) >= config.get("num_hidden_layers", 1)
-    whole = config.get("q_lora_rank", 0) is None and not config.get("attention_bias")
-    return config.get("model_type") == "deepseek_v3" and dense and whole
 
 
 class DeepseekWriter(FormatWriter):
