@@ -5,7 +5,6 @@ N sequences, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,45 +141,21 @@ def _refine(
     The roped key's rows, norms and compressed queries stay.
     """
     attention = layer.with_tensors(start)
-    tensors = {name: t for name, t in attention.state_dict().items() if name in (_DOWN, _UP, *_AROUND)}
-    blocks = {name: _blocks(name, tensor, attention) for name, tensor in tensors.items()}
-    rope = blocks[_DOWN].pop()
-    # A step is relative to a tensor: parts of different scales learn as tensors of their own.
-    trained = {name: [nn.Parameter(block.clone()) for block in found] for name, found in blocks.items()}
+    source, rank = attention.state_dict(), len(start[_NORM])
+    down, rope = start[_DOWN][:rank], start[_DOWN][rank:]
+    around = [name for name in _AROUND if name in source]
+    trained = {_DOWN: down, _UP: start[_UP], **{name: source[name] for name in around}}
+    # Rows of the roped key are of another scale: a step relative to the whole matrix would not suit the latent's.
+    parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in trained.items()}
     hidden_NTD, positions_NT = text.hidden_NTD, text.positions_NT
 
-    def whole() -> dict[str, Tensor]:
-        parts = {name: [*found, rope] if name == _DOWN else found for name, found in trained.items()}
-        return {name: _joined(name, found, attention) for name, found in parts.items()}
-
     def made(rows: Tensor) -> Tensor:
-        return layer.attend(attention, whole(), layer.normalise(hidden_NTD[rows]), positions_NT[rows])
+        whole = {**parameters, _DOWN: torch.cat([parameters[_DOWN], rope])}
+        return layer.attend(attention, whole, layer.normalise(hidden_NTD[rows]), positions_NT[rows])
 
-    parameters = [parameter for found in trained.values() for parameter in found]
     target_NTD = residual_NTD - hidden_NTD
-    before, after = descend(parameters, made, target_NTD, how, autocast=layer.fast_matmul)
-    return {**start, **{name: t.detach() for name, t in whole().items()}} if after < before else start
-
-
-def _sizes(name: str, attention: Any) -> list[int]:
-    """Rows of each head that belong together: un-roped and roped parts of queries, keys and values."""
-    nope = attention.qk_nope_head_dim
-    return [nope, attention.v_head_dim if name == _UP else attention.qk_rope_head_dim]
-
-
-def _blocks(name: str, tensor: Tensor, attention: Any) -> list[Tensor]:
-    if name == "o_proj.weight":
-        return [tensor]
-    if name == _DOWN:
-        return list(tensor.split([attention.kv_lora_rank, attention.qk_rope_head_dim]))
-    sizes = _sizes(name, attention)
-    return [block.flatten(0, 1) for block in tensor.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)]
-
-
-def _joined(name: str, blocks: Sequence[Tensor], attention: Any) -> Tensor:
-    """The inverse of :func:`_blocks`."""
-    if name in ("o_proj.weight", _DOWN):
-        return torch.cat(list(blocks))
-    sizes = _sizes(name, attention)
-    heads = [block.unflatten(0, (-1, size)) for block, size in zip(blocks, sizes, strict=True)]
-    return torch.cat(heads, dim=1).flatten(0, 1)
+    before, after = descend(list(parameters.values()), made, target_NTD, how, autocast=layer.fast_matmul)
+    if not after < before:
+        return start
+    learnt = {name: parameter.detach() for name, parameter in parameters.items()}
+    return {**start, **learnt, _DOWN: torch.cat([learnt[_DOWN], rope])}
