@@ -93,10 +93,11 @@ def _normalised(y_nr: Tensor, eps: float) -> Tensor:
 
 
 def _importance(kv_b_Hdr: Tensor, o_DHV: Tensor, seen: LatentMoments, scale: float) -> Tensor:
-    """``[r, r]``, what an error of the normalised latent costs in the attention's output, to second order.
+    """``[r, r]``, what an error of the normalised latent costs, to second order.
 
     An error of a value goes through ``W_O``. One of a key moves logits, by the query, and so mixes in other values: as
-    much as values differ.
+    much as values differ. How the two compare depends on how errors of different tokens go together; each is measured
+    by what it would cost to lose all.
     """
     nope = seen.qq_HNN.shape[-1]  # type: ignore[union-attr]
     mean_r = seen.n_r / seen.tokens
@@ -106,7 +107,9 @@ def _importance(kv_b_Hdr: Tensor, o_DHV: Tensor, seen: LatentMoments, scale: flo
     v_cost_Hrr = v_HVr.mT @ o_HVV @ v_HVr
     differ_H = (v_cost_Hrr * spread_rr).sum((-2, -1)).clamp_min(0)
     queries_HNN = seen.qq_HNN / seen.tokens * (scale**2 * differ_H)[:, None, None]  # type: ignore[operator]
-    return v_cost_Hrr.sum(0) + (k_HNr.mT @ queries_HNN @ k_HNr).sum(0)
+    costs = v_cost_Hrr.sum(0), (k_HNr.mT @ queries_HNN @ k_HNr).sum(0)
+    first, second = (cost_rr / (cost_rr * spread_rr).sum().clamp_min(1e-300) for cost_rr in costs)
+    return first + second
 
 
 def _scales(w_ns: Tensor, y_nr: Tensor, eps: float) -> Tensor:
