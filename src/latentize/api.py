@@ -13,8 +13,9 @@ from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.checkpoint import Checkpoint, Manifest, resolve
 from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, ConfigError, OptionError, OutputError
-from latentize.families import ModelSpec, model_spec
-from latentize.jobs import LatentJob, PooledJob
+from latentize.families import ModelSpec, is_latent, model_spec
+from latentize.jobs import Job, LatentJob, PooledJob
+from latentize.lowering import LowerJob
 from latentize.recipe import Recipe
 from latentize.report.measurements import is_output, record
 from latentize.report.page import verdict, write_report
@@ -41,7 +42,7 @@ def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:
             where=f"{checkpoint.folder / 'config.json'}, num_hidden_layers",
             fix="take all files from where the model was published",
         )
-    head_name, embedding_name = (spec.table.module(role) + ".weight" for role in ("head", "embedding"))
+    head_name, embedding_name = (spec.module(role) + ".weight" for role in ("head", "embedding"))
     checkpoint.check_tensors(spec.tensor_shapes(), ignore=[head_name] if spec.tied else [])
     if spec.tied and head_name in checkpoint:
         head, embedding = checkpoint.load(head_name), checkpoint.load(embedding_name)
@@ -65,7 +66,7 @@ def convert(
     progress: Progress = silent,
     **entries: Any,
 ) -> dict[str, Any]:
-    """Convert a checkpoint and write the result to ``out``.
+    """Convert a checkpoint and write the result to ``out``; of one that has latent attention already, lower the rank.
 
     Args:
         model: A folder or a hub id.
@@ -83,12 +84,17 @@ def convert(
             has left unfinished stays in ``OUT.partial-…``, if anything in it took long.
     """
     recipe = recipe or Recipe.build(**entries)
-    checkpoint, spec = open_source(model)
+    checkpoint = Checkpoint(resolve(model))
+    job: Job
+    if is_latent(checkpoint.config):
+        job = LowerJob(recipe, checkpoint)
+    else:
+        checkpoint, spec = open_source(model)
+        job = (LatentJob if recipe.to == "mla" else PooledJob)(recipe, checkpoint, spec)
     if Path(out).expanduser().absolute() == checkpoint.folder:
         raise OutputError(
             "the output would overwrite the model", code="LZ404", where=str(out), fix="choose another folder"
         )
-    job = (LatentJob if recipe.to == "mla" else PooledJob)(recipe, checkpoint, spec)
     return job.run(Path(out), str(model), device, progress, resume)
 
 

@@ -6,7 +6,9 @@ takes is the least, if that is longer. A prediction is a bound, not a measuremen
 
 Of latent attention everything is counted as the portable format stores it: a query has an un-roped part of a whole head
 beside its roped one, up-projections are those of all query heads and are read at each step (absorbed decode), the
-output head is not tied. Its cache is counted once, for keys and values together.
+output head is not tied; a model that has it as it comes is counted as it is stored. Its cache is counted once, for keys
+and values together. Of mixtures of experts a step reads what some sequence of the batch is sent to, where all experts
+are as likely.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from latentize.devices import Machine
-from latentize.families import ModelSpec
+from latentize.families import LatentModel, ModelSpec
 from latentize.plan import STANDARD, Row, as_json
 from latentize.spec import kv_cache_bytes
 
@@ -67,7 +69,9 @@ class _Load:
 
     Attributes:
         stored: Bytes of all weights.
-        read: Bytes of those that a step reads.
+        read: Bytes of those that any step reads.
+        routed: Bytes of the experts that tokens choose from.
+        chosen: The share of them that a token is sent to.
         weight_flops: Of a step for each sequence.
         cache_bytes: Of a cached token, all layers.
         cache_flops: Of attending to it.
@@ -80,6 +84,12 @@ class _Load:
     cache_bytes: float
     cache_flops: float
     window: float = math.inf
+    routed: int = 0
+    chosen: float = 0.0
+
+    def weights(self, batch: int) -> float:
+        """Bytes of the weights that a step reads: of experts those that any sequence is sent to, if all are alike."""
+        return self.read + self.routed * (1 - (1 - self.chosen) ** batch)
 
     def cache(self, context: int, batch: int) -> float:
         return self.cache_bytes * min(context, self.window) * batch
@@ -87,7 +97,7 @@ class _Load:
     def seconds(self, machine: Machine, context: int, batch: int) -> tuple[float, str]:
         """The least time of a decode step, and what it is spent on."""
         assert machine.bytes_per_second is not None
-        memory = (self.read + self.cache(context, batch)) / machine.bytes_per_second
+        memory = (self.weights(batch) + self.cache(context, batch)) / machine.bytes_per_second
         flops = batch * (self.weight_flops + self.cache_flops * min(context, self.window))
         arithmetic = flops / machine.flops_per_second if machine.flops_per_second else 0.0
         return max((memory, "memory"), (arithmetic, "arithmetic"))
@@ -107,7 +117,32 @@ def _attention_parameters(model: ModelSpec, row: Row) -> int:
     return query + down + up + a.num_heads * a.head_dim * a.hidden_size
 
 
-def _load(model: ModelSpec, row: Row, context: int, weight_bits: float) -> _Load:
+def _latent_load(model: LatentModel, row: Row, context: int, weight_bits: float) -> _Load:
+    """Of a model that has latent attention as it comes, with whatever rank a row has."""
+    a, e = model.attention, model.experts
+    if row.latent is None:
+        per_token = 2 * a.num_heads * (a.qk_head_dim + a.v_head_dim)
+    else:
+        model = model.with_rank(row.latent[0])
+        per_token = 2 * a.num_heads * (2 * row.latent[0] + row.latent[1])
+    always = model.attention_parameters + model.other_parameters
+    always -= 0 if model.tied else model.vocab_size * a.hidden_size
+    chosen = 0.0 if e is None else min(1.0, e.per_token / e.routed)
+    return _Load(
+        stored=round(model.parameters * weight_bits / 8),
+        read=round(always * weight_bits / 8),
+        routed=round(model.routed_parameters * weight_bits / 8),
+        chosen=chosen,
+        weight_flops=2.0 * (always + chosen * model.routed_parameters),
+        cache_bytes=kv_cache_bytes(row.values_per_token_layer, layers=model.layers, tokens=1, bits=row.bits),
+        cache_flops=float(per_token * model.layers),
+        window=row.tokens if row.tokens < context else math.inf,
+    )
+
+
+def _load(model: ModelSpec | LatentModel, row: Row, context: int, weight_bits: float) -> _Load:
+    if isinstance(model, LatentModel):
+        return _latent_load(model, row, context, weight_bits)
     a, embedding = model.attention, model.vocab_size * model.attention.hidden_size
     rest = sum(math.prod(shape) for name, shape in model.tensor_shapes().items() if "self_attn" not in name)
     total = rest + model.layers * _attention_parameters(model, row)
@@ -147,7 +182,7 @@ def with_small_caches(rows: Sequence[Row]) -> list[Row]:
 
 
 def capacities(
-    model: ModelSpec, rows: Sequence[Row], machine: Machine, *, context: int, batch: int = 1
+    model: ModelSpec | LatentModel, rows: Sequence[Row], machine: Machine, *, context: int, batch: int = 1
 ) -> list[Capacity]:
     """What every row of a plan means on a machine; the first row is the model as it is.
 
@@ -175,7 +210,7 @@ def capacities(
 
 
 def _fitting(load: _Load, machine: Machine, context: int, batch: int) -> Capacity:
-    step = round(load.read + load.cache(context, batch))
+    step = round(load.weights(batch) + load.cache(context, batch))
     if machine.memory_bytes is None:
         return Capacity(load.stored, step)
     free = machine.memory_bytes * (1 - machine.reserve) - load.stored

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from latentize.families import ModelSpec
+from latentize.families import LatentModel, ModelSpec
 from latentize.recipe import Recipe
 
 __all__ = ["licence", "render"]
@@ -29,6 +29,7 @@ _LOAD = {
     ),
 }
 _AS_BEFORE = ("It has the architecture of its source, with fewer kv heads, and loads wherever that does.", "")
+_LOWERED = ("It has the architecture of its source, with a smaller `kv_lora_rank`, and loads wherever that does.", "")
 
 
 def licence(folder: Path) -> dict[str, str]:
@@ -67,7 +68,14 @@ def _front(text: str) -> dict[str, Any]:
     return entries if isinstance(entries, dict) else {}
 
 
-def render(model: str, folder: Path, spec: ModelSpec, recipe: Recipe, report: dict[str, Any], notes: list[str]) -> str:
+def render(
+    model: str,
+    folder: Path,
+    spec: ModelSpec | LatentModel,
+    recipe: Recipe,
+    report: dict[str, Any],
+    notes: list[str],
+) -> str:
     """Markdown that says what was done, what it cost, how to load it, and whose licence it has.
 
     Args:
@@ -79,6 +87,9 @@ def render(model: str, folder: Path, spec: ModelSpec, recipe: Recipe, report: di
     """
     latent = recipe.to == "mla"
     what = "multi-head latent attention" if latent else f"{report['num_key_value_heads']} kv head(s)"
+    loading = _LOWERED if isinstance(spec, LatentModel) else _LOAD.get(report["format"], _AS_BEFORE)
+    if isinstance(spec, LatentModel):
+        what = f"a latent of {report['kv_lora_rank']} instead of {spec.attention.kv_lora_rank} values"
     said = licence(folder)
     entries: dict[str, Any] = {**said, "library_name": "transformers", "pipeline_tag": "text-generation"}
     entries["tags"] = ["mla", "latentize"] if latent else ["latentize"]
@@ -94,7 +105,7 @@ def render(model: str, folder: Path, spec: ModelSpec, recipe: Recipe, report: di
     )
     return (
         f"---\n{yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)}---\n"
-        f"# {model.rstrip('/').rsplit('/', 1)[-1]} with {what}\n\n{_loading(report['format'])}\n\n"
+        f"# {model.rstrip('/').rsplit('/', 1)[-1]} with {what}\n\n{_loading(*loading)}\n\n"
         f"## What was done, and what it cost\n\n| | |\n|---|---|\n{table}\n\n"
         f"Measured on {report['evaluation_tokens']:,} held-out tokens that nothing was learnt or chosen from.\n\n"
         f"## Approximations and limits\n\n{limits}\n\n"
@@ -109,8 +120,7 @@ def _cell(value: str) -> str:
     return value.replace("|", "\\|")
 
 
-def _loading(kind: str) -> str:
-    sentence, before = _LOAD.get(kind, _AS_BEFORE)
+def _loading(sentence: str, before: str) -> str:
     return (
         f"{sentence}\n\n```python\n{before}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
@@ -118,10 +128,18 @@ def _loading(kind: str) -> str:
     )
 
 
-def _facts(model: str, spec: ModelSpec, recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
-    a, before, after = spec.attention, spec.cache_values, report["cache_values_per_token_layer"]
+def _source(spec: ModelSpec | LatentModel) -> str:
+    if isinstance(spec, LatentModel):
+        a = spec.attention
+        return f"{spec.model_type}, MLA: {a.num_heads} heads, latents of {a.kv_lora_rank}"
+    a = spec.attention
+    return f"{spec.table.model_type}, {a.kind}: {a.num_heads} query and {a.num_kv_heads} kv heads"
+
+
+def _facts(model: str, spec: ModelSpec | LatentModel, recipe: Recipe, report: dict[str, Any]) -> dict[str, str]:
+    before, after = spec.cache_values, report["cache_values_per_token_layer"]
     rows = {
-        "source": f"`{model}` ({spec.table.model_type}, {a.kind}: {a.num_heads} query and {a.num_kv_heads} kv heads)",
+        "source": f"`{model}` ({_source(spec)})",
         "method": report["method"],
         "format": report["format"],
         "cached values per token and layer": f"{after:g} instead of {before} ({1 - after / before:.1%} fewer)",
@@ -151,6 +169,6 @@ def _limits(recipe: Recipe, report: dict[str, Any], notes: list[str]) -> list[st
             f"The text is {report['calibration_text']}, a narrow diet: for a general model calibrate on text like your "
             f"own (`--data`)."
         )
-    if not report["calibration_tokens"]:
+    if recipe.to != "mla":
         found.append("Heads were averaged, nothing was trained afterwards: expect to train it before it is of use.")
     return found

@@ -46,7 +46,7 @@ CODES: dict[str, tuple[str, str]] = {
     "LZ121": ("sizes in config.json contradict each other", "Take it from where the model was published."),
     "LZ201": ("an architecture without a table", "See docs/adding-a-family.md."),
     "LZ202": ("the output format, or the file type, cannot hold this", "Use --format native, or another --type."),
-    "LZ203": ("the model has latent attention already", "Convert its source again, or heal it."),
+    "LZ203": ("the model has latent attention already", "Lower its rank (docs/lower-rank.md), or convert its source."),
     "LZ204": ("quantised weights, or a precision that is not known", "Use the unquantised checkpoint."),
     "LZ205": ("an active sliding window, or layers of other kinds", "Only full attention can be converted."),
     "LZ206": ("soft-capped logits", "No latent attention of an engine has them."),

@@ -16,7 +16,7 @@ from latentize.calibrate.tokens import Passages, pack
 from latentize.checkpoint import Checkpoint, Manifest, OutputFolder
 from latentize.checkpoint.manifest import sha256
 from latentize.convert.progress import Progress, silent
-from latentize.errors import DataError, OptionError
+from latentize.errors import DataError, OptionError, UnsupportedModelError
 from latentize.evaluate.quality import evaluate
 from latentize.heal.loop import Looked, Machine, train
 from latentize.heal.parallel import Team, shard
@@ -66,6 +66,13 @@ def heal(
         LatentizeError: anything that the user can mend; an unfinished healing stays in ``OUT.healing``.
     """
     manifest, out = Manifest.load(model), out.expanduser().absolute()
+    if manifest.measurements.get("method") == "lower-rank" and not all(m.get("linear_norm") for m in manifest.layers):
+        raise UnsupportedModelError(
+            "a model of a lower rank cannot be healed where its latent norm does more than scale",
+            code="LZ203",
+            where=str(model),
+            fix="keep a higher rank, or refine it (convert without --fast)",
+        )
     if healing.cache is not None and manifest.format not in ("native", "deepseek_v3"):
         raise OptionError("the model has no latents to store", where="--cache", fix="heal an MLA model, or without it")
     named = (("model", model), ("teacher", teacher))

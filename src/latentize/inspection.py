@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from latentize import capacity
 from latentize import plan as arithmetic
-from latentize.checkpoint import resolve
+from latentize.checkpoint import Checkpoint, resolve
 from latentize.devices import Machine, machine_of
-from latentize.errors import CheckpointError, ConfigError, LatentizeError, OptionError
-from latentize.families import ModelSpec, model_spec
+from latentize.errors import CheckpointError, ConfigError, LatentizeError, OptionError, UnsupportedModelError
+from latentize.families import LatentModel, ModelSpec, is_latent, latent_model, model_spec
 from latentize.recipe import parse_keep
 
 __all__ = ["inspect", "plan", "shapes"]
@@ -47,14 +48,14 @@ def _config_file(model: str) -> Path:
     raise CheckpointError("there is no such folder or file", where=model, fix=f"shipped shapes: {', '.join(shapes())}")
 
 
-def read_spec(model: str) -> ModelSpec:
+def read_spec(model: str) -> ModelSpec | LatentModel:
     """The description of a model from its ``config.json`` alone."""
     path = _config_file(model)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"the file cannot be read: {error}", where=str(path)) from error
-    return model_spec(config)
+    return latent_model(config) if is_latent(config) else model_spec(config)
 
 
 def plan(
@@ -88,13 +89,18 @@ def plan(
     share = _share(keep, "--keep", "25% or 0.25", least=1e-9)
     spec = read_spec(model)
     tokens = context or spec.max_positions
-    rows = arithmetic.plan(spec, context=tokens, batch=batch, keep=share, window=window)
+    options: dict[str, Any] = {"context": tokens, "batch": batch, "keep": share, "window": window}
+    if isinstance(spec, LatentModel):
+        rows = capacity.with_small_caches(arithmetic.plan_latent(spec, **options))
+    else:
+        rows = arithmetic.plan(spec, **options)
     facts = {"model": arithmetic.describe(spec), "context": tokens, "batch": batch}
     reserved = _share(reserve, "--reserve", "10% or 0.1", least=0.0)
     where = machine_of(_this_machine() if device == "cpu" else device, reserve=reserved, **machine)
     if where is None:
         return {**facts, "rows": arithmetic.as_json(rows)}
-    rows = capacity.with_small_caches(rows)
+    if isinstance(spec, ModelSpec):
+        rows = capacity.with_small_caches(rows)
     found = capacity.capacities(spec, rows, where, context=tokens, batch=batch)
     return {**facts, **capacity.describe(where, rows, found)}
 
@@ -123,14 +129,15 @@ def _this_machine() -> Machine:
 
 def inspect(model: str) -> dict[str, Any]:
     """What ``latentize inspect --json`` prints. Reads headers, not weights."""
-    from latentize.checkpoint import Checkpoint
     from latentize.convert.settings import settings
     from latentize.formats.deepseek_v3 import portable_reasons
     from latentize.recipe import Recipe
 
     checkpoint = Checkpoint(resolve(model))
+    if is_latent(checkpoint.config):
+        return _inspect_latent(checkpoint)
     spec = model_spec(checkpoint.config)
-    checkpoint.check_tensors(spec.tensor_shapes(), ignore=[spec.table.module("head") + ".weight"] if spec.tied else [])
+    checkpoint.check_tensors(spec.tensor_shapes(), ignore=[spec.module("head") + ".weight"] if spec.tied else [])
     methods = []
     for method in ("calibrated", "transmla", "care", "mha2mla"):
         try:
@@ -142,10 +149,21 @@ def inspect(model: str) -> dict[str, Any]:
         reasons = portable_reasons(spec, nearest)
         why = "; ".join(reasons or nearest.approximations(spec.attention))
         methods.append({"method": method, "result": "native" if reasons else "deepseek_v3", "why": why})
-    parameters = 0
-    for name in checkpoint.names():
-        count = 1
-        for size in checkpoint.shape(name):
-            count *= size
-        parameters += count
-    return {**arithmetic.describe(spec), "parameters": parameters, "methods": methods}
+    return {**arithmetic.describe(spec), "parameters": _stored(checkpoint), "methods": methods}
+
+
+def _stored(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+
+
+def _inspect_latent(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of a model that has latent attention: its rank can be lowered, or why not."""
+    from latentize.convert.latent_source import check_latent
+
+    spec = latent_model(checkpoint.config)
+    method = {"method": "lower rank", "result": spec.model_type, "why": "give --keep or --kv-lora-rank"}
+    try:
+        check_latent(checkpoint, spec)
+    except UnsupportedModelError as error:
+        method |= {"result": "refused", "why": error.what}
+    return {**arithmetic.describe(spec), "parameters": _stored(checkpoint), "methods": [method]}

@@ -185,6 +185,10 @@ class Job:
         """The class of the writer; what the recipe asks for is possible."""
         raise TypeError
 
+    def open(self, device: str) -> SourceModel:
+        """The model to convert."""
+        return SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries)
+
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
         raise TypeError
 
@@ -248,7 +252,7 @@ class Job:
             journal.begin(request)
             with OutputFolder(out, journal=journal) as folder:
                 self.writer = self.kind(folder, self.checkpoint, self.spec, self.dtype)
-                source = SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries)
+                source = self.open(device)
                 # A model that is large beside the machine's memory has none to keep.
                 with _finite_numbers(), contextlib.nullcontext() if source.large else keeping_freed_memory():
                     done = self.convert(source, text, journal, progress)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from latentize.families import ModelSpec
+from latentize.families import LatentModel, ModelSpec
 from latentize.spec import kv_cache_bytes
 
-__all__ = ["STANDARD", "Row", "as_json", "describe", "plan"]
+__all__ = ["STANDARD", "Row", "as_json", "describe", "lower_rank", "plan", "plan_latent"]
 
 GIB = 1 << 30
 # Sizes that every engine's MLA kernels are made for (DeepSeek-V2 and V3).
@@ -45,8 +45,10 @@ class Row:
     latent: tuple[int, int] | None = None
 
 
-def describe(model: ModelSpec) -> dict[str, Any]:
+def describe(model: ModelSpec | LatentModel) -> dict[str, Any]:
     """What a model is, for ``latentize inspect``."""
+    if isinstance(model, LatentModel):
+        return model.describe()
     a = model.attention
     return {
         "model_type": model.table.model_type,
@@ -107,6 +109,47 @@ def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, 
     if sum(STANDARD) < a.cache_values:
         add("MLA 512+64", sum(STANDARD), latent=STANDARD, note="the one shape with fast kernels in every engine")
     return rows
+
+
+def plan_latent(
+    model: LatentModel, *, context: int, batch: int = 1, keep: float = 0.25, window: int = 4096
+) -> list[Row]:
+    """The same for a model that has latent attention as it comes.
+
+    Args:
+        model: The source.
+        context: Tokens of context.
+        batch: Sequences at a time.
+        keep: The budget of a row with a lower rank, a share of the source's values.
+        window: Tokens that the sliding-window row keeps.
+    """
+    a = model.attention
+    source = kv_cache_bytes(model.cache_values, layers=model.layers, tokens=context, batch=batch)
+
+    def row(name: str, rank: int | None, *, tokens: int = context, note: str = "") -> Row:
+        values = model.expanded_values if rank is None else rank + a.qk_rope_head_dim
+        size = kv_cache_bytes(values, layers=model.layers, tokens=tokens, batch=batch)
+        if rank is None:
+            return Row(name, values, 16, tokens, size, source / size, note, kv_heads=a.num_heads)
+        return Row(name, values, 16, tokens, size, source / size, note, latent=(rank, a.qk_rope_head_dim))
+
+    rows = [
+        row("MLA (the model as it is)", a.kv_lora_rank),
+        row("MHA, for comparison", None, note="the same model where keys and values of every head are cached"),
+    ]
+    if window < context:
+        rows.append(row(f"window {window}", a.kv_lora_rank, tokens=window, note="forgets what is further back"))
+    if a.kv_lora_rank > 1:
+        rows.append(row(f"MLA, half the rank: {a.kv_lora_rank // 2}", a.kv_lora_rank // 2))
+    rank = lower_rank(model, keep)
+    if rank >= 1:
+        rows.append(row(f"MLA, --keep {100 * keep:.4g}%", rank))
+    return rows
+
+
+def lower_rank(model: LatentModel, keep: float) -> int:
+    """The rank that keeps a share of the cached values; below one where the roped key alone has more."""
+    return int(keep * model.cache_values + 1e-9) - model.attention.qk_rope_head_dim
 
 
 def _split(budget: int, head_dim: int) -> tuple[int, int]:

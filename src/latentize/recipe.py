@@ -36,7 +36,8 @@ class Recipe(BaseModel):
         format: ``deepseek_v3`` loads everywhere, ``native`` holds everything; ``auto`` prefers the former.
         keep: Cached values per token and layer, at most this share of the source's ``2 G d``.
         kv_lora_rank: Size of the latent, instead of ``keep``.
-        qk_rope_head_dim: Size of a roped key, instead of ``keep``.
+        qk_rope_head_dim: Size of a roped key, beside ``kv_lora_rank``; a model that has latent attention already keeps
+            its own.
         preset: Sizes that fast kernels are made for, instead of ``keep``.
         fast: ``calibrated``: the closed form only, seconds instead of minutes.
         polish: ``calibrated``: train the converted layers together for a few steps. The whole model has to be in
@@ -88,7 +89,9 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _sizes(self) -> Recipe:
         explicit = self.kv_lora_rank is not None or self.qk_rope_head_dim is not None
-        if explicit and (self.kv_lora_rank is None or self.qk_rope_head_dim is None):
+        # A rank alone is for a model that has latent attention already; of which model it is nothing is known here.
+        alone = self.to == "mla" and self.method == "calibrated" and self.qk_rope_head_dim is None
+        if explicit and not alone and (self.kv_lora_rank is None or self.qk_rope_head_dim is None):
             raise ValueError("kv_lora_rank and qk_rope_head_dim belong together")
         if explicit and self.keep is not None:
             raise ValueError("give either keep, or kv_lora_rank with qk_rope_head_dim")
@@ -135,7 +138,7 @@ class Recipe(BaseModel):
 
     @property
     def sizes(self) -> tuple[int, int] | None:
-        """``(kv_lora_rank, qk_rope_head_dim)`` where they are given."""
+        """``(kv_lora_rank, qk_rope_head_dim)`` where both are given."""
         if self.preset is not None:
             rank, rope = self.preset.split("+")
             return int(rank), int(rope)

@@ -31,7 +31,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral 0.1, sliding window": ("mistral", {"sliding_window": 16}),
     "Mixtral, mixture of experts": ("mixtral", {"num_local_experts": 2}),
     "Gemma 2": ("gemma2", {}),
-    "DeepSeek-V3, latent already": ("deepseek_v3", {}),
+    "DeepSeek-V3.2, latents with an index": ("deepseek_v32", {"kv_lora_rank": 16, "num_hidden_layers": 1}),
 }
 ENGINES = ("transformers", "llama.cpp", "vllm")
 

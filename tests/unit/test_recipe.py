@@ -68,7 +68,6 @@ def test_wrong_entries_are_refused_by_name(entries: dict[str, Any], where: str) 
     ("entries", "words"),
     [
         ({"keep": "25%", "kv_lora_rank": 8, "qk_rope_head_dim": 4}, "either keep"),
-        ({"kv_lora_rank": 8}, "belong together"),
         ({"qk_rope_head_dim": 8}, "belong together"),
         ({"kv_lora_rank": 8, "qk_rope_head_dim": 3}, "even"),
     ],

@@ -250,6 +250,10 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry[name]["shape"])
 
+    def dtype(self, name: str) -> str:
+        """Precision that a tensor is stored in, by PyTorch's name."""
+        return _TORCH_NAMES[self._entry[name]["dtype"]]
+
     def check_tensors(self, expected: Mapping[str, tuple[int, ...]], *, ignore: Iterable[str] = ()) -> None:
         """Compare names and shapes with what the family's table promises.
 

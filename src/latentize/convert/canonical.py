@@ -39,7 +39,7 @@ def _projections(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Te
     roles = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "qkv_proj", "query_key_value")
     for role in roles:
         for kind in ("weight", "bias"):
-            name = f"{table.module('attention')}.{table.module(role)}.{kind}"
+            name = f"{spec.module('attention')}.{spec.module(role)}.{kind}"
             if name in tensors:
                 found[f"{role}.{kind}"] = tensors[name]
     for kind in ("weight", "bias"):

@@ -34,7 +34,17 @@ from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, SourceModel, Stream
 from latentize.spec import AttentionSpec
 
-__all__ = ["Converted", "Effort", "LayerResult", "Sink", "convert_latent", "convert_pooled"]
+__all__ = [
+    "CLOSED",
+    "Converted",
+    "Effort",
+    "LayerResult",
+    "MadeLayer",
+    "Sink",
+    "convert_latent",
+    "convert_pooled",
+    "run_through",
+]
 
 
 _RMS_TOKENS = 16_384
@@ -147,17 +157,17 @@ def convert_latent(
     make: _Make = first
     if effort.polish is not None:
         make = _polished(source, first, calibration, selection, effort.polish, sink, progress)
-    result = _convert(source, make, sink, evaluation, progress)
+    result = run_through(source, make, sink, evaluation, progress)
     result.calibration_tokens, result.facts = calibration.tokens_NT.numel(), first.facts
     return result
 
 
 # Names of what a layer was on its way.
-_CLOSED, _LINEAR = "closed form", "linear fit"
+CLOSED, _LINEAR = "closed form", "linear fit"
 
 
 @dataclass(frozen=True)
-class _Made:
+class MadeLayer:
     """A converted layer.
 
     Attributes:
@@ -174,7 +184,7 @@ class _Made:
 class _Make(Protocol):
     """Makes the layers of a converted model, in order."""
 
-    def __call__(self, layer: SourceLayer) -> _Made: ...
+    def __call__(self, layer: SourceLayer) -> MadeLayer: ...
 
     def release(self) -> None:
         """Let go of all streams."""
@@ -211,7 +221,7 @@ class _LayerByLayer:
         self.facts.append(made.closed.describe())
         stages = {}
         if refines:
-            stages[_CLOSED] = made.closed.weights.to(torch.float32)
+            stages[CLOSED] = made.closed.weights.to(torch.float32)
         if setting.linear:
             stages[_LINEAR] = linear_fit(layer.weights, layer.spec, seen.stats).to(torch.float32)
         return made, stages
@@ -223,11 +233,11 @@ class _LayerByLayer:
         self.draft.advance(layer, None)
         self.facts.append({})
 
-    def __call__(self, layer: SourceLayer) -> _Made:
+    def __call__(self, layer: SourceLayer) -> MadeLayer:
         assert self.draft is not None
         if layer.spec is None:
             self.stay(layer)
-            return _Made(LayerResult(layer.index, layer), None)
+            return MadeLayer(LayerResult(layer.index, layer), None)
         made, stages = self.weights(layer)
         return _made(layer, made.refined, stages, self.draft, self.sink)
 
@@ -248,12 +258,12 @@ class _Given:
         self.draft: Draft | None = draft
         self.final, self.stages, self.sink = final, stages, sink
 
-    def __call__(self, layer: SourceLayer) -> _Made:
+    def __call__(self, layer: SourceLayer) -> MadeLayer:
         assert self.draft is not None
         final = self.final[layer.index]
         if final is None:
             self.draft.advance(layer, None)
-            return _Made(LayerResult(layer.index, layer), None)
+            return MadeLayer(LayerResult(layer.index, layer), None)
         return _made(layer, final, self.stages[layer.index], self.draft, self.sink)
 
     def release(self) -> None:
@@ -263,12 +273,12 @@ class _Given:
 
 def _made(
     layer: SourceLayer, final: LatentWeights, stages: dict[str, LatentWeights], draft: Draft, sink: Sink
-) -> _Made:
+) -> MadeLayer:
     """The layer as it is saved; takes the draft's text through it."""
     result = LayerResult(layer.index, layer, latent=final, latent_rms=draft.latent_rms(layer, final))
     attention = LatentAttention.from_weights(sink.saved(result))
     draft.advance(layer, attention)
-    return _Made(result, attention, {name: LatentAttention.from_weights(w) for name, w in stages.items()})
+    return MadeLayer(result, attention, {name: LatentAttention.from_weights(w) for name, w in stages.items()})
 
 
 def _polished(
@@ -318,13 +328,13 @@ class _Pooled:
     def __init__(self, spec: AttentionSpec, kv_heads: int, dtype: torch.dtype) -> None:
         self.spec, self.kv_heads, self.dtype = spec, kv_heads, dtype
 
-    def __call__(self, layer: SourceLayer) -> _Made:
+    def __call__(self, layer: SourceLayer) -> MadeLayer:
         assert layer.weights is not None
         pooled = pool_heads(layer.weights, self.kv_heads).to(self.dtype)
         # The same heads, repeated, fit into the layer that is there.
         repeat = self.spec.num_kv_heads // self.kv_heads
         attention = layer.with_kv_heads(pooled.to(torch.float32), repeat)
-        return _Made(LayerResult(layer.index, layer, grouped=pooled), attention)
+        return MadeLayer(LayerResult(layer.index, layer, grouped=pooled), attention)
 
     def release(self) -> None:
         pass
@@ -341,10 +351,10 @@ def convert_pooled(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Converted:
     """Mean-pool the kv heads of every layer. It needs no calibration."""
-    return _convert(source, _Pooled(source.spec.attention, kv_heads, dtype), sink, evaluation, progress)
+    return run_through(source, _Pooled(source.spec.attention, kv_heads, dtype), sink, evaluation, progress)
 
 
-def _convert(source: SourceModel, make: _Make, sink: Sink, evaluation: Passages, progress: Progress) -> Converted:
+def run_through(source: SourceModel, make: _Make, sink: Sink, evaluation: Passages, progress: Progress) -> Converted:
     reference = source.embed(evaluation)
     hidden, before = reference.clone(), {}
     errors: list[tuple[float, float]] = []
@@ -358,7 +368,7 @@ def _convert(source: SourceModel, make: _Make, sink: Sink, evaluation: Passages,
         layer.run(hidden, made.attention)
         sink.layer(made.result)
         after = _stream_error(hidden, reference)
-        errors.append((_stream_error(before[_CLOSED], reference) if _CLOSED in before else after, after))
+        errors.append((_stream_error(before[CLOSED], reference) if CLOSED in before else after, after))
         progress("converting layers", layer.index + 1, source.spec.layers, _shown(*errors[-1]))
         # The next layer is read before these names are bound again.
         del layer, made
@@ -372,7 +382,7 @@ def _convert(source: SourceModel, make: _Make, sink: Sink, evaluation: Passages,
 
     final = quality(hidden)
     assert final is not None
-    return Converted(final, quality(before.get(_CLOSED)), quality(before.get(_LINEAR)), errors)
+    return Converted(final, quality(before.get(CLOSED)), quality(before.get(_LINEAR)), errors)
 
 
 def _shown(before: float, after: float) -> str:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
 from latentize.convert.descent import Descent, Schedule
 
-__all__ = ["Refined", "Refinement", "expand_heads", "refine", "refined", "trainable"]
+__all__ = ["Refined", "Refinement", "descend", "expand_heads", "refine", "refined", "trainable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +98,45 @@ def refine(
     """
     start = w.to(torch.float32)
     attention = trainable(start)
-    descent = Descent(list(attention.parameters()), how)
+
+    def made(rows: Tensor) -> Tensor:
+        made_BTD = attention(inputs(rows), None if positions_NT is None else positions_NT[rows])[0]
+        return added(made_BTD.float())
+
+    before, after = descend(list(attention.parameters()), made, target_NTD, how, autocast=autocast)
+    return Refined(refined(attention, w), before, after) if after < before else Refined(start, before, before)
+
+
+def descend(
+    parameters: Sequence[nn.Parameter],
+    made: Callable[[Tensor], Tensor],
+    target_NTD: Tensor,
+    how: Refinement,
+    *,
+    autocast: bool = False,
+) -> tuple[float, float]:
+    """Train parameters in place so that ``made`` comes near the target, relative to the target's variance.
+
+    Args:
+        parameters: What is trained.
+        made: From sequence numbers to what should be the target there, ``[B, T, D]``.
+        target_NTD: What it should be.
+        how: Steps and rates.
+        autocast: Multiply in bfloat16.
+
+    Returns:
+        Relative error on tokens that are not learnt from, before and after; twice the same where no step was taken.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    descent = Descent(parameters, how)
     scale = 1 / max(float(target_NTD.float().var()), 1e-30)
 
     def error(rows: Tensor) -> Tensor:
-        x_BTD = inputs(rows)
-        with torch.autocast(x_BTD.device.type, torch.bfloat16, enabled=autocast):
-            made_BTD = attention(x_BTD, None if positions_NT is None else positions_NT[rows])[0]
-            return (added(made_BTD.float()) - target_NTD[rows].float()).square().mean() * scale
+        with torch.autocast(target_NTD.device.type, torch.bfloat16, enabled=autocast):
+            made_BTD = made(rows)
+            return (made_BTD.float() - target_NTD[rows].float()).square().mean() * scale
 
     count, length = target_NTD.shape[:2]
     learnt = count - min(max(1, how.probe // length), count // 8)
@@ -113,7 +144,7 @@ def refine(
     with torch.no_grad():
         before = float(error(probe))
     if before < how.enough:
-        return Refined(start, before, before)
+        return before, before
     for step, rows in enumerate(how.batches(learnt, length)):
         with torch.enable_grad():
             loss = error(rows)
@@ -121,5 +152,4 @@ def refine(
             raise FloatingPointError(f"refinement diverged at step {step}")
         descent.step(loss)
     with torch.no_grad():
-        after = float(error(probe))
-        return Refined(refined(attention, w), before, after) if after < before else Refined(start, before, before)
+        return before, float(error(probe))

@@ -98,6 +98,12 @@ def settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
         OptionError: no setting fits the budget, or explicit sizes are out of range.
         UnsupportedModelError: the method cannot treat this attention.
     """
+    if recipe.kv_lora_rank is not None and recipe.sizes is None:
+        raise OptionError(
+            "kv_lora_rank and qk_rope_head_dim belong together",
+            where="--kv-lora-rank",
+            fix="give --qk-rope-head-dim, too; only a model that has latent attention already keeps its own",
+        )
     if recipe.method == "calibrated":
         return _calibrated(recipe, spec)
     found = list(_mha2mla(recipe, spec) if recipe.method == "mha2mla" else _shared_key(recipe, spec))

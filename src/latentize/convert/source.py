@@ -120,11 +120,9 @@ class SourceLayer:
         return torch.zeros_like(allowed_TT, dtype=hidden_BTD.dtype).masked_fill(~allowed_TT, lowest)
 
     @property
-    def attention(self) -> nn.Module:
+    def attention(self) -> Any:
         """The module that is, or stands for, its attention."""
-        found = getattr(self._module, self.names("attention"))
-        assert isinstance(found, nn.Module)
-        return found
+        return getattr(self._module, self.names("attention"))
 
     @attention.setter
     def attention(self, module: nn.Module) -> None:
@@ -205,7 +203,7 @@ class SourceLayer:
     @torch.no_grad()
     def run(self, text: Stream, attention: nn.Module | None = None, *, fast: bool = False) -> None:
         """Advance hidden states through the layer, in place; arguments as for :meth:`stream`."""
-        if self.spec is None:
+        if self.spec is None and attention is None:
             size = max(1, _TOKENS_AT_ONCE // text.length)
             for part in text.split(size):
                 part.hidden_NTD.copy_(self._call(self._module, part.hidden_NTD, part.positions_NT, fast=fast))
@@ -262,7 +260,7 @@ class SourceModel:
         Raises:
             CheckpointError: a token has no row in the embedding.
         """
-        name, tokens_NT = self.spec.table.module("embedding") + ".weight", text.tokens_NT
+        name, tokens_NT = self.spec.module("embedding") + ".weight", text.tokens_NT
         rows = self.checkpoint.shape(name)[0]
         if int(tokens_NT.max()) >= rows:
             raise CheckpointError(
@@ -293,9 +291,9 @@ class SourceModel:
                 stored,
                 attention,
                 weights,
-                spec.table.module,
+                spec.module,
                 module.requires_grad_(False),
-                self._angles(spec.kind(index)),
+                self.angles(spec.kind(index)),
                 spec.window if spec.kind(index) == "sliding_attention" else None,
                 spec.additive_masks,
                 self.autocast,
@@ -308,7 +306,7 @@ class SourceModel:
             yield layer
             del layer
 
-    def _angles(self, kind: str) -> Callable[..., Any]:
+    def angles(self, kind: str) -> Callable[..., Any]:
         """Cosines and sines of a kind of layer."""
         rotary = self._rotary
         if rotary is None:
@@ -319,7 +317,7 @@ class SourceModel:
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """A function from final hidden states ``[n, D]`` to logits ``[n, vocab]``, both float32."""
-        names = self.spec.table.module
+        names = self.spec.module
         norm = copy.deepcopy(getattr(self._body, names("norm").rpartition(".")[2]))
         parts = {part: f"{names('norm')}.{part}" for part in ("weight", "bias")}
         norm.load_state_dict(

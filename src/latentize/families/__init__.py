@@ -1,6 +1,16 @@
-"""One declarative table per architecture."""
+"""One declarative table per architecture, and the shapes of models that have latent attention already."""
 
+from latentize.families.latent import LatentModel, is_latent, latent_model
 from latentize.families.model import ModelSpec, model_spec
 from latentize.families.table import Table, families, register_family
 
-__all__ = ["ModelSpec", "Table", "families", "model_spec", "register_family"]
+__all__ = [
+    "LatentModel",
+    "ModelSpec",
+    "Table",
+    "families",
+    "is_latent",
+    "latent_model",
+    "model_spec",
+    "register_family",
+]

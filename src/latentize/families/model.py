@@ -166,6 +166,10 @@ class ModelSpec:
         experts = self.table.experts
         return 1.0 if experts is None else _int(self.config, experts.chosen) / self.experts
 
+    def module(self, role: str) -> str:
+        """What plays a role is called, see ``MODULES``."""
+        return self.table.module(role)
+
     def layer_prefix(self, layer: int) -> str:
         return self.table.layer_prefix.format(layer=layer)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from latentize.errors import ConfigError
 
-__all__ = ["PLUGINS", "Experts", "Table", "families", "register_family"]
+__all__ = ["MODULES", "PLUGINS", "Experts", "Table", "families", "register_family"]
 
 _ATTENTION_KEYS = {
     "qkv_bias",
@@ -34,7 +34,7 @@ _ATTENTION_KEYS = {
 }
 _MULTIPLIERS = {"embedding", "residual", "logits", "logits_times"}
 # Where things are, under the names that most families use.
-_MODULES = {
+MODULES = {
     "attention": "self_attn",
     "input_norm": "input_layernorm",
     "post_norm": "",
@@ -106,7 +106,7 @@ class Table:
             block adds, ``logits`` that logits are divided by, ``logits_times`` that they are multiplied with. A number
             or ``sqrt(key)`` stands for itself.
         logit_softcap: Config key of what output logits are bent below.
-        modules: Where things are called otherwise than in Llama; see ``_MODULES``.
+        modules: Where things are called otherwise than in Llama; see ``MODULES``.
         norm_eps: Config key of the norms' epsilon.
         norm_offset: What is added to the weights of norms (1 in Gemma).
         layer_kinds: Kind of layer other than ``full_attention`` → the rule by which layers are of it where the config
@@ -142,7 +142,7 @@ class Table:
         """Build a table, refusing keys that no field or feature is called by."""
         where = f"table '{entries.get('model_type')}'"
         _complete(cls, entries, where, "a family table")
-        nested = {"attention": _ATTENTION_KEYS, "multipliers": _MULTIPLIERS, "modules": set(_MODULES)}
+        nested = {"attention": _ATTENTION_KEYS, "multipliers": _MULTIPLIERS, "modules": set(MODULES)}
         unknown = set(entries) - {f.name for f in fields(cls)}
         unknown |= {f"{name}.{k}" for name, known in nested.items() for k in set(entries.get(name, {})) - known}
         experts = entries.get("experts")
@@ -158,8 +158,8 @@ class Table:
         return cls(**{**entries, **made, "experts": None if experts is None else Experts(**experts)})
 
     def module(self, role: str) -> str:
-        """What plays a role is called; see ``_MODULES``."""
-        return self.modules.get(role, _MODULES[role])
+        """What plays a role is called; see ``MODULES``."""
+        return self.modules.get(role, MODULES[role])
 
 
 def _complete(kind: type, entries: Mapping[str, Any], where: str, what: str) -> None:

@@ -100,7 +100,7 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
         source_config._attn_implementation = "eager" if spec.additive_masks else "sdpa"
         self.source = AutoModelForCausalLM.from_config(source_config, dtype=config.dtype)
         table = tuple(config.frequency_table)
-        name = spec.table.module("attention")
+        name = spec.module("attention")
         for index, (layer, entry) in enumerate(zip(self.source.base_model.layers, config.latent_layers, strict=True)):
             if entry is not None:
                 setattr(layer, name, _empty_attention(entry, index, table))
@@ -145,7 +145,7 @@ class NativeWriter(FormatWriter):
 
     def layer(self, result: LayerResult) -> None:
         prefix, latent = "source." + self.spec.layer_prefix(result.index), result.latent
-        attention = self.spec.table.module("attention") + "."
+        attention = self.spec.module("attention") + "."
         if latent is not None:
             for name, tensor in state_dict(latent, self._table).items():
                 self._add(prefix + attention + name, tensor)
@@ -159,7 +159,7 @@ class NativeWriter(FormatWriter):
             self._add("source." + name, self.checkpoint.load(name))
         if not self.spec.tied:
             # Whatever it is called in the files.
-            self._add("source.lm_head.weight", self.checkpoint.load(self.spec.table.module("head") + ".weight"))
+            self._add("source.lm_head.weight", self.checkpoint.load(self.spec.module("head") + ".weight"))
 
     def config(self) -> dict[str, Any]:
         source, spec = dict(self.spec.config), self.spec

@@ -145,14 +145,23 @@ def _head(manifest: Manifest) -> str:
     )
 
 
-def _cache(source: Mapping[str, Any], m: Mapping[str, Any]) -> str:
-    layers, heads, d = source["layers"], source["num_attention_heads"], source["head_dim"]
-    groups, before = source["num_key_value_heads"], m["source_cache_values_per_token_layer"]
-    rows = {f"{source['attention']}, the source": before}
+def _other_heads(source: Mapping[str, Any]) -> dict[str, int]:
+    """Cached values per token and layer of the same heads, cached as they are and as one."""
+    heads = source["num_attention_heads"]
+    if source["attention"] == "MLA":
+        size = source["qk_nope_head_dim"] + source["qk_rope_head_dim"] + source["v_head_dim"]
+        return {"MHA, a key and a value for each head": heads * size}
+    d, groups, rows = source["head_dim"], source["num_key_value_heads"], {}
     if groups < heads:
         rows["MHA, a key and a value for each head"] = 2 * heads * d
     if groups > 1:
         rows["MQA, one for all heads"] = 2 * d
+    return rows
+
+
+def _cache(source: Mapping[str, Any], m: Mapping[str, Any]) -> str:
+    layers, before = source["layers"], m["source_cache_values_per_token_layer"]
+    rows = {f"{source['attention']}, the source": before, **_other_heads(source)}
     kind = "MLA" if m["to"] == "mla" else m["to"].upper()
     rows[f"{kind}, this model"] = m["cache_values_per_token_layer"]
     longest = max(1024, source["max_position_embeddings"])
@@ -315,10 +324,14 @@ def _limits(manifest: Manifest) -> str:
 
 def _origin(manifest: Manifest) -> str:
     m, source = manifest.measurements, manifest.source
+    heads = source["num_attention_heads"]
+    if source["attention"] == "MLA":
+        heads = f"{heads} heads, latents of {source['kv_lora_rank']}"
+    else:
+        heads = f"{heads} query and {source['num_key_value_heads']} kv heads of {source['head_dim']}"
     done = {
         "source": f"{source['model']} ({source['model_type']})",
-        "attention": f"{source['attention']}: {source['num_attention_heads']} query and "
-        f"{source['num_key_value_heads']} kv heads of {source['head_dim']}, {source['layers']} layers",
+        "attention": f"{source['attention']}: {heads}, {source['layers']} layers",
         "method, format": f"{m['method']}, {m['format']}",
         "calibration": f"{m['calibration_tokens']:,} tokens of {m['calibration_text']}",
         **{f"version of {name}": version for name, version in manifest.versions.items()},
