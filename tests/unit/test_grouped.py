@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latentize.attention.cache import GrowingCache
 from latentize.attention.grouped import AttentionWeights, grouped_attention, rms_norm
-from latentize.convert.source import attention_weights
+from latentize.convert.canonical import attention_weights
 from latentize.families import ModelSpec, model_spec
 
 

@@ -52,7 +52,7 @@ def polishing(source: Callable[..., Path]) -> Callable[..., list[tuple[int, str]
         setting = Setting("transmla", rank, rope, freqfold=1 if keep_all else 4)
         weights, hidden = [], model.embed(text)
         for layer in model.layers():
-            seen = observe(layer, spec.attention, hidden, setting.needs(spec.attention))
+            seen = observe(layer, hidden, setting.needs(spec.attention))
             weights.append(expand_heads(convert_layer(layer.weights, spec.attention, seen.stats, setting)))
         told: list[tuple[int, str]] = []
         how = Polish(tokens=48, **{"steps": 20, "looks": 10, **changes})

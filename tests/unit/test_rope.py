@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from latentize.attention.rope import half_to_interleaved, rope_angles, rotate_half, rotate_interleaved
 from latentize.errors import UnsupportedModelError
-from latentize.families.table import model_spec, rope_spec
+from latentize.families.model import model_spec, rope_spec
 from latentize.spec import RopeSpec
 
 SCALINGS: dict[str, dict[str, Any]] = {
