@@ -181,6 +181,9 @@ def convert(
     seed: Annotated[int | None, typer.Option(help="Draws the calibration text. Default: 0.")] = None,
     device: Annotated[str, typer.Option(help="Where layers run.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion to OUT.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that lies in the checkpoint, if it needs that.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to latent attention and say what it cost."""
@@ -213,7 +216,8 @@ def convert(
 
     _return_freed_memory()
     with _progress() as progress:
-        result = run(model, out, built, device=device, resume=resume, progress=progress)
+        options = {"device": device, "resume": resume, "trust_remote_code": trust_remote_code}
+        result = run(model, out, built, **options, progress=progress)
     _emit(result, as_json, _facts(str(out), conversion_facts(result)))
     if not as_json:
         console.print(f"report: {out / 'report.html'}")
@@ -578,7 +582,8 @@ def demo(
 
 def _fail(error: LatentizeError) -> NoReturn:
     status.print(f"[red]{error.code}[/red] ", end="")
-    status.print(str(error).removeprefix(error.code).lstrip(), markup=False)
+    # Not folded: a path is there to be copied.
+    status.print(str(error).removeprefix(error.code).lstrip(), markup=False, soft_wrap=True)
     sys.exit(2)
 
 

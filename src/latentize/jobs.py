@@ -85,7 +85,7 @@ class Text:
         return found.hexdigest()
 
 
-def draw_text(folder: Path, recipe: Recipe, context: int) -> Text:
+def draw_text(folder: Path, recipe: Recipe, context: int, *, trust_remote_code: bool = False) -> Text:
     """The text of a recipe, in the tokens of the model in ``folder``.
 
     What is learnt from, and what choices are made on, is spread over a context; what is reported is as it is written.
@@ -94,8 +94,10 @@ def draw_text(folder: Path, recipe: Recipe, context: int) -> Text:
         folder: With the tokenizer.
         recipe: Says how much.
         context: Positions that the model is made for.
+        trust_remote_code: Whether code of the tokenizer may be run.
     """
-    tokenizer, length = load_tokenizer(folder), recipe.sequence_length
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    length = recipe.sequence_length
 
     def draw(split: str, tokens: int, seed: int = 0) -> Tensor:
         stream = documents(recipe.data, split)  # type: ignore[arg-type]
@@ -187,8 +189,11 @@ class Job:
         keeps_freed_memory: Whether there is so much memory that what is freed need not go back.
     """
 
-    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    def __init__(
+        self, recipe: Recipe, checkpoint: Checkpoint, spec: ModelSpec, *, trust_remote_code: bool = False
+    ) -> None:
         self.recipe, self.checkpoint, self.spec = recipe, checkpoint, spec
+        self.trust_remote_code = trust_remote_code
         self.dtype = getattr(torch, recipe.dtype)
         self.settings: list[Setting] = []
         self.notes: list[str] = []
@@ -196,6 +201,12 @@ class Job:
         self.predicted_peak: int | None = None
         self.keeps_freed_memory = False
         self.kind: type[FormatWriter] = self.choose_kind()
+        if trust_remote_code and checkpoint.config.get("auto_map") and self.kind is not DeepseekWriter:
+            raise FormatError(
+                "the output would need the checkpoint's own code to be loaded",
+                where="config.json, auto_map",
+                fix="choose what --format deepseek_v3 can hold; that needs no code",
+            )
         self.writer: FormatWriter
 
     def choose_kind(self) -> type[FormatWriter]:
@@ -204,7 +215,8 @@ class Job:
 
     def open(self, device: str) -> SourceModel:
         """The model to convert."""
-        return SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries)
+        trust = {"trust_remote_code": self.trust_remote_code}
+        return SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries, **trust)
 
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
         raise TypeError
@@ -224,6 +236,7 @@ class Job:
         for name in source.names():
             source.load(name)
         rest = {source.folder / "config.json", source.folder / "README.md", *copied_files(source.folder)}
+        rest |= set(source.folder.glob("*.py")) if self.trust_remote_code else set()
         return {
             "model": model,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -233,19 +246,19 @@ class Job:
             "versions": versions(),
         }
 
-    def footprint(self, source: SourceModel) -> Footprint:
-        """The memory that it will take."""
-        raise TypeError
+    def footprint(self, source: SourceModel) -> Footprint | None:
+        """The memory that it will take, where that can be told."""
 
     def _check_memory(self, source: SourceModel) -> None:
         """Predict the peak of this process, and refuse where memory will surely not suffice.
 
         On a device that has memory of its own nothing is predicted.
         """
-        if source.device != "cpu":
+        predicted = self.footprint(source) if source.device == "cpu" else None
+        if predicted is None:
             self.keeps_freed_memory = not source.large
             return
-        predicted, room, now = self.footprint(source), memory_room(), rss_bytes()
+        room, now = memory_room(), rss_bytes()
         if _CERTAIN * predicted.bytes > room.bytes:
             raise ResourceError(
                 f"the conversion would take about {predicted.bytes / 1e9:.2f} GB beside the {now / 1e9:.2f} GB of the "
@@ -306,10 +319,11 @@ class Job:
             if journal.done is not None:
                 journal.remove()
                 return journal.done
+            trust = {"trust_remote_code": self.trust_remote_code}
             source = self.open(device)
             self._check_room(out)
             self._check_memory(source)
-            text = draw_text(self.checkpoint.folder, self.recipe, self.spec.max_positions)
+            text = draw_text(self.checkpoint.folder, self.recipe, self.spec.max_positions, **trust)
             request = self.request(model, text)
             journal.begin(request)
             with OutputFolder(out, journal=journal) as folder:

@@ -222,6 +222,7 @@ class SourceModel:
         spec: Their family's table, applied.
         device: Where layers run.
         rough: Whether statistics and choices may be made in bfloat16, where the machine is faster at it.
+        trust_remote_code: Whether code of the checkpoint may be run.
 
     Attributes:
         autocast: Whether layers multiply in bfloat16; the residual stream is float32 in any case.
@@ -229,7 +230,15 @@ class SourceModel:
         large: Whether the model is too big to be trained as a whole without being asked to.
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu", *, rough: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        device: str = "cpu",
+        *,
+        rough: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -238,11 +247,12 @@ class SourceModel:
         self.autocast = self.large
         self.fast_matmul = self.autocast or multiplies_bfloat16(torch.device(device).type)
         try:
-            config = AutoConfig.from_pretrained(checkpoint.folder)
+            trust = {"trust_remote_code": trust_remote_code}
+            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trust)
             # No fused attention bends logits.
             config._attn_implementation = "eager" if spec.additive_masks else "sdpa"
             with torch.device("meta"):
-                self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+                self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust).eval()
             self._body = self._skeleton.base_model
             self._rotary = type(self._body.rotary_emb)(config).to(device) if hasattr(self._body, "rotary_emb") else None
         # Entries that the family's table does not read may be anything.
