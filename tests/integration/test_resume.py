@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.common import SMALL, leftovers, run_python
+from tests.common import SMALL, call_cli, leftovers, run_python
 from tests.filling import mountable
+from tests.killing import contents
 
 import latentize
 from latentize.errors import OutputError, ResourceError, ResumeError
@@ -84,14 +85,15 @@ def test_what_is_unfinished_is_not_mixed_with_anything_else(
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
-def test_an_output_is_made_again_from_its_own_manifest(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
-    model = source()
-    latentize.convert(model, tmp_path / "first", data=(text,), **OPTIONS)
-    recipe = latentize.Recipe.load(tmp_path / "first" / "latentize.json")
-    latentize.convert(model, tmp_path / "second", recipe=recipe)
-    assert (tmp_path / "second" / "model.safetensors").read_bytes() == (
-        tmp_path / "first" / "model.safetensors"
-    ).read_bytes()
+def test_an_output_is_made_again_from_its_own_manifest(
+    source: Callable[..., Path], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file, the manifest and the report included."""
+    model, first, second = source(), tmp_path / "first" / "out", tmp_path / "second" / "out"
+    latentize.convert(model, first, data=(text,), **OPTIONS)
+    done = call_cli(capsys, "convert", model, second, "--recipe", first / "latentize.json")
+    assert done.returncode == 0, done.stderr
+    assert contents(second) == contents(first)
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(
