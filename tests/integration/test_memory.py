@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tests.common import leftovers, run_python
 
-# The widest activations decide: half a gigabyte, in few multiplications.
-WIDE = {"hidden_size": 64, "intermediate_size": 32_768}
+# The widest activations decide: a third of a gigabyte, in few multiplications.
+WIDE = {"hidden_size": 64, "intermediate_size": 16_384}
 ARGUMENTS = ("--fast", "--tokens", 2048, "--sequence-length", 512, "--kv-lora-rank", 24, "--qk-rope-head-dim", 8)
 # As the command line does, with so much of the need as address space beyond what the process has after its imports.
 LIMITED = """

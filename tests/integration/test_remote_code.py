@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def marker(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def coded_model(tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def coded_model(tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Llama that only its own code knows, with a table."""
     folder, mark = pico(tmp_path), MARK.format(marker=str(marker))
     (folder / "configuration_coded.py").write_text(mark + CONFIG)
@@ -56,7 +55,7 @@ def coded_model(tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -
     llama = json.loads((resources.files("latentize.families") / "tables" / "llama.json").read_text())
     monkeypatch.setattr(table, "_REGISTERED", {})
     latentize.register_family({**llama, "model_type": "coded", "architectures": ["CodedForCausalLM"]})
-    yield folder
+    return folder
 
 
 @pytest.fixture
