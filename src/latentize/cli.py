@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from latentize.errors import LatentizeError, OptionError
+from latentize.errors import LatentizeError, OptionError, ResourceError
 
 if TYPE_CHECKING:
     from latentize.convert.progress import Progress
@@ -580,6 +581,10 @@ def demo(
         console.print(f"\nreport: {result['report']}")
 
 
+# What the dynamic linker says where a library cannot be mapped.
+_NO_MEMORY = ("failed to map segment", "Cannot allocate memory", "cannot allocate memory")
+
+
 def _fail(error: LatentizeError) -> NoReturn:
     status.print(f"[red]{error.code}[/red] ", end="")
     # Not folded: a path is there to be copied.
@@ -593,6 +598,16 @@ def main() -> None:
         app()
     except LatentizeError as error:
         _fail(error)
+    except (MemoryError, ImportError) as error:
+        # So little memory that not even the libraries fit.
+        if isinstance(error, ImportError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        reason = (str(error) or "the system gives no more").splitlines()[0]
+        lacking = ResourceError(f"memory does not suffice: {reason}", code="LZ422", where="this process")
+        # Colours need memory, and so does what libraries that are half there do at the end.
+        sys.stderr.write(f"{lacking}\n")
+        sys.stderr.flush()
+        os._exit(2)
 
 
 if __name__ == "__main__":

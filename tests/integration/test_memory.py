@@ -46,7 +46,7 @@ def limited(source: Callable[..., Path], text: str, tmp_path: Path) -> Callable[
     return run
 
 
-@pytest.mark.parametrize("certain", [0.8, 0.0], ids=["predicted", "met"])
+@pytest.mark.parametrize("certain", [0.8, pytest.param(0.0, marks=pytest.mark.slow)], ids=["predicted", "met"])
 def test_three_fifths_of_the_need(limited: Callable[..., Any], tmp_path: Path, certain: float) -> None:
     """Refused before anything is done; and where nothing is predicted, when an allocation fails."""
     done = limited(0.6, certain)
@@ -57,6 +57,7 @@ def test_three_fifths_of_the_need(limited: Callable[..., Any], tmp_path: Path, c
     assert not leftovers(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_fits_is_not_refused_and_was_predicted(limited: Callable[..., Any], tmp_path: Path) -> None:
     done = limited(1.25, 0.8)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -64,3 +65,16 @@ def test_what_fits_is_not_refused_and_was_predicted(limited: Callable[..., Any],
     assert LEAST < report["predicted_peak_rss_bytes"] / report["peak_rss_bytes"] < MOST
     manifest = json.loads((tmp_path / "out" / "latentize.json").read_text())
     assert "predicted_peak_rss_bytes" not in json.dumps(manifest), "the same bytes on every machine"
+
+
+def test_not_even_the_libraries_fit(source: Callable[..., Path], tmp_path: Path) -> None:
+    """The linker finds no room for PyTorch."""
+    code = (
+        "import resource, sys\n"
+        "import latentize.cli\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (300 << 20,) * 2)\n"
+        "latentize.cli.main()\n"
+    )
+    done = run_python(code, "convert", source("llama", 2), tmp_path / "out")
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.startswith("LZ422") and "Traceback" not in done.stderr

@@ -140,6 +140,7 @@ def test_a_file_in_the_way(source: Callable[..., Path], text: str, tmp_path: Pat
         latentize.convert(source(), tmp_path / "file" / "out", data=(text,), **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not mountable(), reason="2026-11-25: this user may not mount a tmpfs in a namespace of its own")
 def test_a_real_disk_of_one_megabyte() -> None:
     """Too small; filled once something is kept; read-only; and with room again the bytes of an undisturbed run."""
