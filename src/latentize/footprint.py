@@ -142,8 +142,10 @@ class _Shapes:
         return streams + self.embedding() + rows + _LOGITS * max(_LOGIT_BYTES, 4 * vocab)
 
     def top(self) -> int:
-        """The embedding and the output head are read, scaled, and wait to be written."""
-        return self.embedding() * (1 if self.spec.tied else 2) + self.embedding(self.item) + self.pending()
+        """The embedding is read, converted where it is stored otherwise, and written; a small head waits with it."""
+        written = self.embedding(self.item)
+        waiting = written if written < SHARD_BYTES else 0
+        return self.embedding() + (written if self.embedding() != written else 0) + waiting + self.pending()
 
 
 def pooled_footprint(spec: ModelSpec, checkpoint: Checkpoint, recipe: Recipe, *, item: int, narrow: bool) -> Footprint:

@@ -127,6 +127,9 @@ class OutputFolder:
             self._flush()
         self._pending[name] = tensor.detach().contiguous()
         self._pending_bytes += size
+        # Nothing will go into the same file: it need not wait for what comes next.
+        if self._pending_bytes >= self._shard_bytes:
+            self._flush()
 
     def _flush(self) -> None:
         from safetensors.torch import save_file
