@@ -93,7 +93,7 @@ class _Shapes:
 
     def embedding(self, item: int = 0) -> int:
         """As stored, or with items of so many bytes."""
-        name = "model.embed_tokens.weight"
+        name = self.spec.module("embedding") + ".weight"
         return item * math.prod(self.checkpoint.shape(name)) if item else self.checkpoint.size(name)
 
     def pending(self) -> int:

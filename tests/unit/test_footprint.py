@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.common import FAMILIES
 
 from latentize.api import open_source
 from latentize.convert.source import SourceModel
@@ -47,10 +48,9 @@ def test_what_is_done_more_takes_more(predicted: Callable[..., Footprint]) -> No
     assert "choosing sizes" in predicted(fast=True, keep="25%").stretches
 
 
-@pytest.mark.parametrize("family", ["granite", "llama", "mistral", "phi3", "qwen2", "qwen3"])
-@pytest.mark.parametrize("format_", ["deepseek_v3", "native"])
-def test_every_family_has_one(predicted: Callable[..., Footprint], family: str, format_: str) -> None:
-    found = predicted(family, format=format_, fast=True)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_one(predicted: Callable[..., Footprint], family: str) -> None:
+    found = predicted(family, fast=True)
     assert all(size > 0 for size in found.stretches.values()) and found.largest in found.stretches
 
 

@@ -34,7 +34,7 @@ def half_layout(head_dim: int, rotary_dim: int, *, interleaved: bool) -> Tensor:
 
 def _projections(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
     """Weights and biases of the attention by role: ``q_proj.weight``, …; fused ones taken apart."""
-    table, a = spec.table, spec.attention
+    a = spec.attention
     found: dict[str, Tensor] = {}
     roles = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "qkv_proj", "query_key_value")
     for role in roles:
