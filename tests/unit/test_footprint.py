@@ -22,7 +22,8 @@ SIZES = {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
 @pytest.fixture
 def predicted(source: Callable[..., Path]) -> Callable[..., Footprint]:
     def of(family: str = "llama", config: dict[str, Any] | None = None, **entries: Any) -> Footprint:
-        checkpoint, spec = open_source(source(family, 2, **(config or {})))
+        # GPT-NeoX has no groups.
+        checkpoint, spec = open_source(source(family, 4 if family == "gpt_neox" else 2, **(config or {})))
         recipe = Recipe.build(**entries)
         job = (LatentJob if recipe.to == "mla" else PooledJob)(recipe, checkpoint, spec)
         return job.footprint(SourceModel(checkpoint, spec))
