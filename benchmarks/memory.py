@@ -120,6 +120,8 @@ def measured(folder: Path, tokens: int) -> dict[str, Any]:
     parts = held(tokens, folder / "out")
     result |= {"libraries_bytes": libraries(), "held_bytes": parts, "bound_bytes": round(1.5 * sum(parts.values()))}
     result["peak_over_bound"] = result["peak_rss_bytes"] / result["bound_bytes"]
+    beyond = result["peak_rss_bytes"] - result["libraries_bytes"]
+    result["peak_without_libraries_over_bound"] = beyond / result["bound_bytes"]
     result["predicted_over_measured"] = result["predicted_peak_rss_bytes"] / result["peak_rss_bytes"]
     return result
 

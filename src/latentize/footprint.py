@@ -98,7 +98,7 @@ class _Shapes:
 
     def pending(self) -> int:
         """Tensors that wait to be written."""
-        outside = 2 * self.embedding(self.item)
+        outside = self.embedding(self.item) * (1 if self.spec.tied else 2)
         total = self.item * sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
         return min(SHARD_BYTES, max(0, total - outside))
 
@@ -139,7 +139,7 @@ class _Shapes:
         """Final hidden states to logits."""
         a, vocab = self.spec.attention, self.spec.vocab_size
         rows = 4 * min(VOCAB_AT_ONCE, vocab) * a.hidden_size
-        return streams + self.embedding() + rows + _LOGITS * max(_LOGIT_BYTES, 4 * vocab)
+        return streams + self.embedding() + rows + _LOGITS * max(_LOGIT_BYTES, 4 * vocab) + self.pending()
 
     def top(self) -> int:
         """The embedding is read, converted where it is stored otherwise, and written; a small head waits with it."""
