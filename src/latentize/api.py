@@ -26,15 +26,19 @@ if TYPE_CHECKING:
 __all__ = ["convert", "evaluate", "export", "generate", "heal", "open_source", "verify"]
 
 
-def open_source(model: str | Path) -> tuple[Checkpoint, ModelSpec]:
+def open_source(model: str | Path, *, trust_remote_code: bool = False) -> tuple[Checkpoint, ModelSpec]:
     """Open a checkpoint and hold it against its family's table.
+
+    Args:
+        model: A folder or a hub id.
+        trust_remote_code: Whether code of the checkpoint may be run; here none is.
 
     Raises:
         CheckpointError, ConfigError: files are damaged, or contradict ``config.json``.
         UnsupportedModelError: not a family that can be converted.
     """
-    checkpoint = Checkpoint(resolve(model))
-    spec = model_spec(checkpoint.config)
+    checkpoint = Checkpoint(resolve(model, code=trust_remote_code))
+    spec = model_spec(checkpoint.config, trust_remote_code=trust_remote_code)
     if (stored := checkpoint.count(spec.table.layer_prefix)) != spec.layers:
         raise CheckpointError(
             f"config.json says {spec.layers} layers, the files have {stored}",
@@ -63,6 +67,7 @@ def convert(
     *,
     device: str = "cpu",
     resume: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
     **entries: Any,
 ) -> dict[str, Any]:
@@ -74,6 +79,8 @@ def convert(
         recipe: What to do; or give its entries as keyword arguments.
         device: Where layers run.
         resume: Go on with an unfinished conversion of the same to ``out``; the result is what it would have been.
+        trust_remote_code: Let transformers run code that lies in the checkpoint, for a model or a tokenizer that needs
+            it; the architecture has to have a table all the same. Without it no such code is ever run.
         progress: Told how far it is.
 
     Returns:
@@ -84,13 +91,14 @@ def convert(
             has left unfinished stays in ``OUT.partial-…``, if anything in it took long.
     """
     recipe = recipe or Recipe.build(**entries)
-    checkpoint = Checkpoint(resolve(model))
+    checkpoint = Checkpoint(resolve(model, code=trust_remote_code))
     job: Job
     if is_latent(checkpoint.config):
         job = LowerJob(recipe, checkpoint)
     else:
-        checkpoint, spec = open_source(model)
-        job = (LatentJob if recipe.to == "mla" else PooledJob)(recipe, checkpoint, spec)
+        trust = {"trust_remote_code": trust_remote_code}
+        checkpoint, spec = open_source(model, **trust)
+        job = (LatentJob if recipe.to == "mla" else PooledJob)(recipe, checkpoint, spec, **trust)
     if Path(out).expanduser().absolute() == checkpoint.folder:
         raise OutputError(
             "the output would overwrite the model", code="LZ404", where=str(out), fix="choose another folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from latentize.errors import LatentizeError, OptionError
+from latentize.errors import LatentizeError, OptionError, ResourceError
 
 if TYPE_CHECKING:
     from latentize.convert.progress import Progress
@@ -181,6 +182,9 @@ def convert(
     seed: Annotated[int | None, typer.Option(help="Draws the calibration text. Default: 0.")] = None,
     device: Annotated[str, typer.Option(help="Where layers run.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion to OUT.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that lies in the checkpoint, if it needs that.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to latent attention and say what it cost."""
@@ -213,7 +217,8 @@ def convert(
 
     _return_freed_memory()
     with _progress() as progress:
-        result = run(model, out, built, device=device, resume=resume, progress=progress)
+        options = {"device": device, "resume": resume, "trust_remote_code": trust_remote_code}
+        result = run(model, out, built, **options, progress=progress)
     _emit(result, as_json, _facts(str(out), conversion_facts(result)))
     if not as_json:
         console.print(f"report: {out / 'report.html'}")
@@ -576,9 +581,14 @@ def demo(
         console.print(f"\nreport: {result['report']}")
 
 
+# What the dynamic linker says where a library cannot be mapped.
+_NO_MEMORY = ("failed to map segment", "Cannot allocate memory", "cannot allocate memory")
+
+
 def _fail(error: LatentizeError) -> NoReturn:
     status.print(f"[red]{error.code}[/red] ", end="")
-    status.print(str(error).removeprefix(error.code).lstrip(), markup=False)
+    # Not folded: a path is there to be copied.
+    status.print(str(error).removeprefix(error.code).lstrip(), markup=False, soft_wrap=True)
     sys.exit(2)
 
 
@@ -588,6 +598,16 @@ def main() -> None:
         app()
     except LatentizeError as error:
         _fail(error)
+    except (MemoryError, ImportError) as error:
+        # So little memory that not even the libraries fit.
+        if isinstance(error, ImportError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        reason = (str(error) or "the system gives no more").splitlines()[0]
+        lacking = ResourceError(f"memory does not suffice: {reason}", code="LZ422", where="this process")
+        # Colours need memory, and so does what libraries that are half there do at the end.
+        sys.stderr.write(f"{lacking}\n")
+        sys.stderr.flush()
+        os._exit(2)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ CODES: dict[str, tuple[str, str]] = {
     "LZ204": ("quantised weights, or a precision that is not known", "Use the unquantised checkpoint."),
     "LZ205": ("an active sliding window, or layers of other kinds", "Only full attention can be converted."),
     "LZ206": ("soft-capped logits", "No latent attention of an engine has them."),
-    "LZ207": ("the model needs code from its checkpoint", "Only architectures of transformers itself are run."),
+    "LZ207": ("model or tokenizer need code from the checkpoint", "Read it; `--trust-remote-code` runs it."),
     "LZ208": ("a RoPE scaling that depends on the text's length", "default, linear and llama3 can be converted."),
     "LZ209": ("RoPE on a part of each head, where the family or the method has it on all", "Use --method calibrated."),
     "LZ210": ("a published method that cannot treat qk-norm", "Use --method calibrated."),
@@ -81,15 +81,16 @@ class LatentizeError(Exception):
     Args:
         what: What is wrong, one sentence.
         where: The file, tensor, config key or option that is concerned.
-        fix: What the user can do about it.
+        fix: What the user can do about it; by default what helps against all of its code.
         code: Of this very refusal; by default that of the class.
     """
 
     code = "LZ000"
 
     def __init__(self, what: str, *, where: str = "", fix: str = "", code: str = "") -> None:
-        self.what, self.where, self.fix = what, where, fix
         self.code = code or self.code
+        self.what, self.where = what, where
+        self.fix = fix or CODES.get(self.code, ("", ""))[1]
         super().__init__(self.__str__())
 
     def __str__(self) -> str:

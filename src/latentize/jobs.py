@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import Passages, pack
 from latentize.checkpoint import Checkpoint, Journal, Manifest, OutputFolder
 from latentize.checkpoint.checksums import source_hashes
+from latentize.checkpoint.journal import bytes_in, partial_folders
 from latentize.checkpoint.manifest import sha256, versions
 from latentize.checkpoint.writer import copied_files
 from latentize.convert.allocate import allocate
@@ -33,12 +35,13 @@ from latentize.convert.refine import Refinement
 from latentize.convert.search import choose
 from latentize.convert.settings import Setting, pooled_heads, settings
 from latentize.convert.source import SourceModel
-from latentize.errors import FormatError, NumericsError, ResourceError
+from latentize.errors import FormatError, NumericsError, OutputError, ResourceError
 from latentize.families import ModelSpec
+from latentize.footprint import Footprint, latent_footprint, pooled_footprint
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
 from latentize.formats.pooled import PooledWriter
-from latentize.machine import keeping_freed_memory, peak_rss_bytes
+from latentize.machine import keeping_freed_memory, memory_room, peak_rss_bytes, rss_bytes
 from latentize.recipe import Recipe
 from latentize.report.page import write_report
 from latentize.spec import mean_over_layers
@@ -50,6 +53,13 @@ __all__ = ["Job", "LatentJob", "PooledJob", "Text", "draw_text"]
 
 # Steps of refinement where the layers are polished together afterwards, which is then the better use of the time.
 _BEFORE_POLISH = 200
+# A prediction of memory is taken at its word only this far: it was 9 % too large at most where it was measured
+# (docs/memory.md), and may be twice as wrong elsewhere. Between the two a conversion is tried.
+_CERTAIN = 0.8
+# Freed memory that stays with the process is faster, and lies in pieces: so many times as much is needed.
+_KEPT = 1.8
+# Entries of a report that another run on another machine has otherwise.
+_OF_THIS_RUN = ("seconds", "peak_rss_bytes", "predicted_peak_rss_bytes", "layers")
 
 
 @dataclass
@@ -75,7 +85,7 @@ class Text:
         return found.hexdigest()
 
 
-def draw_text(folder: Path, recipe: Recipe, context: int) -> Text:
+def draw_text(folder: Path, recipe: Recipe, context: int, *, trust_remote_code: bool = False) -> Text:
     """The text of a recipe, in the tokens of the model in ``folder``.
 
     What is learnt from, and what choices are made on, is spread over a context; what is reported is as it is written.
@@ -84,8 +94,10 @@ def draw_text(folder: Path, recipe: Recipe, context: int) -> Text:
         folder: With the tokenizer.
         recipe: Says how much.
         context: Positions that the model is made for.
+        trust_remote_code: Whether code of the tokenizer may be run.
     """
-    tokenizer, length = load_tokenizer(folder), recipe.sequence_length
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    length = recipe.sequence_length
 
     def draw(split: str, tokens: int, seed: int = 0) -> Tensor:
         stream = documents(recipe.data, split)  # type: ignore[arg-type]
@@ -170,15 +182,31 @@ def _within_memory() -> Iterator[None]:
 
 
 class Job:
-    """One conversion, from checked input to finished folder."""
+    """One conversion, from checked input to finished folder.
 
-    def __init__(self, recipe: Recipe, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    Attributes:
+        predicted_peak: Bytes that the process is expected to have at most; ``None`` where that is not known.
+        keeps_freed_memory: Whether there is so much memory that what is freed need not go back.
+    """
+
+    def __init__(
+        self, recipe: Recipe, checkpoint: Checkpoint, spec: ModelSpec, *, trust_remote_code: bool = False
+    ) -> None:
         self.recipe, self.checkpoint, self.spec = recipe, checkpoint, spec
+        self.trust_remote_code = trust_remote_code
         self.dtype = getattr(torch, recipe.dtype)
         self.settings: list[Setting] = []
         self.notes: list[str] = []
         self.scores: list[dict[str, Any]] = []
+        self.predicted_peak: int | None = None
+        self.keeps_freed_memory = False
         self.kind: type[FormatWriter] = self.choose_kind()
+        if trust_remote_code and checkpoint.config.get("auto_map") and self.kind is not DeepseekWriter:
+            raise FormatError(
+                "the output would need the checkpoint's own code to be loaded",
+                where="config.json, auto_map",
+                fix="choose what --format deepseek_v3 can hold; that needs no code",
+            )
         self.writer: FormatWriter
 
     def choose_kind(self) -> type[FormatWriter]:
@@ -187,7 +215,8 @@ class Job:
 
     def open(self, device: str) -> SourceModel:
         """The model to convert."""
-        return SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries)
+        trust = {"trust_remote_code": self.trust_remote_code}
+        return SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries, **trust)
 
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
         raise TypeError
@@ -207,6 +236,7 @@ class Job:
         for name in source.names():
             source.load(name)
         rest = {source.folder / "config.json", source.folder / "README.md", *copied_files(source.folder)}
+        rest |= set(source.folder.glob("*.py")) if self.trust_remote_code else set()
         return {
             "model": model,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -216,13 +246,56 @@ class Job:
             "versions": versions(),
         }
 
+    def footprint(self, source: SourceModel) -> Footprint | None:
+        """The memory that it will take, where that can be told."""
+
+    def _check_memory(self, source: SourceModel) -> None:
+        """Predict the peak of this process, and refuse where memory will surely not suffice.
+
+        On a device that has memory of its own nothing is predicted.
+        """
+        predicted = self.footprint(source) if source.device == "cpu" else None
+        if predicted is None:
+            self.keeps_freed_memory = not source.large
+            return
+        room, now = memory_room(), rss_bytes()
+        if _CERTAIN * predicted.bytes > room.bytes:
+            raise ResourceError(
+                f"the conversion would take about {predicted.bytes / 1e9:.2f} GB beside the {now / 1e9:.2f} GB of the "
+                f"process, {room.bytes / 1e9:.2f} GB are there; the largest part is {predicted.largest}",
+                code="LZ422",
+                where=room.bound,
+                fix=self._less_memory(predicted.largest),
+            )
+        # A model that is large beside the machine's memory has none to keep.
+        self.keeps_freed_memory = not source.large and _KEPT * predicted.bytes < room.bytes / 2
+        self.predicted_peak = now + round(predicted.bytes * (_KEPT if self.keeps_freed_memory else 1))
+
+    def _less_memory(self, largest: str) -> str:
+        """What makes the part of a conversion smaller that takes most."""
+        fewer = f"give fewer --tokens (now {self.recipe.calibration_tokens}), "
+        options = {
+            "polishing": "give --no-polish, ",
+            "refining layers": f"{fewer}or --fast, ",
+            "converting layers": fewer if self.recipe.to == "mla" else "",
+            "choosing sizes": "give --kv-lora-rank and --qk-rope-head-dim, ",
+        }
+        return f"{options.get(largest, '')}end other programs, or use a larger machine"
+
     def _check_room(self, out: Path) -> None:
-        """Refuse where the disk will not hold the output, and as much again that is kept until it is whole."""
+        """Refuse where nothing can be written, or not the output, and as much again that is kept until it is whole."""
         stored = sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
         # The portable format has an output head of its own.
         stored += self.spec.vocab_size * self.spec.attention.hidden_size if self.spec.tied else 0
-        needed = 2 * stored * self.dtype.itemsize
-        parent = next(folder for folder in out.expanduser().absolute().parents if folder.is_dir())
+        needed = 2 * stored * self.dtype.itemsize - sum(map(bytes_in, partial_folders(out)))
+        parent = next(folder for folder in out.expanduser().absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(
+                "the output folder cannot be made there",
+                code="LZ402",
+                where=str(parent),
+                fix="choose a folder that can be written",
+            )
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise ResourceError(
@@ -246,15 +319,16 @@ class Job:
             if journal.done is not None:
                 journal.remove()
                 return journal.done
-            text = draw_text(self.checkpoint.folder, self.recipe, self.spec.max_positions)
-            request = self.request(model, text)
+            trust = {"trust_remote_code": self.trust_remote_code}
+            source = self.open(device)
             self._check_room(out)
+            self._check_memory(source)
+            text = draw_text(self.checkpoint.folder, self.recipe, self.spec.max_positions, **trust)
+            request = self.request(model, text)
             journal.begin(request)
             with OutputFolder(out, journal=journal) as folder:
                 self.writer = self.kind(folder, self.checkpoint, self.spec, self.dtype)
-                source = self.open(device)
-                # A model that is large beside the machine's memory has none to keep.
-                with _finite_numbers(), contextlib.nullcontext() if source.large else keeping_freed_memory():
+                with _finite_numbers(), keeping_freed_memory() if self.keeps_freed_memory else contextlib.nullcontext():
                     done = self.convert(source, text, journal, progress)
                     report = self._report(done, started)
                 self._write(folder, journal, model, report, request["weights"])
@@ -265,7 +339,7 @@ class Job:
     ) -> None:
         """Everything but the layers."""
         self.writer.top()
-        measurements = {k: v for k, v in report.items() if k not in ("seconds", "peak_rss_bytes", "layers")}
+        measurements = {k: v for k, v in report.items() if k not in _OF_THIS_RUN}
         manifest = Manifest(
             format=self.writer.name,
             source={"model": model, **arithmetic.describe(self.spec), "files": hashes},
@@ -280,6 +354,8 @@ class Job:
 
         def last(partial: Path) -> None:
             write_report(partial, name=folder.out.name)
+            # The embedding, which comes last, may have been the largest of all.
+            report["peak_rss_bytes"] = peak_rss_bytes()
             journal.finish(report)
 
         folder.finish(self.writer.config(), manifest, last)
@@ -306,6 +382,7 @@ class Job:
             "calibration_text": describe(self.recipe.data),
             "seconds": round(time.time() - started, 2),
             "peak_rss_bytes": peak_rss_bytes(),
+            "predicted_peak_rss_bytes": self.predicted_peak,
             "layers": [
                 {**sizes, "error_before_refine": before, "error_after_refine": after, **facts}
                 for sizes, (before, after), facts in zip(
@@ -332,6 +409,19 @@ class LatentJob(Job):
         allowed = settings(self.recipe, self.spec.attention)
         kind, self.candidates, self.notes = _format(self.recipe, self.spec, allowed)
         return kind
+
+    def footprint(self, source: SourceModel) -> Footprint:
+        one_by_one = issubclass(self.kind, NativeWriter) and self.recipe.method == "calibrated"
+        return latent_footprint(
+            self.spec,
+            self.checkpoint,
+            self.recipe,
+            self.candidates,
+            _effort(self.recipe, source),
+            one_by_one=one_by_one,
+            item=self.dtype.itemsize,
+            narrow=source.autocast,
+        )
 
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
         effort = _effort(self.recipe, source)
@@ -406,6 +496,10 @@ class PooledJob(Job):
                 fix="use --to mla",
             )
         return PooledWriter
+
+    def footprint(self, source: SourceModel) -> Footprint:
+        sizes = {"item": self.dtype.itemsize, "narrow": source.autocast}
+        return pooled_footprint(self.spec, self.checkpoint, self.recipe, **sizes)
 
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
         return convert_pooled(source, self.kv_heads, self.writer, text.evaluation, progress, dtype=self.dtype)

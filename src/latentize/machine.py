@@ -7,10 +7,21 @@ import ctypes
 import resource
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
-__all__ = ["has_matrix_units", "keeping_freed_memory", "multiplies_bfloat16", "peak_rss_bytes"]
+__all__ = [
+    "Room",
+    "has_matrix_units",
+    "keeping_freed_memory",
+    "memory_room",
+    "multiplies_bfloat16",
+    "peak_rss_bytes",
+    "rss_bytes",
+]
 
 # Parameters of glibc's mallopt(3), what they are set to meanwhile, and what to afterwards (its defaults, but for the
 # threshold of mmap, which is then no longer adapted: its upper bound).
@@ -26,6 +37,78 @@ def peak_rss_bytes() -> int:
     """The most memory that this process has had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """The memory that this process has now, in bytes."""
+    return psutil.Process().memory_info().rss
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory that this process can still get.
+
+    Attributes:
+        bytes: How much.
+        bound: What there is no more of, for people.
+    """
+
+    bytes: int
+    bound: str
+
+
+def memory_room(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Room:
+    """The least of what the machine has (swap included), what a container may have, and ``ulimit -v``.
+
+    Args:
+        cgroups: Where the system shows control groups.
+        own: Which of them this process is in.
+    """
+    rooms = [Room(psutil.virtual_memory().available + psutil.swap_memory().free, "this machine")]
+    rooms += [Room(free, f"the control group {folder}") for folder, free in _cgroup_rooms(cgroups, own)]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        rooms.append(Room(limit - psutil.Process().memory_info().vms, "the limit of address space, ulimit -v"))
+    least = min(rooms, key=lambda room: room.bytes)
+    return Room(max(0, least.bytes), least.bound)
+
+
+# Of both versions of control groups: the limit, what is used, and what of that is only cached files.
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+)
+
+
+def _cgroup_rooms(cgroups: Path, own: Path) -> Iterator[tuple[Path, int]]:
+    """Each group with a limit on memory that this process is in, and what it has left."""
+    try:
+        entries = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in entries:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = cgroups / controllers if controllers else cgroups
+        # Inside a container the path may be one of the host's, and the group itself is at the top.
+        folder = top / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if (free := _left(group)) is not None:
+                yield group, free
+            if group == top:
+                break
+
+
+def _left(group: Path) -> int | None:
+    for limit, used, cached in _CGROUP_FILES:
+        try:
+            most, now = int((group / limit).read_text()), int((group / used).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            return most - now + sum(int(stat.get(name, 0)) for name in cached)
+        # "max" is no number: there is no limit.
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 @contextlib.contextmanager

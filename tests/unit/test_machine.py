@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from latentize.machine import has_matrix_units, keeping_freed_memory, multiplies_bfloat16, peak_rss_bytes
+from latentize.machine import (
+    has_matrix_units,
+    keeping_freed_memory,
+    memory_room,
+    multiplies_bfloat16,
+    peak_rss_bytes,
+    rss_bytes,
+)
 
 
 def test_freed_memory_is_kept_only_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +61,39 @@ def test_large_tensors_are_made_and_freed_meanwhile() -> None:
 def test_matrix_units_multiply_bfloat16() -> None:
     assert multiplies_bfloat16("cuda")
     assert multiplies_bfloat16("cpu") or not has_matrix_units()
+
+
+GROUPS = [
+    ("memory.max", "memory.current", "inactive_file 20\nactive_file 10\nanon 5\n", "0::/outer/inner\n", ""),
+    (
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file 20\ntotal_active_file 10\n",
+        "4:memory:/outer/inner\n1:cpu:/\n",
+        "memory",
+    ),
+]
+
+
+@pytest.mark.parametrize(("limit", "used", "stat", "own", "top"), GROUPS, ids=["version 2", "version 1"])
+@pytest.mark.parametrize("at", ["outer/inner", "outer", ""], ids=["its own", "above it", "of a container"])
+def test_a_control_group_bounds_memory(
+    tmp_path: Path, limit: str, used: str, stat: str, own: str, top: str, at: str
+) -> None:
+    """What is left, cached files not counted; a group that has no limit is passed over."""
+    inner, group = tmp_path / top / "outer" / "inner", tmp_path / top / at
+    (inner if at else group).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "own").write_text(own)
+    for folder in {inner, group}:
+        if folder.is_dir():
+            (folder / limit).write_text("1000\n" if folder == group else "max\n")
+            (folder / used).write_text("400\n")
+            (folder / "memory.stat").write_text(stat)
+    room = memory_room(tmp_path, tmp_path / "own")
+    assert room.bytes == 1000 - 400 + 30 and str(group) in room.bound
+
+
+def test_without_control_groups_the_machine_bounds_memory(tmp_path: Path) -> None:
+    room = memory_room(tmp_path, tmp_path / "nothing")
+    assert 1 << 20 < room.bytes < 1 << 50
+    assert rss_bytes() <= peak_rss_bytes() * 1.05

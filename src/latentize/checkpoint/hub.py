@@ -14,8 +14,13 @@ _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.
 _WANTED += ["README.md", "LICENSE*", "LICENCE*", "NOTICE*"]
 
 
-def resolve(model: str | Path, *, revision: str | None = None) -> Path:
+def resolve(model: str | Path, *, revision: str | None = None, code: bool = False) -> Path:
     """The local folder of ``model``: the folder itself, or a hub snapshot, downloaded once and cached.
+
+    Args:
+        model: A folder or a hub id.
+        revision: Of the hub's.
+        code: Download the model's own code, too.
 
     Raises:
         CheckpointError: neither a folder here nor a model that the hub (or its cache) has.
@@ -35,7 +40,7 @@ def resolve(model: str | Path, *, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_WANTED, *(["*.py"] if code else [])]))
     except Exception as error:
         raise CheckpointError(
             f"cannot get the model from the hub: {str(error).splitlines()[0]}",

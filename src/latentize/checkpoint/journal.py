@@ -41,6 +41,11 @@ def partial_folders(out: Path) -> list[Path]:
     return sorted(p for p in names if (p / _REQUEST).is_file())
 
 
+def bytes_in(folder: Path) -> int:
+    """Of all files in a folder and those in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 class Journal:
     """The folder of an unfinished conversion; it is made by :meth:`begin`.
 

@@ -254,6 +254,11 @@ class Checkpoint:
         """Precision that a tensor is stored in, by PyTorch's name."""
         return _TORCH_NAMES[self._entry[name]["dtype"]]
 
+    def size(self, name: str) -> int:
+        """Bytes of a tensor, as stored."""
+        begin, end = self._entry[name]["data_offsets"]
+        return end - begin
+
     def check_tensors(self, expected: Mapping[str, tuple[int, ...]], *, ignore: Iterable[str] = ()) -> None:
         """Compare names and shapes with what the family's table promises.
 

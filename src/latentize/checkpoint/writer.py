@@ -38,9 +38,20 @@ _TOKENIZER_FILES = (
 )
 
 
+def has_tokenizer_code(source: Path) -> bool:
+    """Whether the tokenizer of a checkpoint is made by code that lies beside it."""
+    try:
+        entries = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    # It may be absent; one that is damaged is told when it is loaded.
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(entries, dict) and bool(entries.get("auto_map"))
+
+
 def copied_files(source: Path) -> list[Path]:
     """Files of a checkpoint that belong to the tokenizer, to generation and to the licence."""
     licence = [path for pattern in _LICENCE_FILES for path in sorted(source.glob(pattern))]
+    licence += sorted(source.glob("*.py")) if has_tokenizer_code(source) else []
     return [path for path in (*(source / name for name in _TOKENIZER_FILES), *licence) if path.is_file()]
 
 
@@ -116,6 +127,9 @@ class OutputFolder:
             self._flush()
         self._pending[name] = tensor.detach().contiguous()
         self._pending_bytes += size
+        # Nothing will go into the same file: it need not wait for what comes next.
+        if self._pending_bytes >= self._shard_bytes:
+            self._flush()
 
     def _flush(self) -> None:
         from safetensors.torch import save_file

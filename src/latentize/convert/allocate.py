@@ -28,15 +28,15 @@ from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, SourceModel, Stream
 from latentize.spec import AttentionSpec
 
-__all__ = ["allocate", "exchange", "price"]
+__all__ = ["STREAM_BYTES", "TRIED", "allocate", "exchange", "price"]
 
 # Ranks that are tried, and the least and the most that a layer may get, relative to an equal share.
-_TRIED = (0.5, 1.0, 1.5)
+TRIED = (0.5, 1.0, 1.5)
 _LEAST, _MOST = 0.25, 2.0
 # Steps that a rank is made of, at least, and what a move has to gain: rounding must not decide.
 _FINENESS, _WORTH = 12, 1e-9
 # Bounds the hidden states of all trials: one held-out text for each layer and size.
-_STREAM_BYTES = 1 << 30
+STREAM_BYTES = 1 << 30
 
 
 @torch.no_grad()
@@ -64,9 +64,9 @@ def allocate(
     """
     spec, layers = source.spec.attention, source.spec.layers
     needed = candidates[0].needs(spec)
-    a_sequence = 4 * selection.length * spec.hidden_size * layers * len(_TRIED)
+    a_sequence = 4 * selection.length * spec.hidden_size * layers * len(TRIED)
     own = source.embed(calibration[: max(1, SEARCH_TOKENS // calibration.length)])
-    selection = selection[: max(1, _STREAM_BYTES // a_sequence)]
+    selection = selection[: max(1, STREAM_BYTES // a_sequence)]
     reference = source.embed(selection)
     equal, trials = [], []
     for layer in source.layers():
@@ -81,7 +81,7 @@ def allocate(
         made = {setting: alone.converted(setting) for setting in candidates}
         wrong = {setting: _wrong(hidden, reference) for setting, hidden in made.items()}
         best = min(wrong, key=wrong.__getitem__)
-        tried = [replace(best, kv_lora_rank=rank) for rank in sorted({_rank(best, x, spec) for x in _TRIED})]
+        tried = [replace(best, kv_lora_rank=rank) for rank in sorted({_rank(best, x, spec) for x in TRIED})]
         equal.append(best)
         trials.append({s.kv_lora_rank: made[s] if s in made else alone.converted(s) for s in tried})
         progress("sizing layers", layer.index + 1, layers)

@@ -36,6 +36,7 @@ from latentize.spec import AttentionSpec
 
 __all__ = [
     "CLOSED",
+    "RMS_TOKENS",
     "Converted",
     "Effort",
     "LayerResult",
@@ -46,8 +47,8 @@ __all__ = [
     "run_through",
 ]
 
-
-_RMS_TOKENS = 16_384
+# Calibration tokens that tell how large latents get.
+RMS_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class _LayerByLayer:
         self.journal = journal
         self.own: Stream | None = source.embed(calibration)
         # Without refinement nothing is learnt from the converted stream but how large its latents get.
-        few = len(calibration) if refinement else max(1, _RMS_TOKENS // calibration.length)
+        few = len(calibration) if refinement else max(1, RMS_TOKENS // calibration.length)
         self.draft: Draft | None = Draft(refinement, self.own[:few])
         self.facts: list[dict[str, Any]] = []
         self.settings, self.sink = settings, sink
@@ -317,7 +318,7 @@ def _polished(
     # It holds the stream.
     del make
     first.release()
-    few = calibration[: max(1, _RMS_TOKENS // calibration.length)]
+    few = calibration[: max(1, RMS_TOKENS // calibration.length)]
     draft = Draft(None, source.embed(few))
     return _Given(draft, final, stages, sink)
 

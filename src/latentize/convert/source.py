@@ -29,13 +29,15 @@ from latentize.families import ModelSpec
 from latentize.machine import multiplies_bfloat16
 from latentize.spec import AttentionSpec
 
-__all__ = ["SourceLayer", "SourceModel", "Stream"]
+__all__ = ["MULTIPLIED", "TOKENS_AT_ONCE", "VOCAB_AT_ONCE", "SourceLayer", "SourceModel", "Stream"]
 
 # From so many parameters on, layers multiply in bfloat16: in float32 a CPU would take hours.
 _LARGE = 200_000_000
 # Sequences that go through a layer at once, in tokens: bounds the activations of its MLP.
-_TOKENS_AT_ONCE = 2048
-_VOCAB_AT_ONCE = 16_384
+TOKENS_AT_ONCE = 2048
+# Tensors of a layer that it does nothing with but to multiply by them.
+MULTIPLIED = tuple(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down", "gate_up"))
+VOCAB_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class SourceLayer:
         Yields:
             Which sequences, the attention's normalised input, and the residual stream after the attention.
         """
-        size, original = max(1, _TOKENS_AT_ONCE // text.length), self.attention
+        size, original = max(1, TOKENS_AT_ONCE // text.length), self.attention
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple, kwargs: dict, result: tuple[Tensor, Any]) -> None:
@@ -204,7 +206,7 @@ class SourceLayer:
     def run(self, text: Stream, attention: nn.Module | None = None, *, fast: bool = False) -> None:
         """Advance hidden states through the layer, in place; arguments as for :meth:`stream`."""
         if self.spec is None and attention is None:
-            size = max(1, _TOKENS_AT_ONCE // text.length)
+            size = max(1, TOKENS_AT_ONCE // text.length)
             for part in text.split(size):
                 part.hidden_NTD.copy_(self._call(self._module, part.hidden_NTD, part.positions_NT, fast=fast))
             return
@@ -220,6 +222,7 @@ class SourceModel:
         spec: Their family's table, applied.
         device: Where layers run.
         rough: Whether statistics and choices may be made in bfloat16, where the machine is faster at it.
+        trust_remote_code: Whether code of the checkpoint may be run.
 
     Attributes:
         autocast: Whether layers multiply in bfloat16; the residual stream is float32 in any case.
@@ -227,7 +230,15 @@ class SourceModel:
         large: Whether the model is too big to be trained as a whole without being asked to.
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu", *, rough: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        device: str = "cpu",
+        *,
+        rough: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -236,11 +247,12 @@ class SourceModel:
         self.autocast = self.large
         self.fast_matmul = self.autocast or multiplies_bfloat16(torch.device(device).type)
         try:
-            config = AutoConfig.from_pretrained(checkpoint.folder)
+            trust = {"trust_remote_code": trust_remote_code}
+            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trust)
             # No fused attention bends logits.
             config._attn_implementation = "eager" if spec.additive_masks else "sdpa"
             with torch.device("meta"):
-                self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+                self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust).eval()
             self._body = self._skeleton.base_model
             self._rotary = type(self._body.rotary_emb)(config).to(device) if hasattr(self._body, "rotary_emb") else None
         # Entries that the family's table does not read may be anything.
@@ -282,7 +294,7 @@ class SourceModel:
             stored = {name.removeprefix(prefix): self.checkpoint.load(name) for name in names}
             stored = module_tensors(stored, spec, index)
             module = copy.deepcopy(empty)
-            wide = {name: t.to(self.device, torch.float32) for name, t in stored.items()}
+            wide = {name: self._running(name, t) for name, t in stored.items()}
             module.load_state_dict(wide, strict=True, assign=True)
             attention = spec.layer_attention(index)
             weights = None if attention is None else attention_weights(wide, spec)
@@ -315,6 +327,11 @@ class SourceModel:
             return lambda hidden_BTD, positions: rotary(hidden_BTD, positions, kind)
         return rotary
 
+    def _running(self, name: str, tensor: Tensor) -> Tensor:
+        """A layer's tensor as it runs: float32, but for what is multiplied in bfloat16 in any case and is as small."""
+        narrow = self.autocast and name.endswith(MULTIPLIED) and tensor.itemsize == 2
+        return tensor.to(self.device) if narrow else tensor.to(self.device, torch.float32)
+
     def head(self) -> Callable[[Tensor], Tensor]:
         """A function from final hidden states ``[n, D]`` to logits ``[n, vocab]``, both float32."""
         names = self.spec.module
@@ -331,7 +348,7 @@ class SourceModel:
         def logits(hidden_nD: Tensor) -> Tensor:
             normed_nD = self.spec.logit_scale * norm(hidden_nD)
             # The table is wide and stays as it is stored; only slices of it are ever float32.
-            parts = [torch.nn.functional.linear(normed_nD, rows.float()) for rows in table.split(_VOCAB_AT_ONCE)]
+            parts = [torch.nn.functional.linear(normed_nD, rows.float()) for rows in table.split(VOCAB_AT_ONCE)]
             made_nV = torch.cat(parts, dim=-1)
             return capped(made_nV if bias_V is None else made_nV + bias_V, self.spec.logit_softcap)
 

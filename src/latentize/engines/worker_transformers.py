@@ -42,7 +42,7 @@ def main(job):
     model, info = loaded[0], loaded[1]
     if info["missing_keys"] or info["unexpected_keys"]:
         sys.exit(f"weights that do not fit: {info}")
-    tokenizer, arrays = AutoTokenizer.from_pretrained(job["model"], local_files_only=True), {}
+    tokenizer, arrays = AutoTokenizer.from_pretrained(job["model"], local_files_only=True, trust_remote_code=False), {}
     with torch.no_grad():
         for number, ids in enumerate(job["prompts"]):
             arrays[f"logits_{number}"] = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()

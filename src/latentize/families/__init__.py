@@ -1,10 +1,11 @@
 """One declarative table per architecture, and the shapes of models that have latent attention already."""
 
 from latentize.families.latent import LatentModel, is_latent, latent_model
-from latentize.families.model import ModelSpec, model_spec
+from latentize.families.model import NEEDS_TRUST, ModelSpec, model_spec
 from latentize.families.table import Table, families, register_family
 
 __all__ = [
+    "NEEDS_TRUST",
     "LatentModel",
     "ModelSpec",
     "Table",

@@ -11,12 +11,13 @@ from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.families.table import Table, families
 from latentize.spec import AttentionSpec, RopeSpec
 
-__all__ = ["FULL", "ModelSpec", "model_spec", "rope_spec"]
+__all__ = ["FULL", "NEEDS_TRUST", "ModelSpec", "model_spec", "rope_spec"]
 
 # The kind of layer that is converted.
 FULL = "full_attention"
 # Far above any model; beyond it, a table of frequencies would not fit into memory.
 _LARGEST_HEAD = 1 << 16
+NEEDS_TRUST = "read that code; if it may be run here, convert with --trust-remote-code"
 # Config entries whose mere presence with a true value changes what attention computes, unless the table reads them.
 _UNSUPPORTED = {
     "attn_logit_softcapping": ("attention logits are soft-capped", "LZ206"),
@@ -251,13 +252,16 @@ def _rope_spec(config: Mapping[str, Any], head_dim: int, kind: str) -> RopeSpec:
     return RopeSpec(theta=float(theta), rotary_dim=rotary, scaling=entries)
 
 
-def _refuse_unsupported(config: Mapping[str, Any], table: Table | None) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], table: Table | None, trust_remote_code: bool) -> None:
     model_type = config.get("model_type")
     read = set() if table is None else {*map(str, table.attention.values()), table.logit_softcap}
     for key, (meaning, code) in _UNSUPPORTED.items():
-        if config.get(key) and key not in read:
+        if config.get(key) and key not in read and not (key == "auto_map" and trust_remote_code):
             raise UnsupportedModelError(
-                f"'{model_type}' cannot be converted: {meaning}", code=code, where=f"config.json, {key}"
+                f"'{model_type}' cannot be converted: {meaning}",
+                code=code,
+                where=f"config.json, {key}",
+                fix=NEEDS_TRUST if code == "LZ207" else "",
             )
     if model_type == "latentize":
         raise UnsupportedModelError(
@@ -333,8 +337,12 @@ def _slides(rule: Any, config: Mapping[str, Any], layer: int, unrotated: frozens
     return (layer + 1) % (_int(config, every) if isinstance(every, str) else every) != 0
 
 
-def model_spec(config: Mapping[str, Any]) -> ModelSpec:
+def model_spec(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> ModelSpec:
     """Apply the table of the config's family.
+
+    Args:
+        config: ``config.json``.
+        trust_remote_code: Whether code of the checkpoint may be run.
 
     Raises:
         UnsupportedModelError: unknown family, or a feature that conversion cannot keep.
@@ -343,7 +351,7 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     if not isinstance(config, Mapping):
         raise ConfigError("the file should hold one JSON object", where="config.json")
     table = families().get(str(config.get("model_type")))
-    _refuse_unsupported(config, table)
+    _refuse_unsupported(config, table, trust_remote_code)
     assert table is not None
     config = {**table.config_defaults, **table.implied, **config}
     layers = _int(config, "num_hidden_layers")

@@ -52,8 +52,14 @@ class FormatWriter(ABC):
     def config(self) -> dict[str, Any]:
         """``config.json`` of the output, once all layers are written."""
 
-    def _add(self, name: str, tensor: Tensor, factor: float = 1.0) -> None:
+    def _add(self, name: str, tensor: Tensor, factor: float = 1.0, *, own: bool = False) -> None:
         """Write ``factor · tensor``, rounded once.
+
+        Args:
+            name: Of the tensor in the output.
+            tensor: As it was read or made.
+            factor: On it.
+            own: Nobody else has it, and it may be overwritten: a large one need not be there twice.
 
         Raises:
             FormatError: it is to be fp16, and is not in that range.
@@ -61,7 +67,7 @@ class FormatWriter(ABC):
         if self.dtype == torch.float16 and tensor.dtype != torch.int32:
             self._check_fp16(name, tensor, factor)
         if factor != 1.0:
-            scaled = torch.empty_like(tensor, dtype=self.dtype)
+            scaled = tensor if own and tensor.dtype == self.dtype else torch.empty_like(tensor, dtype=self.dtype)
             for out, part in zip(scaled.split(_ROWS_AT_ONCE), tensor.split(_ROWS_AT_ONCE), strict=True):
                 out.copy_(part.double() * factor)
             tensor = scaled

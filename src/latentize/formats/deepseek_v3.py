@@ -242,13 +242,12 @@ class DeepseekWriter(FormatWriter):
             self._add(prefix + name, tensor, factor)
 
     def top(self) -> None:
-        embedding = self.checkpoint.load("model.embed_tokens.weight")
+        embedding = "model.embed_tokens.weight"
+        head = embedding if self.spec.tied else "lm_head.weight"
+        # Read one after the other, even if they are one: each is larger than all layers that wait to be written.
+        self._add("lm_head.weight", self.checkpoint.load(head), self.spec.logit_scale, own=True)
         scale = self.stream_scale * self.spec.embedding_scale
-        head = embedding if self.spec.tied else self.checkpoint.load("lm_head.weight")
-        # Two tensors of one storage cannot be saved as two.
-        shared = head is embedding and scale == self.spec.logit_scale == 1.0
-        self._add("lm_head.weight", head.clone() if shared else head, self.spec.logit_scale)
-        self._add("model.embed_tokens.weight", embedding, scale)
+        self._add(embedding, self.checkpoint.load(embedding), scale, own=True)
         self._add("model.norm.weight", self.checkpoint.load("model.norm.weight"))
 
     def config(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load the model: {error}", where=str(folder)) from error

@@ -1,0 +1,225 @@
+"""How much memory a conversion takes at its peak, from shapes alone: predicted before anything is done.
+
+Each stretch of a conversion holds something else, and the largest decides. Counted is what is there at once: a layer
+as stored and in float32, the hidden states of the texts, statistics and factorisations in float64, what is trained
+with its gradients and momenta, tensors that wait to be written, the embedding. ``benchmarks/memory.py`` and
+``tests/integration/test_memory.py`` hold the sum against what the operating system has counted.
+
+D hidden, H query heads, G kv heads, d head size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from latentize.checkpoint import Checkpoint
+from latentize.checkpoint.writer import SHARD_BYTES
+from latentize.convert.allocate import STREAM_BYTES, TRIED
+from latentize.convert.pipeline import RMS_TOKENS, Effort
+from latentize.convert.search import SEARCH_TOKENS
+from latentize.convert.settings import Setting
+from latentize.convert.source import MULTIPLIED, TOKENS_AT_ONCE, VOCAB_AT_ONCE
+from latentize.families import ModelSpec
+from latentize.recipe import Recipe
+
+__all__ = ["Footprint", "latent_footprint", "pooled_footprint"]
+
+# The largest activations of a layer that exist at once, going forward, and those that a backward pass keeps.
+_FORWARD, _BACKWARD = 3, 8
+# float32 copies of what is trained: start, itself, gradient, momentum, step.
+_TRAINED = 5
+# Logits of both models, their logarithms and differences, of the tokens that are compared at once.
+_LOGITS, _LOGIT_BYTES = 8, 1 << 25
+# What drawing text leaves behind: the pool that it is drawn from, what the tokenizer has made of it.
+_TEXT = 120 << 20
+# Bytes of a second moment's entry while another is added to it, and while a layer is factorised: in float64 with
+# summands, and in complex float64 beside it.
+_GATHERED, _FACTORISED = 28, 32
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a conversion takes beyond those that the process has before it.
+
+    Attributes:
+        stretches: Part of the conversion → what it holds at once.
+    """
+
+    stretches: Mapping[str, int]
+
+    @property
+    def largest(self) -> str:
+        """The part that decides."""
+        return max(self.stretches, key=self.stretches.__getitem__)
+
+    @property
+    def bytes(self) -> int:
+        return self.stretches[self.largest] + _TEXT
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Bytes of the parts that stretches are made of.
+
+    Attributes:
+        item: Of a saved number.
+        narrow: Whether layers multiply in bfloat16.
+    """
+
+    spec: ModelSpec
+    checkpoint: Checkpoint
+    recipe: Recipe
+    item: int
+    narrow: bool
+
+    def stream(self, tokens: int) -> int:
+        """Hidden states, float32: whole sequences, at least one."""
+        length = self.recipe.sequence_length
+        return 4 * max(1, tokens // length) * length * self.spec.attention.hidden_size
+
+    def layers(self) -> list[int]:
+        """Every layer, as stored and as it runs; what runs as it is stored is not copied."""
+        sizes = []
+        for index in range(self.spec.layers):
+            prefix, size = self.spec.layer_prefix(index), 0
+            for name in (name for name in self.checkpoint.names() if name.startswith(prefix)):
+                stored, wide = self.checkpoint.size(name), 4 * math.prod(self.checkpoint.shape(name))
+                narrow = self.narrow and name.endswith(MULTIPLIED) and stored < wide
+                size += stored + (wide if stored != wide and not narrow else 0)
+            sizes.append(size)
+        return sizes
+
+    def embedding(self, item: int = 0) -> int:
+        """As stored, or with items of so many bytes."""
+        name = self.spec.module("embedding") + ".weight"
+        return item * math.prod(self.checkpoint.shape(name)) if item else self.checkpoint.size(name)
+
+    def pending(self) -> int:
+        """Tensors that wait to be written."""
+        outside = self.embedding(self.item) * (1 if self.spec.tied else 2)
+        total = self.item * sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
+        return min(SHARD_BYTES, max(0, total - outside))
+
+    def activations(self, tokens: int, copies: int) -> int:
+        """Of tokens that go through a layer at once."""
+        a, width = self.spec.attention, 2 if self.narrow else 4
+        inside = width * max(self.spec.intermediate_size, 2 * a.num_heads * a.head_dim)
+        cast = 2 * a.hidden_size * self.spec.intermediate_size if self.narrow else 0
+        return tokens * (copies * inside + 12 * a.hidden_size) + cast
+
+    def forward(self) -> int:
+        length = self.recipe.sequence_length
+        return self.activations(max(1, TOKENS_AT_ONCE // length) * length, _FORWARD)
+
+    def statistics(self, setting: Setting, item: int = 8) -> int:
+        """Of one layer."""
+        a, needed = self.spec.attention, setting.needs(self.spec.attention)
+        size = a.hidden_size**2
+        if needed.cross:
+            size += (a.num_heads + a.num_kv_heads) * a.head_dim * a.hidden_size
+        reach = max(self.recipe.sequence_length, min(self.recipe.reach, self.spec.max_positions))
+        return item * size + (16 * a.num_heads * reach if needed.distances else 0)
+
+    def latent(self, setting: Setting, item: int, *, expanded: bool = False) -> int:
+        """The attention of a converted layer."""
+        a, heads = self.spec.attention, self.spec.attention.num_heads
+        rank, rope = setting.kv_lora_rank, setting.qk_rope_head_dim
+        query = heads * (a.head_dim + rope) * a.hidden_size
+        down = (rank + setting.rope_heads * rope) * a.hidden_size
+        up = 2 * rank * (heads if expanded else a.num_kv_heads) * a.head_dim
+        return item * (query + down + up + heads * a.head_dim * a.hidden_size)
+
+    def attention(self, item: int) -> int:
+        a = self.spec.attention
+        return item * 2 * (a.num_heads + a.num_kv_heads) * a.head_dim * a.hidden_size
+
+    def comparison(self, streams: int) -> int:
+        """Final hidden states to logits."""
+        a, vocab = self.spec.attention, self.spec.vocab_size
+        rows = 4 * min(VOCAB_AT_ONCE, vocab) * a.hidden_size
+        return streams + self.embedding() + rows + _LOGITS * max(_LOGIT_BYTES, 4 * vocab) + self.pending()
+
+    def top(self) -> int:
+        """The embedding is read, converted where it is stored otherwise, and written; a small head waits with it."""
+        written = self.embedding(self.item)
+        waiting = written if written < SHARD_BYTES else 0
+        return self.embedding() + (written if self.embedding() != written else 0) + waiting + self.pending()
+
+
+def pooled_footprint(spec: ModelSpec, checkpoint: Checkpoint, recipe: Recipe, *, item: int, narrow: bool) -> Footprint:
+    """Of head pooling; arguments as for :func:`latent_footprint`."""
+    of = _Shapes(spec, checkpoint, recipe, item, narrow)
+    texts = 2 * of.stream(recipe.held_out_tokens)
+    layers = texts + max(of.layers()) + of.attention(8) + of.pending() + of.forward()
+    return Footprint({"converting layers": layers, "comparing": of.comparison(texts), "the embedding": of.top()})
+
+
+def latent_footprint(
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    settings: Sequence[Setting],
+    effort: Effort,
+    *,
+    one_by_one: bool,
+    item: int,
+    narrow: bool,
+) -> Footprint:
+    """Of a conversion to latent attention.
+
+    Args:
+        spec: The source.
+        checkpoint: Its files; only their headers are looked at.
+        recipe: What is to be done.
+        settings: What it allows; one of them will be chosen.
+        effort: Training beyond the closed form.
+        one_by_one: Whether every layer is sized for itself.
+        item: Bytes of a saved number.
+        narrow: Whether layers multiply in bfloat16.
+    """
+    of = _Shapes(spec, checkpoint, recipe, item, narrow)
+    refines = effort.refinement is not None
+    calibration = of.stream(recipe.calibration_tokens)
+    widest = max(settings, key=lambda setting: of.latent(setting, 1))
+    length, layer = recipe.sequence_length, max(of.layers())
+    own = calibration + (calibration if refines else of.stream(min(recipe.calibration_tokens, RMS_TOKENS)))
+    # The source, the result, and what a layer was on its way.
+    texts = of.stream(recipe.held_out_tokens) * (2 + refines + widest.linear)
+    gathered = of.statistics(widest, _GATHERED) + of.forward()
+    made = of.latent(widest, 8 + 4 + 4) + of.attention(8)
+    factorised = of.statistics(widest, _FACTORISED) + 2 * of.attention(8)
+    settled = max(gathered, factorised, made + of.forward())
+    waiting = own + layer + (0 if effort.polish else texts + of.pending())
+    stretches = {"converting layers": waiting + settled}
+    if effort.refinement is not None:
+        size = effort.refinement.sequences(length) * length
+        trained = of.latent(widest, 4 * _TRAINED + 8, expanded=True) + of.activations(size, _BACKWARD)
+        # What a layer adds is there beside the target; both are as large as the text.
+        stretches["refining layers"] = waiting + calibration + max(calibration + trained, settled)
+    if effort.polish is not None:
+        size = effort.polish.sequences(length) * length
+        each = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
+        graph = spec.layers * of.activations(size, _BACKWARD)
+        table = of.comparison(of.stream(recipe.selection_tokens))
+        stretches["polishing"] = 3 * calibration + sum(of.layers()) + spec.layers * each + graph + table
+    if len(settings) > 1:
+        stretches["choosing sizes"] = _choice(of, settings, refines, one_by_one) + layer + max(settled, of.forward())
+    stretches["comparing"] = of.comparison(texts)
+    stretches["the embedding"] = of.top()
+    return Footprint(stretches)
+
+
+def _choice(of: _Shapes, settings: Sequence[Setting], refines: bool, one_by_one: bool) -> int:
+    """Texts, and what is kept of each layer, while settings are compared."""
+    search, selection = of.stream(SEARCH_TOKENS), of.stream(of.recipe.selection_tokens)
+    if one_by_one and of.recipe.sizes is None:
+        trials = min(STREAM_BYTES, of.spec.layers * len(TRIED) * selection)
+        return (4 if refines else 2) * search + trials + 3 * selection
+    sizes = {(s.kv_lora_rank, s.qk_rope_head_dim) for s in settings}
+    compared = len(sizes) * (2 if refines else 1)
+    if compared == 1:
+        return search
+    observed = 0 if refines or of.narrow else of.spec.layers * of.statistics(settings[0])
+    return (1 + compared + 2 * refines) * search + (1 + compared) * selection + observed
