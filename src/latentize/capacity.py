@@ -20,7 +20,7 @@ from typing import Any
 
 from latentize.devices import Machine
 from latentize.families import LatentModel, ModelSpec
-from latentize.plan import STANDARD, Row, as_json
+from latentize.plan import STANDARD, Row, as_json, kept_bytes
 from latentize.spec import kv_cache_bytes
 
 __all__ = ["Capacity", "capacities", "describe", "with_small_caches"]
@@ -73,7 +73,8 @@ class _Load:
         routed: Bytes of the experts that tokens choose from.
         chosen: The share of them that a token is sent to.
         weight_flops: Of a step for each sequence.
-        cache_bytes: Of a cached token, all layers.
+        cache_bytes: Of a cached token, all layers that are converted.
+        kept, kept_window: Of a cached token in those that stay as they are, and how many of these they keep.
         cache_flops: Of attending to it.
         window: Tokens that are kept at most.
     """
@@ -86,13 +87,16 @@ class _Load:
     window: float = math.inf
     routed: int = 0
     chosen: float = 0.0
+    kept: float = 0.0
+    kept_window: int = 0
 
     def weights(self, batch: int) -> float:
         """Bytes of the weights that a step reads: of experts those that any sequence is sent to, if all are alike."""
         return self.read + self.routed * (1 - (1 - self.chosen) ** batch)
 
     def cache(self, context: int, batch: int) -> float:
-        return self.cache_bytes * min(context, self.window) * batch
+        growing = self.cache_bytes * min(context, self.window)
+        return (growing + self.kept * min(context, self.kept_window)) * batch
 
     def seconds(self, machine: Machine, context: int, batch: int) -> tuple[float, str]:
         """The least time of a decode step, and what it is spent on."""
@@ -110,7 +114,8 @@ def _attention_parameters(model: ModelSpec, row: Row) -> int:
         assert row.kv_heads is not None
         sizes = (a.num_heads + row.kv_heads) * a.head_dim
         biases = (sizes + row.kv_heads * a.head_dim) * a.qkv_bias + a.hidden_size * a.o_bias
-        return 2 * sizes * a.hidden_size + biases + 2 * a.head_dim * a.qk_norm
+        norms = (sizes if a.qk_norm_across else 2 * a.head_dim) * a.qk_norm
+        return 2 * sizes * a.hidden_size + biases + norms
     rank, rope = row.latent
     query = a.num_heads * (a.head_dim + rope) * a.hidden_size
     down, up = (rank + rope) * a.hidden_size + rank, rank * a.num_heads * 2 * a.head_dim
@@ -144,12 +149,14 @@ def _load(model: ModelSpec | LatentModel, row: Row, context: int, weight_bits: f
     if isinstance(model, LatentModel):
         return _latent_load(model, row, context, weight_bits)
     a, embedding = model.attention, model.vocab_size * model.attention.hidden_size
-    rest = sum(math.prod(shape) for name, shape in model.tensor_shapes().items() if "self_attn" not in name)
-    total = rest + model.layers * _attention_parameters(model, row)
+    converted = tuple(f"{model.layer_prefix(layer)}{model.module('attention')}." for layer in model.converted)
+    sizes = {n: math.prod(shape) for n, shape in model.tensor_shapes().items() if not n.startswith(converted)}
+    routed = sum(size for name, size in sizes.items() if ".experts." in name)
+    total = sum(sizes.values()) + len(converted) * _attention_parameters(model, row)
     # The portable format unties the output head. A tied embedding is read, as the head.
     tied = model.tied and row.latent is None
     total += embedding * (model.tied and not tied)
-    read = total - embedding * (not tied)
+    read = total - routed - embedding * (not tied)
     if row.latent is None:
         per_token = 4 * a.num_heads * a.head_dim
     else:
@@ -157,10 +164,14 @@ def _load(model: ModelSpec | LatentModel, row: Row, context: int, weight_bits: f
     return _Load(
         stored=round(total * weight_bits / 8),
         read=round(read * weight_bits / 8),
-        weight_flops=2.0 * read,
-        cache_bytes=kv_cache_bytes(row.values_per_token_layer, layers=model.layers, tokens=1, bits=row.bits),
-        cache_flops=float(per_token * model.layers),
+        routed=round(routed * weight_bits / 8),
+        chosen=model.active_experts,
+        weight_flops=2.0 * (read + model.active_experts * routed),
+        cache_bytes=kv_cache_bytes(row.values_per_token_layer, layers=len(converted), tokens=1, bits=row.bits),
+        cache_flops=float(per_token * len(converted)),
         window=row.tokens if row.tokens < context else math.inf,
+        kept=kept_bytes(model, tokens=1, bits=row.bits if row.latent is None else 16),
+        kept_window=model.window or 0,
     )
 
 
@@ -174,7 +185,7 @@ def with_small_caches(rows: Sequence[Row]) -> list[Row]:
             continue
         for name, bits in (("int8", 8), ("int4+int8", 4)):
             mean = (bits * row.latent[0] + 8 * row.latent[1] + 32) / sum(row.latent)
-            size = round(row.cache_bytes * mean / row.bits)
+            size = round((row.cache_bytes - row.kept_bytes) * mean / row.bits) + row.kept_bytes
             note = "latentize.LatentCache, inside transformers; engines do not read it"
             small = {"cache_bytes": size, "ratio": row.ratio * row.cache_bytes / size, "note": note}
             found.append(replace(row, name=f"{row.name}, {name}", bits=mean, **small))
@@ -215,7 +226,9 @@ def _fitting(load: _Load, machine: Machine, context: int, batch: int) -> Capacit
         return Capacity(load.stored, step)
     free = machine.memory_bytes * (1 - machine.reserve) - load.stored
     sequences = max(0, math.floor(free / load.cache(context, 1)))
-    longest = max(0, math.floor(free / (load.cache_bytes * batch)))
+    # Layers with a window take what they take; the rest is for those that grow.
+    growing = free - load.kept * load.kept_window * batch
+    longest = max(0, math.floor(growing / (load.cache_bytes * batch)))
     grows = longest < load.window
     return Capacity(load.stored, step, batch <= sequences, longest if grows else None, sequences)
 

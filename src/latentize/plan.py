@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from latentize.families import LatentModel, ModelSpec
+from latentize.families.model import FULL
 from latentize.spec import kv_cache_bytes
 
-__all__ = ["STANDARD", "Row", "as_json", "describe", "lower_rank", "plan", "plan_latent"]
+__all__ = ["STANDARD", "Row", "as_json", "describe", "kept_bytes", "lower_rank", "plan", "plan_latent"]
 
 GIB = 1 << 30
 # Sizes that every engine's MLA kernels are made for (DeepSeek-V2 and V3).
@@ -30,6 +31,7 @@ class Row:
         cache_bytes: For all layers and the whole batch.
         ratio: The source's bytes over these.
         note: What to know about it.
+        kept_bytes: Those among them of layers that stay as they are.
         kv_heads: Key/value heads, where there are such.
         latent: ``(kv_lora_rank, qk_rope_head_dim)``, where there is one.
     """
@@ -41,6 +43,7 @@ class Row:
     cache_bytes: int
     ratio: float
     note: str = ""
+    kept_bytes: int = 0
     kv_heads: int | None = None
     latent: tuple[int, int] | None = None
 
@@ -64,8 +67,27 @@ def describe(model: ModelSpec | LatentModel) -> dict[str, Any]:
         "tie_word_embeddings": model.tied,
         "max_position_embeddings": model.max_positions,
         "cache_values_per_token_layer": a.cache_values,
-        "cache_bytes_per_token": kv_cache_bytes(a.cache_values, layers=model.layers, tokens=1),
+        "cache_bytes_per_token": kv_cache_bytes(a.cache_values, layers=len(model.converted), tokens=1),
+        **_mixed(model),
     }
+
+
+def _mixed(model: ModelSpec) -> dict[str, Any]:
+    """Which layers stay as they are, where some do."""
+    if not model.kinds:
+        return {}
+    kinds = [model.kind(layer) for layer in range(model.layers)]
+    others = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds) if kind != FULL}
+    return {"converted_layers": len(model.converted), "kept_layers": others, "sliding_window": model.window}
+
+
+def kept_bytes(model: ModelSpec, *, tokens: int, batch: int = 1, bits: float = 16) -> int:
+    """Bytes that layers with a sliding window cache, which stay as they are; states of convolutions are not counted."""
+    if model.window is None:
+        return 0
+    return kv_cache_bytes(
+        model.cache_values, layers=model.sliding, tokens=min(tokens, model.window), batch=batch, bits=bits
+    )
 
 
 def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, window: int = 4096) -> list[Row]:
@@ -81,12 +103,15 @@ def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, 
         window: Tokens that the sliding-window row keeps.
     """
     a = model.attention
-    source = kv_cache_bytes(a.cache_values, layers=model.layers, tokens=context, batch=batch)
+    layers = len(model.converted)
+    source = kv_cache_bytes(a.cache_values, layers=layers, tokens=context, batch=batch)
+    source += kept_bytes(model, tokens=context, batch=batch)
     rows: list[Row] = []
 
     def add(name: str, values: int, *, bits: float = 16, tokens: int = context, **more: Any) -> None:
-        size = kv_cache_bytes(values, layers=model.layers, tokens=tokens, batch=batch, bits=bits)
-        rows.append(Row(name, values, bits, tokens, size, source / size, **more))
+        size = kv_cache_bytes(values, layers=layers, tokens=tokens, batch=batch, bits=bits)
+        kept = kept_bytes(model, tokens=tokens, batch=batch, bits=16 if "latent" in more else bits)
+        rows.append(Row(name, values, bits, tokens, size + kept, source / (size + kept), kept_bytes=kept, **more))
 
     def heads(name: str, count: int, **more: Any) -> None:
         add(name, 2 * count * a.head_dim, kv_heads=count, **more)
@@ -164,4 +189,4 @@ def as_json(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    return {name: value for name, value in asdict(row).items() if name not in ("kv_heads", "latent")}
+    return {name: value for name, value in asdict(row).items() if name not in ("kv_heads", "latent", "kept_bytes")}

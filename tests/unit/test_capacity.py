@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import FAMILIES, pico_config, pico_model
+from tests.common import FAMILIES, ONLY_MHA, pico_config, pico_model
 
 from latentize.capacity import capacities
 from latentize.devices import DEVICES, Machine, machine_of
@@ -147,15 +147,30 @@ def test_half_of_the_weights_bits(config: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_model_as_it_is_has_the_weights_that_it_has(family: str, tied: bool) -> None:
-    model = pico_model(family, 2, tie_word_embeddings=tied)
+    model = pico_model(family, 4 if family in ONLY_MHA else 2, tie_word_embeddings=tied)
     spec = model_spec(model.config.to_dict())
     machine = Machine("m", 1e9, 1e9, weight_bits=32)
     rows = rows_of(spec, context=10)
     first, *others = capacities(spec, rows, machine, context=10)
     assert first.weight_bytes == 4 * sum(p.numel() for p in model.parameters())
-    read = first.weight_bytes - (0 if tied else 4 * 257 * 64)
-    assert first.step_bytes == read + rows[0].cache_bytes
-    assert others[0].weight_bytes > first.weight_bytes, "MHA has more keys and values"
+    experts = 4 * sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    read = first.weight_bytes - (0 if tied else 4 * 257 * 64) - round(experts / 3)
+    assert first.step_bytes == pytest.approx(read + rows[0].cache_bytes, abs=1)
+    if family not in ONLY_MHA:
+        assert others[0].weight_bytes > first.weight_bytes, "MHA has more keys and values"
+
+
+@pytest.mark.parametrize("context", [10, 24, 100])
+def test_layers_with_a_window_cache_no_more_than_it(context: int) -> None:
+    """One layer of two has a window of 24 tokens, in every row."""
+    spec = model_spec(pico_config("gemma3_text", 2).to_dict())
+    kept = 64 * 2 * min(context, 24)
+    for row in rows_of(spec, context=context, keep=0.25, window=1 << 20):
+        if row.bits == 16:
+            assert row.cache_bytes == row.values_per_token_layer * 2 * context + kept, row.name
+    machine = Machine("m", 2e6, 1e9, weight_bits=16)
+    first = capacities(spec, rows_of(spec, context=context), machine, context=context)[0]
+    assert first.max_context == int((2e6 * (1 - machine.reserve) - first.weight_bytes - 64 * 2 * 24) / (64 * 2))
 
 
 def test_a_latent_model_has_the_weights_that_it_has(tmp_path: Path) -> None:

@@ -8,33 +8,42 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FAMILIES, FP32, LLAMA3_SCALING, pico_model, random_tokens, relative_error
+from tests.common import FAMILIES, FP32, LLAMA3_SCALING, ONLY_MHA, pico_model, random_tokens, relative_error
 from torch import Tensor, nn
 
 from latentize.attention.cache import GrowingCache
 from latentize.attention.grouped import AttentionWeights, grouped_attention, rms_norm
 from latentize.convert.canonical import attention_weights
 from latentize.families import ModelSpec, model_spec
+from latentize.spec import AttentionSpec
 
 
 def layer(family: str, kv_heads: int, **changes: Any) -> tuple[Any, AttentionWeights, ModelSpec]:
     """The model, and its second attention in our terms."""
     model = pico_model(family, kv_heads, **changes)
     spec = model_spec(json.loads(model.config.to_json_string(use_diff=False)))
-    decoder = model.model.layers[1]
+    decoder = model.base_model.layers[1]
     tensors = {name: t.detach() for name, t in decoder.state_dict().items()}
     return model, attention_weights(tensors, spec), spec
+
+
+def attention_of(spec: ModelSpec) -> AttentionSpec:
+    found = spec.layer_attention(1)
+    assert found is not None
+    return found
 
 
 @torch.no_grad()
 def theirs(model: Any, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
     """What enters and what leaves the second attention when transformers runs the model on random tokens."""
+    second = model.base_model.layers[1]
     seen: list[tuple[Tensor, Tensor]] = []
 
     def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any], result: tuple[Tensor, Any]) -> None:
-        seen.append((kwargs["hidden_states"], result[0]))
+        seen.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], result[0]))
 
-    hook = model.model.layers[1].self_attn.register_forward_hook(keep, with_kwargs=True)
+    attention = getattr(second, "self_attn", None) or second.attention
+    hook = attention.register_forward_hook(keep, with_kwargs=True)
     model(input_ids=random_tokens(*positions_BT.shape), position_ids=positions_BT, use_cache=False)
     hook.remove()
     return seen[0]
@@ -51,10 +60,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=[f"{f}-{'-'.join(c) or 'plain'}" for f, c in CASES])
 def test_equals_transformers(family: str, changes: dict[str, Any], kv_heads: int) -> None:
-    model, weights, spec = layer(family, kv_heads, **changes)
+    model, weights, spec = layer(family, 4 if family in ONLY_MHA else kv_heads, **changes)
     positions = torch.stack([torch.arange(20), torch.arange(30, 50)])
     x, expected = theirs(model, positions)
-    ours = grouped_attention(x, weights, spec.attention, positions_BT=positions)
+    ours = grouped_attention(x, weights, attention_of(spec), positions_BT=positions)
     assert relative_error(ours, expected) <= FP32
 
 
@@ -71,8 +80,8 @@ def test_a_sliding_window_equals_transformers(kv_heads: int) -> None:
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_equals_prefill(family: str, window: int | None) -> None:
-    _, weights, spec = layer(family, 2)
-    attention = replace(spec.attention, sliding_window=window)
+    _, weights, spec = layer(family, 4 if family in ONLY_MHA else 2)
+    attention = replace(attention_of(spec), sliding_window=window)
     x = torch.randn(2, 11, 64)
     at_once = grouped_attention(x, weights, attention)
     cache = GrowingCache()
