@@ -15,7 +15,7 @@ from tests.common import LLAMA3_SCALING, pico_model, text_file, trained_tokenize
 from tests.engine.conftest import Record
 
 import latentize
-from latentize.errors import UnsupportedModelError
+from latentize.errors import LatentizeError
 
 # Label → model_type, entries of its config, and how the portable format holds it.
 CONVERTED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -26,11 +26,14 @@ CONVERTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Phi-4": ("phi3", {}, "exact"),
     "Qwen2, Qwen2.5, biases": ("qwen2", {}, "approximate"),
     "Qwen3, qk-norm": ("qwen3", {}, "approximate"),
+    "SmolLM3, layers without RoPE": ("smollm3", {}, "exact"),
+    "Phi-4-mini, RoPE on parts of heads": ("phi3", {"partial_rotary_factor": 0.75}, "exact"),
+    "GLM-4 of 2024, half of a head rotates, biases": ("glm", {}, "approximate"),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral 0.1, sliding window": ("mistral", {"sliding_window": 16}),
-    "Mixtral, mixture of experts": ("mixtral", {"num_local_experts": 2}),
-    "Gemma 2": ("gemma2", {}),
+    "Mixtral, mixture of experts (native format)": ("mixtral", {"num_local_experts": 2}),
+    "Gemma 2 (native format)": ("gemma2", {}),
     "DeepSeek-V3.2, latents with an index": ("deepseek_v32", {"kv_lora_rank": 16, "num_hidden_layers": 1}),
 }
 ENGINES = ("transformers", "llama.cpp", "vllm")
@@ -88,7 +91,7 @@ def test_a_family_in_an_engine(
 def test_a_family_that_is_refused(tmp_path: Path, record: Record, label: str) -> None:
     model_type, config = REFUSED[label]
     model, out = source(tmp_path / "source", model_type, config), tmp_path / "out"
-    with pytest.raises(UnsupportedModelError) as error:
-        latentize.convert(model, out, keep="50%", fast=True, data=(text_file(tmp_path),))
+    with pytest.raises(LatentizeError) as error:
+        latentize.convert(model, out, keep="50%", fast=True, format="deepseek_v3", data=(text_file(tmp_path),))
     assert error.value.what and not list(tmp_path.glob("out*"))
     record(label, {"family": label, "held": "refused", "why": error.value.what})

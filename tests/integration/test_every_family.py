@@ -1,8 +1,14 @@
-"""``convert --keep 25%`` from end to end for every family: small random models, written, read again, generating."""
+"""``convert --keep 25%`` from end to end for every family: small random models, written, read again, generating.
+
+``LATENTIZE_FAMILY_RESULTS=FILE`` keeps what became of each, for the support matrix (``benchmarks/family_table.py``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import datetime
+import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +26,33 @@ EXACT = ("granite", "llama", "mistral", "phi3", "smollm3")
 FITTED = ("glm", "qwen2", "qwen3")
 
 
+@pytest.fixture(scope="module")
+def results() -> Iterator[dict[str, dict[str, Any]]]:
+    """What became of each family; written where the environment says."""
+    found: dict[str, dict[str, Any]] = {}
+    yield found
+    if path := os.environ.get("LATENTIZE_FAMILY_RESULTS"):
+        made = {"date": datetime.date.today().isoformat(), "families": found}
+        Path(path).write_text(json.dumps(made, indent=1) + "\n")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_quarter(source: Callable[..., Path], text: str, tmp_path: Path, family: str) -> None:
+def test_nothing_compressed(
+    source: Callable[..., Path], text: str, tmp_path: Path, family: str, results: dict[str, dict[str, Any]]
+) -> None:
+    """At full rank the native format is the source."""
+    model, out = source(family, 4 if family in ONLY_MHA else 2), tmp_path / "out"
+    latentize.convert(model, out, method="mha2mla", keep="100%", format="native", data=(text,), **SMALL)
+    tokens = random_tokens()
+    error = relative_error(logits(out, tokens), logits(model, tokens))
+    results.setdefault(family, {})["native_error"] = error
+    assert error <= FP32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quarter(
+    source: Callable[..., Path], text: str, tmp_path: Path, family: str, results: dict[str, dict[str, Any]]
+) -> None:
     """The format that fits, what it reports, and the same tokens with every cache."""
     kv_heads = 4 if family in ONLY_MHA else 2
     model, out = source(family, kv_heads), tmp_path / "out"
@@ -36,6 +67,8 @@ def test_a_quarter(source: Callable[..., Path], text: str, tmp_path: Path, famil
     measured = latentize.evaluate(out, model, tokens=1024, sequence_length=64, data=(text,), split="heldout")
     assert measured["kl"] == pytest.approx(report["kl"], rel=1e-2), "the files are what the converter ran"
     _generates_the_same(out)
+    kinds = [layer["kept"] for layer in report["layers"] if "kept" in layer]
+    results.setdefault(family, {}).update(format=report["format"], notes=report["notes"], kept=kinds)
 
 
 def _normalised(report: dict[str, Any]) -> bool:

@@ -22,8 +22,9 @@ QUICK_HEALING = {"tokens": 2048, "selection_tokens": 512, "evaluation_tokens": 1
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-def test_tables_of_engines_are_those_that_were_measured() -> None:
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "engine_tables.py", "--check"], capture_output=True)
+@pytest.mark.parametrize("script", ["engine_tables.py", "family_table.py"])
+def test_tables_are_those_that_were_measured(script: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--check"], capture_output=True)
     assert done.returncode == 0, done.stdout.decode()
 
 
