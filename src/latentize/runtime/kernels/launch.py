@@ -15,10 +15,12 @@ from torch import Tensor
 
 from latentize.runtime.kernels.storage import Part
 
-__all__ = ["LARGEST_RANK", "Tiles", "absorbed_decode", "compute_types", "constants", "split_count", "tiles"]
+__all__ = ["LARGEST_RANK", "LARGEST_ROPE", "Tiles", "absorbed_decode", "compute_types", "constants", "split_count", "tiles"]
 
 # Beyond it, the sums of a few queries do not fit into registers.
 LARGEST_RANK = 1024
+# Beyond it, tiles of roped keys do not fit beside those of latents.
+LARGEST_ROPE = 256
 _ROWS_A_SPLIT, _MOST_SPLITS = 256, 128
 _MERGED_DIMS = 64
 
