@@ -113,10 +113,11 @@ class StaticLatentLayer(LatentLayer):
 
     def get_seq_length(self) -> Any:
         """On the device, as ``StaticLayer`` of transformers has it; 0 before the first token."""
-        return self.filled_B[0] if self.is_initialized else 0
+        return self.filled_B[0] if self.attends_rows and self.is_initialized else self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return Room(self.max_length), 0
+        # A model that is not accelerated gets the tokens that are there, and so does the first prompt.
+        return (Room(self.max_length) if self.attends_rows else self.seen + query_length), 0
 
     def get_max_length(self) -> int:
         return self.max_length
