@@ -1,19 +1,23 @@
 """Whole generations with the Triton kernels, in Triton's interpreter, against the same with their twin in PyTorch.
 
-    python -m tests.interpreted_generate [--match int4]
+    python -m tests.interpreted_generate [--cases int4 window] [--trials]
 
 A process of its own: whether Triton interprets is settled when it is imported. Prints one JSON object a case: whether
-all tokens are the same, the largest difference of logits relative to the largest logit, and who decoded how often.
+all tokens are the same, the largest difference of logits relative to the largest logit, who decoded how often, and how
+often rows of the kernels' cache were restored, which its prompt has to. ``--trials``: what ``auto`` would try on a GPU.
 float32 throughout; rows in formats below it are stored the same for both.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import latentize
 from latentize.runtime.accelerate import backend_of
 from latentize.runtime.cache import LatentCache
+from latentize.runtime.codecs import FORMATS
+from latentize.runtime.kernels.trial import Variant, passes
+from latentize.runtime.layer import LatentLayer
 
 # name: arguments of the cache, arguments of ``generate``
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -67,7 +74,7 @@ def generated(model: Any, made: Any, padded: tuple[int, ...] = (), **options: An
     for row, count in enumerate(padded):
         ids[row, :count], seen[row, :count] = 0, 0
     options |= {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0, "do_sample": False}
-    return model.generate(ids, attention_mask=seen, max_new_tokens=8, past_key_values=cache(model, made), **options)
+    return model.generate(ids, attention_mask=seen, max_new_tokens=6, past_key_values=cache(model, made), **options)
 
 
 def native(folder: Path, method: str) -> Any:
@@ -78,21 +85,52 @@ def native(folder: Path, method: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).eval()
 
 
+@contextlib.contextmanager
+def restoring() -> Iterator[list[int]]:
+    """Counts how often quantised rows are restored."""
+    counted, real = [], LatentLayer._restore
+
+    def noted(self: LatentLayer, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        counted.append(stop - start)
+        return real(self, start, stop, dtype)
+
+    LatentLayer._restore = noted
+    try:
+        yield counted
+    finally:
+        LatentLayer._restore = real
+
+
+def trials() -> None:
+    """Every format: plain in float32, with everything in float16."""
+    for number, latent in enumerate(FORMATS):
+        plain = Variant(torch.device("cpu"), torch.float32, latent, FORMATS[number - 1], 40, 6, 8, 2)
+        every = {"paged": True, "window": True, "turned": True, "masked": True}
+        for variant in (plain, dataclasses.replace(plain, dtype=torch.float16, **every)):
+            error, limit = passes(variant)
+            print(json.dumps({"trial": str(variant), "error": error, "limit": limit}), flush=True)
+
+
 def compared(model: Any, case: str) -> dict[str, Any]:
     made, options = CASES[case]
     fast, plain = (latentize.accelerate(copy.deepcopy(model), backend=name) for name in ("triton", "torch"))
-    got, want = (generated(one, made, **options) for one in (fast, plain))
+    want = generated(plain, made, **options)
+    with restoring() as restored:
+        got = generated(fast, made, **options)
     same = torch.equal(got.sequences, want.sequences)
     # Beams of nearly equal scores may change places on the way.
     logits = 0.0 if "num_beams" in options else relative_error(torch.stack(got.logits), torch.stack(want.logits))
-    return {"case": case, "same": same, "error": logits, "used": dict(backend_of(fast).used)}
+    return {"case": case, "same": same, "error": logits, "used": dict(backend_of(fast).used), "restored": len(restored)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--match", default="", help="only cases with this in their name")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--trials", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.trials:
+        trials()
     models = {"deepseek_v3": stock("deepseek_v3"), "deepseek_v2": stock("deepseek_v2")}
     with tempfile.TemporaryDirectory() as folder:
         models["native"] = native(Path(folder), "mha2mla")
@@ -102,7 +140,7 @@ def main() -> None:
         for kind in kinds:
             if case.startswith("StaticCache"):
                 kind = "deepseek_v3"  # It wants as many roped keys as latents.
-            if args.match in case:
+            if case in args.cases:
                 print(json.dumps({"model": kind, **compared(models[kind], case)}), flush=True)
 
 
