@@ -66,7 +66,7 @@ def test_a_backend_that_cannot_be() -> None:
     model = stock("deepseek_v3")
     with pytest.raises(OptionError, match="auto, torch, triton"):
         latentize.accelerate(model, backend="cuda")
-    with pytest.raises(OptionError, match="TRITON_INTERPRET|latentize\\[triton\\]"):
+    with pytest.raises(OptionError, match=r"TRITON_INTERPRET|latentize\[triton\]"):
         latentize.accelerate(model, backend="triton")
     assert not latentize.is_accelerated(model) and not hasattr(model, "_latentize_accelerated")
 

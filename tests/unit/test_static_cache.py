@@ -1,4 +1,4 @@
-"""A static cache gives the growing one's tokens, and every step is the same sequence of operations on the same memory."""
+"""A static cache gives the growing one's tokens, and every step is the same operations on the same memory."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ class Operations(TorchDispatchMode):
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("native")
     options = {**SMALL, "fast": False}
-    latentize.convert(
-        pico(folder, "qwen2"), folder / "out", format="native", method="mha2mla", keep=0.5, **options
-    )
+    latentize.convert(pico(folder, "qwen2"), folder / "out", format="native", method="mha2mla", keep=0.5, **options)
     native = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).eval()
     return {name: latentize.accelerate(model) for name, model in (("v3", stock("deepseek_v3")), ("native", native))}
 

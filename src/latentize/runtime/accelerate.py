@@ -90,7 +90,9 @@ def _native_heads(
     module: LatentAttention, q_nope: Tensor, q_rope: Tensor, key: Any, value: Any, w: Any, mask: Any
 ) -> Tensor:
     """Stands for ``LatentAttention.heads``."""
-    return heads(q_nope, q_rope, key, value, Up(w.k_up_UNr, w.v_up_UVr, w.softmax_scale), mask, getattr(module, _BACKEND))
+    return heads(
+        q_nope, q_rope, key, value, Up(w.k_up_UNr, w.v_up_UVr, w.softmax_scale), mask, getattr(module, _BACKEND)
+    )
 
 
 def _announce(frequencies: Callable[[], Tensor | None], interleaved: bool) -> Callable[..., None]:

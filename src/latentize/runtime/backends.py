@@ -1,8 +1,8 @@
 """Who attends to cached rows in decode: the Triton kernels, or their twin in PyTorch.
 
-``auto`` takes the kernels on CUDA tensors where triton is installed, for whatever they can do (:func:`refusal`) and have
-done right once on that device (``kernels.trial``). ``triton`` takes them wherever they run, Triton's interpreter on a
-CPU included, and lets their errors through. ``torch`` never does.
+``auto`` takes the kernels on CUDA tensors where triton is installed, for whatever they can do (:func:`refusal`) and
+have done right once on that device (``kernels.trial``). ``triton`` takes them wherever they run, Triton's interpreter
+on a CPU included, and lets their errors through. ``torch`` never does.
 
 B batch, H query heads, T new tokens, S cached rows, r kv_lora_rank, P roped keys, R values of all roped keys.
 """

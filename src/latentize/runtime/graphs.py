@@ -28,7 +28,8 @@ _WARMUP = 2
 class DecodeGraph:
     """One decode step over a static cache that holds the prompt already.
 
-    The first call captures; it and the warm-up write rows where the next token's will be, and leave the cache as it was.
+    The first call captures; it and the warm-up write rows where the next token's will be, and leave the cache as it
+    was.
     No sequence may be padded: a mask would have to grow.
 
     Args:

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from latentize.runtime.kernels.storage import Part
 
-__all__ = ["LARGEST_RANK", "LARGEST_ROPE", "Tiles", "absorbed_decode", "compute_types", "constants", "split_count", "tiles"]
+__all__ = [
+    "LARGEST_RANK",
+    "LARGEST_ROPE",
+    "Tiles",
+    "absorbed_decode",
+    "compute_types",
+    "constants",
+    "split_count",
+    "tiles",
+]
 
 # Beyond it, the sums of a few queries do not fit into registers.
 LARGEST_RANK = 1024
