@@ -273,5 +273,7 @@ def measure(
 
 
 def _name(make: Callable[[], Contender]) -> str:
-    default = (make.__defaults__ or ("transformers MLA, expanded",))[0]  # type: ignore[attr-defined]
-    return getattr(default, "__name__", str(default))
+    """Of a contender that could not even be made."""
+    default = (getattr(make, "__defaults__", None) or ("transformers MLA, expanded",))[0]
+    named = getattr(default, "__name__", str(default))
+    return f"latentize {named}" if named in FORMATS else named

@@ -67,8 +67,7 @@ class DecodeGraph:
         if not self.capture:
             self._run()
         else:
-            if self._graph is None:
-                self._record()
+            self._graph = self._graph or self._recorded()
             self._graph.replay()
             if isinstance(self.cache, LatentCache):
                 self.cache.advance(1)
@@ -82,7 +81,7 @@ class DecodeGraph:
             self.logits_BV = torch.empty_like(out.logits[:, -1])
         self.logits_BV.copy_(out.logits[:, -1])
 
-    def _record(self) -> None:
+    def _recorded(self) -> Any:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -90,11 +89,12 @@ class DecodeGraph:
                 self._run()
                 self._rewind()
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._run()
         # Capturing counts on the host, and runs nothing.
         self._rewind()
+        return graph
 
     def _rewind(self) -> None:
         if isinstance(self.cache, LatentCache):
