@@ -100,7 +100,9 @@ def test_each_model_has_its_own_backend_until_it_is_decelerated() -> None:
         ({"q": torch.ones(2, 4, 3, 6, requires_grad=True)}, "gradients"),
         ({"q": torch.ones(2, 4, 3, 6, dtype=torch.float64)}, "float64"),
         ({"key": torch.ones(2, 1, 9, 6, dtype=torch.float64)}, "float64"),
-        ({"q": torch.ones(2, 4, 3, 1025)}, "rank beyond 1024"),
+        ({"q": torch.ones(2, 4, 3, 1025, dtype=torch.bfloat16)}, "rank beyond 1024"),
+        ({"q": torch.ones(2, 4, 3, 1024, dtype=torch.bfloat16)}, None),
+        ({"q": torch.ones(2, 4, 3, 513)}, "rank beyond 512"),
         ({"q_rope": torch.ones(2, 4, 3, 257)}, "beyond 256"),
     ],
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS
-from latentize.runtime.kernels.launch import LARGEST_RANK, LARGEST_ROPE, absorbed_decode
+from latentize.runtime.kernels.launch import LARGEST_FLOAT32_RANK, LARGEST_RANK, LARGEST_ROPE, absorbed_decode
 from latentize.runtime.kernels.storage import Part, Stored
 from latentize.runtime.kernels.trial import works
 from latentize.runtime.layer import Rows
@@ -125,8 +125,9 @@ def refusal(q_BHTr: Tensor, q_rope_BHTR: Tensor, key: Tensor | Rows, mask_BhTS: 
         return "gradients are asked for"
     if q_BHTr.dtype not in FLOATS or dtype not in FLOATS:
         return f"queries in {q_BHTr.dtype}, rows in {dtype}"
-    if q_BHTr.shape[-1] > LARGEST_RANK or q_rope_BHTR.shape[-1] > LARGEST_ROPE:
-        return f"a rank beyond {LARGEST_RANK}, or roped keys beyond {LARGEST_ROPE}"
+    largest = LARGEST_FLOAT32_RANK if q_BHTr.dtype == torch.float32 else LARGEST_RANK
+    if q_BHTr.shape[-1] > largest or q_rope_BHTR.shape[-1] > LARGEST_ROPE:
+        return f"a rank beyond {largest} in {q_BHTr.dtype}, or roped keys beyond {LARGEST_ROPE}"
     if mask_BhTS is None:
         return None
     if mask_BhTS.dtype != torch.bool:
