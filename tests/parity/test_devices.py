@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tests.common import SMALL, pico, text_file
+from tests.latent_models import mixture, saved
 from torch.overrides import TorchFunctionMode
 
 import latentize
@@ -77,9 +78,11 @@ ON_PURPOSE = {
     "calibrate/tokens.py: contiguous": "the text, moved as passages",
     "calibrate/tokens.py: pack": "the text",
     "calibrate/tokens.py: spread_positions": "the text",
+    "convert/canonical.py: attention_weights": "row numbers, compared with others of their kind",
+    "convert/canonical.py: half_layout": "row numbers of weights",
     "convert/descent.py: batches": "numbers of sequences, in an order that no device changes",
     "convert/position.py: ladder": "moved by methods.py",
-    "convert/refine.py: refine": "numbers of sequences",
+    "convert/refine.py: descend": "numbers of sequences",
     "healing.py: look": "sums of what was brought back",
     "runtime/absorbed.py: has_fused": "tries an operator of the CPU",
     "runtime/layer.py: rotation": "moved by rotation_on",
@@ -111,6 +114,15 @@ def test_every_method(method: str, tmp_path: Path) -> None:
     native = {"format": "native"} if method in ("calibrated", "mha2mla") else {}
     with Watched() as watched:
         latentize.convert(source, tmp_path / "out", method=method, keep=0.5, **native, **SMALL)
+    assert watched.found <= ON_PURPOSE.keys()
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2-lite", "glm4_moe_lite"])
+def test_a_lower_rank(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Schedule, "suited", lambda self, *_: replace(self, tokens=64, steps=6, warmup=2))
+    source = saved(mixture(name), tmp_path / "source")
+    with Watched() as watched:
+        latentize.convert(source, tmp_path / "out", keep=0.6, **{**SMALL, "tokens": 512, "fast": False})
     assert watched.found <= ON_PURPOSE.keys()
 
 
