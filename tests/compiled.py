@@ -1,13 +1,17 @@
 """Compiles the Triton kernels to PTX for GPUs that are not there.
 
-    python tests/compiled.py [--capability 80 90]
+    python tests/compiled.py [--capability 80 90] [--sizes 512+64 1024+256] [--queries 16 32] [--match int4]
 
-Prints one JSON object a variant: its name, and the size of the PTX.
+Prints one JSON object a variant: its name, the size of the PTX, and the bytes of shared memory that a program takes.
+Pointers and strides of 16 bytes are marked as such, as a launch would: then loads are asynchronous, through shared
+memory. So are they compiled unaligned, which is what a cache of odd sizes gets.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 
 import torch
@@ -21,6 +25,7 @@ from latentize.runtime.kernels.storage import Part, Stored
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+AXES = ((0, "outer"), (1, "token"))
 KINDS = {torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", **FLOATS}
 
 
@@ -28,13 +33,15 @@ def pointer(t: torch.Tensor) -> str:
     return f"*{KINDS[t.dtype]}"
 
 
-def attend(latent: str, rope: str, dtype: torch.dtype, rank: int, roped: int, page: int, *flags: bool) -> ASTSource:
+def attend(
+    latent: str, rope: str, dtype: torch.dtype, rank: int, roped: int, page: int, *flags: bool, queries: int = 32
+) -> ASTSource:
     """``attend_splits`` with the constants that ``launch`` would give it; flags: window, turned sinks, mask."""
     halves = [
-        Stored(codec(f, n).encode(torch.randn(1, page or 4, n)), f, n) for f, n in ((latent, rank), (rope, roped))
+        Stored(codec(f, n).encode(torch.randn(1, page or 16, n)), f, n) for f, n in ((latent, rank), (rope, roped))
     ]
     part = Part(*halves, count=4, table_BP=torch.zeros(1, 1, dtype=torch.int32) if page else None)
-    cut = launch.tiles(32, rank, dtype)
+    cut = launch.tiles(queries, rank, dtype)
     constexprs = launch.constants(part, cut, dtype, *flags)
     stored = {
         f"{n}{s}_ptr": pointer(t)
@@ -44,7 +51,12 @@ def attend(latent: str, rope: str, dtype: torch.dtype, rank: int, roped: int, pa
     own = f"*{FLOATS[dtype]}"
     pointers = {"q_ptr": own, "q_rope_ptr": own, "q_sink_ptr": own, **stored, "table_ptr": "*i32", "length_ptr": "*i32"}
     pointers |= {"mask_ptr": "*u8" if flags[2] else own, "out_ptr": "*fp32", "lse_ptr": "*fp32"}
-    return source(latent_decode.attend_splits, pointers, constexprs)
+    made = source(latent_decode.attend_splits, pointers, constexprs)
+    strides = {f"{n}_{axis}": h.codes.stride(at) for n, h in zip("ck", halves, strict=True) for at, axis in AXES}
+    # As Triton's launcher marks arguments that are multiples of 16.
+    multiples = [*pointers, *(name for name, stride in strides.items() if stride % 16 == 0)]
+    made.attrs = {(list(made.signature).index(name),): [["tt.divisibility", 16]] for name in multiples}
+    return made
 
 
 def source(kernel: triton.JITFunction, pointers: dict[str, str], constexprs: dict) -> ASTSource:
@@ -56,45 +68,50 @@ def source(kernel: triton.JITFunction, pointers: dict[str, str], constexprs: dic
     return ASTSource(fn=kernel, signature={name: kinds[name] for name in names}, constexprs=constexprs)
 
 
-def variants() -> dict[str, tuple[ASTSource, launch.Tiles]]:
+def variants(sizes: list[tuple[int, int]], queries: list[int]) -> dict[str, tuple[ASTSource, launch.Tiles]]:
+    """Every format in every precision: plain, and with pages, window, turned sinks and mask; aligned, and not."""
     found = {}
-    plain, everything = (False, False, False), (True, True, True)
     for kind in ("bf16", "fp16", "fp32", "fp8", "int8", "int4"):
         for name, dtype in DTYPES.items():
             if kind in DTYPES and kind != name:
                 continue
             roped = "int8" if kind in ("fp8", "int8", "int4") else kind
-            for sizes in ((512, 64, 0, *plain), (104, 24, 16, *everything)):
-                cut = launch.tiles(32, sizes[0], dtype)
-                found[f"{kind}+{roped} in {name}, {sizes}"] = attend(kind, roped, dtype, *sizes), cut
+            for (rank, rope), count in itertools.product(sizes, queries):
+                cut = launch.tiles(count, rank, dtype)
+                for what, page, flag in (("plain", 0, False), ("everything", 16, True)):
+                    label = f"{kind}+{roped} in {name}, {rank}+{rope}, {count} queries, {what}"
+                    made = attend(kind, roped, dtype, rank, rope, page, flag, flag, flag, queries=count)
+                    found[f"{label}, aligned"] = made, cut
+                    unaligned = copy.copy(made)
+                    unaligned.attrs = {}
+                    found[f"{label}, unaligned"] = unaligned, cut
     for name in DTYPES:
         pointers = {"part_ptr": "*fp32", "part_lse_ptr": "*fp32", "out_ptr": f"*{name}", "lse_ptr": "*fp32"}
-        constants = {"RANK": 512, "BLOCK_S": 16, "BLOCK_RANK": 64}
+        constants = {"RANK": 512, "BLOCK_S": 128, "BLOCK_RANK": 64}
         found[f"merge in {name}"] = source(latent_decode.merge_splits, pointers, constants), launch.Tiles(16, 16, 4, 1)
     return found
+
+
+def size(text: str) -> tuple[int, int]:
+    rank, _, rope = text.partition("+")
+    return int(rank), int(rope)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--match", default="", help="only variants with this in their name")
+    parser.add_argument("--sizes", type=size, nargs="+", default=[(512, 64), (104, 24)])
+    parser.add_argument("--queries", type=int, nargs="+", default=[32])
+    parser.add_argument("--match", nargs="*", default=[], help="only variants with one of these in their name")
     args = parser.parse_args()
-    for name, (kernel, cut) in variants().items():
-        if args.match not in name:
+    for name, (kernel, cut) in variants(args.sizes, args.queries).items():
+        if args.match and not any(part in name for part in args.match):
             continue
         for capability in args.capability:
             options = {"num_warps": cut.warps, "num_stages": cut.stages}
             made = triton.compile(kernel, target=GPUTarget("cuda", capability, 32), options=options)
-            print(
-                json.dumps(
-                    {
-                        "variant": name,
-                        "capability": capability,
-                        "ptx": len(made.asm["ptx"]),
-                        "shared": made.metadata.shared,
-                    }
-                )
-            )
+            told = {"variant": name, "capability": capability, "ptx": len(made.asm["ptx"])}
+            print(json.dumps(told | {"shared": made.metadata.shared}), flush=True)
 
 
 if __name__ == "__main__":

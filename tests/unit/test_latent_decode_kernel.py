@@ -46,12 +46,17 @@ def test_interpreted_over_random_shapes(latent: str) -> None:
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["int8+int8 in bf16", "int4+int8 in fp16", "merge"])
-def test_compiled_for_a_gpu_that_is_not_there(variant: str) -> None:
-    """``python tests/compiled.py`` compiles all variants."""
-    found = printed("compiled.py", "--capability", 90, "--match", variant)
-    assert len(found) >= 2
-    assert all(made["ptx"] > 1000 and made["shared"] <= 99 << 10 for made in found)
+def test_compiled_for_a_gpu_that_is_not_there() -> None:
+    """``python tests/compiled.py`` compiles all variants; these are the ones with most shared memory, and others.
+
+    99 KiB is what a program may take on Ampere's consumer chips, and on Ada's.
+    """
+    plain = [f"{kind}, 512+64, 32 queries, plain" for kind in ("bf16+bf16 in bf16", "int4+int8 in bf16")]
+    every = "int8+int8 in fp16, 512+64, 32 queries, everything, aligned"
+    found = printed("compiled.py", "--capability", 86, "--match", *plain, every, "merge in bf16")
+    assert len(found) == 6
+    for made in found:
+        assert made["ptx"] > 1000 and 0 < made["shared"] <= 99 << 10, made
 
 
 @pytest.mark.parametrize(

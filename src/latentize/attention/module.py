@@ -293,7 +293,7 @@ def _allowed(mask: Tensor | None, like: Tensor) -> Tensor:
 
 def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str, Tensor]:
     """Tensors of :class:`LatentAttention` by name; the inverse of ``LatentAttention.weights``."""
-    table = torch.tensor(frequency_table, dtype=torch.float64)
+    table = torch.tensor(frequency_table, dtype=torch.float64, device=w.frequencies_PF.device)
     gap_PFf = (w.frequencies_PF.double()[..., None] - table).abs()
     if (gap_PFf.amin(-1) > 1e-6 * w.frequencies_PF.double()).any():
         raise ValueError("a frequency is not in the table")

@@ -43,7 +43,8 @@ def once(journal: Journal | None, step: str) -> Once:
             tensors |= {f"{index}.{name}": t for name, t in vars(w).items() if isinstance(t, Tensor)}
             numbers.append({name: v for name, v in vars(w).items() if isinstance(v, float)})
         strides = {name: t.stride() for name, t in tensors.items()}
-        journal.keep(step, tensors, {"news": news, "numbers": numbers, "strides": strides})
+        devices = {name: str(t.device) for name, t in tensors.items()}
+        journal.keep(step, tensors, {"news": news, "numbers": numbers, "strides": strides, "devices": devices})
         return weights, news
 
     return of_journal
@@ -54,13 +55,16 @@ def _read(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Made:
     for index, numbers in enumerate(facts["numbers"]):
         prefix = f"{index}."
         own = {name: t for name, t in tensors.items() if name.startswith(prefix)}
-        laid = {name.removeprefix(prefix): _laid(t, facts["strides"][name]) for name, t in own.items()}
+        laid = {
+            name.removeprefix(prefix): _laid(t, facts["strides"][name], facts["devices"][name])
+            for name, t in own.items()
+        }
         weights.append(LatentWeights(**laid, **numbers))
     return weights, facts["news"]
 
 
-def _laid(t: Tensor, strides: Sequence[int]) -> Tensor:
-    """The tensor in memory as it was before it was stored: a product's last bits depend on that."""
+def _laid(t: Tensor, strides: Sequence[int], device: str) -> Tensor:
+    """The tensor where and as it was before it was stored: a product's last bits depend on that."""
     if 0 in strides:
-        return t.clone()
-    return torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
+        return t.clone().to(device)
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=device).copy_(t)

@@ -90,7 +90,8 @@ def whitened_svd(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int,
         damping: Added to the diagonal of ``C``, as a fraction of its mean.
     """
     second = stats.second_moment_DD
-    damped = second + damping * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
+    damped = second.clone()
+    damped.diagonal().add_(damping * second.diagonal().mean())
     values, vectors = eigh(damped)
     root = values.clamp_min(1e-12 * float(values[0])).sqrt()
     square_root, inverse_root = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T

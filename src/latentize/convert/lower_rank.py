@@ -190,6 +190,7 @@ def _after_norm(basis_rs: Tensor, up_rs: Tensor, y_nr: Tensor, eps: float) -> tu
     up_rs = up_rs * ratio_n.mean()
     second_ss = m_ns.T @ m_ns
     rest_rs = n_nr.T @ m_ns - up_rs @ second_ss
-    damping = _DAMPING * second_ss.diagonal().mean() * torch.eye(len(second_ss), dtype=second_ss.dtype)
-    up_rs = up_rs + torch.linalg.solve(second_ss + damping, rest_rs, left=False)
+    damped_ss = second_ss.clone()
+    damped_ss.diagonal().add_(_DAMPING * second_ss.diagonal().mean())
+    up_rs = up_rs + torch.linalg.solve(damped_ss, rest_rs, left=False)
     return up_rs, float(ratio_n.std() / ratio_n.mean())

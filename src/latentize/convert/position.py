@@ -193,14 +193,14 @@ def rope_cost(c: Components, rungs_J: Tensor) -> float:
     """Energy of the logits that is lost with the best components on these rungs, all heads together."""
     gain_JFG = rung_gains(c, rungs_J)
     at = assign_rungs(gain_JFG)
-    kept = gain_JFG[torch.arange(len(at)), at[:, 0], at[:, 1]].clamp_min(0).sum()
+    kept = gain_JFG[torch.arange(len(at), device=at.device), at[:, 0], at[:, 1]].clamp_min(0).sum()
     return float(dropping_cost(c).sum() - kept)
 
 
 def assign_rungs(gain_JFG: Tensor) -> Tensor:
     """One component for every rung, the largest gain first: ``[J, 2]`` of (frequency, component)."""
     left_Jc = gain_JFG.flatten(1).clone()
-    chosen_J = torch.zeros(len(left_Jc), dtype=torch.int64)
+    chosen_J = torch.zeros(len(left_Jc), dtype=torch.int64, device=left_Jc.device)
     for _ in range(len(left_Jc)):
         rung, component = divmod(int(left_Jc.argmax()), left_Jc.shape[1])
         chosen_J[rung] = component

@@ -87,7 +87,8 @@ def select_pairs(
 def split_per_head(w: AttentionWeights, spec: AttentionSpec, pairs_GF: Tensor) -> RopeSplit:
     """Each kv head keeps RoPE on its own pairs, in its own roped key; a group's queries follow their head."""
     G, s, d = spec.num_kv_heads, spec.group_size, spec.head_dim
-    kept_Gd = torch.zeros(G, d // 2, dtype=torch.bool).scatter_(1, pairs_GF, True).repeat(1, 2)
+    pairs_GF = pairs_GF.to(w.k_GdD.device)
+    kept_Gd = torch.zeros(G, d // 2, dtype=torch.bool, device=pairs_GF.device).scatter_(1, pairs_GF, True).repeat(1, 2)
     rope_GR = torch.cat([pairs_GF, pairs_GF + d // 2], dim=1)
     nope_GN = (~kept_Gd).nonzero()[:, 1].view(G, -1)
 
@@ -99,8 +100,8 @@ def split_per_head(w: AttentionWeights, spec: AttentionSpec, pairs_GF: Tensor) -
 
     N = nope_GN.shape[1]
     # Head u reads its N rows out of the G · N that are stacked.
-    read_UNC = torch.eye(G * N, dtype=w.k_GdD.dtype).view(G, N, G * N)
-    frequencies = torch.tensor(spec.frequencies, dtype=torch.float64)
+    read_UNC = torch.eye(G * N, dtype=w.k_GdD.dtype, device=w.k_GdD.device).view(G, N, G * N)
+    frequencies = torch.tensor(spec.frequencies, dtype=torch.float64, device=pairs_GF.device)
     q_nope, q_rope = take_queries(w.q_HdD, nope_GN), take_queries(w.q_HdD, rope_GR)
     assert q_nope is not None and q_rope is not None
     return RopeSplit(
@@ -150,7 +151,7 @@ def rorope(
     moment_bcc = stats.moment_of(k_2bcD, k_bias_2bc).sum(0)
     axes_bcj = eigh(moment_bcc)[1]
     turned_2bjD = axes_bcj.mT @ k_2bcD
-    leading = torch.arange(freqfold * G) < keep
+    leading = torch.arange(freqfold * G, device=w.k_GdD.device) < keep
     # (rung, part) order of the shared key: rung = block, component; halves are the two parts.
     k_rope_RD = turned_2bjD[:, :, leading].flatten(1, 2).flatten(0, 1)
     k_nope_CD = turned_2bjD[:, :, ~leading].flatten(0, 2)
@@ -164,7 +165,7 @@ def rorope(
         q_bias_H2bf1 = w.q_bias_Hd.unflatten(1, (2, blocks, freqfold))[..., None]
         q_rope_bias = _rope_queries(q_bias_H2bf1, axes_bGfj[..., leading], s)[..., 0]
         k_rope_bias = (axes_bcj.mT @ k_bias_2bc[..., None])[:, :, leading].flatten()[None]
-    frequencies = torch.tensor(spec.frequencies, dtype=torch.float64)[::collapse]
+    frequencies = torch.tensor(spec.frequencies, dtype=torch.float64, device=w.k_GdD.device)[::collapse]
     return RopeSplit(
         q_nope_HND=w.q_HdD,
         q_rope_HRD=q_rope_HRD,

@@ -20,13 +20,17 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from latentize.attention.module import LatentAttention
 from latentize.errors import OptionError, UnsupportedModelError
+from latentize.runtime.backends import Backend
 from latentize.runtime.cache import LatentCache
 from latentize.runtime.heads import Up, heads
+from latentize.runtime.static import Room
 
-__all__ = ["accelerate", "decelerate", "has_latents", "is_accelerated", "no_latents"]
+__all__ = ["accelerate", "backend_of", "decelerate", "has_latents", "is_accelerated", "no_latents"]
 
 _NAME = "latentize"
 _STATE = "_latentize_accelerated"
+# On every layer, the model's own.
+_BACKEND = "_latentize_backend"
 
 
 def _attention(
@@ -44,7 +48,8 @@ def _attention(
     nope, v = module.qk_nope_head_dim, module.v_head_dim
     k_HNr, v_HVr = module.kv_b_proj.weight.unflatten(0, (-1, nope + v)).split([nope, v], dim=1)
     q_nope, q_rope = query[..., :nope], query[..., nope:]
-    return heads(q_nope, q_rope, key, value, Up(k_HNr, v_HVr, scaling), attention_mask).transpose(1, 2), None
+    up = Up(k_HNr, v_HVr, scaling)
+    return heads(q_nope, q_rope, key, value, up, attention_mask, getattr(module, _BACKEND)).transpose(1, 2), None
 
 
 def _mask(
@@ -56,8 +61,14 @@ def _mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask function: none at all where the new tokens come last, attention is causal, nothing padded."""
-    last = kv_offset == 0 and int(q_offset) + q_length == kv_length
+    """transformers' mask function: none at all where the new tokens come last, attention is causal, nothing padded.
+
+    A static cache's offset stands on the device, and must not be asked for.
+    """
+    if isinstance(q_offset, Tensor) or isinstance(kv_length, Room):
+        last = isinstance(kv_length, Room) and attention_mask is None
+    else:
+        last = kv_offset == 0 and q_offset + q_length == kv_length
     if last and mask_function is causal_mask_function and (attention_mask is None or bool(attention_mask.all())):
         return None
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "allow_is_causal_skip": False}
@@ -79,7 +90,9 @@ def _native_heads(
     module: LatentAttention, q_nope: Tensor, q_rope: Tensor, key: Any, value: Any, w: Any, mask: Any
 ) -> Tensor:
     """Stands for ``LatentAttention.heads``."""
-    return heads(q_nope, q_rope, key, value, Up(w.k_up_UNr, w.v_up_UVr, w.softmax_scale), mask)
+    return heads(
+        q_nope, q_rope, key, value, Up(w.k_up_UNr, w.v_up_UVr, w.softmax_scale), mask, getattr(module, _BACKEND)
+    )
 
 
 def _announce(frequencies: Callable[[], Tensor | None], interleaved: bool) -> Callable[..., None]:
@@ -123,7 +136,7 @@ def is_accelerated(model: Any) -> bool:
     return hasattr(model, _STATE)
 
 
-def accelerate(model: Any) -> Any:
+def accelerate(model: Any, *, backend: str = "auto") -> Any:
     """Make a loaded model decode in its latent space: this instance, in place, until :func:`decelerate`.
 
     Works under ``generate`` with every cache of transformers; where none is asked for, ``generate`` gets a
@@ -132,12 +145,14 @@ def accelerate(model: Any) -> Any:
     Args:
         model: A DeepSeek-V2/V3-type model of transformers (any class whose attention has ``expand_kv``), or one of
             the native format.
+        backend: Who decodes: ``auto``, ``torch`` or ``triton``; see ``runtime.backends``.
 
     Returns:
         The same object.
 
     Raises:
         UnsupportedModelError: no layer has latent attention that could be absorbed.
+        OptionError: no such backend, or kernels that cannot run where the model is.
     """
     if is_accelerated(model):
         return model
@@ -148,7 +163,7 @@ def accelerate(model: Any) -> Any:
             where="accelerate",
             fix="convert the model first; transformers 5.23 is known to work, older ones may lack `expand_kv`",
         )
-    hooks = []
+    hooks, chosen = [], Backend.named(backend, next(model.parameters()).device)
     rotary = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
     # DeepSeek-V2 leaves its keys interleaved after RoPE; all others do not, whatever their weights are.
     interleaved = getattr(model.config, "model_type", "") == "deepseek_v2"
@@ -159,6 +174,7 @@ def accelerate(model: Any) -> Any:
         else:
             layer.expand_kv = MethodType(_as_they_are, layer)
             frequencies = partial(getattr, rotary, "inv_freq", None)
+        setattr(layer, _BACKEND, chosen)
         hooks.append(layer.register_forward_pre_hook(_announce(frequencies, interleaved), with_kwargs=True))
     # Models that were made from one config share it: this one gets its own. Layers that are not latent go on as before.
     mixed = len(layers) < model.config.get_text_config(decoder=True).num_hidden_layers
@@ -172,6 +188,12 @@ def accelerate(model: Any) -> Any:
     return model
 
 
+def backend_of(model: Any) -> Backend:
+    """Who decodes an accelerated model, and how often it did."""
+    layers, _, _ = getattr(model, _STATE)
+    return getattr(layers[0], _BACKEND)
+
+
 def decelerate(model: Any) -> Any:
     """Undo :func:`accelerate`."""
     if not is_accelerated(model):
@@ -179,6 +201,7 @@ def decelerate(model: Any) -> Any:
     layers, hooks, before = getattr(model, _STATE)
     for layer in layers:
         delattr(layer, "heads" if isinstance(layer, LatentAttention) else "expand_kv")
+        delattr(layer, _BACKEND)
     for hook in hooks:
         hook.remove()
     for module, config in before:

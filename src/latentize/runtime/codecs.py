@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentize.errors import OptionError
 
-__all__ = ["FORMATS", "Codec", "Float8", "Int4", "Int8", "Plain", "codec"]
+__all__ = ["FLOATS", "FORMATS", "Codec", "Float8", "Int4", "Int8", "Plain", "codec"]
 
 _TINY = 1e-30
 
@@ -125,6 +125,7 @@ class Int4:
 
 _FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMATS = (*_FLOATS, "fp8", "int8", "int4")
+FLOATS = {dtype: name for name, dtype in _FLOATS.items()}
 
 
 def codec(name: str, size: int) -> Codec:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentize.runtime.absorbed import additive, attend_rows, fused_attention, has_fused, merge
-from latentize.runtime.cache import Rows
+from latentize.runtime.backends import TORCH, Backend
+from latentize.runtime.layer import Rows
 
 __all__ = ["Up", "decode", "heads", "prefill"]
 
@@ -39,7 +40,13 @@ class Up:
 
 
 def heads(
-    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, key: Tensor | Rows, value: Tensor | Rows, up: Up, mask: Tensor | None
+    q_nope_BHTN: Tensor,
+    q_rope_BHTR: Tensor,
+    key: Tensor | Rows,
+    value: Tensor | Rows,
+    up: Up,
+    mask: Tensor | None,
+    backend: Backend = TORCH,
 ) -> Tensor:
     """``[B, H, T, V]``, by the form that is cheaper.
 
@@ -48,19 +55,26 @@ def heads(
         key, value: Latents ``[B, 1, S, r]`` and roped keys ``[B, P, S, R]`` of all tokens, or one :class:`Rows` twice.
         up: Up-projections.
         mask: Boolean or additive, ``[B, h, T, S]``; ``None`` where attention is causal.
+        backend: Who decodes.
     """
     tokens = q_nope_BHTN.shape[2]
     length = key.layer.seen if isinstance(key, Rows) else key.shape[2]
-    mask = _visible(key, mask, tokens)
-    form = decode if tokens <= _ABSORBED and tokens < length else prefill
-    return form(q_nope_BHTN, q_rope_BHTR, key, value, up, mask)
+    if tokens <= _ABSORBED and tokens < length:
+        return decode(q_nope_BHTN, q_rope_BHTR, key, value, up, mask, backend)
+    return prefill(q_nope_BHTN, q_rope_BHTR, key, value, up, mask)
 
 
 def decode(
-    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, key: Tensor | Rows, value: Tensor | Rows, up: Up, mask: Tensor | None
+    q_nope_BHTN: Tensor,
+    q_rope_BHTR: Tensor,
+    key: Tensor | Rows,
+    value: Tensor | Rows,
+    up: Up,
+    mask: Tensor | None,
+    backend: Backend = TORCH,
 ) -> Tensor:
     """Few new tokens: queries go into the latent space, sums of latents come out of it. As :func:`heads`."""
-    count, tokens = q_nope_BHTN.shape[1:3]
+    count = q_nope_BHTN.shape[1]
     shared, roped = len(up.k_UNr), _roped_keys(value)
     turn_rr = key.rotation_rr if isinstance(key, Rows) else None
     q_latent_BHTr = (q_nope_BHTN.unflatten(1, (shared, -1)) @ up.k_UNr[:, None]).flatten(1, 2)
@@ -71,11 +85,10 @@ def decode(
         own_HP = torch.eye(roped, dtype=q_rope_BHTR.dtype, device=q_rope_BHTR.device)
         own_HP = own_HP.repeat_interleave(count // roped, dim=0)
         q_rope_BHTR = (q_rope_BHTR[..., None, :] * own_HP[:, None, :, None]).flatten(-2)
-    if mask is None and tokens > 1:
-        length = key.layer.seen if isinstance(key, Rows) else key.shape[2]
-        mask = torch.ones(tokens, length, dtype=torch.bool, device=q_nope_BHTN.device).tril(length - tokens)[None, None]
-    q_BHTd = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1)
-    summed_BHTr = attend_rows(q_BHTd, _blocks(key, value), up.scale, mask, size=up.k_UNr.shape[2])
+    summed_BHTr = backend.attend(q_latent_BHTr, q_rope_BHTR, key, value, up.scale, mask)
+    if summed_BHTr is None:
+        q_BHTd, mask = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), _seen(key, mask, q_nope_BHTN)
+        summed_BHTr = attend_rows(q_BHTd, _blocks(key, value), up.scale, mask, size=up.k_UNr.shape[2])
     if turn_rr is not None:
         summed_BHTr = summed_BHTr @ turn_rr.mT
     return (summed_BHTr.unflatten(1, (shared, -1)) @ up.v_UVr[:, None].mT).flatten(1, 2)
@@ -86,6 +99,7 @@ def prefill(
 ) -> Tensor:
     """Many new tokens: keys and values are expanded, so many at a time. As :func:`heads`."""
     c_B1Sr, k_rope_BPSR = key.tensors() if isinstance(key, Rows) else (key, value)
+    mask = key.layer.expanded_mask(mask, key.new) if isinstance(key, Rows) else mask
     assert isinstance(c_B1Sr, Tensor) and isinstance(k_rope_BPSR, Tensor)
     q_BHTd, length = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1), c_B1Sr.shape[2]
     new = q_BHTd.shape[2]
@@ -140,17 +154,11 @@ def _blocks(key: Tensor | Rows, value: Tensor | Rows):
     return [torch.cat([key[:, 0], value.transpose(1, 2).flatten(2)], dim=-1)]
 
 
-def _visible(key: Tensor | Rows, mask: Tensor | None, tokens: int) -> Tensor | None:
-    """The mask for the rows that are there; ``None`` is causal."""
-    if not isinstance(key, Rows) or key.layer.window is None:
+def _seen(key: Tensor | Rows, mask: Tensor | None, q_BHTd: Tensor) -> Tensor | None:
+    """The mask for the rows of :func:`_blocks`; ``None`` where all of them are seen."""
+    if isinstance(key, Rows):
+        mask = key.allowed(mask)
+    tokens, length = q_BHTd.shape[2], key.layer.seen if isinstance(key, Rows) else key.shape[2]
+    if mask is not None or tokens == 1:
         return mask
-    seen, window, at_S = key.layer.seen, key.layer.window, key.positions()
-    if mask is not None:
-        mask = mask[..., at_S]
-    if tokens == 1:
-        return mask
-    now_T1 = torch.arange(seen - tokens, seen, device=at_S.device)[:, None]
-    near_TS = (at_S <= now_T1) & ((now_T1 - at_S < window) | (at_S < key.layer.sinks))
-    if mask is None:
-        return near_TS[None, None]
-    return mask & near_TS if mask.dtype == torch.bool else mask.masked_fill(~near_TS, -torch.inf)
+    return torch.ones(tokens, length, dtype=torch.bool, device=q_BHTd.device).tril(length - tokens)[None, None]

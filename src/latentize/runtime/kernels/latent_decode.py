@@ -71,8 +71,12 @@ def _dots(q, q_odd, tile, tile_odd, FORMAT: tl.constexpr):
     return score
 
 
+# What changes while a cache grows must not ask for another kernel.
 @triton.jit(
-    do_not_specialize=["rows", "new", "first", "stop", "window", "sinks", "gone", "splits", "split_from", "all_splits"]
+    do_not_specialize=[
+        *("rows", "new", "first", "stop", "window", "sinks", "gone", "splits", "split_from", "all_splits"),
+        *("c_scale_outer", "k_scale_outer", "table_outer", "mask_outer", "mask_token"),
+    ]
 )
 def attend_splits(
     q_ptr,

@@ -15,10 +15,23 @@ from torch import Tensor
 
 from latentize.runtime.kernels.storage import Part
 
-__all__ = ["LARGEST_RANK", "Tiles", "absorbed_decode", "compute_types", "constants", "split_count", "tiles"]
+__all__ = [
+    "LARGEST_FLOAT32_RANK",
+    "LARGEST_RANK",
+    "LARGEST_ROPE",
+    "Tiles",
+    "absorbed_decode",
+    "compute_types",
+    "constants",
+    "split_count",
+    "tiles",
+]
 
-# Beyond it, the sums of a few queries do not fit into registers.
+# Beyond it, the sums of a few queries do not fit into registers; tiles of float32 not into 99 KiB of shared memory.
 LARGEST_RANK = 1024
+LARGEST_FLOAT32_RANK = 512
+# Beyond it, tiles of roped keys do not fit beside those of latents.
+LARGEST_ROPE = 256
 _ROWS_A_SPLIT, _MOST_SPLITS = 256, 128
 _MERGED_DIMS = 64
 

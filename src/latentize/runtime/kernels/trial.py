@@ -1,0 +1,126 @@
+"""Each variant of the kernels is tried once on a device, against its twin, before it is trusted there.
+
+A compiler that cannot build a variant, a chip without the shared memory for it, or wrong sums cost a warning and the
+kernel, not the answer. Sums of what was quantised are compared with those of what is restored from it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentize.runtime.codecs import codec
+from latentize.runtime.kernels.launch import absorbed_decode
+from latentize.runtime.kernels.reference import absorbed_decode_reference
+from latentize.runtime.kernels.storage import Part, Stored
+
+__all__ = ["Variant", "passes", "works"]
+
+_ROWS, _PAGE = 80, 16
+# Of a query's sum, relative to its largest value.
+_LIMITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for.
+
+    Attributes:
+        device, dtype: Of the queries.
+        latent, rope: Formats of the rows.
+        rank, rope_dim: Their sizes.
+        queries: Heads times new tokens.
+        new: New tokens.
+        paged, window, turned, masked: What is asked for.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    latent: str
+    rope: str
+    rank: int
+    rope_dim: int
+    queries: int
+    new: int
+    paged: bool = False
+    window: bool = False
+    turned: bool = False
+    masked: bool = False
+
+
+_tried: dict[Variant, bool] = {}
+
+
+def works(
+    q_BHTr: Tensor,
+    q_rope_BHTR: Tensor,
+    parts: Sequence[Part],
+    *,
+    window: int | None = None,
+    q_sink_BHTR: Tensor | None = None,
+    mask_BTS: Tensor | None = None,
+    **_: object,
+) -> bool:
+    """Whether the kernels do such calls right: those of ``launch.absorbed_decode``."""
+    options = {"window": window is not None, "turned": q_sink_BHTR is not None, "masked": mask_BTS is not None}
+    heads, new = q_BHTr.shape[1:3]
+    for part in parts:
+        formats, paged = (part.latent.format, part.rope.format), part.table_BP is not None
+        sizes = (part.latent.size, part.rope.size, heads * new, new)
+        variant = Variant(q_BHTr.device, q_BHTr.dtype, *formats, *sizes, paged=paged, **options)
+        if variant not in _tried:
+            if q_BHTr.is_cuda and torch.cuda.is_current_stream_capturing():
+                # Nothing can be compared here; whoever captures has warmed up, or gets the twin.
+                return False
+            _tried[variant] = _passes_or_warns(variant)
+        if not _tried[variant]:
+            return False
+    return True
+
+
+def _passes_or_warns(variant: Variant) -> bool:
+    try:
+        worst, limit = passes(variant)
+        trouble = None if worst <= limit else f"an error of {worst:.1e}"
+    except Exception as error:  # whatever a compiler or a driver may raise
+        trouble = f"{type(error).__name__}: {error}"
+    if trouble is not None:
+        warnings.warn(f"latentize decodes without its Triton kernel: {variant}: {trouble}", stacklevel=2)
+    return trouble is None
+
+
+@torch.no_grad()
+def passes(variant: Variant) -> tuple[float, float]:
+    """The largest error of a small call of that variant, and the largest that is let pass."""
+    v, heads = variant, variant.queries // variant.new
+    generator = torch.Generator(v.device).manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=v.device)
+
+    halves = []
+    for name, size in ((v.latent, v.rank), (v.rope, v.rope_dim)):
+        tensors = codec(name, size).encode(noise(1, _ROWS, size))
+        tensors = tuple(t.view(-1, _PAGE, t.shape[-1]) for t in tensors) if v.paged else tensors
+        halves.append(Stored(tensors, name, size))
+    table = torch.arange(_ROWS // _PAGE, dtype=torch.int32, device=v.device)[None] if v.paged else None
+    part = Part(halves[0], halves[1], _ROWS, table_BP=table)
+    q, q_rope, q_sink = (noise(1, heads, v.new, n).to(v.dtype) for n in (v.rank, v.rope_dim, v.rope_dim))
+    lengths = torch.full((1,), _ROWS - 1, dtype=torch.int32, device=v.device)
+    options = {
+        "window": 40 if v.window else None,
+        "sinks": 4 if v.window else 0,
+        "q_sink_BHTR": q_sink if v.turned else None,
+        "mask_BTS": noise(1, v.new, _ROWS) < 1 if v.masked else None,
+    }
+    scale = (v.rank + v.rope_dim) ** -0.5
+    made, _ = absorbed_decode(q, q_rope, [part], lengths, scale, **options)
+    expected, _ = absorbed_decode_reference(q, q_rope, [part], lengths, scale, **options)
+    if not bool(made.isfinite().all()):
+        return float("inf"), _LIMITS[v.dtype]
+    error = (made.double() - expected).abs().amax(-1) / expected.abs().amax(-1)
+    return float(error.max()), _LIMITS[v.dtype]

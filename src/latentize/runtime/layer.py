@@ -1,0 +1,425 @@
+"""One layer of a latent model's cache: a row a token, in as few bits as one likes.
+
+A token's row is its latent ``c`` and its roped key ``k_R``. Rows are appended, never touched again: quantised ones keep
+the scale that they were given, and the newest may wait in full precision for a while (``residual``). With ``window``
+only the first tokens and the last ``N`` are kept (StreamingLLM, Xiao et al., arXiv 2309.17453).
+
+:func:`latentize.accelerate` attends to the rows as they lie. A model that is not accelerated gets latents and keys back
+in its own precision, as from any cache of transformers.
+
+B batch, S cached tokens, T new tokens, r kv_lora_rank, P roped keys, R qk_rope_head_dim, d = r + P R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from latentize.attention.rope import rotate_half, rotate_interleaved
+from latentize.errors import OptionError
+from latentize.runtime.codecs import FLOATS, Codec, Plain, codec
+from latentize.runtime.kernels.storage import Part, Stored
+
+__all__ = ["BLOCK", "LatentLayer", "Rows", "rotation", "rotation_on"]
+
+# Rows that are restored at once: they stay in a core's cache until they are attended.
+BLOCK = 2048
+_GROWTH, _LEAST = 32, 64
+# Room beyond so many tokens is a multiple: a kernel that is compiled for aligned strides stays the one that is needed.
+_LONG, _ALIGNED = 1024, 16
+
+
+@cache
+def rotation(size: int) -> Tensor:
+    """An orthogonal ``[n, n]`` that spreads every value over all: Hadamard's where there is one, else a random one."""
+    if size & (size - 1) == 0:
+        h = torch.ones(1, 1, dtype=torch.float64)
+        while len(h) < size:
+            h = torch.cat([torch.cat([h, h], dim=1), torch.cat([h, -h], dim=1)])
+        return h / size**0.5
+    generator = torch.Generator().manual_seed(size)
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+
+
+@cache
+def rotation_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """:func:`rotation`, once on each device: a captured graph must not copy from the host."""
+    with torch.inference_mode(False):
+        return rotation(size).to(device, dtype)
+
+
+class _Growing:
+    """Tensors that grow along their second axis, in place while there is room."""
+
+    def __init__(self) -> None:
+        self.tensors: tuple[Tensor, ...] = ()
+        self.length = 0
+
+    def append(self, new: tuple[Tensor, ...]) -> None:
+        end = self.length + new[0].shape[1]
+        if not self.tensors:
+            self.tensors = tuple(t[:, :0] for t in new)
+        if end > self.tensors[0].shape[1]:
+            room = end + max(_LEAST, end // _GROWTH)
+            if end >= _LONG:
+                room -= room % _ALIGNED
+            self.tensors = tuple(_enlarged(t[:, : self.length], room) for t in self.tensors)
+        for mine, more in zip(self.tensors, new, strict=True):
+            mine[:, self.length : end] = more
+        self.length = end
+
+    def view(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        return tuple(t[:, start:stop] for t in self.tensors)
+
+    def keep(self, head: int, tail: int) -> None:
+        """Only the first ``head`` and the last ``tail`` tokens."""
+        self.tensors = tuple(torch.cat([t[:, :head], t[:, self.length - tail : self.length]], 1) for t in self.tensors)
+        self.length = head + tail
+
+    def map(self, change: Any) -> None:
+        self.tensors = tuple(change(t) for t in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in self.tensors)
+
+
+def _enlarged(t: Tensor, room: int) -> Tensor:
+    larger = t.new_empty((t.shape[0], room, *t.shape[2:]))
+    larger[:, : t.shape[1]] = t
+    return larger
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a layer's attention may see, as it is stored.
+
+    Attributes:
+        layer: Where it lies.
+        dtype: What to restore it to.
+        new: Tokens that came in last.
+    """
+
+    layer: LatentLayer
+    dtype: torch.dtype
+    new: int
+
+    @property
+    def rank(self) -> int:
+        return self.layer.rank
+
+    @property
+    def rotation_rr(self) -> Tensor | None:
+        """Latents are stored times this; queries and sums have to be, too."""
+        return self.layer.rotation(self.dtype)
+
+    def positions(self) -> Tensor:
+        """Of every row, ``[S]``; the mask has these columns."""
+        return self.layer.positions(self.new)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Rows ``[B, s, d]`` in order."""
+        return self.layer.blocks(self.dtype, self.new)
+
+    def allowed(self, mask: Tensor | None) -> Tensor | None:
+        """The mask for the rows of ``blocks``; ``None`` is causal."""
+        return self.layer.allowed(mask, self.new)
+
+    @property
+    def columns(self) -> int:
+        """Of a mask for all tokens."""
+        return self.layer.columns
+
+    def parts(self) -> list[Part]:
+        """All rows that are kept, as they lie."""
+        return self.layer.parts()
+
+    def lengths_B(self) -> Tensor:
+        """Rows that are kept of every sequence, int32, on the device."""
+        return self.layer.lengths_B()
+
+    def turned_back(self, q_BHTR: Tensor) -> Tensor | None:
+        """Roped queries for the sinks, where those are to seem nearer than they are."""
+        return self.layer.turned_back(q_BHTR, self.new)
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Latents ``[B, 1, S, r]`` in their own basis, and roped keys ``[B, P, S, R]``."""
+        rows_BSd = torch.cat(list(self.layer.filled(self.dtype, self.new)), dim=1)
+        c_BSr, k_BSR = rows_BSd[..., : self.rank], rows_BSd[..., self.rank :]
+        turn = self.rotation_rr
+        k_BPSR = k_BSR.unflatten(-1, (self.layer.roped_keys, -1)).transpose(1, 2)
+        return (c_BSr if turn is None else c_BSr @ turn.mT)[:, None], k_BPSR
+
+
+class LatentLayer(CacheLayerMixin):
+    """One layer's rows.
+
+    Args:
+        latent, rope: Formats of latents and roped keys; ``None`` is that of the model.
+        window, sinks: As in :class:`LatentCache`.
+        residual: As in :class:`LatentCache`.
+    """
+
+    is_sliding = False
+
+    def __init__(
+        self, latent: str | None, rope: str | None, window: int | None, sinks: int, residual: int, **_: Any
+    ) -> None:
+        # The base class would set `keys` and `values`, which are made on demand here.
+        self.formats, self.window, self.sinks, self.residual = (latent, rope), window, sinks, residual
+        self.is_croppable = window is None
+        # Set by what attends to rows as they lie.
+        self.attends_rows = False
+        self.frequencies_F: Tensor | None = None
+        self.interleaved = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen, self.rank, self.roped_keys, self.is_initialized = 0, 0, 1, False
+        self.stored, self.recent = _Growing(), _Growing()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.rank = key_states.dtype, key_states.device, key_states.shape[-1]
+        own = Plain(key_states.dtype)
+        self.roped_keys = value_states.shape[1]
+        self.rope_size = self.roped_keys * value_states.shape[-1]
+        names, sizes = self.formats, (self.rank, self.rope_size)
+        self.codecs: tuple[Codec, Codec] = tuple(  # type: ignore[assignment]
+            own if name is None else codec(name, size) for name, size in zip(names, sizes, strict=True)
+        )
+        self.plain = all(c == own for c in self.codecs)
+        self.is_initialized = True
+
+    def rotation(self, dtype: torch.dtype) -> Tensor | None:
+        if isinstance(self.codecs[0], Plain):
+            return None
+        return rotation_on(self.rank, self.device, dtype)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Append ``c [B, 1, T, r]`` and ``k_R [B, P, T, R]``.
+
+        Returns:
+            All of both, or where the model attends to rows, a :class:`Rows` for either.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        turn, c_BTr, new = self.rotation(torch.float32), key_states[:, 0], key_states.shape[2]
+        if turn is not None:
+            c_BTr = (c_BTr.float() @ turn).to(c_BTr.dtype)
+        self._trim()
+        self.recent.append((torch.cat([c_BTr, value_states.transpose(1, 2).flatten(2)], dim=-1),))
+        self.seen += new
+        if not self.plain and self.recent.length >= 2 * self.residual + 1:
+            self._store(self.recent.length - self.residual)
+        rows = Rows(self, key_states.dtype, new)
+        if self.attends_rows:
+            return rows, rows
+        if self.window is not None:
+            raise OptionError(
+                "a window needs a model that attends to cached rows",
+                where="LatentCache",
+                fix="latentize.accelerate(model)",
+            )
+        return rows.tensors()
+
+    def _store(self, count: int) -> None:
+        """The oldest of the waiting rows, for good."""
+        (old_Bsd,) = self.recent.view(0, count)
+        parts = old_Bsd.split([self.rank, old_Bsd.shape[-1] - self.rank], dim=-1)
+        encoded = [t for c, part in zip(self.codecs, parts, strict=True) for t in c.encode(part)]
+        self.stored.append(tuple(encoded))
+        self.recent.keep(0, self.recent.length - count)
+
+    def _restore(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        tensors = self.stored.view(start, stop)
+        count, (latent, rope) = self._latent_tensors, self.codecs
+        return torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
+
+    def _trim(self) -> None:
+        """Let go of what no later token will see, now and then."""
+        if self.window is None or self._kept < self.sinks + 2 * self.window:
+            return
+        if self.stored.length:
+            self.stored.keep(self.sinks, self.window - self.recent.length)
+        else:
+            self.recent.keep(self.sinks, self.window)
+
+    @property
+    def _kept(self) -> int:
+        return self.stored.length + self.recent.length
+
+    def _spans(self, new: int) -> list[tuple[int, int]]:
+        """Of the rows that are kept, those that some of the ``new`` last tokens see."""
+        if self.window is None or self._kept <= self.sinks + self.window + new - 1:
+            return [(0, self._kept)]
+        return [(0, self.sinks), (self._kept - self.window - new + 1, self._kept)]
+
+    def positions(self, new: int) -> Tensor:
+        spans, gone = self._spans(new), self.seen - self._kept
+        first = torch.arange(*spans[0], device=self.device)
+        if len(spans) == 1:
+            # Nothing was let go of but what lies between the sinks and the rest.
+            return torch.where(first < self.sinks, first, first + gone) if gone else first
+        return torch.cat([first, gone + torch.arange(*spans[1], device=self.device)])
+
+    def blocks(self, dtype: torch.dtype, new: int) -> Iterator[Tensor]:
+        spans, shift = self._spans(new), self._shift(new)
+        if len(spans) == 1 and shift:
+            spans = [(0, self.sinks), (self.sinks, self._kept)]
+        for number, (start, stop) in enumerate(spans):
+            for rows_Bsd in self._span(start, stop, dtype):
+                yield self._turned(rows_Bsd, shift) if shift and number == 0 else rows_Bsd
+
+    def filled(self, dtype: torch.dtype, new: int) -> Iterator[Tensor]:
+        """As ``blocks``, without room that nothing was written to."""
+        return self.blocks(dtype, new)
+
+    def _shift(self, new: int) -> int:
+        """Positions by which the sinks seem nearer than they are.
+
+        They stay as near as the window's far end: no distance is one that was never trained on.
+        """
+        spans, gone = self._spans(new), self.seen - self._kept
+        return gone + spans[1][0] - self.sinks if len(spans) == 2 else gone
+
+    def allowed(self, mask: Tensor | None, new: int) -> Tensor | None:
+        """Of a mask for all tokens, ``[B, h, T, S]``, what the rows of ``blocks`` need; ``None`` is causal."""
+        if self.window is None:
+            return mask
+        at_S = self.positions(new)
+        if mask is not None:
+            mask = mask[..., at_S]
+        if new == 1:
+            return mask
+        now_T1 = torch.arange(self.seen - new, self.seen, device=at_S.device)[:, None]
+        near_TS = (at_S <= now_T1) & ((now_T1 - at_S < self.window) | (at_S < self.sinks))
+        if mask is None:
+            return near_TS[None, None]
+        return mask & near_TS if mask.dtype == torch.bool else mask.masked_fill(~near_TS, -torch.inf)
+
+    def expanded_mask(self, mask: Tensor | None, new: int) -> Tensor | None:
+        """As ``allowed``, for the rows of ``tensors``."""
+        return self.allowed(mask, new)
+
+    @property
+    def gone(self) -> int:
+        """Rows that were let go of, between the sinks and the rest."""
+        return self.seen - self._kept
+
+    def parts(self) -> list[Part]:
+        border, found = self.stored.length, []
+        if border:
+            found.append(self._part(self.stored.tensors, border))
+        if self.recent.length:
+            own, (rows_BSd,) = FLOATS[self.dtype], self.recent.tensors
+            halves = (rows_BSd[..., : self.rank], rows_BSd[..., self.rank :])
+            latent, rope = (Stored((half,), own, half.shape[-1]) for half in halves)
+            found.append(Part(latent, rope, self.recent.length, first=border))
+        return found
+
+    def _part(self, tensors: tuple[Tensor, ...], count: int) -> Part:
+        """Encoded rows, as a kernel reads them."""
+        own, border = FLOATS[self.dtype], self._latent_tensors
+        names = [own if name is None else name for name in self.formats]
+        return Part(
+            Stored(tensors[:border], names[0], self.rank), Stored(tensors[border:], names[1], self.rope_size), count
+        )
+
+    @property
+    def _latent_tensors(self) -> int:
+        # A format with a scale has two tensors, one without has one.
+        return 1 if isinstance(self.codecs[0], Plain) else 2
+
+    def lengths_B(self) -> Tensor:
+        batch = (self.stored if self.stored.length else self.recent).tensors[0].shape[0]
+        return torch.full((batch,), self._kept, dtype=torch.int32, device=self.device)
+
+    def turned_back(self, q_BHTR: Tensor, new: int) -> Tensor | None:
+        shift = self._shift(new)
+        if not shift or not self.sinks or self.frequencies_F is None:
+            return None
+        turn, (cos, sin) = self._turn(-shift)
+        # Queries that serve several roped keys hold one stretch for each, as the rows do.
+        return turn(q_BHTR.unflatten(-1, (self.roped_keys, -1)), cos, sin).flatten(-2)
+
+    def _turn(self, shift: int) -> tuple[Callable[..., Tensor], tuple[Tensor, Tensor]]:
+        """How to turn pairs by so many positions: the function, and its cosines and sines."""
+        assert self.frequencies_F is not None
+        angle_F = shift * self.frequencies_F.to(self.device, torch.float64)
+        return rotate_interleaved if self.interleaved else rotate_half, (angle_F.cos(), angle_F.sin())
+
+    def _span(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        border = self.stored.length
+        for begin in range(start, min(stop, border), BLOCK):
+            yield self._restore(begin, min(begin + BLOCK, stop, border), dtype)
+        if stop > border:
+            yield self.recent.view(max(start - border, 0), stop - border)[0]
+
+    def _turned(self, rows_Bsd: Tensor, shift: int) -> Tensor:
+        if self.frequencies_F is None:
+            return rows_Bsd
+        turn, (cos, sin) = self._turn(shift)
+        c_Bsr, k_BsR = rows_Bsd[..., : self.rank], rows_Bsd[..., self.rank :]
+        k_BsPR = k_BsR.unflatten(-1, (self.roped_keys, -1))
+        return torch.cat([c_Bsr, turn(k_BsPR, cos, sin).flatten(2)], dim=-1)
+
+    @property
+    def keys(self) -> Tensor:
+        """Latents ``[B, 1, S, r]``, restored."""
+        return Rows(self, self.dtype, 1).tensors()[0]
+
+    @property
+    def values(self) -> Tensor:
+        """Roped keys ``[B, P, S, R]``, restored."""
+        return Rows(self, self.dtype, 1).tensors()[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer's tensors take up."""
+        return self.stored.nbytes + self.recent.nbytes
+
+    @property
+    def columns(self) -> int:
+        return self.seen
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        count = abs(tokens_to_remove)
+        if not self.is_initialized or count == 0:
+            return
+        if self.window is not None:
+            raise OptionError("a cache with a window cannot be cropped", where="LatentCache", fix="use none here")
+        self.seen -= count
+        waiting = min(count, self.recent.length)
+        self.recent.length -= waiting
+        self.stored.length -= count - waiting
+
+    def _map(self, change: Any) -> None:
+        self.stored.map(change)
+        self.recent.map(change)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices])
