@@ -85,9 +85,15 @@ def family_table(made: dict[str, Any]) -> str:
     for label in dict.fromkeys(e["family"] for e in entries):
         of = {e.get("engine"): e for e in entries if e["family"] == label}
         held = next(iter(of.values()))["held"]
-        cells = ["refused" if held == "refused" else f"{held}, {of[name]['kl']:.0e}" for name, _ in engines]
+        cells = [_held(held, of.get(name)) for name, _ in engines]
         rows.append([label, *cells])
     return "\n".join(_table(["portable format", *(_versions(e) for _, e in engines)], rows))
+
+
+def _held(held: str, entry: dict[str, Any] | None) -> str:
+    if held == "refused":
+        return held
+    return "not run" if entry is None else f"{held}, {entry['kl']:.0e}"
 
 
 def speed_table(made: dict[str, Any]) -> str:

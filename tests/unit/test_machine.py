@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,11 @@ def test_without_control_groups_the_machine_bounds_memory(tmp_path: Path) -> Non
     room = memory_room(tmp_path, tmp_path / "nothing")
     assert 1 << 20 < room.bytes < 1 << 50
     assert rss_bytes() <= peak_rss_bytes() * 1.05
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count as they should")
+def test_the_peak_is_not_that_of_whoever_started_the_process() -> None:
+    child = "from latentize.machine import peak_rss_bytes; print(peak_rss_bytes())"
+    parent = f"import subprocess, sys; held = b'x' * (1 << 30); subprocess.run([sys.executable, '-c', {child!r}])"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1 << 30

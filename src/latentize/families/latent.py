@@ -209,7 +209,7 @@ class LatentModel:
 
 def is_latent(config: Any) -> bool:
     """Whether a ``config.json`` is that of a model with latent attention that is known here."""
-    return isinstance(config, Mapping) and config.get("model_type") in LATENT_TYPES
+    return isinstance(config, Mapping) and str(config.get("model_type")) in LATENT_TYPES
 
 
 def latent_model(config: Mapping[str, Any]) -> LatentModel:

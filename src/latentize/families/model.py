@@ -17,6 +17,8 @@ __all__ = ["FULL", "NEEDS_TRUST", "ModelSpec", "model_spec", "rope_spec"]
 FULL = "full_attention"
 # Far above any model; beyond it, a table of frequencies would not fit into memory.
 _LARGEST_HEAD = 1 << 16
+# The same for a list with an entry for each layer.
+_MOST_LAYERS = 1 << 16
 NEEDS_TRUST = "read that code; if it may be run here, convert with --trust-remote-code"
 # Config entries whose mere presence with a true value changes what attention computes, unless the table reads them.
 _UNSUPPORTED = {
@@ -355,6 +357,8 @@ def model_spec(config: Mapping[str, Any], *, trust_remote_code: bool = False) ->
     assert table is not None
     config = {**table.config_defaults, **table.implied, **config}
     layers = _int(config, "num_hidden_layers")
+    if layers > _MOST_LAYERS:
+        raise ConfigError(f"{layers} layers make no sense", code="LZ121", where="config.json, num_hidden_layers")
     feature = {name: _feature(key, config) for name, key in table.attention.items()}
     window = feature.get("sliding_window") if feature.get("sliding_window_switch", True) else None
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
