@@ -127,7 +127,8 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
         if parameter.ndim == 1:
             parameter.data = 0.3 * noise if name.endswith("bias") else (1 + 0.3 * noise).abs() + 0.1 - offset
         elif "embed" in name:
-            parameter.data = noise
+            # Gemma multiplies embeddings with the root of the hidden size: a token would predict itself.
+            parameter.data = noise / parameter.shape[1] ** (0.5 * offset)
         else:
             gain = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
             parameter.data = gain * noise / parameter.shape[1] ** 0.5

@@ -37,6 +37,7 @@ from latentize.convert.settings import Setting, pooled_heads, settings
 from latentize.convert.source import SourceModel
 from latentize.errors import FormatError, NumericsError, OutputError, ResourceError
 from latentize.families import ModelSpec
+from latentize.families.model import FULL
 from latentize.footprint import Footprint, latent_footprint, pooled_footprint
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
@@ -430,6 +431,12 @@ class LatentJob(Job):
         if not isinstance(self.writer, NativeWriter):
             self.writer.rope_theta = first.rope_theta(self.spec.attention)
         self.notes += first.approximations(self.spec.attention)
+        if self.spec.kinds:
+            kept, kinds = self.spec.layers - len(self.spec.converted), dict.fromkeys(self.spec.kinds)
+            named = ", ".join(f"'{kind}'" for kind in kinds if kind != FULL)
+            self.notes.append(
+                f"{kept} of {self.spec.layers} layers stay as they are ({named}); cached values are those of the others"
+            )
         texts = (text.calibration, text.selection, text.evaluation)
         return convert_latent(source, self.settings, self.writer, *texts, effort, progress, journal)
 
