@@ -62,8 +62,11 @@ for name in "${@:-llama.cpp transformers vllm}"; do
     echo "making $environment"
     rm -rf "$environment"
     mkdir -p "$ENGINES"
+    # Until it is whole nobody takes it for an engine.
+    mkdir -p "$environment" && touch "$environment/.unfinished"
     "$PYTHON" -m venv "$environment"
     "make_${engine//./_}" "$environment"
     echo "$version" >"$environment/.made"
+    rm "$environment/.unfinished"
   done
 done

@@ -62,9 +62,13 @@ def engine_python(engine: str, environment: Path | None = None) -> Path:
             return Path(sys.executable)
         environment = made
     python = environment.expanduser().absolute() / "bin" / "python"
-    if not python.exists():
+    unfinished = (environment.expanduser() / ".unfinished").exists()
+    if unfinished or not python.exists():
+        what = (
+            f"the environment with {engine} is not finished" if unfinished else f"there is no environment with {engine}"
+        )
         raise EngineError(
-            f"there is no environment with {engine}",
+            what,
             where=str(environment),
             fix=f"make engines ENGINE={engine}, or give a virtual environment that has it with --environment",
         )
