@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from tests.common import pico_model, random_tokens
 
 from latentize.engines.compare import Agreement, Reference, _problems, compare, reference
-from latentize.engines.run import Answers
+from latentize.engines.run import Answers, engine_python
+from latentize.errors import EngineError
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +98,15 @@ RESULT = {"type": "float32", "kl_limit": 1e-6, "texts": 3, "texts_cut_alike": 3}
 def test_what_is_a_problem(found: dict[str, Any], result: dict[str, Any], words: str | None) -> None:
     problems = _problems(replace(FINE, **found), {**RESULT, **result})
     assert (problems == []) if words is None else (len(problems) == 1 and words in problems[0])
+
+
+def test_an_environment_that_is_not_finished(tmp_path: Path) -> None:
+    """What an interrupted `make engines` leaves is not taken for an engine."""
+    with pytest.raises(EngineError, match="no environment"):
+        engine_python("vllm", tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    assert engine_python("vllm", tmp_path) == tmp_path / "bin" / "python"
+    (tmp_path / ".unfinished").touch()
+    with pytest.raises(EngineError, match="not finished"):
+        engine_python("vllm", tmp_path)
