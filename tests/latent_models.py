@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.common import byte_tokenizer, randomize
+from tests.common import byte_tokenizer
+from tests.mla import random_model
 
 _MOE = {
     "moe_intermediate_size": 48,
@@ -43,30 +44,9 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def mixture(name: str, *, seed: int = 0, **changes: Any) -> Any:
     """A random model: 4 heads of 12 + 8, values of 10, latents of 32."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     model_type, own = MIXTURES[name]
-    entries: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": 257,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 12,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 10,
-        "max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-        "tie_word_embeddings": False,
-        **({"first_k_dense_replace": 1} if model_type != "glm4_moe_lite" else {}),
-    }
-    config = AutoConfig.for_model(model_type, **{**entries, **own, **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    randomize(model, seed)
+    dense = {} if model_type == "glm4_moe_lite" else {"first_k_dense_replace": 1}
+    model = random_model(model_type, 32, seed=seed, **{"tie_word_embeddings": False, **dense, **own, **changes})
     if model.config.tie_word_embeddings:
         # As an output head the table of random models is too sure of itself.
         model.model.embed_tokens.weight.data /= 8

@@ -17,8 +17,8 @@ MLA = {
 }
 
 
-def stock(name: str, **changes: Any) -> Any:
-    """A random MLA model: 4 heads of 12 + 8, values of 10, latents of 14."""
+def random_model(model_type: str, kv_lora_rank: int, *, seed: int = 0, **own: Any) -> Any:
+    """Two layers with 4 heads of 12 + 8, values of 10."""
     entries: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -26,7 +26,7 @@ def stock(name: str, **changes: Any) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "vocab_size": 257,
-        "kv_lora_rank": 14,
+        "kv_lora_rank": kv_lora_rank,
         "qk_nope_head_dim": 12,
         "qk_rope_head_dim": 8,
         "v_head_dim": 10,
@@ -35,10 +35,15 @@ def stock(name: str, **changes: Any) -> Any:
         "eos_token_id": None,
         "pad_token_id": 0,
     }
-    config = AutoConfig.for_model(name.split("-")[0], **{**entries, **MLA[name], **changes})
+    config = AutoConfig.for_model(model_type, **{**entries, **own})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    randomize(model)
+    randomize(model, seed)
     return model
+
+
+def stock(name: str, **changes: Any) -> Any:
+    """A random MLA model with latents of 14."""
+    return random_model(name.split("-")[0], 14, **{**MLA[name], **changes})
 
 
 def prompt(batch: int = 1, length: int = 23) -> torch.Tensor:

@@ -101,7 +101,7 @@ def test_without_control_groups_the_machine_bounds_memory(tmp_path: Path) -> Non
     assert rss_bytes() <= peak_rss_bytes() * 1.05
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems count as they should")
+@pytest.mark.skipif(sys.platform != "linux", reason="2026-11-25: other systems count as they should")
 def test_the_peak_is_not_that_of_whoever_started_the_process() -> None:
     child = "from latentize.machine import peak_rss_bytes; print(peak_rss_bytes())"
     parent = f"import subprocess, sys; held = b'x' * (1 << 30); subprocess.run([sys.executable, '-c', {child!r}])"

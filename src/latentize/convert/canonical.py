@@ -8,7 +8,7 @@ H query heads, G kv heads, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from latentize.attention.grouped import AttentionWeights
 from latentize.families import ModelSpec, Table
 
-__all__ = ["attention_weights", "half_layout", "is_like_llama", "module_tensors"]
+__all__ = ["attention_weights", "half_layout", "is_like_llama", "module_tensors", "stacked"]
 
 
 def half_layout(head_dim: int, rotary_dim: int, *, interleaved: bool) -> Tensor:
@@ -105,11 +105,23 @@ def module_tensors(tensors: dict[str, Tensor], spec: ModelSpec, layer: int) -> d
         if "{expert}" not in parts[0]:
             tensors[name] = tensors.pop(parts[0])
             continue
-        rows = [
-            torch.cat([tensors.pop(part.format(expert=expert)) for part in parts]) for expert in range(spec.experts)
-        ]
-        tensors[name] = torch.stack(rows)
+        tensors[name] = stacked(tensors, parts, range(spec.experts))
     return tensors
+
+
+def stacked(tensors: dict[str, Tensor], parts: Sequence[str], experts: Iterable[int]) -> Tensor:
+    """Tensors of experts as one: the parts of each joined along their rows.
+
+    Args:
+        tensors: By name; what is stacked is taken out of it.
+        parts: Names, with ``{expert}``.
+        experts: Numbers.
+
+    Raises:
+        KeyError: an expert lacks a part.
+        RuntimeError: experts are not alike.
+    """
+    return torch.stack([torch.cat([tensors.pop(part.format(expert=n)) for part in parts]) for n in experts])
 
 
 def is_like_llama(table: Table) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize.checkpoint import Checkpoint
+from latentize.convert.canonical import stacked
 from latentize.convert.source import SourceLayer, SourceModel, Stream
 from latentize.errors import CheckpointError, UnsupportedModelError
 from latentize.families import LatentModel
@@ -34,17 +35,12 @@ _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 
 def fuse_experts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a layer as transformers' module has them: experts stacked, each one's gate above its up-projection."""
-    fused: dict[str, Tensor] = {}
-    experts: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in stored.items():
-        if found := _EXPERT.fullmatch(name):
-            experts.setdefault(int(found[1]), {})[found[2]] = tensor
-        else:
-            fused[name] = tensor
+    fused = dict(stored)
+    experts = sorted({int(found[1]) for name in stored if (found := _EXPERT.fullmatch(name))})
     if experts:
-        inside = [experts[number] for number in sorted(experts)]
-        fused["mlp.experts.gate_up_proj"] = torch.stack([torch.cat([e["gate"], e["up"]]) for e in inside])
-        fused["mlp.experts.down_proj"] = torch.stack([e["down"] for e in inside])
+        gate, up, down = (f"mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up", "down"))
+        fused["mlp.experts.gate_up_proj"] = stacked(fused, (gate, up), experts)
+        fused["mlp.experts.down_proj"] = stacked(fused, (down,), experts)
     return fused
 
 
