@@ -20,7 +20,7 @@ from latentize.convert.allocate import STREAM_BYTES, TRIED
 from latentize.convert.pipeline import RMS_TOKENS, Effort
 from latentize.convert.search import SEARCH_TOKENS
 from latentize.convert.settings import Setting
-from latentize.convert.source import MULTIPLIED, TOKENS_AT_ONCE, VOCAB_AT_ONCE
+from latentize.convert.source import MULTIPLIED, VOCAB_AT_ONCE, tokens_at_once
 from latentize.families import ModelSpec
 from latentize.recipe import Recipe
 
@@ -111,7 +111,7 @@ class _Shapes:
 
     def forward(self) -> int:
         length = self.recipe.sequence_length
-        return self.activations(max(1, TOKENS_AT_ONCE // length) * length, _FORWARD)
+        return self.activations(max(1, tokens_at_once(self.spec, narrow=self.narrow) // length) * length, _FORWARD)
 
     def statistics(self, setting: Setting, item: int = 8) -> int:
         """Of one layer."""
@@ -135,17 +135,21 @@ class _Shapes:
         a = self.spec.attention
         return item * 2 * (a.num_heads + a.num_kv_heads) * a.head_dim * a.hidden_size
 
+    def left(self) -> int:
+        """Tensors of layers that wait until the embedding is written: those that go into the same file."""
+        return min(self.pending(), max(0, SHARD_BYTES - self.embedding(self.item)))
+
     def comparison(self, streams: int) -> int:
         """Final hidden states to logits."""
         a, vocab = self.spec.attention, self.spec.vocab_size
         rows = 4 * min(VOCAB_AT_ONCE, vocab) * a.hidden_size
-        return streams + self.embedding() + rows + _LOGITS * max(_LOGIT_BYTES, 4 * vocab) + self.pending()
+        return streams + self.embedding() + rows + _LOGITS * max(_LOGIT_BYTES, 4 * vocab) + self.left()
 
     def top(self) -> int:
         """The embedding is read, converted where it is stored otherwise, and written; a small head waits with it."""
         written = self.embedding(self.item)
         waiting = written if written < SHARD_BYTES else 0
-        return self.embedding() + (written if self.embedding() != written else 0) + waiting + self.pending()
+        return self.embedding() + (written if self.embedding() != written else 0) + waiting + self.left()
 
 
 def pooled_footprint(spec: ModelSpec, checkpoint: Checkpoint, recipe: Recipe, *, item: int, narrow: bool) -> Footprint:
@@ -188,9 +192,10 @@ def latent_footprint(
     # The source, the result, and what a layer was on its way.
     texts = of.stream(recipe.held_out_tokens) * (2 + refines + widest.linear)
     gathered = of.statistics(widest, _GATHERED) + of.forward()
-    made = of.latent(widest, 8 + 4 + 4) + of.attention(8)
+    # In float64, as saved, and a copy on its way to either; once it is written only what runs is left.
+    made = of.latent(widest, 8 + 4 + 8)
     factorised = of.statistics(widest, _FACTORISED) + 2 * of.attention(8)
-    settled = max(gathered, factorised, made + of.forward())
+    settled = max(gathered, factorised, made, of.latent(widest, 4) + of.forward())
     waiting = own + layer + (0 if effort.polish else texts + of.pending())
     stretches = {"converting layers": waiting + settled}
     if effort.refinement is not None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tests.common import leftovers, run_python
 
-# The widest activations decide: a third of a gigabyte, in few multiplications.
+# The activations of one long sequence decide: a third of a gigabyte, in few multiplications.
 WIDE = {"hidden_size": 64, "intermediate_size": 16_384}
-ARGUMENTS = ("--fast", "--tokens", 2048, "--sequence-length", 512, "--kv-lora-rank", 24, "--qk-rope-head-dim", 8)
+ARGUMENTS = ("--fast", "--tokens", 2048, "--sequence-length", 2048, "--kv-lora-rank", 24, "--qk-rope-head-dim", 8)
 # As the command line does, with so much of the need as address space beyond what the process has after its imports.
 LIMITED = """
 import resource, sys

@@ -123,12 +123,20 @@ class OutputFolder:
         if tensor.is_floating_point() and not is_finite(tensor):
             raise NumericsError("a converted weight is not finite", where=f"tensor {name}")
         size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._shard_bytes:
-            self._flush()
+        self.make_room(size)
         self._pending[name] = tensor.detach().contiguous()
         self._pending_bytes += size
         # Nothing will go into the same file: it need not wait for what comes next.
         if self._pending_bytes >= self._shard_bytes:
+            self._flush()
+
+    def make_room(self, size: int) -> None:
+        """Write what has gathered now, if a tensor of ``size`` bytes would not go into the same file.
+
+        Raises:
+            OutputError: writing fails.
+        """
+        if self._pending and self._pending_bytes + size > self._shard_bytes:
             self._flush()
 
     def _flush(self) -> None:

@@ -101,10 +101,11 @@ class _Lowering:
             tensors = self._refined(layer, tensors, residual_NTD)
         stored = {name: layer.tensors[ATTENTION + name].dtype for name in tensors}
         saved = {name: tensor.to(stored[name]) for name, tensor in tensors.items()}
-        attention = layer.with_tensors(saved)
+        return MadeLayer(LoweredLayer(layer.index, layer, tensors=saved), layer.with_tensors(saved), stages)
+
+    def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
         if self.draft is not None:
             layer.run(self.draft, attention, fast=True)
-        return MadeLayer(LoweredLayer(layer.index, layer, tensors=saved), attention, stages)
 
     def _closed(self, layer: LatentLayer) -> tuple[Lowered, Tensor | None]:
         """The closed form, and the residual stream after the source's attention; advances the source's stream."""

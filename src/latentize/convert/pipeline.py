@@ -91,7 +91,11 @@ class Sink(Protocol):
         ...
 
     def layer(self, result: LayerResult) -> None:
-        """Write the layer."""
+        """Write the layer; nothing of ``result`` is needed any more."""
+        ...
+
+    def no_more_layers(self) -> None:
+        """What gathers need not wait for what lies outside the layers."""
         ...
 
 
@@ -187,6 +191,10 @@ class _Make(Protocol):
 
     def __call__(self, layer: SourceLayer) -> MadeLayer: ...
 
+    def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
+        """Take its own text through what was made of the layer."""
+        ...
+
     def release(self) -> None:
         """Let go of all streams."""
         ...
@@ -228,10 +236,9 @@ class _LayerByLayer:
         return made, stages
 
     def stay(self, layer: SourceLayer) -> None:
-        """Take both streams through a layer that stays as it is."""
-        assert self.own is not None and self.draft is not None
+        """Take the source's text through a layer that stays as it is."""
+        assert self.own is not None
         layer.run(self.own)
-        self.draft.advance(layer, None)
         self.facts.append({})
 
     def __call__(self, layer: SourceLayer) -> MadeLayer:
@@ -241,6 +248,10 @@ class _LayerByLayer:
             return MadeLayer(LayerResult(layer.index, layer), None)
         made, stages = self.weights(layer)
         return _made(layer, made.refined, stages, self.draft, self.sink)
+
+    def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
+        assert self.draft is not None
+        self.draft.advance(layer, attention)
 
     def release(self) -> None:
         self.own = self.draft = None
@@ -263,9 +274,12 @@ class _Given:
         assert self.draft is not None
         final = self.final[layer.index]
         if final is None:
-            self.draft.advance(layer, None)
             return MadeLayer(LayerResult(layer.index, layer), None)
         return _made(layer, final, self.stages[layer.index], self.draft, self.sink)
+
+    def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
+        assert self.draft is not None
+        self.draft.advance(layer, attention)
 
     def release(self) -> None:
         self.draft = None
@@ -275,10 +289,9 @@ class _Given:
 def _made(
     layer: SourceLayer, final: LatentWeights, stages: dict[str, LatentWeights], draft: Draft, sink: Sink
 ) -> MadeLayer:
-    """The layer as it is saved; takes the draft's text through it."""
+    """The layer as it is saved."""
     result = LayerResult(layer.index, layer, latent=final, latent_rms=draft.latent_rms(layer, final))
     attention = LatentAttention.from_weights(sink.saved(result))
-    draft.advance(layer, attention)
     return MadeLayer(result, attention, {name: LatentAttention.from_weights(w) for name, w in stages.items()})
 
 
@@ -298,6 +311,7 @@ def _polished(
         assert first.draft is not None
         if layer.spec is None:
             first.stay(layer)
+            first.draft.advance(layer, None)
             stages.append({})
             refined.append(None)
             continue
@@ -337,6 +351,9 @@ class _Pooled:
         attention = layer.with_kv_heads(pooled.to(torch.float32), repeat)
         return MadeLayer(LayerResult(layer.index, layer, grouped=pooled), attention)
 
+    def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
+        pass
+
     def release(self) -> None:
         pass
 
@@ -361,19 +378,24 @@ def run_through(source: SourceModel, make: _Make, sink: Sink, evaluation: Passag
     errors: list[tuple[float, float]] = []
     for layer in source.layers():
         made = make(layer)
-        for name in {**before, **made.stages}:
+        sink.layer(made.result)
+        attention, stages = made.attention, made.stages
+        # In float64, and written: it need not be there beside activations.
+        del made
+        make.advance(layer, attention)
+        for name in {**before, **stages}:
             if name not in before:
                 before[name] = reference.clone()
-            layer.run(before[name], made.stages.get(name))
+            layer.run(before[name], stages.get(name))
         layer.run(reference)
-        layer.run(hidden, made.attention)
-        sink.layer(made.result)
+        layer.run(hidden, attention)
         after = _stream_error(hidden, reference)
         errors.append((_stream_error(before[CLOSED], reference) if CLOSED in before else after, after))
         progress("converting layers", layer.index + 1, source.spec.layers, _shown(*errors[-1]))
         # The next layer is read before these names are bound again.
-        del layer, made
+        del layer, attention, stages
     make.release()
+    sink.no_more_layers()
     head, vocab = source.head(), source.spec.vocab_size
 
     def quality(stream: Stream | None) -> Quality | None:

@@ -40,6 +40,8 @@ __all__ = [
 
 # Relative to the mean of the diagonal: directions in which inputs hardly vary stay as they are without the fit.
 _FIT_DAMPING = 1e-4
+# Bytes of heads whose energy is measured at once.
+_HEAD_BYTES = 16 << 20
 
 
 def ladder(theta: float, head_dim: int, rope_dim: int, stride: float) -> Tensor:
@@ -134,7 +136,9 @@ def key_components(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationS
     k_FGD = _complex_rows(w.k_GdD, w.k_bias_Gd).transpose(0, 1)
     moment_FGG = k_FGD @ second @ k_FGD.mH
     q_HFD = _complex_rows(w.q_HdD, w.q_bias_Hd)
-    q_energy_HF = torch.einsum("hfD,DE,hfE->hf", q_HFD, second, q_HFD.conj()).real
+    some = max(1, _HEAD_BYTES * len(q_HFD) // (q_HFD.numel() * q_HFD.itemsize))
+    energies = [torch.einsum("hfD,DE,hfE->hf", q_hFD, second, q_hFD.conj()) for q_hFD in q_HFD.split(some)]
+    q_energy_HF = torch.cat(energies).real
     weight_FG = q_energy_HF.unflatten(0, (spec.num_kv_heads, spec.group_size)).sum(1).T.clamp_min(1e-30)
     root_FG = weight_FG.sqrt()
     weighted = root_FG[:, :, None] * moment_FGG * root_FG[:, None, :]
@@ -231,13 +235,13 @@ def position_aware_split(
     read_JG = axis_JG / root_JG
     size = root_JG.square().mean(1, keepdim=True).sqrt()
     kappa_JD, read_JG = kappa_JD / size, read_JG * size
-    q_rope_HJD = q_HFD[:, at_F] * read_JG.conj().T.repeat_interleave(s, dim=0)[..., None]
+    q_rope_HRD = _real_rows(q_HFD[:, at_F] * read_JG.conj().T.repeat_interleave(s, dim=0)[..., None])
     residual_GFD = k_GFD.clone()
     for j, f in enumerate(at_F.tolist()):
         residual_GFD[:, f] -= read_JG[j][:, None] * kappa_JD[j]
     split = RopeSplit(
         q_nope_HND=_real_rows(c.rho_HF[..., None] * q_HFD),
-        q_rope_HRD=_real_rows(q_rope_HJD),
+        q_rope_HRD=q_rope_HRD,
         k_nope_CD=_real_rows(residual_GFD).flatten(0, 1),
         read_UNC=torch.eye(G * d, dtype=torch.float64, device=k_GFD.device).view(G, d, G * d),
         k_rope_PRD=_real_rows(kappa_JD[None]),

@@ -26,18 +26,23 @@ from latentize.checkpoint import Checkpoint
 from latentize.convert.canonical import attention_weights, module_tensors
 from latentize.errors import CheckpointError, ConfigError
 from latentize.families import ModelSpec
-from latentize.machine import multiplies_bfloat16
+from latentize.machine import give_back_freed_memory, multiplies_bfloat16
 from latentize.spec import AttentionSpec
 
-__all__ = ["MULTIPLIED", "TOKENS_AT_ONCE", "VOCAB_AT_ONCE", "SourceLayer", "SourceModel", "Stream"]
+__all__ = ["MULTIPLIED", "VOCAB_AT_ONCE", "SourceLayer", "SourceModel", "Stream", "tokens_at_once"]
 
 # From so many parameters on, layers multiply in bfloat16: in float32 a CPU would take hours.
 _LARGE = 200_000_000
-# Sequences that go through a layer at once, in tokens: bounds the activations of its MLP.
-TOKENS_AT_ONCE = 2048
+# Sequences that go through a layer at once: tokens, and bytes of an activation of its MLP.
+_TOKENS_AT_ONCE, _ACTIVATION_BYTES = 2048, 16 << 20
 # Tensors of a layer that it does nothing with but to multiply by them.
 MULTIPLIED = tuple(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down", "gate_up"))
 VOCAB_AT_ONCE = 16_384
+
+
+def tokens_at_once(spec: ModelSpec, *, narrow: bool) -> int:
+    """How many tokens go through a layer at once; ``narrow`` where it multiplies in bfloat16."""
+    return min(_TOKENS_AT_ONCE, max(1, _ACTIVATION_BYTES // ((2 if narrow else 4) * spec.intermediate_size)))
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class SourceLayer:
         fast_matmul: Whether bfloat16 is faster here, for what does not need more.
         rough: Whether statistics and choices do not.
         residual_scale: Factor on what the attention adds to the residual stream.
+        at_once: Tokens that go through it at once; at least one sequence does.
     """
 
     index: int
@@ -96,6 +102,7 @@ class SourceLayer:
     fast_matmul: bool = False
     rough: bool = False
     residual_scale: float = 1.0
+    at_once: int = _TOKENS_AT_ONCE
 
     def _call(self, module: nn.Module, hidden_BTD: Tensor, positions: Tensor, *, fast: bool = False) -> Any:
         # Within somebody else's autocast it stays as that is.
@@ -164,7 +171,7 @@ class SourceLayer:
         Yields:
             Which sequences, the attention's normalised input, and the residual stream after the attention.
         """
-        size, original = max(1, TOKENS_AT_ONCE // text.length), self.attention
+        size, original = max(1, self.at_once // text.length), self.attention
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple, kwargs: dict, result: tuple[Tensor, Any]) -> None:
@@ -206,7 +213,7 @@ class SourceLayer:
     def run(self, text: Stream, attention: nn.Module | None = None, *, fast: bool = False) -> None:
         """Advance hidden states through the layer, in place; arguments as for :meth:`stream`."""
         if self.spec is None and attention is None:
-            size = max(1, TOKENS_AT_ONCE // text.length)
+            size = max(1, self.at_once // text.length)
             for part in text.split(size):
                 part.hidden_NTD.copy_(self._call(self._module, part.hidden_NTD, part.positions_NT, fast=fast))
             return
@@ -312,11 +319,14 @@ class SourceModel:
                 self.fast_matmul,
                 self.rough,
                 spec.residual_scale,
+                tokens_at_once(spec, narrow=self.autocast),
             )
             # Nothing here may hold a layer while the next is read.
             del stored, wide, weights, module
             yield layer
             del layer
+            if self.large:
+                give_back_freed_memory()
 
     def angles(self, kind: str) -> Callable[..., Any]:
         """Cosines and sines of a kind of layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -17,8 +18,10 @@ from latentize.formats.half import FP16_ROUNDING, lost_in_fp16
 
 __all__ = ["FormatWriter"]
 
-# Bounds the float64 copy of a tensor that is scaled.
-_ROWS_AT_ONCE = 4096
+# Numbers of a tensor that is scaled which are there in float64 at once.
+_WIDE_AT_ONCE = 1 << 20
+# Rows of a tensor that are together held against fp16's range.
+_ROWS_CHECKED = 4096
 
 
 class FormatWriter(ABC):
@@ -44,6 +47,11 @@ class FormatWriter(ABC):
     @abstractmethod
     def layer(self, result: LayerResult) -> None: ...
 
+    def no_more_layers(self) -> None:
+        """Write what has gathered if the embedding, which comes next, will not go into the same file."""
+        embedding = self.checkpoint.shape(self.spec.module("embedding") + ".weight")
+        self.folder.make_room(math.prod(embedding) * self.dtype.itemsize)
+
     @abstractmethod
     def top(self) -> None:
         """Write what lies outside the layers."""
@@ -68,14 +76,14 @@ class FormatWriter(ABC):
             self._check_fp16(name, tensor, factor)
         if factor != 1.0:
             scaled = tensor if own and tensor.dtype == self.dtype else torch.empty_like(tensor, dtype=self.dtype)
-            for out, part in zip(scaled.split(_ROWS_AT_ONCE), tensor.split(_ROWS_AT_ONCE), strict=True):
+            for out, part in zip(_parts(scaled), _parts(tensor), strict=True):
                 out.copy_(part.double() * factor)
             tensor = scaled
         kept = tensor if tensor.dtype == torch.int32 else tensor.to(self.dtype)
         self.folder.add(name, kept.cpu())
 
     def _check_fp16(self, name: str, tensor: Tensor, factor: float) -> None:
-        lost = max(lost_in_fp16(part.double() * factor) for part in tensor.split(_ROWS_AT_ONCE))
+        lost = max(lost_in_fp16(part.double() * factor) for part in tensor.split(_ROWS_CHECKED))
         if not lost <= FP16_ROUNDING:
             raise FormatError(
                 f"the weights are outside of fp16's normal range: {lost:.1%} of them would be lost",
@@ -85,3 +93,8 @@ class FormatWriter(ABC):
 
     def _dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of some rows each."""
+    return tensor.split(max(1, _WIDE_AT_ONCE * len(tensor) // tensor.numel()))

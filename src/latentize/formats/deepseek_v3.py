@@ -19,7 +19,7 @@ are rounded once in any case.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,20 +147,29 @@ def encode_attention(w: LatentWeights, norm: LatentNorm, stream_scale: float = 1
     Returns:
         Tensors in the precision of ``w``. ``input_layernorm`` has to be multiplied by ``NORM_SHIFT`` beside them.
     """
+    return dict(encoded(w, norm, stream_scale))
+
+
+def encoded(w: LatentWeights, norm: LatentNorm, stream_scale: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+    """The same one by one: each is as large as the weights that it is made of, and in their precision."""
     f, spec = _factors(w, norm, stream_scale), w.spec
     interleaved = half_to_interleaved(spec.qk_rope_head_dim)
     share = spec.num_heads // spec.up_heads
+    q_HdD = w.q_nope_HND.new_empty(spec.num_heads, spec.qk_head_dim, spec.hidden_size)
+    torch.mul(w.q_nope_HND, f.q, out=q_HdD[:, : spec.qk_nope_head_dim])
+    torch.mul(w.q_rope_HRD[:, interleaved], f.q_rope, out=q_HdD[:, spec.qk_nope_head_dim :])
+    yield "q_proj.weight", q_HdD.flatten(0, 1)
+    del q_HdD
+    kv_a = torch.cat([w.kv_a_rD * f.kv_a, w.k_rope_PRD[0, interleaved] * f.k_rope])
+    yield "kv_a_proj_with_mqa.weight", kv_a
+    yield "kv_a_layernorm.weight", torch.full((spec.kv_lora_rank,), norm.weight, dtype=w.kv_a_rD.dtype)
     k_up_HNr = w.k_up_UNr.repeat_interleave(share, dim=0) * f.k_up
     v_up_HVr = w.v_up_UVr.repeat_interleave(share, dim=0) * f.v_up
-    q_HdD = torch.cat([w.q_nope_HND * f.q, w.q_rope_HRD[:, interleaved] * f.q_rope], dim=1)
-    kv_a = torch.cat([w.kv_a_rD * f.kv_a, w.k_rope_PRD[0, interleaved] * f.k_rope])
-    return {
-        "q_proj.weight": q_HdD.flatten(0, 1),
-        "kv_a_proj_with_mqa.weight": kv_a,
-        "kv_a_layernorm.weight": torch.full((spec.kv_lora_rank,), norm.weight, dtype=w.kv_a_rD.dtype),
-        "kv_b_proj.weight": torch.cat([k_up_HNr, v_up_HVr], dim=1).flatten(0, 1),
-        "o_proj.weight": w.o_DHV.flatten(1) * f.o,
-    }
+    kv_b_HdD = torch.cat([k_up_HNr, v_up_HVr], dim=1)
+    del k_up_HNr, v_up_HVr
+    yield "kv_b_proj.weight", kv_b_HdD.flatten(0, 1)
+    del kv_b_HdD
+    yield "o_proj.weight", w.o_DHV.flatten(1) * f.o
 
 
 def decode_attention(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LatentWeights:
@@ -226,10 +235,12 @@ class DeepseekWriter(FormatWriter):
 
     def layer(self, result: LayerResult) -> None:
         assert result.latent is not None
-        self._latent = result.latent.spec
+        self._latent = latent = result.latent.spec
+        # What has gathered goes before the first tensor, the queries, is made, if that will not go into the same file.
+        self.folder.make_room(latent.num_heads * latent.qk_head_dim * latent.hidden_size * self.dtype.itemsize)
         prefix = f"model.layers.{result.index}."
         norm = LatentNorm.stored_as(self.dtype, *result.latent_rms)
-        for name, tensor in encode_attention(result.latent, norm, self.block_scale).items():
+        for name, tensor in encoded(result.latent, norm, self.block_scale):
             self._add(prefix + _ATTENTION + name, tensor)
         for name, tensor in result.source.tensors.items():
             if name.startswith(_ATTENTION):

@@ -50,6 +50,9 @@ class LoweredWriter(FormatWriter):
             changed = result.tensors.get(name.removeprefix(ATTENTION)) if name.startswith(ATTENTION) else None
             self.folder.add(prefix + name, (tensor if changed is None else changed).cpu())
 
+    def no_more_layers(self) -> None:
+        self.folder.make_room(self.checkpoint.size("model.embed_tokens.weight"))
+
     def top(self) -> None:
         inside = {name for layer in range(self.latent.layers) for name in layer_names(self.checkpoint, layer)}
         for name in self.checkpoint.names():
