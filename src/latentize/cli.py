@@ -90,6 +90,22 @@ def _facts(title: str, rows: dict[str, Any]) -> Table:
     return table
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from latentize import __version__
+
+        print(f"latentize {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None: ...
+
+
 @app.command()
 def inspect(model: Model, as_json: AsJson = False) -> None:
     """Say what a model is, what its KV cache weighs, and what can be done with it."""

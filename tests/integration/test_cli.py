@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def ok(capsys: pytest.CaptureFixture[str]) -> Ask:
         return result
 
     return ask
+
+
+def test_it_says_which_version_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    done = call_cli(capsys, "--version")
+    assert done.returncode == 0
+    assert done.stdout == f"latentize {version('latentize')}\n"
 
 
 @pytest.fixture(scope="module")
