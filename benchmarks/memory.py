@@ -14,12 +14,13 @@ import argparse
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,15 @@ def converted(folder: Path, tokens: int) -> dict[str, Any]:
     (folder / "recipe.yaml").write_text(f"evaluation_tokens: {EVALUATION_TOKENS}\n")
     options = [*OPTIONS, "--tokens", str(tokens), "--recipe", str(folder / "recipe.yaml"), "--json"]
     command = [sys.executable, "-m", "latentize.cli", "convert", str(folder / "model"), str(folder / "out"), *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    report = json.loads(done.stdout.splitlines()[-1])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    report = json.loads(printed.splitlines()[-1])
     return {"options": options[: len(OPTIONS) + 2], "peak_rss_bytes": peak} | {
         "reported_peak_rss_bytes": report["peak_rss_bytes"],
         "predicted_peak_rss_bytes": report["predicted_peak_rss_bytes"],
@@ -115,7 +122,9 @@ def libraries() -> int:
 def measured(folder: Path, tokens: int) -> dict[str, Any]:
     """Everything that is to be known of one conversion."""
     if not (folder / "model").exists():
-        print(f"{write_checkpoint(folder / 'model'):,} parameters written", file=sys.stderr)
+        # In a process of its own: Linux counts the peak of whoever starts a process towards that one's.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            print(f"{pool.submit(write_checkpoint, folder / 'model').result():,} parameters written", file=sys.stderr)
     result = converted(folder, tokens)
     parts = held(tokens, folder / "out")
     result |= {"libraries_bytes": libraries(), "held_bytes": parts, "bound_bytes": round(1.5 * sum(parts.values()))}
