@@ -1,6 +1,8 @@
 """Peak memory of converting a one-billion-parameter checkpoint, beside what was predicted and what it should be.
 
     python benchmarks/memory.py [--tokens 32768] [--folder DIR]
+    python benchmarks/memory.py --others              # other shapes and efforts, predicted and measured only
+    python benchmarks/memory.py --print               # the table of what was measured before
 
 Writes a synthetic Llama-shaped checkpoint (16 layers, hidden 2,048, as Llama-3.2-1B; bf16, three shards, 2.5 GB) into
 a temporary folder, converts it in a process of its own, and takes that process's peak from the operating system. The
@@ -54,12 +56,31 @@ ROOT = Path(__file__).resolve().parents[1]
 EVALUATION_TOKENS, DRAFT_TOKENS = 1024, 16_384
 # Half of the cache. One setting, so that no candidates have to be compared: minutes are saved.
 OPTIONS = ["--fast", "--kv-lora-rank", "448", "--qk-rope-head-dim", "64"]
+# As the command line; but small models give freed memory back as large ones do, so that what is held counts.
+CONVERT = "import latentize.cli, latentize.jobs, math; latentize.jobs._KEPT = math.inf; latentize.cli.main()"
+MLP = {"hidden_size": 512, "intermediate_size": 16_384, "num_attention_heads": 8, "num_key_value_heads": 2}
+MIDDLE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
+HALF = ["--kv-lora-rank", "224", "--qk-rope-head-dim", "32"]
+QUARTER = ["--kv-lora-rank", "112", "--qk-rope-head-dim", "16"]
+# What differs from the large one (nothing given: the bundled model), options, calibration tokens.
+OTHERS: dict[str, tuple[dict[str, int] | None, list[str], int]] = {
+    "its first 2 layers": ({"num_hidden_layers": 2}, OPTIONS, 4096),
+    "2 layers, hidden 512, MLP 16,384": ({"num_hidden_layers": 2, **MLP}, ["--fast", *QUARTER], 8192),
+    "4 layers, hidden 1,024, 32,000 rows": (
+        {"num_hidden_layers": 4, "vocab_size": 32_000, **MIDDLE},
+        ["--no-polish", *HALF],
+        8192,
+    ),
+    "the same, polished": ({"num_hidden_layers": 4, "vocab_size": 32_000, **MIDDLE}, ["--polish", *HALF], 4096),
+    "the bundled model, `--fast`": (None, ["--fast"], 32_768),
+    "the bundled model": (None, [], 16_384),
+}
 
 
-def write_checkpoint(folder: Path) -> int:
+def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
     """Random weights in three shards; returns the number of parameters."""
     folder.mkdir(parents=True)
-    shapes = model_spec(CONFIG).tensor_shapes()
+    shapes = model_spec(config).tensor_shapes()
     generator = torch.Generator().manual_seed(0)
     names, weight_map, total = list(shapes), {}, 0
     for shard in range(SHARDS):
@@ -73,7 +94,7 @@ def write_checkpoint(folder: Path) -> int:
         save_file(tensors, str(folder / file), metadata={"format": "pt"})
     index = {"metadata": {"total_size": 2 * total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((bundled_model() / name).read_bytes())
     return total
@@ -91,23 +112,35 @@ def held(tokens: int, out: Path) -> dict[str, int]:
     }
 
 
-def converted(folder: Path, tokens: int) -> dict[str, Any]:
+def written(folder: Path, config: dict[str, Any]) -> None:
+    """A checkpoint, if the folder is not there yet."""
+    if folder.exists():
+        return
+    # In a process of its own: Linux counts the peak of whoever starts a process towards that one's.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        print(f"{pool.submit(write_checkpoint, folder, config).result():,} parameters written", file=sys.stderr)
+
+
+def converted(model: Path, out: Path, options: list[str], tokens: int) -> dict[str, Any]:
     """What a conversion, a process of its own, says of itself, and what the system says of it."""
-    (folder / "recipe.yaml").write_text(f"evaluation_tokens: {EVALUATION_TOKENS}\n")
-    options = [*OPTIONS, "--tokens", str(tokens), "--recipe", str(folder / "recipe.yaml"), "--json"]
-    command = [sys.executable, "-m", "latentize.cli", "convert", str(folder / "model"), str(folder / "out"), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        printed = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    options = [*options, "--tokens", str(tokens)]
+    with tempfile.TemporaryDirectory() as temporary:
+        recipe = Path(temporary) / "recipe.yaml"
+        recipe.write_text(f"evaluation_tokens: {EVALUATION_TOKENS}\n")
+        command = [sys.executable, "-c", CONVERT, "convert", str(model), str(out), *options, "--recipe", str(recipe)]
+        with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            printed = process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     report = json.loads(printed.splitlines()[-1])
-    return {"options": options[: len(OPTIONS) + 2], "peak_rss_bytes": peak} | {
+    return {"options": options, "peak_rss_bytes": peak} | {
         "reported_peak_rss_bytes": report["peak_rss_bytes"],
         "predicted_peak_rss_bytes": report["predicted_peak_rss_bytes"],
+        "predicted_over_measured": report["predicted_peak_rss_bytes"] / peak,
         "seconds": report["seconds"],
         "format": report["format"],
     }
@@ -120,19 +153,38 @@ def libraries() -> int:
 
 
 def measured(folder: Path, tokens: int) -> dict[str, Any]:
-    """Everything that is to be known of one conversion."""
-    if not (folder / "model").exists():
-        # In a process of its own: Linux counts the peak of whoever starts a process towards that one's.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            print(f"{pool.submit(write_checkpoint, folder / 'model').result():,} parameters written", file=sys.stderr)
-    result = converted(folder, tokens)
+    """Everything that is to be known of the large conversion."""
+    written(folder / "model", CONFIG)
+    result = converted(folder / "model", folder / "out", OPTIONS, tokens)
     parts = held(tokens, folder / "out")
     result |= {"libraries_bytes": libraries(), "held_bytes": parts, "bound_bytes": round(1.5 * sum(parts.values()))}
     result["peak_over_bound"] = result["peak_rss_bytes"] / result["bound_bytes"]
     beyond = result["peak_rss_bytes"] - result["libraries_bytes"]
     result["peak_without_libraries_over_bound"] = beyond / result["bound_bytes"]
-    result["predicted_over_measured"] = result["predicted_peak_rss_bytes"] / result["peak_rss_bytes"]
     return result
+
+
+def others(folder: Path) -> list[dict[str, Any]]:
+    """Predicted and measured of other conversions."""
+    rows = []
+    for number, (what, (changes, options, tokens)) in enumerate(OTHERS.items()):
+        model, out = bundled_model(), folder / f"out-{number}"
+        if changes is not None:
+            model = folder / f"model-{number}"
+            written(model, {**CONFIG, **changes})
+        rows.append({"model": what, **converted(model, out, options, tokens)})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Bytes in millions."""
+    lines = ["| model | options | predicted | measured | ratio |", "|---|---|---|---|---|"]
+    for row in rows:
+        numbers = [f"{row[f'{name}_rss_bytes'] / 1e6:,.0f}" for name in ("predicted_peak", "peak")]
+        cells = [row["model"], f"`{' '.join(row['options'])}`", *numbers, f"{row['predicted_over_measured']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -140,20 +192,28 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the files here instead of in a temporary folder")
     parser.add_argument("--tokens", type=int, default=32_768, help="calibration tokens")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--others", action="store_true", help="not the large one, but others")
+    parser.add_argument("--print", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        result = measured(args.folder or Path(temporary), args.tokens)
+    path = args.out / "memory.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
     threads = os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()
-    result = {
-        "model": "synthetic, the shapes of Llama-3.2-1B, bf16, 3 shards",
-        "command": f"python benchmarks/memory.py --tokens {args.tokens}",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {threads} threads, torch {torch.__version__}",
-        **result,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    machine = f"{platform.machine()}, {threads} threads, torch {torch.__version__}"
+    about = {"date": datetime.date.today().isoformat(), "machine": machine}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if args.others and not args.print:
+            result["others"] = {**about, "rows": others(folder)}
+        elif not args.print:
+            what = "synthetic, the shapes of Llama-3.2-1B, bf16, 3 shards"
+            command = f"python benchmarks/memory.py --tokens {args.tokens}"
+            kept = {"others": result["others"]} if "others" in result else {}
+            result = {"model": what, "command": command, **about, **measured(folder, args.tokens), **kept}
+    if not args.print:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({name: value for name, value in result.items() if name != "others"}, indent=2))
+    print(markdown([result, *result.get("others", {"rows": []})["rows"]]))
 
 
 if __name__ == "__main__":
