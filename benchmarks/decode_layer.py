@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each context and batch")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "decode-layer.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -163,8 +163,9 @@ def main() -> None:
         "bf16_product_flop_per_second": rate,
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "decode-layer.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
     names = list(rows[-1]["milliseconds"])
     print("| ms | " + " | ".join(f"B{r['batch']}, {r['context']:,}" for r in rows) + " |")
     print("|---" * (len(rows) + 1) + "|")

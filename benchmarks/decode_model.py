@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=["int8", "int4"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "decode-model.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -98,13 +98,14 @@ def main() -> None:
         "copy_bytes_per_second": bandwidth,
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "decode-model.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         series.setdefault(row["name"], []).append((row["context"], row["milliseconds_per_token"]))
     chart = line_chart(series, title="Milliseconds a decoded token", x_label="tokens of context")
-    args.out.with_suffix(".svg").write_text(chart)
+    path.with_suffix(".svg").write_text(chart)
     print(markdown(rows))
 
 

@@ -313,7 +313,8 @@ def _limits(manifest: Manifest) -> str:
     m, recipe = manifest.measurements, manifest.recipe
     limits = [
         *manifest.notes,
-        f"Calibrated in sequences of {recipe['sequence_length']:,} tokens; longer contexts were not looked at.",
+        f"The conversion was measured in sequences of {recipe['sequence_length']:,} tokens; longer contexts were not "
+        f"(latentize eval --sequence-length).",
         "Measured on text of one kind. Calibrate and evaluate on text like your own (--data).",
     ]
     if m["format"] == "native":
