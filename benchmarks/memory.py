@@ -71,7 +71,7 @@ OTHERS: dict[str, tuple[dict[str, int] | None, list[str], int]] = {
         ["--no-polish", *HALF],
         8192,
     ),
-    "the same, polished": ({"num_hidden_layers": 4, "vocab_size": 32_000, **MIDDLE}, ["--polish", *HALF], 4096),
+    "the same, polished": ({"num_hidden_layers": 4, "vocab_size": 32_000, **MIDDLE}, ["--polish", *HALF], 1024),
     "the bundled model, `--fast`": (None, ["--fast"], 32_768),
     "the bundled model": (None, [], 16_384),
 }
@@ -164,17 +164,15 @@ def measured(folder: Path, tokens: int) -> dict[str, Any]:
     return result
 
 
-def others(folder: Path) -> list[dict[str, Any]]:
-    """Predicted and measured of other conversions."""
-    rows = []
-    for number, (what, (changes, options, tokens)) in enumerate(OTHERS.items()):
-        model, out = bundled_model(), folder / f"out-{number}"
+def other(folder: Path, what: str) -> dict[str, Any]:
+    """Predicted and measured of another conversion."""
+    changes, options, tokens = OTHERS[what]
+    model = bundled_model()
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         if changes is not None:
-            model = folder / f"model-{number}"
+            model = Path(temporary) / "model"
             written(model, {**CONFIG, **changes})
-        rows.append({"model": what, **converted(model, out, options, tokens)})
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    return rows
+        return {"model": what, **converted(model, Path(temporary) / "out", options, tokens)}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -192,7 +190,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the files here instead of in a temporary folder")
     parser.add_argument("--tokens", type=int, default=32_768, help="calibration tokens")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--others", action="store_true", help="not the large one, but others")
+    parser.add_argument("--others", nargs="*", choices=list(OTHERS), help="not the large one, but all others, or these")
     parser.add_argument("--print", action="store_true", help="measure nothing")
     args = parser.parse_args()
     path = args.out / "memory.json"
@@ -200,20 +198,27 @@ def main() -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()
     machine = f"{platform.machine()}, {threads} threads, torch {torch.__version__}"
     about = {"date": datetime.date.today().isoformat(), "machine": machine}
+
+    def save() -> None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        if args.others and not args.print:
-            result["others"] = {**about, "rows": others(folder)}
+        if args.others is not None and not args.print:
+            for what in args.others or OTHERS:
+                rows = {row["model"]: row for row in result.get("others", ())}
+                rows[what] = {**about, **other(folder, what)}
+                result["others"] = [rows[name] for name in OTHERS if name in rows]
+                save()
         elif not args.print:
             what = "synthetic, the shapes of Llama-3.2-1B, bf16, 3 shards"
             command = f"python benchmarks/memory.py --tokens {args.tokens}"
             kept = {"others": result["others"]} if "others" in result else {}
             result = {"model": what, "command": command, **about, **measured(folder, args.tokens), **kept}
-    if not args.print:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+            save()
     print(json.dumps({name: value for name, value in result.items() if name != "others"}, indent=2))
-    print(markdown([result, *result.get("others", {"rows": []})["rows"]]))
+    print(markdown([result, *result.get("others", ())]))
 
 
 if __name__ == "__main__":

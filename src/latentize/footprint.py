@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from latentize.checkpoint import Checkpoint
 from latentize.checkpoint.writer import SHARD_BYTES
 from latentize.convert.allocate import STREAM_BYTES, TRIED
+from latentize.convert.descent import Schedule
 from latentize.convert.pipeline import RMS_TOKENS, Effort
 from latentize.convert.search import SEARCH_TOKENS
 from latentize.convert.settings import Setting
@@ -113,6 +114,11 @@ class _Shapes:
         length = self.recipe.sequence_length
         return self.activations(max(1, tokens_at_once(self.spec, narrow=self.narrow) // length) * length, _FORWARD)
 
+    def step(self, schedule: Schedule) -> int:
+        """Tokens of a step of training."""
+        length = self.recipe.sequence_length
+        return min(schedule.sequences(length), max(1, self.recipe.calibration_tokens // length)) * length
+
     def statistics(self, setting: Setting, item: int = 8) -> int:
         """Of one layer."""
         a, needed = self.spec.attention, setting.needs(self.spec.attention)
@@ -187,7 +193,7 @@ def latent_footprint(
     refines = effort.refinement is not None
     calibration = of.stream(recipe.calibration_tokens)
     widest = max(settings, key=lambda setting: of.latent(setting, 1))
-    length, layer = recipe.sequence_length, max(of.layers())
+    layer = max(of.layers())
     own = calibration + (calibration if refines else of.stream(min(recipe.calibration_tokens, RMS_TOKENS)))
     # The source, the result, and what a layer was on its way.
     texts = of.stream(recipe.held_out_tokens) * (2 + refines + widest.linear)
@@ -199,14 +205,13 @@ def latent_footprint(
     waiting = own + layer + (0 if effort.polish else texts + of.pending())
     stretches = {"converting layers": waiting + settled}
     if effort.refinement is not None:
-        size = effort.refinement.sequences(length) * length
-        trained = of.latent(widest, 4 * _TRAINED + 8, expanded=True) + of.activations(size, _BACKWARD)
+        trained = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
+        trained += of.activations(of.step(effort.refinement), _BACKWARD)
         # What a layer adds is there beside the target; both are as large as the text.
         stretches["refining layers"] = waiting + calibration + max(calibration + trained, settled)
     if effort.polish is not None:
-        size = effort.polish.sequences(length) * length
         each = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
-        graph = spec.layers * of.activations(size, _BACKWARD)
+        graph = spec.layers * of.activations(of.step(effort.polish), _BACKWARD)
         table = of.comparison(of.stream(recipe.selection_tokens))
         stretches["polishing"] = 3 * calibration + sum(of.layers()) + spec.layers * each + graph + table
     if len(settings) > 1:

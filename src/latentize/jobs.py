@@ -54,8 +54,8 @@ __all__ = ["Job", "LatentJob", "PooledJob", "Text", "draw_text"]
 
 # Steps of refinement where the layers are polished together afterwards, which is then the better use of the time.
 _BEFORE_POLISH = 200
-# A prediction of memory is taken at its word only this far: it was 15 % too large at most where it was measured
-# (docs/memory.md), and may be twice as wrong elsewhere. Between the two a conversion is tried.
+# A prediction of memory is taken at its word only this far: it was 21 % too large at most where it was measured
+# (docs/memory.md). Between the two a conversion is tried.
 _CERTAIN = 0.8
 # Freed memory that stays with the process is faster, and lies in pieces: so many times as much is needed.
 _KEPT = 1.8

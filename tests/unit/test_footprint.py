@@ -49,6 +49,13 @@ def test_what_is_done_more_takes_more(predicted: Callable[..., Footprint]) -> No
     assert "choosing sizes" in predicted(fast=True, keep="25%").stretches
 
 
+def test_a_step_is_no_larger_than_the_text(predicted: Callable[..., Footprint]) -> None:
+    """Fewer tokens are what a refusal advises; they have to take less even where they are fewer than a step's."""
+    few, many = (predicted(tokens=n, sequence_length=64, polish=True, **SIZES) for n in (128, 256))
+    hidden_states = 3 * 4 * 64 * 128
+    assert many.stretches["polishing"] - few.stretches["polishing"] > 2 * hidden_states
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_one(predicted: Callable[..., Footprint], family: str) -> None:
     found = predicted(family, fast=True)
