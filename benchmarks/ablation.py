@@ -27,10 +27,11 @@ import torch
 from torch import nn
 
 import latentize
-from latentize import jobs
 from latentize.convert import descent, draft, methods, polish, position, refine, search, settings
 from latentize.convert.low_rank import joint_svd
 from latentize.convert.rope_split import rorope
+from latentize.jobs import latent
+from latentize.jobs import text as drawn
 
 ROOT = Path(__file__).resolve().parents[1]
 Part = Callable[[], AbstractContextManager[Any]]
@@ -104,7 +105,7 @@ def sizes_by_closed_form() -> AbstractContextManager[Any]:
     def choose(*args: Any, **kwargs: Any) -> Any:
         return original(*args[:4], False, *args[5:], **{k: v for k, v in kwargs.items() if k != "refines"})
 
-    return patch.object(jobs, "choose", choose)
+    return patch.object(latent, "choose", choose)
 
 
 def svd_of_weights() -> AbstractContextManager[Any]:
@@ -114,18 +115,18 @@ def svd_of_weights() -> AbstractContextManager[Any]:
 
 def no_refinement() -> AbstractContextManager[Any]:
     # No steps, not none at all: polish then still finds every head with its own up-projections.
-    original = jobs._effort
+    original = latent._effort
 
     def effort(*args: Any) -> Any:
         found = original(*args)
         return replace(found, refinement=replace(found.refinement, steps=0))
 
-    return patch.object(jobs, "_effort", effort)
+    return patch.object(latent, "_effort", effort)
 
 
 def no_polish() -> AbstractContextManager[Any]:
-    original = jobs._effort
-    return patch.object(jobs, "_effort", lambda *args: replace(original(*args), polish=None))
+    original = latent._effort
+    return patch.object(latent, "_effort", lambda *args: replace(original(*args), polish=None))
 
 
 def sources_inputs() -> AbstractContextManager[Any]:
@@ -155,12 +156,12 @@ def adam() -> AbstractContextManager[Any]:
 
 def one_passage() -> AbstractContextManager[Any]:
     """Calibration text as one long passage instead of from all over the documents."""
-    original = jobs.pack
+    original = drawn.pack
 
     def passage(tokenizer: Any, documents: Iterator[str], **options: Any) -> Any:
         return original(tokenizer, documents, **{**options, "pool": 4 * options["tokens"]})
 
-    return patch.object(jobs, "pack", passage)
+    return patch.object(drawn, "pack", passage)
 
 
 PARTS: dict[str, Part] = {
@@ -183,14 +184,14 @@ PARTS: dict[str, Part] = {
 
 def effort_of(share: float) -> AbstractContextManager[Any]:
     """All training with a share of its steps."""
-    original = jobs._effort
+    original = latent._effort
 
     def effort(*args: Any) -> Any:
         found = original(*args)
         parts = {name: getattr(found, name) for name in ("refinement", "polish")}
         return replace(found, **{n: p and replace(p, steps=max(1, round(share * p.steps))) for n, p in parts.items()})
 
-    return patch.object(jobs, "_effort", effort)
+    return patch.object(latent, "_effort", effort)
 
 
 def measure(model: Path, name: str, keep: str, tokens: int, effort: float) -> dict[str, Any]:

@@ -57,7 +57,9 @@ EVALUATION_TOKENS, DRAFT_TOKENS = 1024, 16_384
 # Half of the cache. One setting, so that no candidates have to be compared: minutes are saved.
 OPTIONS = ["--fast", "--kv-lora-rank", "448", "--qk-rope-head-dim", "64"]
 # As the command line; but small models give freed memory back as large ones do, so that what is held counts.
-CONVERT = "import latentize.cli, latentize.jobs, math; latentize.jobs._KEPT = math.inf; latentize.cli.main()"
+CONVERT = (
+    "import math; from latentize import cli; from latentize.jobs import limits; limits._KEPT = math.inf; cli.main()"
+)
 MLP = {"hidden_size": 512, "intermediate_size": 16_384, "num_attention_heads": 8, "num_key_value_heads": 2}
 MIDDLE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}
 HALF = ["--kv-lora-rank", "224", "--qk-rope-head-dim", "32"]

@@ -14,8 +14,7 @@ from latentize.checkpoint import Checkpoint, Manifest, resolve
 from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, ConfigError, OptionError, OutputError
 from latentize.families import ModelSpec, is_latent, model_spec
-from latentize.jobs import Job, LatentJob, PooledJob
-from latentize.lowering import LowerJob
+from latentize.jobs import Job, LatentJob, LowerJob, PooledJob
 from latentize.recipe import Recipe
 from latentize.report.measurements import is_output, record
 from latentize.report.page import verdict, write_report

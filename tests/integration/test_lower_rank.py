@@ -14,11 +14,11 @@ from tests.common import FP32, SMALL, STREAM, call_cli, last_json, logits, porta
 from tests.latent_models import MIXTURES, mixture, saved
 
 import latentize
-from latentize import lowering
 from latentize.checkpoint import Checkpoint, Manifest
 from latentize.convert.lower_rank import LatentMoments, lower
 from latentize.convert.refine import Refinement
 from latentize.errors import LatentizeError
+from latentize.jobs import lowered
 from latentize.runtime.load import load_model
 
 LOWER: dict[str, Any] = {k: v for k, v in SMALL.items() if k != "dtype"}
@@ -27,7 +27,7 @@ LOWER: dict[str, Any] = {k: v for k, v in SMALL.items() if k != "dtype"}
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer and smaller steps of refinement."""
-    monkeypatch.setattr(lowering, "Refinement", functools.partial(Refinement, steps=24, tokens=256))
+    monkeypatch.setattr(lowered, "Refinement", functools.partial(Refinement, steps=24, tokens=256))
 
 
 @pytest.fixture(scope="module")

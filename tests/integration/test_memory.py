@@ -16,11 +16,11 @@ ARGUMENTS = ("--fast", "--tokens", 2048, "--sequence-length", 2048, "--kv-lora-r
 # As the command line does, with so much of the need as address space beyond what the process has after its imports.
 LIMITED = """
 import resource, sys
-import latentize.jobs, latentize.cli
+import latentize.jobs.limits, latentize.cli
 from latentize.convert.source import SourceModel
 from latentize.machine import memory_room, peak_rss_bytes
 share, certain, *arguments = sys.argv[1:]
-latentize.jobs._CERTAIN = float(certain)
+latentize.jobs.limits._CERTAIN = float(certain)
 check = latentize.jobs.Job._check_memory
 def checked(self, source):
     size = int(open("/proc/self/statm").read().split()[0]) * 4096

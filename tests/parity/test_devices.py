@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 import latentize
 from latentize.convert.descent import Schedule
 
-PACKAGES = ("convert", "calibrate", "heal", "attention", "runtime", "linalg.py", "healing.py", "jobs.py")
+PACKAGES = ("convert", "calibrate", "heal", "attention", "runtime", "linalg.py", "healing.py", "jobs")
 FACTORIES = {
     getattr(torch, name)
     for name in (

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.common import call_cli, pico
 
-from latentize import jobs
+from latentize.jobs import limits
 from latentize.machine import Room
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -242,7 +242,7 @@ def test_what_the_machine_lacks(
     if what == "disk":
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     elif what == "memory":
-        monkeypatch.setattr(jobs, "memory_room", lambda: Room(1 << 20, "a small machine"))
+        monkeypatch.setattr(limits, "memory_room", lambda: Room(1 << 20, "a small machine"))
     else:
         monkeypatch.setattr(os, "access", lambda *_: False)
     code, word = {"disk": ("LZ421", "free"), "memory": ("LZ422", "small"), "folder": ("LZ402", "made")}[what]

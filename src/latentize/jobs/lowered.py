@@ -15,7 +15,8 @@ from latentize.errors import FormatError, OptionError, UnsupportedModelError
 from latentize.families import LatentModel, latent_model
 from latentize.formats.base import FormatWriter
 from latentize.formats.lowered import LoweredWriter, predicts_further
-from latentize.jobs import Job, Text
+from latentize.jobs.job import Job
+from latentize.jobs.text import Text
 from latentize.plan import lower_rank
 from latentize.recipe import Recipe
 
@@ -113,6 +114,9 @@ class LowerJob(Job):
 
     def open(self, device: str) -> SourceModel:
         return LatentSource(self.checkpoint, self.model, device)
+
+    def footprint(self, source: SourceModel) -> None:
+        """Not known."""
 
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
         assert isinstance(source, LatentSource)

@@ -1,0 +1,157 @@
+"""To multi-head latent attention."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from latentize.checkpoint import Journal
+from latentize.convert.allocate import allocate
+from latentize.convert.pipeline import Converted, Effort, convert_latent
+from latentize.convert.polish import Polish
+from latentize.convert.progress import Progress
+from latentize.convert.refine import Refinement
+from latentize.convert.search import choose
+from latentize.convert.settings import Setting, settings
+from latentize.convert.source import SourceModel
+from latentize.errors import FormatError
+from latentize.families import ModelSpec
+from latentize.families.model import FULL
+from latentize.footprint import Footprint, latent_footprint
+from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
+from latentize.formats.native import NativeWriter
+from latentize.jobs.job import Job
+from latentize.jobs.text import Text
+from latentize.recipe import Recipe
+from latentize.spec import mean_over_layers
+
+if TYPE_CHECKING:
+    from latentize.formats.base import FormatWriter
+
+__all__ = ["LatentJob"]
+
+# Steps of refinement where the layers are polished together afterwards, which is then the better use of the time.
+_BEFORE_POLISH = 200
+
+
+class LatentJob(Job):
+    """To multi-head latent attention."""
+
+    def choose_kind(self) -> type[FormatWriter]:
+        allowed = settings(self.recipe, self.spec.attention)
+        kind, self.candidates, self.notes = _format(self.recipe, self.spec, allowed)
+        return kind
+
+    def footprint(self, source: SourceModel) -> Footprint:
+        one_by_one = issubclass(self.kind, NativeWriter) and self.recipe.method == "calibrated"
+        return latent_footprint(
+            self.spec,
+            self.checkpoint,
+            self.recipe,
+            self.candidates,
+            _effort(self.recipe, source),
+            one_by_one=one_by_one,
+            item=self.dtype.itemsize,
+            narrow=source.autocast,
+        )
+
+    def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
+        effort = _effort(self.recipe, source)
+        self.settings, self.scores = self._chosen(source, text, journal, progress)
+        first = self.settings[0]
+        if not isinstance(self.writer, NativeWriter):
+            self.writer.rope_theta = first.rope_theta(self.spec.attention)
+        self.notes += first.approximations(self.spec.attention)
+        if self.spec.kinds:
+            kept, kinds = self.spec.layers - len(self.spec.converted), dict.fromkeys(self.spec.kinds)
+            named = ", ".join(f"'{kind}'" for kind in kinds if kind != FULL)
+            self.notes.append(
+                f"{kept} of {self.spec.layers} layers stay as they are ({named}); cached values are those of the others"
+            )
+        texts = (text.calibration, text.selection, text.evaluation)
+        return convert_latent(source, self.settings, self.writer, *texts, effort, progress, journal)
+
+    def _chosen(
+        self, source: SourceModel, text: Text, journal: Journal, progress: Progress
+    ) -> tuple[list[Setting], list[dict[str, Any]]]:
+        """What :meth:`choose` finds, now or before an interruption."""
+        found = journal.facts("settings")
+        if found is None:
+            chosen, scores = self.choose(source, text, progress)
+            journal.note("settings", {"layers": [asdict(setting) for setting in chosen], "scores": scores})
+            return chosen, scores
+        return [Setting(**entries) for entries in found["layers"]], found["scores"]
+
+    def choose(self, source: SourceModel, text: Text, progress: Progress) -> tuple[list[Setting], list[dict[str, Any]]]:
+        """A setting for each layer, and what was compared; sizes of their own where the format holds them and nobody
+        has fixed them."""
+        options = (source, self.candidates, text.calibration, text.selection, self.recipe.refines, progress)
+        one_by_one = isinstance(self.writer, NativeWriter) and self.recipe.method == "calibrated"
+        if one_by_one and self.recipe.sizes is None and len(self.spec.converted) > 1:
+            sized, prices = allocate(*options)
+            by_layer = dict(zip(self.spec.converted, sized, strict=True))
+            # Layers that stay have an entry that nothing reads.
+            chosen = [by_layer.get(layer, sized[0]) for layer in range(self.spec.layers)]
+            found = zip(self.spec.converted, prices, strict=True)
+            return chosen, [{"layer": layer, "selection_kl_by_rank": priced} for layer, priced in found]
+        best, scores = choose(*options)
+        return [best] * self.spec.layers, [{**s.describe(), "selection_kl": kl} for s, kl in scores]
+
+    def shape(self) -> dict[str, Any]:
+        settings = [self.settings[layer] for layer in self.spec.converted]
+        described = [setting.describe() for setting in settings]
+        common = {k: v for k, v in described[0].items() if all(d.get(k) == v for d in described)}
+        values = mean_over_layers([setting.cache_values for setting in settings])
+        return {
+            "method": self.recipe.method,
+            "setting": common,
+            "kv_lora_rank": mean_over_layers([setting.kv_lora_rank for setting in settings]),
+            "qk_rope_head_dim": mean_over_layers([setting.qk_rope_head_dim for setting in settings]),
+            "rope_theta": self.writer.rope_theta,
+            "cache_values_per_token_layer": values,
+            "keep": values / self.spec.cache_values,
+        }
+
+    def layer_shapes(self) -> list[dict[str, Any]]:
+        sizes = ("kv_lora_rank", "qk_rope_head_dim")
+        made = [{size: getattr(setting, size) for size in sizes} for setting in self.settings]
+        return [
+            {"kept": self.spec.kind(layer)} if self.spec.layer_attention(layer) is None else entries
+            for layer, entries in enumerate(made)
+        ]
+
+
+def _format(
+    recipe: Recipe, spec: ModelSpec, candidates: list[Setting]
+) -> tuple[type[FormatWriter], list[Setting], list[str]]:
+    """The writer, the settings that it can hold, and why not the portable one if it was not asked for."""
+    # The native format chooses from the source's own frequencies, and keeps biases.
+    free = [s for s in candidates if s.method != "calibrated" or s.on_source_frequencies(spec.attention)]
+    if recipe.format == "native":
+        return NativeWriter, free, []
+    portable = [setting for setting in candidates if not portable_reasons(spec, setting)]
+    if portable:
+        return DeepseekWriter, portable, []
+    ladders = [setting for setting in candidates if setting.stride is not None]
+    reasons = portable_reasons(spec, (ladders or candidates)[-1])
+    if recipe.format == "deepseek_v3":
+        raise FormatError(
+            "the deepseek_v3 format cannot hold this: " + "; ".join(reasons),
+            where="--format deepseek_v3",
+            fix="use --format native (or auto)",
+        )
+    return NativeWriter, free, [f"native format, because {reason}" for reason in reasons]
+
+
+def _effort(recipe: Recipe, source: SourceModel) -> Effort:
+    """What is done beyond the closed form. The order of the sequences follows from the seed."""
+    if not recipe.refines:
+        return Effort()
+    # The whole model has to be in memory for it, and moves at every step.
+    polish = not source.large if recipe.polish is None else recipe.polish
+    model = (source.spec.attention.hidden_size, recipe.sequence_length)
+    refinement = Refinement(seed=recipe.seed)
+    if not polish:
+        return Effort(refinement.suited(*model))
+    before = replace(refinement, steps=_BEFORE_POLISH)
+    return Effort(before.suited(*model), Polish(seed=recipe.seed).suited(*model))

@@ -1,0 +1,70 @@
+"""The text of a conversion: what is learnt from, what choices are made on, what is reported."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentize.calibrate.text import documents
+from latentize.calibrate.tokenizer import load_tokenizer
+from latentize.calibrate.tokens import Passages, pack
+from latentize.recipe import Recipe
+
+__all__ = ["Text", "draw_text"]
+
+
+@dataclass
+class Text:
+    """Three disjoint sets of tokens.
+
+    Attributes:
+        calibration: For statistics, and to learn from.
+        selection: For choices.
+        evaluation: For the numbers that are reported.
+    """
+
+    calibration: Passages
+    selection: Passages
+    evaluation: Passages
+
+    def digest(self) -> str:
+        """Of all tokens and positions."""
+        parts = (t for p in (self.calibration, self.selection, self.evaluation) for t in (p.tokens_NT, p.positions_NT))
+        found = hashlib.sha256()
+        for part in parts:
+            found.update(str(tuple(part.shape)).encode() + part.to(torch.int64).contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+
+def draw_text(folder: Path, recipe: Recipe, context: int, *, trust_remote_code: bool = False) -> Text:
+    """The text of a recipe, in the tokens of the model in ``folder``.
+
+    What is learnt from, and what choices are made on, is spread over a context; what is reported is as it is written.
+
+    Args:
+        folder: With the tokenizer.
+        recipe: Says how much.
+        context: Positions that the model is made for.
+        trust_remote_code: Whether code of the tokenizer may be run.
+    """
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    length = recipe.sequence_length
+
+    def draw(split: str, tokens: int, seed: int = 0) -> Tensor:
+        stream = documents(recipe.data, split)  # type: ignore[arg-type]
+        return pack(tokenizer, stream, tokens=tokens, sequence_length=length, seed=seed)
+
+    rows = draw("calibration", recipe.calibration_tokens + recipe.selection_tokens, recipe.seed)
+    held = max(1, min(recipe.selection_tokens // length, len(rows) // 4)) if len(rows) > 1 else 0
+    # One sequence alone has to serve for everything.
+    selection, calibration = rows[: held or 1], rows[held : held + max(1, recipe.calibration_tokens // length)]
+    context = min(context, recipe.reach)
+    return Text(
+        calibration=Passages.spread(calibration, context, seed=recipe.seed),
+        selection=Passages.spread(selection, context, seed=recipe.seed + 1),
+        evaluation=Passages.contiguous(draw("heldout", recipe.held_out_tokens)),
+    )
