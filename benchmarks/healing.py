@@ -56,7 +56,6 @@ PARTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "10 times the tokens": ("calibrated", {"tokens": 10 * SLIVER}),
         "10 times the tokens, int4 simulated": ("calibrated", {"tokens": 10 * SLIVER, "cache": "int4"}),
         "10 times the tokens, all": ("calibrated", {"tokens": 10 * SLIVER, "train": "all", "rate": 0.005}),
-        "20 times the tokens, all": ("calibrated", {"tokens": 20 * SLIVER, "train": "all", "rate": 0.005}),
     },
     "curve": curve(),
 }
