@@ -75,10 +75,14 @@ class _Shapes:
     item: int
     narrow: bool
 
-    def stream(self, tokens: int) -> int:
-        """Hidden states, float32: whole sequences, at least one."""
+    def whole(self, tokens: int) -> int:
+        """Tokens of the whole sequences among so many, at least of one."""
         length = self.recipe.sequence_length
-        return 4 * max(1, tokens // length) * length * self.spec.attention.hidden_size
+        return max(1, tokens // length) * length
+
+    def stream(self, tokens: int) -> int:
+        """Hidden states, float32."""
+        return 4 * self.whole(tokens) * self.spec.attention.hidden_size
 
     def layers(self) -> list[int]:
         """Every layer, as stored and as it runs; what runs as it is stored is not copied."""
@@ -111,13 +115,11 @@ class _Shapes:
         return tokens * (copies * inside + 12 * a.hidden_size) + cast
 
     def forward(self) -> int:
-        length = self.recipe.sequence_length
-        return self.activations(max(1, tokens_at_once(self.spec, narrow=self.narrow) // length) * length, _FORWARD)
+        return self.activations(self.whole(tokens_at_once(self.spec, narrow=self.narrow)), _FORWARD)
 
     def step(self, schedule: Schedule) -> int:
         """Tokens of a step of training."""
-        length = self.recipe.sequence_length
-        return min(schedule.sequences(length), max(1, self.recipe.calibration_tokens // length)) * length
+        return min(self.whole(schedule.tokens), self.whole(self.recipe.calibration_tokens))
 
     def statistics(self, setting: Setting, item: int = 8) -> int:
         """Of one layer."""

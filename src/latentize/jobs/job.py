@@ -61,7 +61,6 @@ class Job(ABC):
         self.settings: list[Setting] = []
         self.notes: list[str] = []
         self.scores: list[dict[str, Any]] = []
-        self.memory = MemoryNeed(None, keeps_freed=False)
         self.kind: type[FormatWriter] = self.choose_kind()
         if trust_remote_code and checkpoint.config.get("auto_map") and self.kind is not DeepseekWriter:
             raise FormatError(
@@ -69,6 +68,7 @@ class Job(ABC):
                 where="config.json, auto_map",
                 fix="choose what --format deepseek_v3 can hold; that needs no code",
             )
+        self.memory: MemoryNeed
         self.writer: FormatWriter
 
     @abstractmethod
@@ -116,8 +116,9 @@ class Job(ABC):
     def _check_memory(self, source: SourceModel) -> None:
         """Refuse where memory will surely not suffice; on a device that has its own nothing is predicted."""
         predicted = self.footprint(source) if source.device == "cpu" else None
-        self.memory = MemoryNeed(None, keeps_freed=not source.large)
-        if predicted is not None:
+        if predicted is None:
+            self.memory = MemoryNeed(None, keeps_freed=not source.large)
+        else:
             self.memory = require_memory(predicted, self.recipe, large=source.large)
 
     def _check_room(self, out: Path) -> None:

@@ -42,15 +42,19 @@ class LatentJob(Job):
         kind, self.candidates, self.notes = _format(self.recipe, self.spec, allowed)
         return kind
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every layer may be sized for itself."""
+        return issubclass(self.kind, NativeWriter) and self.recipe.method == "calibrated"
+
     def footprint(self, source: SourceModel) -> Footprint:
-        one_by_one = issubclass(self.kind, NativeWriter) and self.recipe.method == "calibrated"
         return latent_footprint(
             self.spec,
             self.checkpoint,
             self.recipe,
             self.candidates,
             _effort(self.recipe, source),
-            one_by_one=one_by_one,
+            one_by_one=self.one_by_one,
             item=self.dtype.itemsize,
             narrow=source.autocast,
         )
@@ -86,8 +90,7 @@ class LatentJob(Job):
         """A setting for each layer, and what was compared; sizes of their own where the format holds them and nobody
         has fixed them."""
         options = (source, self.candidates, text.calibration, text.selection, self.recipe.refines, progress)
-        one_by_one = isinstance(self.writer, NativeWriter) and self.recipe.method == "calibrated"
-        if one_by_one and self.recipe.sizes is None and len(self.spec.converted) > 1:
+        if self.one_by_one and self.recipe.sizes is None and len(self.spec.converted) > 1:
             sized, prices = allocate(*options)
             by_layer = dict(zip(self.spec.converted, sized, strict=True))
             # Layers that stay have an entry that nothing reads.
