@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from latentize.checkpoint import Checkpoint
 from latentize.checkpoint.writer import SHARD_BYTES
-from latentize.convert.allocate import STREAM_BYTES, TRIED
+from latentize.convert.allocate import STREAM_BYTES, TRIAL_TOKENS
 from latentize.convert.descent import Schedule
-from latentize.convert.pipeline import RMS_TOKENS, Effort
+from latentize.convert.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
 from latentize.convert.search import SEARCH_TOKENS
 from latentize.convert.settings import Setting
 from latentize.convert.source import MULTIPLIED, VOCAB_AT_ONCE, tokens_at_once
@@ -196,7 +196,8 @@ def latent_footprint(
     calibration = of.stream(recipe.calibration_tokens)
     widest = max(settings, key=lambda setting: of.latent(setting, 1))
     layer = max(of.layers())
-    own = calibration + (calibration if refines else of.stream(min(recipe.calibration_tokens, RMS_TOKENS)))
+    drafted = of.stream(min(recipe.calibration_tokens, REFINED_TOKENS if refines else RMS_TOKENS))
+    own = calibration + drafted
     # The source, the result, and what a layer was on its way.
     texts = of.stream(recipe.held_out_tokens) * (2 + refines + widest.linear)
     gathered = of.statistics(widest, _GATHERED) + of.forward()
@@ -210,28 +211,28 @@ def latent_footprint(
         trained = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
         trained += of.activations(of.step(effort.refinement), _BACKWARD)
         # What a layer adds is there beside the target; both are as large as the text.
-        stretches["refining layers"] = waiting + calibration + max(calibration + trained, settled)
+        stretches["refining layers"] = waiting + drafted + max(drafted + trained, settled)
     if effort.polish is not None:
         each = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
         graph = spec.layers * of.activations(of.step(effort.polish), _BACKWARD)
         table = of.comparison(of.stream(recipe.selection_tokens))
         stretches["polishing"] = 3 * calibration + sum(of.layers()) + spec.layers * each + graph + table
     if len(settings) > 1:
-        stretches["choosing sizes"] = _choice(of, settings, refines, one_by_one) + layer + max(settled, of.forward())
+        stretches["choosing sizes"] = _choice(of, settings, one_by_one) + layer + max(settled, of.forward())
     stretches["comparing"] = of.comparison(texts)
     stretches["the embedding"] = of.top()
     return Footprint(stretches)
 
 
-def _choice(of: _Shapes, settings: Sequence[Setting], refines: bool, one_by_one: bool) -> int:
+def _choice(of: _Shapes, settings: Sequence[Setting], one_by_one: bool) -> int:
     """Texts, and what is kept of each layer, while settings are compared."""
     search, selection = of.stream(SEARCH_TOKENS), of.stream(of.recipe.selection_tokens)
+    # The text as it enters a layer, as it leaves it, what the attention adds, and what it should add.
+    alone = 5 * search
     if one_by_one and of.recipe.sizes is None:
-        trials = min(STREAM_BYTES, of.spec.layers * len(TRIED) * selection)
-        return (4 if refines else 2) * search + trials + 3 * selection
-    sizes = {(s.kv_lora_rank, s.qk_rope_head_dim) for s in settings}
-    compared = len(sizes) * (2 if refines else 1)
-    if compared == 1:
-        return search
-    observed = 0 if refines or of.narrow else of.spec.layers * of.statistics(settings[0])
-    return (1 + compared + 2 * refines) * search + (1 + compared) * selection + observed
+        trials = of.spec.layers * of.stream(min(TRIAL_TOKENS, of.recipe.selection_tokens))
+        return alone + trials if trials < STREAM_BYTES else alone + STREAM_BYTES
+    if of.recipe.method == "calibrated":
+        trained = max(of.latent(setting, 4 * _TRAINED + 8, expanded=True) for setting in settings)
+        return alone + trained
+    return 2 * search + (1 + len(settings)) * selection

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from latentize.api import open_source
-from latentize.convert.progress import silent
-from latentize.convert.search import best_strides, choose
+from latentize.convert.search import choose, choose_by_layers, likely_ladders, looked_at
 from latentize.convert.settings import Setting, settings
 from latentize.convert.source import SourceModel
 from latentize.jobs import draw_text
@@ -26,21 +25,53 @@ def model(source: Callable[..., Path], text: str):
     return SourceModel(checkpoint, spec), ladders, draw_text(checkpoint.folder, recipe, spec.max_positions)
 
 
-@pytest.mark.parametrize("refines", [False, True])
-def test_each_size_has_its_cheapest_ladder_and_with_refinement_the_widest(model, refines: bool) -> None:
+def test_each_size_has_its_cheapest_ladders_and_the_fastest_frequencies(model) -> None:
     source, ladders, text = model
-    found = best_strides(source, ladders, text.calibration, refines, silent)
+    found = likely_ladders(source, ladders, text.calibration)
     sizes = {(s.kv_lora_rank, s.qk_rope_head_dim) for s in ladders}
     for rank, rope in sizes:
         mine = [s.stride for s in found if (s.kv_lora_rank, s.qk_rope_head_dim) == (rank, rope)]
-        assert 1 <= len(mine) == len(set(mine)) <= (2 if refines else 1)
-        assert not refines or max(1.0, 16 / rope) in mine
+        assert 1 <= len(mine) == len(set(mine)) <= 3
+        assert 1.0 in mine
+
+
+@pytest.mark.parametrize("refines", [False, True])
+def test_the_setting_that_costs_layers_least_is_taken(model, refines: bool) -> None:
+    source, ladders, text = model
+    best, scores = choose_by_layers(source, ladders, text.calibration, refines)
+    assert len(scores) == 3 if refines else len(scores) > 3
+    assert best == min(scores, key=lambda pair: pair[1])[0]
+    assert all(0 < error < 1 for _, error in scores)
+
+
+def test_what_costs_layers_least_is_nearest_to_the_source(model) -> None:
+    """The cheap comparison agrees with the dear one: its choice is among the better half of all."""
+    source, ladders, text = model
+    likely = likely_ladders(source, ladders, text.calibration)
+    best, _ = choose_by_layers(source, ladders, text.calibration, refines=False)
+    _, scores = choose(source, likely, text.calibration, text.selection)
+    better = sorted(scores, key=lambda pair: pair[1])[: len(scores) // 2]
+    assert best in [setting for setting, _ in better]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([3], [3]),
+        (range(6), [0, 1, 2, 3, 4, 5]),
+        (range(30), [0, 4, 8, 12, 17, 21, 25, 29]),
+        ([5, 11, 17], [5, 11, 17]),
+    ],
+)
+def test_choices_are_made_on_layers_from_all_over(layers, expected: list[int]) -> None:
+    assert looked_at(list(layers)) == expected
 
 
 def test_the_best_of_those_compared_is_taken(model) -> None:
-    source, ladders, text = model
-    best, scores = choose(source, ladders, text.calibration, text.selection)
-    assert len(scores) >= 2
+    source, _, text = model
+    folded = [Setting("transmla", 20, 8, freqfold=2), Setting("transmla", 24, 4, freqfold=4)]
+    best, scores = choose(source, folded, text.calibration, text.selection)
+    assert [setting for setting, _ in scores] == folded
     assert best == min(scores, key=lambda pair: pair[1])[0]
     assert all(kl > 0 for _, kl in scores)
 
@@ -49,3 +80,4 @@ def test_one_candidate_needs_no_comparison(model) -> None:
     source, _, text = model
     only = Setting("transmla", 20, 8, freqfold=2)
     assert choose(source, [only], text.calibration, text.selection) == (only, [])
+    assert choose_by_layers(source, [only], text.calibration, refines=True) == (only, [])

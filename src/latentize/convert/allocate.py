@@ -1,9 +1,9 @@
 """Sizes layer by layer, for a format that can hold them: values go where losing them costs most.
 
-Each layer is converted alone, with a short refinement, in a model that is otherwise the source's; its price at a size
-is the KL of that model's predictions on held-out calibration text. While errors are small their prices add up, so the
-best sizes for a given total are those where one value more is worth the same in every layer. Values move between
-layers until that is so.
+Each layer is converted alone, in a model that is otherwise the source's. Its price at an equal share is the KL of that
+model's predictions on held-out calibration text; at another rank it changes as the error does that the layer makes in
+the residual stream, after a short refinement. While errors are small prices add up, so the best sizes for a given
+total are those where one value more is worth the same in every layer. Values move between layers until that is so.
 
 N sequences, T tokens, D hidden.
 """
@@ -17,26 +17,24 @@ from dataclasses import replace
 import torch
 
 from latentize.attention.module import LatentAttention
-from latentize.calibrate.stats import Needed
 from latentize.calibrate.tokens import Passages
-from latentize.convert.draft import Draft, observe
+from latentize.convert.draft import alone, observe
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import compare_streams
-from latentize.convert.refine import Refinement
 from latentize.convert.search import SEARCH_TOKENS, short_refinement
 from latentize.convert.settings import Setting
-from latentize.convert.source import SourceLayer, SourceModel, Stream
+from latentize.convert.source import SourceModel
 from latentize.spec import AttentionSpec
 
-__all__ = ["STREAM_BYTES", "TRIED", "allocate", "exchange", "price"]
+__all__ = ["STREAM_BYTES", "TRIAL_TOKENS", "TRIED", "allocate", "exchange", "price"]
 
 # Ranks that are tried, and the least and the most that a layer may get, relative to an equal share.
 TRIED = (0.5, 1.0, 1.5)
 _LEAST, _MOST = 0.25, 2.0
 # Steps that a rank is made of, at least, and what a move has to gain: rounding must not decide.
 _FINENESS, _WORTH = 12, 1e-9
-# Bounds the hidden states of all trials: one held-out text for each layer and size.
-STREAM_BYTES = 1 << 30
+# Held-out tokens that prices are measured on, and a bound on the hidden states of all layers' trials.
+TRIAL_TOKENS, STREAM_BYTES = 2048, 1 << 30
 
 
 @torch.no_grad()
@@ -64,79 +62,46 @@ def allocate(
     """
     spec, layers = source.spec.attention, source.spec.layers
     needed = candidates[0].needs(spec)
-    a_sequence = 4 * selection.length * spec.hidden_size * layers * len(TRIED)
-    own = source.embed(calibration[: max(1, SEARCH_TOKENS // calibration.length)])
-    selection = selection[: max(1, STREAM_BYTES // a_sequence)]
-    reference = source.embed(selection)
-    equal, trials = [], []
+    calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
+    short = short_refinement(calibration.length)
+    none = replace(short, steps=0)
+    fitting = min(TRIAL_TOKENS // selection.length, STREAM_BYTES // (4 * selection.length * spec.hidden_size * layers))
+    selection = selection[: max(1, fitting)]
+    own, reference = source.embed(calibration), source.embed(selection)
+    equal, trials, errors = [], [], []
     for layer in source.layers():
         for trial in trials:
-            for hidden in trial.values():
-                layer.run(hidden)
+            layer.run(trial, fast=True)
         if layer.spec is None:
-            layer.run(own)
-            layer.run(reference)
+            layer.run(own, fast=True)
+            layer.run(reference, fast=True)
             continue
-        alone = _Alone(layer, own, reference, needed, short_refinement(refines))
-        made = {setting: alone.converted(setting) for setting in candidates}
-        wrong = {setting: _wrong(hidden, reference) for setting, hidden in made.items()}
+        text, trial = own.clone(), reference.clone()
+        seen = observe(layer, own, needed, residual=len(own))
+        layer.run(reference, fast=True)
+
+        wrong = {setting: alone(layer, text, seen, setting, none).after for setting in candidates}
         best = min(wrong, key=wrong.__getitem__)
-        tried = [replace(best, kv_lora_rank=rank) for rank in sorted({_rank(best, x, spec) for x in TRIED})]
+        ranks = sorted({_rank(best, share, spec) for share in TRIED} | {best.kv_lora_rank})
+        how = short if refines else none
+        tried = {rank: alone(layer, text, seen, replace(best, kv_lora_rank=rank), how) for rank in ranks}
+        layer.run(trial, LatentAttention.from_weights(tried[best.kv_lora_rank].weights), fast=True)
         equal.append(best)
-        trials.append({s.kv_lora_rank: made[s] if s in made else alone.converted(s) for s in tried})
+        trials.append(trial)
+        errors.append({rank: made.after for rank, made in tried.items()})
         progress("sizing layers", layer.index + 1, layers)
-        del layer, alone, made
+        del layer, seen, text, tried
     del own
     logits, vocab = source.head(), source.spec.vocab_size
     tokens_NT, right_NTD = selection.tokens_NT, reference.hidden_NTD
     prices = []
-    for trial in trials:
-        quality = {
-            rank: compare_streams(made.hidden_NTD, right_NTD, tokens_NT, logits, vocab_size=vocab)
-            for rank, made in trial.items()
-        }
-        prices.append({rank: found.kl / found.tokens for rank, found in quality.items()})
+    for setting, trial, error in zip(equal, trials, errors, strict=True):
+        found = compare_streams(trial.hidden_NTD, right_NTD, tokens_NT, logits, vocab_size=vocab)
+        one = max(found.kl, 0.0) / found.tokens / max(error[setting.kv_lora_rank], 1e-12)
+        prices.append({rank: one * wrong for rank, wrong in error.items()})
     bounds = [(_rank(setting, _LEAST, spec), _rank(setting, _MOST, spec)) for setting in equal]
     ranks = exchange([setting.kv_lora_rank for setting in equal], [price(measured) for measured in prices], bounds)
     return [replace(setting, kv_lora_rank=rank) for setting, rank in zip(equal, ranks, strict=True)], prices
-
-
-class _Alone:
-    """One layer, converted in a model that is otherwise the source. Takes both texts through it, as the source's.
-
-    Args:
-        layer: The layer.
-        own: Calibration text as it enters, then as it leaves.
-        reference: Held-out text as it enters, then as it leaves.
-        needed: Statistics.
-        refinement: How it is refined, or ``None``.
-    """
-
-    def __init__(
-        self,
-        layer: SourceLayer,
-        own: Stream,
-        reference: Stream,
-        needed: Needed,
-        refinement: Refinement | None,
-    ) -> None:
-        self.layer, self.refinement = layer, refinement
-        self.entering, self.before = own.clone(), reference.clone()
-        self.seen = observe(layer, own, needed, residual=refinement is not None)
-        layer.run(reference)
-
-    def converted(self, setting: Setting) -> Stream:
-        """Held-out text as it leaves the converted layer."""
-        weights = Draft(self.refinement, self.entering).convert(self.layer, self.seen, setting).refined
-        text = self.before.clone()
-        self.layer.run(text, LatentAttention.from_weights(weights.to(torch.float32)))
-        return text
-
-
-def _wrong(text: Stream, reference: Stream) -> float:
-    wrong = float((text.hidden_NTD - reference.hidden_NTD).double().square().sum())
-    # A setting that overflows is worse than any that does not.
-    return wrong if wrong == wrong else math.inf
 
 
 def _rank(setting: Setting, share: float, spec: AttentionSpec) -> int:

@@ -1,8 +1,8 @@
-"""The optimiser that refinement and polish share: Muon for matrices, Adam for the few vectors.
+"""The optimiser that refinement and polish share: Adam with steps relative to each tensor.
 
-Every step is relative: ``rate`` times the root mean square singular value of a matrix (the root mean square of a
-vector), in all directions alike. So one rate serves tensors of any scale, and those of a factorisation, whose
-scales are arbitrary.
+A full step moves the entries of a tensor by about ``rate`` times their root mean square. So one rate serves tensors of
+any scale, and those of a factorisation, whose scales are arbitrary; and a step costs in proportion to what is trained,
+at any width.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Decay", "Descent", "Schedule"]
+__all__ = ["Decay", "Descent", "Muon", "Schedule"]
 
-_MOMENTUM = 0.9
-# Hidden size that the numbers of a schedule are meant for, and how many times as many tokens a step has at most.
-_NARROW, _WIDEST = 256, 4
-_BETAS = (0.9, 0.95)
+_BETAS, _MOMENTUM = (0.9, 0.99), 0.9
 Decay = Literal["linear", "cosine", "1-sqrt"]
 
 
@@ -44,17 +41,13 @@ class Schedule:
     decay: Decay = "linear"
     seed: int = 0
 
-    def suited(self, hidden_size: int, length: int) -> Self:
-        """The same text in steps that suit a model: more tokens each where a step itself costs more.
-
-        Muon orthogonalises every matrix at each step, for the price of some four tokens a row. A step also takes a
-        whole sequence at least. The rate goes with the root of the tokens, as the noise of their gradient does.
+    def suited(self, length: int) -> Self:
+        """The same text in steps of at least one whole sequence; the rate goes with the root of a step's tokens.
 
         Args:
-            hidden_size: Width of the model.
             length: Tokens of a sequence.
         """
-        share = max(min(_WIDEST, hidden_size / _NARROW), length / self.tokens, 1.0)
+        share = max(length / self.tokens, 1.0)
         tokens, steps = round(self.tokens * share), max(1, round(self.steps / share))
         return replace(self, tokens=tokens, steps=steps, rate=self.rate * share**0.5)
 
@@ -89,7 +82,7 @@ class Schedule:
 
 
 class Descent:
-    """Muon (Jordan et al., 2024) with relative steps.
+    """Adam with relative steps.
 
     Args:
         parameters: What to train.
@@ -97,19 +90,16 @@ class Descent:
 
     Attributes:
         taken: Steps so far.
-        optimisers: Of matrices, and of the rest.
+        optimisers: What steps; groups have the ``size`` that their steps are relative to.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], schedule: Schedule) -> None:
         self.parameters = [p for p in parameters if p.numel()]
         self._schedule, self.taken = schedule, 0
-        matrices = [_group(p) for p in self.parameters if p.ndim == 2]
-        vectors = [_group(p) for p in self.parameters if p.ndim != 2]
-        self.optimisers: list[torch.optim.Optimizer] = []
-        if matrices:
-            self.optimisers.append(torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, momentum=_MOMENTUM))
-        if vectors:
-            self.optimisers.append(torch.optim.Adam(vectors, lr=0.0, betas=_BETAS))
+        self.optimisers = self._optimisers()
+
+    def _optimisers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.Adam([_by_entries(p) for p in self.parameters], lr=0.0, betas=_BETAS, fused=True)]
 
     def step(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """One step down: ``output`` is a loss, or comes with the gradient of a loss by it."""
@@ -128,12 +118,36 @@ class Descent:
         self.taken += 1
 
 
-def _group(parameter: nn.Parameter) -> dict:
+class Muon(Descent):
+    """Muon (Jordan et al., 2024) for matrices, Adam for the few vectors, both with relative steps.
+
+    A matrix moves by ``rate`` times its root mean square singular value, in all directions alike. Each step
+    orthogonalises every matrix, for the price of some four tokens a row: for long training, not for short.
+    """
+
+    def _optimisers(self) -> list[torch.optim.Optimizer]:
+        matrices = [_by_directions(p) for p in self.parameters if p.ndim == 2]
+        vectors = [_by_entries(p) for p in self.parameters if p.ndim != 2]
+        found: list[torch.optim.Optimizer] = []
+        if matrices:
+            found.append(torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, momentum=_MOMENTUM))
+        if vectors:
+            found.append(torch.optim.Adam(vectors, lr=0.0, betas=(0.9, 0.95)))
+        return found
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """One that is sharded is measured as a whole."""
     p = parameter.detach()
-    # One that is sharded is measured as a whole.
-    p = getattr(p, "full_tensor", lambda: p)()
-    if p.ndim != 2:
-        return {"params": [parameter], "size": float(p.square().mean().sqrt())}
+    return getattr(p, "full_tensor", lambda: p)()
+
+
+def _by_entries(parameter: nn.Parameter) -> dict:
+    return {"params": [parameter], "size": float(_whole(parameter).square().mean().sqrt())}
+
+
+def _by_directions(parameter: nn.Parameter) -> dict:
+    p = _whole(parameter)
     rows, columns = p.shape
     # torch's Muon enlarges the steps of tall matrices; here all have the size that is asked for.
     tall = max(1.0, rows / columns) ** 0.5

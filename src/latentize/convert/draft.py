@@ -5,6 +5,7 @@ N sequences, T tokens, D hidden.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,11 +16,11 @@ from latentize.attention.latent import LatentWeights
 from latentize.calibrate.stats import CalibrationStats, Needed, gather
 from latentize.convert.kept import Made, Once, at_once
 from latentize.convert.methods import Conversion, conversion
-from latentize.convert.refine import Refinement, expand_heads, refine
+from latentize.convert.refine import Refined, Refinement, expand_heads, refine, token_energy
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, Stream
 
-__all__ = ["Draft", "DraftedLayer", "Seen", "observe"]
+__all__ = ["Draft", "DraftedLayer", "Seen", "alone", "observe", "refined_layer"]
 
 _DISTANCE_TOKENS = 16_384
 
@@ -30,7 +31,7 @@ class Seen:
 
     Attributes:
         stats: Statistics of the attention's inputs.
-        residual_NTD: The residual stream after the attention; where it was asked for.
+        residual_NTD: The residual stream after the attention, of as many sequences as were asked for.
     """
 
     stats: CalibrationStats
@@ -51,23 +52,73 @@ class DraftedLayer(NamedTuple):
     news: str = ""
 
 
-def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: bool = False) -> Seen:
-    """Advance the source's calibration stream through a layer that will be converted."""
+def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int = 0) -> Seen:
+    """Advance the source's calibration stream through a layer that will be converted.
+
+    Args:
+        layer: The layer.
+        text: Hidden states that enter it; in place.
+        needed: Which statistics to gather.
+        residual: Of how many sequences, the first ones, the residual stream after the attention is kept.
+    """
     assert layer.weights is not None and layer.spec is not None
-    kept = torch.empty_like(text.hidden_NTD) if residual else None
+    kept = torch.empty_like(text.hidden_NTD[:residual]) if residual else None
     jumps, reach = text.jumps(), text.reach
     total: CalibrationStats | None = None
     # What is refined does not need the last digits of where it starts.
-    for rows, x_BTD, after_BTD in layer.stream(text, fast=residual or layer.rough):
+    for rows, x_BTD, after_BTD in layer.stream(text, fast=residual > 0 or layer.rough):
         # Distances settle early, and cost more than everything else.
         enough = total is not None and total.tokens >= _DISTANCE_TOKENS
         wanted = replace(needed, distances=needed.distances and not enough)
         part = gather(x_BTD, layer.weights, layer.spec, wanted, text.positions_NT[rows] if jumps else None, reach)
         total = part if total is None else total + part
-        if kept is not None:
-            kept[rows] = after_BTD
+        if kept is not None and rows.start < residual:
+            kept[rows] = after_BTD[: residual - rows.start]
     assert total is not None
     return Seen(total, kept)
+
+
+def refined_layer(layer: SourceLayer, text: Stream, seen: Seen, start: LatentWeights, how: Refinement) -> Refined:
+    """A layer, refined on a text.
+
+    Args:
+        layer: The source's.
+        text: The calibration text as it enters the layer: what the converted layers before it have made.
+        seen: What the source's layer does with the same text, the residual stream too.
+        start: The closed form.
+        how: Steps and rates.
+    """
+    hidden_NTD, residual_NTD = text.hidden_NTD, seen.residual_NTD
+    assert residual_NTD is not None
+    return refine(
+        expand_heads(start),
+        lambda rows: layer.normalise(hidden_NTD[rows]),
+        residual_NTD - hidden_NTD,
+        token_energy(residual_NTD, hidden_NTD),
+        how,
+        positions_NT=text.positions_NT,
+        autocast=layer.fast_matmul,
+        added=layer.added,
+    )
+
+
+def alone(layer: SourceLayer, text: Stream, seen: Seen, setting: Setting, how: Refinement) -> Refined:
+    """A layer converted with a setting, in a model that is otherwise the source's.
+
+    Args:
+        layer: The source's.
+        text: The calibration text as it enters the layer in the source.
+        seen: What the layer does with it, the residual stream too.
+        setting: What to try.
+        how: Steps and rates; no steps for the closed form.
+
+    Returns:
+        What became of it. An error that is not a number is infinite: what overflows is worse than all that does not.
+    """
+    assert layer.weights is not None and layer.spec is not None
+    closed = conversion(layer.weights, layer.spec, seen.stats, setting)
+    found = refined_layer(layer, text, seen, closed.weights, how)
+    return found._replace(after=found.after if found.after == found.after else math.inf)
 
 
 class Draft:
@@ -88,19 +139,10 @@ class Draft:
         closed = conversion(layer.weights, layer.spec, seen.stats, setting)
         if self.refinement is None:
             return DraftedLayer(closed, closed.weights)
-        how, hidden_NTD, residual_NTD = self.refinement, self.text.hidden_NTD, seen.residual_NTD
-        assert residual_NTD is not None
+        how = self.refinement
 
         def make() -> Made:
-            found = refine(
-                expand_heads(closed.weights),
-                lambda rows: layer.normalise(hidden_NTD[rows]),
-                residual_NTD - hidden_NTD,
-                how,
-                positions_NT=self.text.positions_NT,
-                autocast=layer.fast_matmul,
-                added=layer.added,
-            )
+            found = refined_layer(layer, self.text, seen, closed.weights, how)
             return [found.weights], f"error {found.before:.4f} → {found.after:.4f}"
 
         (refined,), news = once(make)

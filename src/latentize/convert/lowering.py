@@ -17,7 +17,7 @@ from latentize.convert.latent_source import ATTENTION, LatentLayer, LatentSource
 from latentize.convert.lower_rank import LatentMoments, Lowered, lower
 from latentize.convert.pipeline import CLOSED, Converted, LayerResult, MadeLayer, Sink, run_through
 from latentize.convert.progress import Progress, silent
-from latentize.convert.refine import Refinement, descend
+from latentize.convert.refine import Refinement, descend, token_energy
 from latentize.convert.source import SourceLayer, Stream
 
 __all__ = ["LoweredLayer", "lower_model"]
@@ -155,7 +155,8 @@ def _refine(
         return layer.attend(attention, whole, layer.normalise(hidden_NTD[rows]), positions_NT[rows])
 
     target_NTD = residual_NTD - hidden_NTD
-    before, after = descend(list(parameters.values()), made, target_NTD, how, autocast=layer.fast_matmul)
+    energy_NT = token_energy(residual_NTD, hidden_NTD)
+    before, after = descend(list(parameters.values()), made, target_NTD, energy_NT, how, autocast=layer.fast_matmul)
     if not after < before:
         return start
     learnt = {name: parameter.detach() for name, parameter in parameters.items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,26 +29,33 @@ from latentize.convert.polish import Polish, polish
 from latentize.convert.pooling import pool_heads
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import Quality, compare_streams
-from latentize.convert.refine import Refinement
+from latentize.convert.refine import Refinement, token_energy
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, SourceModel, Stream
 from latentize.spec import AttentionSpec
 
 __all__ = [
     "CLOSED",
+    "REFINED_TOKENS",
     "RMS_TOKENS",
     "Converted",
     "Effort",
     "LayerResult",
     "MadeLayer",
+    "Massive",
     "Sink",
     "convert_latent",
     "convert_pooled",
     "run_through",
 ]
 
+# A token is called massive whose residual stream is so many times as large as the median token's.
+MASSIVE = 20.0
 # Calibration tokens that tell how large latents get.
 RMS_TOKENS = 16_384
+# Calibration tokens that layers are refined on. Statistics and polish take all: a second stream through every layer
+# costs as much as a second round of refinement on half of the text, which gains as much.
+REFINED_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,20 @@ class Sink(Protocol):
         ...
 
 
+class Massive(NamedTuple):
+    """Tokens of the evaluation text whose residual stream is massive after a layer.
+
+    Attributes:
+        source: In the source.
+        lost: In the source, and no longer in the converted model.
+        made: In the converted model only.
+    """
+
+    source: int
+    lost: int
+    made: int
+
+
 @dataclass
 class Converted:
     """What a conversion measured.
@@ -108,8 +129,9 @@ class Converted:
         closed_form: The same before anything was refined, or ``None`` where nothing was.
         linear_fit: The same with the nearest linear projections and nothing compressed, or ``None`` where the
             source's are linear, or stay as they are.
-        errors: For each layer ``‖h - h_source‖² / ‖h_source - mean‖²`` of the residual stream that leaves it, on the
-            evaluation text: in closed form, and as saved.
+        errors: For each layer the mean relative error of a token in the residual stream that leaves it, ``‖h -
+            h_source‖² / max(‖h‖², ‖h_source‖²)``, on the evaluation text: in closed form, and as saved.
+        massive: For each layer how many tokens are massive there.
         calibration_tokens: Tokens that statistics and refinement came from.
         facts: For each layer what a report shows of its closed form.
     """
@@ -118,16 +140,27 @@ class Converted:
     closed_form: Quality | None = None
     linear_fit: Quality | None = None
     errors: list[tuple[float, float]] = field(default_factory=list)
+    massive: list[Massive] = field(default_factory=list)
     calibration_tokens: int = 0
     facts: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _stream_error(text: Stream, reference: Stream) -> float:
-    hidden_NTD, reference_NTD = text.hidden_NTD, reference.hidden_NTD
-    mean_D = reference_NTD.mean((0, 1))
-    pairs = list(zip(hidden_NTD, reference_NTD, strict=True))
-    wrong = sum(float((h - r).double().square().sum()) for h, r in pairs)
-    return wrong / sum(float((r - mean_D).double().square().sum()) for _, r in pairs)
+    """Mean relative error of a token, ``‖h - h_source‖² / max(‖h‖², ‖h_source‖²)``."""
+    energy_NT = token_energy(reference.hidden_NTD, text.hidden_NTD)
+    pairs = zip(text.hidden_NTD, reference.hidden_NTD, energy_NT, strict=True)
+    return sum(float(((h - r).square().sum(-1) / e).mean()) for h, r, e in pairs) / len(energy_NT)
+
+
+def _massive(text: Stream, reference: Stream) -> Massive:
+    """Which tokens are massive in both models."""
+    here_NT, there_NT = (_is_massive(stream.hidden_NTD) for stream in (text, reference))
+    return Massive(int(there_NT.sum()), int((there_NT & ~here_NT).sum()), int((here_NT & ~there_NT).sum()))
+
+
+def _is_massive(hidden_NTD: Tensor) -> Tensor:
+    norm_NT = torch.stack([h_TD.norm(dim=-1) for h_TD in hidden_NTD])
+    return norm_NT > MASSIVE * norm_NT.median()
 
 
 @torch.no_grad()
@@ -215,7 +248,7 @@ class _LayerByLayer:
         self.journal = journal
         self.own: Stream | None = source.embed(calibration)
         # Without refinement nothing is learnt from the converted stream but how large its latents get.
-        few = len(calibration) if refinement else max(1, RMS_TOKENS // calibration.length)
+        few = max(1, (REFINED_TOKENS if refinement else RMS_TOKENS) // calibration.length)
         self.draft: Draft | None = Draft(refinement, self.own[:few])
         self.facts: list[dict[str, Any]] = []
         self.settings, self.sink = settings, sink
@@ -225,7 +258,7 @@ class _LayerByLayer:
         assert self.own is not None and self.draft is not None
         assert layer.spec is not None and layer.weights is not None
         refines, setting = self.draft.refinement is not None, self.settings[layer.index]
-        seen = observe(layer, self.own, setting.needs(layer.spec), residual=refines)
+        seen = observe(layer, self.own, setting.needs(layer.spec), residual=len(self.draft.text) if refines else 0)
         made = self.draft.convert(layer, seen, setting, once(self.journal, f"layer {layer.index}"))
         self.facts.append(made.closed.describe())
         stages = {}
@@ -376,6 +409,7 @@ def run_through(source: SourceModel, make: _Make, sink: Sink, evaluation: Passag
     reference = source.embed(evaluation)
     hidden, before = reference.clone(), {}
     errors: list[tuple[float, float]] = []
+    massive: list[Massive] = []
     for layer in source.layers():
         made = make(layer)
         sink.layer(made.result)
@@ -391,6 +425,7 @@ def run_through(source: SourceModel, make: _Make, sink: Sink, evaluation: Passag
         layer.run(hidden, attention)
         after = _stream_error(hidden, reference)
         errors.append((_stream_error(before[CLOSED], reference) if CLOSED in before else after, after))
+        massive.append(_massive(hidden, reference))
         progress("converting layers", layer.index + 1, source.spec.layers, _shown(*errors[-1]))
         # The next layer is read before these names are bound again.
         del layer, attention, stages
@@ -405,7 +440,7 @@ def run_through(source: SourceModel, make: _Make, sink: Sink, evaluation: Passag
 
     final = quality(hidden)
     assert final is not None
-    return Converted(final, quality(before.get(CLOSED)), quality(before.get(_LINEAR)), errors)
+    return Converted(final, quality(before.get(CLOSED)), quality(before.get(_LINEAR)), errors, massive)
 
 
 def _shown(before: float, after: float) -> str:

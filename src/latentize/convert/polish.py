@@ -24,7 +24,7 @@ from latentize.convert.source import SourceModel, Stream
 __all__ = ["Polish", "divergence", "polish"]
 
 # Bounds the float32 logits that exist at once.
-_LOGIT_BYTES = 1 << 27
+_LOGIT_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class Polish(Schedule):
         enough: Divergence at which nothing is left to gain, nats per token.
     """
 
-    steps: int = 450
-    rate: float = 0.014
+    steps: int = 128
+    rate: float = 0.005
     looks: int = 5
     enough: float = 1e-6
 
@@ -101,44 +101,52 @@ def polish(
     start = [w for w in weights if w is not None]
     attentions = [trainable(w) for w in start]
     of_layer = iter(attentions)
-    checked, layers = source.embed(check), []
+    checked, layers, runs = source.embed(check), [], []
     for layer, w in zip(source.layers(), weights, strict=True):
         layer.run(checked)
-        layers.append(layer.with_attention(None if w is None else next(of_layer)))
-    entering, entering_check, head = source.embed(text), source.embed(check), source.head()
+        layers.append(layer)
+        runs.append(layer.with_attention(None if w is None else next(of_layer)))
+    entering_check, head = source.embed(check), source.head()
     at_once = max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
     parameters = [p for a in attentions for p in a.parameters()]
     size = how.sequences(text.length)
 
     def run(stream: Stream) -> Tensor:
-        for layer in layers:
+        for layer in runs:
             stream = layer(stream)
         return stream.hidden_NTD.flatten(0, 1)
+
+    def compared(hidden_nD: Tensor, teacher_BTD: Tensor) -> tuple[float, Tensor]:
+        return divergence(hidden_nD, teacher_BTD.flatten(0, 1), head, at_once=at_once)
 
     def look() -> float:
         total = 0.0
         for part, teacher in zip(entering_check.split(size), checked.hidden_NTD.split(size), strict=True):
             with torch.no_grad():
                 hidden_nD = run(part)
-            value, _ = divergence(hidden_nD, teacher.flatten(0, 1), head, at_once=at_once)
-            total += value * len(part) / len(check)
+            total += compared(hidden_nD, teacher)[0] * len(part) / len(check)
         return total
 
-    best, kept = look(), [p.detach().clone() for p in parameters]
-    if best < how.enough:
+    if look() < how.enough:
         return [refined(a, w) for a, w in zip(attentions, start, strict=True)]
+    for layer in layers:
+        layer.narrow()
+    fast = torch.autocast(teacher_NTD.device.type, torch.bfloat16, enabled=source.fast_matmul)
+    with fast:
+        best, kept = look(), [p.detach().clone() for p in parameters]
     descent = Descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5))
     for step, rows in enumerate(how.batches(len(text), text.length)):
-        with torch.autocast(entering.hidden_NTD.device.type, torch.bfloat16, enabled=source.fast_matmul):
+        with fast:
             with torch.enable_grad():
-                hidden_nD = run(entering[rows])
-            value, by_hidden_nD = divergence(hidden_nD, teacher_NTD[rows].flatten(0, 1), head, at_once=at_once)
+                hidden_nD = run(source.embed(text[rows]))
+            value, by_hidden_nD = compared(hidden_nD, teacher_NTD[rows])
         if not math.isfinite(value):
             raise FloatingPointError(f"polishing diverged at step {step}")
         descent.step(hidden_nD, by_hidden_nD)
         if (step + 1) * how.looks % how.steps < how.looks:
             # Steps shrink to nothing, and the gain may come with the last: not having gained yet is no reason to end.
-            seen = look()
+            with fast:
+                seen = look()
             if seen < best:
                 best, kept = seen, [p.detach().clone() for p in parameters]
         progress("polishing", step + 1, how.steps, f"KL {value:.4f}, held out {best:.4f}")

@@ -3,6 +3,10 @@
 The layer's inputs are those that it will see, made by the converted layers before it; its target is what brings the
 residual stream back to the source's. So a layer also repairs what earlier ones lost. No labels are used.
 
+Errors are relative to each token's own size, as the next norm sees them. In models that were trained for long a few
+tokens carry nearly all energy of the residual stream ("massive activations", arXiv 2402.17762): an error over the whole
+stream would be about those and nothing else.
+
 N sequences, T tokens, D hidden.
 """
 
@@ -21,7 +25,10 @@ from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
 from latentize.convert.descent import Descent, Schedule
 
-__all__ = ["Refined", "Refinement", "descend", "expand_heads", "refine", "refined", "trainable"]
+__all__ = ["Refined", "Refinement", "descend", "expand_heads", "refine", "refined", "token_energy", "trainable"]
+
+# Share of the median energy that a token is taken to have at least: one of nothing would weigh more than all others.
+_LEAST_ENERGY = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +40,9 @@ class Refinement(Schedule):
         enough: Relative error at which nothing is left to gain.
     """
 
-    steps: int = 280
-    rate: float = 0.045
+    steps: int = 128
+    tokens: int = 2048
+    rate: float = 0.015
     probe: int = 4096
     enough: float = 1e-6
 
@@ -72,22 +80,38 @@ def refined(attention: LatentAttention, start: LatentWeights) -> LatentWeights:
     return replace(w, **{**detached, "frequencies_PF": start.frequencies_PF})
 
 
+def token_energy(source_NTD: Tensor, made_NTD: Tensor) -> Tensor:
+    """What a token's squared error is relative to, ``[N, T]``: the larger of its squared norms in both models.
+
+    The source's alone would do, were it not for tokens that became massive in the converted model only: their relative
+    error would be all of the loss, and they seldom can be brought back.
+
+    Args:
+        source_NTD, made_NTD: Residual streams of the source and of what it has become so far.
+    """
+    energies_NT = [torch.stack([x_TD.square().sum(-1) for x_TD in x_NTD]) for x_NTD in (source_NTD, made_NTD)]
+    energy_NT = torch.maximum(*energies_NT)
+    return energy_NT.clamp_min(max(_LEAST_ENERGY * float(energy_NT.median()), 1e-30))
+
+
 def refine(
     w: LatentWeights,
     inputs: Callable[[Tensor], Tensor],
     target_NTD: Tensor,
+    energy_NT: Tensor,
     how: Refinement,
     *,
     positions_NT: Tensor | None = None,
     autocast: bool = False,
     added: Callable[[Tensor], Tensor] = lambda made_BTD: made_BTD,
 ) -> Refined:
-    """Minimise ``‖added(attn(x)) - target‖²`` relative to the target's variance.
+    """Minimise ``‖added(attn(x)) - target‖²`` of every token relative to its energy.
 
     Args:
         w: The start.
         inputs: From sequence numbers to normalised inputs of the layer, ``[B, T, D]``.
         target_NTD: What its attention should add to the residual stream.
+        energy_NT: From :func:`token_energy`.
         how: Steps and rates.
         positions_NT: Where in a context the tokens are; by default each sequence is at its start.
         autocast: Multiply in bfloat16.
@@ -103,7 +127,7 @@ def refine(
         made_BTD = attention(inputs(rows), None if positions_NT is None else positions_NT[rows])[0]
         return added(made_BTD.float())
 
-    before, after = descend(list(attention.parameters()), made, target_NTD, how, autocast=autocast)
+    before, after = descend(list(attention.parameters()), made, target_NTD, energy_NT, how, autocast=autocast)
     return Refined(refined(attention, w), before, after) if after < before else Refined(start, before, before)
 
 
@@ -111,45 +135,52 @@ def descend(
     parameters: Sequence[nn.Parameter],
     made: Callable[[Tensor], Tensor],
     target_NTD: Tensor,
+    energy_NT: Tensor,
     how: Refinement,
     *,
     autocast: bool = False,
 ) -> tuple[float, float]:
-    """Train parameters in place so that ``made`` comes near the target, relative to the target's variance.
+    """Train parameters in place so that ``made`` comes near the target, each token relative to its energy.
 
     Args:
         parameters: What is trained.
         made: From sequence numbers to what should be the target there, ``[B, T, D]``.
         target_NTD: What it should be.
+        energy_NT: What a token's squared error is relative to.
         how: Steps and rates.
         autocast: Multiply in bfloat16.
 
     Returns:
-        Relative error on tokens that are not learnt from, before and after; twice the same where no step was taken.
+        Mean relative error of tokens that are not learnt from, before and after; twice the same where no step was
+        taken.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    descent = Descent(parameters, how)
-    scale = 1 / max(float(target_NTD.float().var()), 1e-30)
 
     def error(rows: Tensor) -> Tensor:
         with torch.autocast(target_NTD.device.type, torch.bfloat16, enabled=autocast):
             made_BTD = made(rows)
-            return (made_BTD.float() - target_NTD[rows].float()).square().mean() * scale
+        squares_BT = (made_BTD.float() - target_NTD[rows].float()).square().sum(-1)
+        return (squares_BT / energy_NT[rows]).mean()
+
+    def measured(rows: Tensor) -> float:
+        # In parts: only a step may be as large as a step.
+        with torch.no_grad():
+            sums = [float(error(part)) * len(part) for part in rows.split(how.sequences(length))]
+        return sum(sums) / len(rows)
 
     count, length = target_NTD.shape[:2]
     learnt = count - min(max(1, how.probe // length), count // 8)
     probe = torch.arange(learnt, count) if learnt < count else torch.arange(count)
-    with torch.no_grad():
-        before = float(error(probe))
+    before = measured(probe)
     if before < how.enough:
         return before, before
+    descent = Descent(parameters, how)
     for step, rows in enumerate(how.batches(learnt, length)):
         with torch.enable_grad():
             loss = error(rows)
         if not math.isfinite(float(loss.detach())):
             raise FloatingPointError(f"refinement diverged at step {step}")
         descent.step(loss)
-    with torch.no_grad():
-        return before, float(error(probe))
+    return before, measured(probe)

@@ -1,83 +1,196 @@
-"""Which of the settings that a budget allows: tried on held-out calibration text."""
+"""Which of the settings that a budget allows.
+
+The published methods have few, and those are compared on what the whole converted model predicts. The calibrated
+method has many, and most of them can be told apart much sooner, by what single layers lose: the error that a layer
+converted alone makes in the residual stream, relative to each token's size. That is looked at in some layers only, in
+closed form first, and for the best few after a short refinement.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from latentize.attention.module import LatentAttention
+from latentize.calibrate.stats import Needed
 from latentize.calibrate.tokens import Passages
-from latentize.convert.draft import Draft, Seen, observe
+from latentize.convert.draft import Draft, Seen, alone, observe
 from latentize.convert.methods import ladder_costs
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import compare_streams
 from latentize.convert.refine import Refinement
 from latentize.convert.settings import Setting
-from latentize.convert.source import SourceModel
+from latentize.convert.source import SourceLayer, SourceModel, Stream
 
-__all__ = ["SEARCH_TOKENS", "best_strides", "choose", "short_refinement"]
+__all__ = ["SEARCH_TOKENS", "choose", "choose_by_layers", "likely_ladders", "looked_at", "short_refinement"]
 
-# Ranking settings takes fewer tokens and steps than converting with one.
+# Ranking settings takes fewer tokens and steps than converting with one, and not every layer.
 SEARCH_TOKENS = 8192
+_LAYERS = 8
+# Ladders of one size, and settings, that are compared further.
+_LADDERS, _FINALISTS = 2, 3
 
 
-def short_refinement(refines: bool) -> Refinement | None:
-    """What stands for the refinement of a conversion, where there will be one."""
-    return Refinement(steps=24, rate=0.05, warmup=3) if refines else None
+def short_refinement(length: int) -> Refinement:
+    """What stands for the refinement of a conversion.
+
+    Args:
+        length: Tokens of a sequence.
+    """
+    return Refinement(steps=16, rate=0.02, warmup=3, probe=2048).suited(length)
+
+
+def looked_at(layers: Sequence[int]) -> list[int]:
+    """Of the layers that will be converted those that choices are made on: the first, the last, and evenly between."""
+    count = min(_LAYERS, len(layers))
+    if count == 1:
+        return list(layers)
+    return [layers[round(i * (len(layers) - 1) / (count - 1))] for i in range(count)]
+
+
+@torch.no_grad()
+def choose_by_layers(
+    source: SourceModel,
+    candidates: Sequence[Setting],
+    calibration: Passages,
+    refines: bool,
+    progress: Progress = silent,
+) -> tuple[Setting, list[tuple[Setting, float]]]:
+    """The candidate that costs single layers least, and what each lost.
+
+    Args:
+        source: The model.
+        candidates: Settings of the calibrated method, the same for all layers.
+        calibration: Tokens for statistics; errors are measured on a part of them that refinement does not learn from.
+        refines: Whether layers will be refined: then the best few are compared after a short refinement.
+        progress: Told after each layer.
+
+    Returns:
+        The best, and ``(setting, mean relative error of a layer)`` of all that were compared last.
+    """
+    if len(candidates) == 1:
+        return candidates[0], []
+    calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
+    candidates = likely_ladders(source, candidates, calibration, progress)
+    closed = replace(short_refinement(calibration.length), steps=0)
+    scored = _errors(source, candidates, calibration, closed, progress, "comparing settings")
+    if refines:
+        best = [setting for setting, _ in sorted(scored, key=lambda pair: pair[1])[:_FINALISTS]]
+        short = short_refinement(calibration.length)
+        scored = _errors(source, best, calibration, short, progress, "comparing the best settings")
+    return min(scored, key=lambda pair: pair[1])[0], scored
+
+
+def _some_layers(
+    source: SourceModel, calibration: Passages, needed: Needed, progress: Progress, what: str
+) -> Iterator[tuple[SourceLayer, Stream, Seen]]:
+    """Some layers, the text as it enters each, and what was seen of it."""
+    text, some = source.embed(calibration), set(looked_at(source.spec.converted))
+    for layer in source.layers():
+        if layer.index in some:
+            entering = text.clone()
+            yield layer, entering, observe(layer, text, needed, residual=len(text))
+            del entering
+        elif layer.index < max(some):
+            layer.run(text, fast=True)
+        progress(what, layer.index + 1, source.spec.layers)
+        if layer.index == max(some):
+            return
+        del layer
+
+
+def likely_ladders(
+    source: SourceModel, candidates: Sequence[Setting], calibration: Passages, progress: Progress = silent
+) -> list[Setting]:
+    """For each pair of sizes the source's fastest frequencies, and the ladders that cost the logits least.
+
+    Args:
+        source: The model.
+        candidates: Settings of the calibrated method.
+        calibration: Tokens for statistics.
+        progress: Told after each layer.
+    """
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for index, setting in enumerate(candidates):
+        by_size.setdefault((setting.kv_lora_rank, setting.qk_rope_head_dim), []).append(index)
+    if max(map(len, by_size.values())) <= _LADDERS:
+        return list(candidates)
+    costs = torch.zeros(len(candidates), dtype=torch.float64)
+    needed = candidates[0].needs(source.spec.attention)
+    for layer, _, seen in _some_layers(source, calibration, needed, progress, "choosing the ladder"):
+        assert layer.weights is not None and layer.spec is not None
+        found = torch.tensor(ladder_costs(layer.weights, layer.spec, seen.stats, list(candidates)), dtype=torch.float64)
+        # Logits of some layers are hundreds of times as large as those of others, and softmax bears as much more.
+        costs += found / found.mean().clamp_min(1e-30)
+    likely = []
+    for of_size in by_size.values():
+        cheapest = sorted(of_size, key=lambda index: float(costs[index]))[:_LADDERS]
+        likely += [candidates[i] for i in of_size if i in cheapest or candidates[i].stride in (1.0, None)]
+    return likely
+
+
+def _errors(
+    source: SourceModel,
+    candidates: Sequence[Setting],
+    calibration: Passages,
+    how: Refinement,
+    progress: Progress,
+    what: str,
+) -> list[tuple[Setting, float]]:
+    """Mean relative error of a layer that is converted alone, for each candidate, after the steps of ``how``."""
+    total, count = [0.0] * len(candidates), 0
+    needed = candidates[0].needs(source.spec.attention)
+    for layer, text, seen in _some_layers(source, calibration, needed, progress, what):
+        for index, setting in enumerate(candidates):
+            total[index] += alone(layer, text, seen, setting, how).after
+        count += 1
+    return [(setting, error / count) for setting, error in zip(candidates, total, strict=True)]
 
 
 @torch.no_grad()
 def choose(
     source: SourceModel,
-    candidates: list[Setting],
+    candidates: Sequence[Setting],
     calibration: Passages,
     selection: Passages,
-    refines: bool = False,
     progress: Progress = silent,
 ) -> tuple[Setting, list[tuple[Setting, float]]]:
-    """The candidate nearest to the source on held-out calibration text, and what each scored.
-
-    Sizes, each with two ladders (:func:`best_strides`), are compared by converting with each, and with a short
-    refinement where layers will be refined: what that can repair, the closed form does not see.
+    """The candidate whose closed form is nearest to the source on held-out calibration text, and what each scored.
 
     Args:
         source: The model.
         candidates: Settings, the same for all layers.
         calibration: Tokens for statistics.
         selection: Tokens to compare on; never those that are reported on.
-        refines: Whether layers will be refined.
         progress: Told after each layer.
 
     Returns:
         The best, and ``(setting, KL from the source in nats per token)`` of all that were compared.
     """
-    calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
-    needed, refinement = candidates[0].needs(source.spec.attention), short_refinement(refines)
-    # Where memory allows, and the same is wanted of them, layers are observed once for both choices.
-    observed: dict[int, Seen] | None = None if refines or source.large else {}
-    if any(setting.stride is not None for setting in candidates):
-        candidates = best_strides(source, candidates, calibration, refines, progress, observed)
     if len(candidates) == 1:
         return candidates[0], []
+    calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
+    needed = candidates[0].needs(source.spec.attention)
     own = source.embed(calibration)
-    drafts = [Draft(refinement, own) for _ in candidates]
+    draft = Draft(None, own)
     reference = source.embed(selection)
     streams = [reference.clone() for _ in candidates]
     for layer in source.layers():
         if layer.spec is None:
-            for text in (own, reference, *streams, *(d.text for d in drafts if refinement is not None)):
-                layer.run(text, fast=layer.rough)
+            for text in (own, reference, *streams):
+                layer.run(text)
             continue
-        seen = observed.pop(layer.index) if observed else None
-        seen = seen or observe(layer, own, needed, residual=refines)
-        layer.run(reference, fast=layer.rough)
-        for setting, draft, hidden in zip(candidates, drafts, streams, strict=True):
-            attention = LatentAttention.from_weights(draft.convert(layer, seen, setting).refined.to(torch.float32))
-            layer.run(hidden, attention, fast=layer.rough)
-            if refinement is not None:
-                draft.advance(layer, attention)
+        seen = observe(layer, own, needed)
+        layer.run(reference)
+        for setting, hidden in zip(candidates, streams, strict=True):
+            layer.run(
+                hidden, LatentAttention.from_weights(draft.convert(layer, seen, setting).refined.to(torch.float32))
+            )
         progress("comparing settings", layer.index + 1, source.spec.layers)
-        del layer, seen, attention
-    del own, drafts
+        del layer, seen
+    del own, draft
     logits, vocab, right_NTD = source.head(), source.spec.vocab_size, reference.hidden_NTD
     scored = []
     for setting, stream in zip(candidates, streams, strict=True):
@@ -86,48 +199,3 @@ def choose(
         # A setting that overflows is worse than any that does not.
         scored.append((setting, kl if kl == kl else float("inf")))
     return min(scored, key=lambda pair: pair[1])[0], scored
-
-
-def best_strides(
-    source: SourceModel,
-    candidates: list[Setting],
-    calibration: Passages,
-    refines: bool,
-    progress: Progress,
-    observed: dict[int, Seen] | None = None,
-) -> list[Setting]:
-    """For each pair of sizes the ladder that costs the logits least, all layers together, and beside it the widest.
-
-    The cost counts what is lost before anything is repaired, most of it in layers with large logits. Where layers are
-    refined much of that is repaired, and it may be worth more to reach every frequency.
-
-    Args:
-        source: The model.
-        candidates: Settings with ladders.
-        calibration: Tokens for statistics.
-        refines: Whether layers will be refined.
-        progress: Told after each layer.
-        observed: Takes what was seen of each layer, by its number, for whoever needs it again.
-    """
-    needed, costs = candidates[0].needs(source.spec.attention), [0.0] * len(candidates)
-    text = source.embed(calibration)
-    for layer in source.layers():
-        if layer.spec is None or layer.weights is None:
-            layer.run(text, fast=layer.rough)
-            continue
-        seen = observe(layer, text, needed)
-        for index, cost in enumerate(ladder_costs(layer.weights, layer.spec, seen.stats, candidates)):
-            costs[index] += cost
-        if observed is not None:
-            observed[layer.index] = seen
-        progress("choosing the ladder", layer.index + 1, source.spec.layers)
-        del layer, seen
-    by_size: dict[tuple[int, int], list[tuple[float, Setting]]] = {}
-    for cost, setting in zip(costs, candidates, strict=True):
-        by_size.setdefault((setting.kv_lora_rank, setting.qk_rope_head_dim), []).append((cost, setting))
-    found = []
-    for ladders in by_size.values():
-        cheapest = min(ladders, key=lambda pair: pair[0])[1]
-        widest = max((setting for _, setting in ladders), key=lambda setting: setting.stride or 0.0)
-        found += [cheapest, widest] if refines and widest != cheapest else [cheapest]
-    return found

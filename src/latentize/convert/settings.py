@@ -21,7 +21,7 @@ __all__ = ["Setting", "pooled_heads", "settings"]
 _ROPE_SIZES = 3
 _FREQFOLDS = 3
 # Roped keys that the calibrated method tries, in units of a head, and how far apart rungs may lie.
-_ROPE_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
+_ROPE_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 2.0)
 _STRIDES = (1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 
 
@@ -59,7 +59,11 @@ class Setting:
 
     def on_source_frequencies(self, spec: AttentionSpec) -> bool:
         """Whether all that rotates does so as something in the source did, up to biases and norms kept as they are."""
-        whole = self.stride is None or (spec.rope.is_plain and float(self.stride).is_integer())
+        whole = self.stride is None or (
+            spec.rope.is_plain
+            and float(self.stride).is_integer()
+            and self.stride * self.qk_rope_head_dim <= spec.rope.rotary_dim
+        )
         return whole and self.linear == spec.qk_norm
 
     def needs(self, spec: AttentionSpec) -> Needed:
@@ -208,8 +212,9 @@ def _calibrated(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
     not_linear = spec.qkv_bias or spec.o_bias or spec.qk_norm
     found = []
     for rank, rope in _calibrated_sizes(recipe, spec):
-        widest = max(1.0, spec.rope.rotary_dim / rope)
-        for stride in (*(s for s in _STRIDES if s < widest), widest):
+        # A roped key larger than a head's has rungs between the source's frequencies, or beyond the slowest.
+        widest = spec.rope.rotary_dim / rope
+        for stride in (*(s for s in _STRIDES if s < max(1.0, widest)), widest, *((1.0,) if widest < 1.0 else ())):
             found.append(Setting("calibrated", rank, rope, stride=stride, linear=not_linear))
         found.append(Setting("calibrated", rank, rope, linear=spec.qk_norm))
         # Where every layer may choose, an even choice is one, and refinement often makes more of it.
@@ -248,7 +253,7 @@ def _calibrated_sizes(recipe: Recipe, spec: AttentionSpec) -> Iterator[tuple[int
     for share in _ROPE_SHARES:
         rope = max(2, 2 * round(share * spec.rope.rotary_dim / 2))
         rank = min(budget - rope, full - rope, hidden)
-        # Between an eighth and a half of what is kept; but all that rotates of a head is enough.
+        # Between an eighth and a half of what is kept; but all that rotates of a head may be enough.
         wide = 8 * rope >= min(budget, 8 * spec.rope.rotary_dim)
         if rank >= max(1, rope) and wide and rope not in tried:
             tried.add(rope)

@@ -151,6 +151,15 @@ class SourceLayer:
         name = self.names(role)
         return getattr(self._module, name)(x_BTD) if name else x_BTD
 
+    def narrow(self) -> None:
+        """Hold as stored what is multiplied in bfloat16 anyway: it need not be converted at every step."""
+        if not self.fast_matmul:
+            return
+        for name in MULTIPLIED:
+            if name in self.tensors and self.tensors[name].dtype == torch.bfloat16:
+                owner = self._module.get_submodule(name.rpartition(".")[0])
+                owner.weight = nn.Parameter(self.tensors[name].to(owner.weight.device), requires_grad=False)
+
     def with_attention(self, attention: nn.Module | None) -> Callable[[Stream], Stream]:
         """The layer as a differentiable function, with another attention."""
         if attention is not None:

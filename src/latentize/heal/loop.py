@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize.calibrate.tokens import Passages
-from latentize.convert.descent import Descent, Schedule
+from latentize.convert.descent import Muon, Schedule
 from latentize.convert.progress import Progress
 from latentize.errors import DataError
 from latentize.heal.parallel import Team
@@ -63,7 +63,7 @@ class Looked:
 
 
 class Adam:
-    """AdamW without decay, gradients clipped to a norm of one; the other choice beside ``Descent``."""
+    """AdamW without decay, gradients clipped to a norm of one; the other choice beside ``Muon``."""
 
     def __init__(self, parameters: list[nn.Parameter], schedule: Schedule) -> None:
         self.parameters, self._schedule, self.taken = parameters, schedule, 0
@@ -136,7 +136,7 @@ class _Run:
         if machine.recompute:
             _recompute(student)
         self.parameters = [p for _, p in student.trained()]
-        kind = Descent if self.healing.method == "muon" else Adam
+        kind = Muon if self.healing.method == "muon" else Adam
         self.descent: Any = kind(self.parameters, self.schedule)
         self.best = {name: p.detach().clone() for name, p in student.trained()}
         self.facts: dict[str, Any] = {"looks": [], "best": None, "worse": 0, "seconds": 0.0}

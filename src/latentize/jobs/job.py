@@ -19,7 +19,7 @@ from latentize.checkpoint.checksums import source_hashes
 from latentize.checkpoint.journal import bytes_in, partial_folders
 from latentize.checkpoint.manifest import sha256, versions
 from latentize.checkpoint.writer import copied_files
-from latentize.convert.pipeline import Converted
+from latentize.convert.pipeline import MASSIVE, Converted
 from latentize.convert.progress import Progress
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceModel
@@ -194,6 +194,12 @@ class Job(ABC):
                 f"calibrated on distances up to {reach:,} tokens, the model is made for {longest:,}: what "
                 f"comes later in a context may be predicted far worse (latentize eval --sequence-length {longest})"
             )
+        lost, made = (max((getattr(m, kind) for m in done.massive), default=0) for kind in ("lost", "made"))
+        if lost or made:
+            self.notes.append(
+                f"of the tokens whose residual stream is {MASSIVE:.0f} times as large as others' the conversion lost "
+                f"{lost} in one layer at most, and made {made} new ones"
+            )
         quality = done.quality.describe()
         if not all(math.isfinite(value) for value in quality.values() if isinstance(value, float)):
             raise ArithmeticError("what the converted model predicts is not finite")
@@ -208,9 +214,15 @@ class Job(ABC):
             "peak_rss_bytes": peak_rss_bytes(),
             "predicted_peak_rss_bytes": self.memory.peak,
             "layers": [
-                {**sizes, "error_before_refine": before, "error_after_refine": after, **facts}
-                for sizes, (before, after), facts in zip(
-                    self.layer_shapes(), done.errors, done.facts or [{}] * len(done.errors), strict=True
+                {
+                    **sizes,
+                    "error_before_refine": before,
+                    "error_after_refine": after,
+                    "massive_tokens": massive._asdict(),
+                    **facts,
+                }
+                for sizes, (before, after), massive, facts in zip(
+                    self.layer_shapes(), done.errors, done.massive, done.facts or [{}] * len(done.errors), strict=True
                 )
             ],
             "source_perplexity": quality["reference_perplexity"],

@@ -11,7 +11,7 @@ from latentize.convert.pipeline import Converted, Effort, convert_latent
 from latentize.convert.polish import Polish
 from latentize.convert.progress import Progress
 from latentize.convert.refine import Refinement
-from latentize.convert.search import choose
+from latentize.convert.search import choose, choose_by_layers
 from latentize.convert.settings import Setting, settings
 from latentize.convert.source import SourceModel
 from latentize.errors import FormatError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["LatentJob"]
 
 # Steps of refinement where the layers are polished together afterwards, which is then the better use of the time.
-_BEFORE_POLISH = 200
+_BEFORE_POLISH = 64
 
 
 class LatentJob(Job):
@@ -89,15 +89,18 @@ class LatentJob(Job):
     def choose(self, source: SourceModel, text: Text, progress: Progress) -> tuple[list[Setting], list[dict[str, Any]]]:
         """A setting for each layer, and what was compared; sizes of their own where the format holds them and nobody
         has fixed them."""
-        options = (source, self.candidates, text.calibration, text.selection, self.recipe.refines, progress)
+        texts = (text.calibration, text.selection)
         if self.one_by_one and self.recipe.sizes is None and len(self.spec.converted) > 1:
-            sized, prices = allocate(*options)
+            sized, prices = allocate(source, self.candidates, *texts, self.recipe.refines, progress)
             by_layer = dict(zip(self.spec.converted, sized, strict=True))
             # Layers that stay have an entry that nothing reads.
             chosen = [by_layer.get(layer, sized[0]) for layer in range(self.spec.layers)]
             found = zip(self.spec.converted, prices, strict=True)
             return chosen, [{"layer": layer, "selection_kl_by_rank": priced} for layer, priced in found]
-        best, scores = choose(*options)
+        if self.recipe.method == "calibrated":
+            best, scores = choose_by_layers(source, self.candidates, text.calibration, self.recipe.refines, progress)
+            return [best] * self.spec.layers, [{**s.describe(), "layer_error": error} for s, error in scores]
+        best, scores = choose(source, self.candidates, *texts, progress)
         return [best] * self.spec.layers, [{**s.describe(), "selection_kl": kl} for s, kl in scores]
 
     def shape(self) -> dict[str, Any]:
@@ -152,9 +155,8 @@ def _effort(recipe: Recipe, source: SourceModel) -> Effort:
         return Effort()
     # The whole model has to be in memory for it, and moves at every step.
     polish = not source.large if recipe.polish is None else recipe.polish
-    model = (source.spec.attention.hidden_size, recipe.sequence_length)
     refinement = Refinement(seed=recipe.seed)
     if not polish:
-        return Effort(refinement.suited(*model))
+        return Effort(refinement.suited(recipe.sequence_length))
     before = replace(refinement, steps=_BEFORE_POLISH)
-    return Effort(before.suited(*model), Polish(seed=recipe.seed).suited(*model))
+    return Effort(before.suited(recipe.sequence_length), Polish(seed=recipe.seed).suited(recipe.sequence_length))
