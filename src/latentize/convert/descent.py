@@ -1,13 +1,14 @@
-"""The optimiser that refinement and polish share: Adam with steps relative to each tensor.
+"""The optimiser that refinement and polish share: Muon where that is cheap, Adam elsewhere.
 
-A full step moves the entries of a tensor by about ``rate`` times their root mean square. So one rate serves tensors of
-any scale, and those of a factorisation, whose scales are arbitrary; and a step costs in proportion to what is trained,
-at any width.
+Every step is relative to each tensor: ``rate`` times the root mean square singular value of a matrix in all directions
+alike (Muon), or times the root mean square of its entries (Adam). So one rate serves tensors of any scale, and those of
+a factorisation, whose scales are arbitrary.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -15,9 +16,17 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Decay", "Descent", "Muon", "Schedule"]
+__all__ = ["Adam", "Decay", "Descent", "Muon", "Schedule", "descent"]
 
 _BETAS, _MOMENTUM = (0.9, 0.99), 0.9
+# Products in which Muon orthogonalises a matrix, by Newton and Schulz' iteration, and the share of a step's own
+# multiplications that this may come to: it grows with the cube of the width, a step with its square. Counted so it
+# looks dearer than it is: a share of one is measured as half of a step, whose attention is not counted.
+_ITERATIONS, _SHARE = 5, 1.2
+# Steps of Adam that are as good, relative to Muon's.
+_BY_ENTRIES = 1.6
+# Hidden size that the numbers of a schedule are meant for, and how many times as many tokens a step has at most.
+_NARROW, _WIDEST = 256, 4
 Decay = Literal["linear", "cosine", "1-sqrt"]
 
 
@@ -41,13 +50,16 @@ class Schedule:
     decay: Decay = "linear"
     seed: int = 0
 
-    def suited(self, length: int) -> Self:
-        """The same text in steps of at least one whole sequence; the rate goes with the root of a step's tokens.
+    def suited(self, length: int, width: int = _NARROW) -> Self:
+        """The same text in steps that suit a model: more tokens each where its matrices are wide, a sequence at least.
+
+        The rate goes with the root of the tokens, as the noise of their gradient does.
 
         Args:
             length: Tokens of a sequence.
+            width: Hidden size.
         """
-        share = max(length / self.tokens, 1.0)
+        share = max(min(_WIDEST, width / _NARROW), length / self.tokens, 1.0)
         tokens, steps = round(self.tokens * share), max(1, round(self.steps / share))
         return replace(self, tokens=tokens, steps=steps, rate=self.rate * share**0.5)
 
@@ -81,8 +93,8 @@ class Schedule:
                 step += 1
 
 
-class Descent:
-    """Adam with relative steps.
+class Descent(ABC):
+    """Relative steps down a gradient.
 
     Args:
         parameters: What to train.
@@ -98,8 +110,8 @@ class Descent:
         self._schedule, self.taken = schedule, 0
         self.optimisers = self._optimisers()
 
-    def _optimisers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.Adam([_by_entries(p) for p in self.parameters], lr=0.0, betas=_BETAS, fused=True)]
+    @abstractmethod
+    def _optimisers(self) -> list[torch.optim.Optimizer]: ...
 
     def step(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """One step down: ``output`` is a loss, or comes with the gradient of a loss by it."""
@@ -118,12 +130,18 @@ class Descent:
         self.taken += 1
 
 
-class Muon(Descent):
-    """Muon (Jordan et al., 2024) for matrices, Adam for the few vectors, both with relative steps.
+class Adam(Descent):
+    """Adam (Kingma and Ba, 2015): costs in proportion to what is trained, at any width."""
 
-    A matrix moves by ``rate`` times its root mean square singular value, in all directions alike. Each step
-    orthogonalises every matrix, for the price of some four tokens a row: for long training, not for short.
-    """
+    def _optimisers(self) -> list[torch.optim.Optimizer]:
+        groups = [_by_entries(p) for p in self.parameters]
+        for group in groups:
+            group["size"] *= _BY_ENTRIES
+        return [torch.optim.Adam(groups, lr=0.0, betas=_BETAS, fused=True)]
+
+
+class Muon(Descent):
+    """Muon (Jordan et al., 2024) for matrices, Adam for the few vectors."""
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
         matrices = [_by_directions(p) for p in self.parameters if p.ndim == 2]
@@ -134,6 +152,21 @@ class Muon(Descent):
         if vectors:
             found.append(torch.optim.Adam(vectors, lr=0.0, betas=(0.9, 0.95)))
         return found
+
+
+def descent(parameters: Sequence[nn.Parameter], schedule: Schedule) -> Descent:
+    """Muon where orthogonalising costs little beside what a step multiplies, Adam elsewhere.
+
+    Muon repairs more where much is to be repaired, and as much where little is.
+
+    Args:
+        parameters: What to train, each a factor in every token of a step.
+        schedule: Its steps.
+    """
+    shapes = [sorted(p.shape) for p in parameters if p.ndim == 2]
+    orthogonalising = _ITERATIONS * sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
+    multiplying = 6 * schedule.tokens * sum(m * n for m, n in shapes)
+    return (Muon if orthogonalising <= _SHARE * multiplying else Adam)(parameters, schedule)
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

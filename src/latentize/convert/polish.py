@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
 from latentize.calibrate.tokens import Passages
-from latentize.convert.descent import Descent, Schedule
+from latentize.convert.descent import Schedule, descent
 from latentize.convert.refine import refined, trainable
 from latentize.convert.source import SourceModel, Stream
 
@@ -39,8 +39,8 @@ class Polish(Schedule):
         enough: Divergence at which nothing is left to gain, nats per token.
     """
 
-    steps: int = 128
-    rate: float = 0.005
+    steps: int = 450
+    rate: float = 0.014
     looks: int = 5
     enough: float = 1e-6
 
@@ -134,7 +134,7 @@ def polish(
     fast = torch.autocast(teacher_NTD.device.type, torch.bfloat16, enabled=source.fast_matmul)
     with fast:
         best, kept = look(), [p.detach().clone() for p in parameters]
-    descent = Descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5))
+    steps = descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5))
     for step, rows in enumerate(how.batches(len(text), text.length)):
         with fast:
             with torch.enable_grad():
@@ -142,7 +142,7 @@ def polish(
             value, by_hidden_nD = compared(hidden_nD, teacher_NTD[rows])
         if not math.isfinite(value):
             raise FloatingPointError(f"polishing diverged at step {step}")
-        descent.step(hidden_nD, by_hidden_nD)
+        steps.step(hidden_nD, by_hidden_nD)
         if (step + 1) * how.looks % how.steps < how.looks:
             # Steps shrink to nothing, and the gain may come with the last: not having gained yet is no reason to end.
             with fast:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
-from latentize.convert.descent import Descent, Schedule
+from latentize.convert.descent import Schedule, descent
 
 __all__ = ["Refined", "Refinement", "descend", "expand_heads", "refine", "refined", "token_energy", "trainable"]
 
@@ -35,14 +35,16 @@ _LEAST_ENERGY = 1e-3
 class Refinement(Schedule):
     """How a layer is refined.
 
+    A step is as large as there is something to repair: the rate is multiplied by the root of the relative error that
+    refinement starts from.
+
     Attributes:
         probe: Tokens that are not learnt from and tell whether it helped; at most an eighth of all.
         enough: Relative error at which nothing is left to gain.
     """
 
-    steps: int = 128
-    tokens: int = 2048
-    rate: float = 0.015
+    steps: int = 280
+    rate: float = 0.12
     probe: int = 4096
     enough: float = 1e-6
 
@@ -176,11 +178,12 @@ def descend(
     before = measured(probe)
     if before < how.enough:
         return before, before
-    descent = Descent(parameters, how)
+    # A step is as large as there is something to repair: one that suits a bad start would ruin a good one.
+    steps = descent(parameters, replace(how, rate=how.rate * min(1.0, before) ** 0.5))
     for step, rows in enumerate(how.batches(learnt, length)):
         with torch.enable_grad():
             loss = error(rows)
         if not math.isfinite(float(loss.detach())):
             raise FloatingPointError(f"refinement diverged at step {step}")
-        descent.step(loss)
+        steps.step(loss)
     return before, measured(probe)

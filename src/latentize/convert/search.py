@@ -33,13 +33,14 @@ _LAYERS = 8
 _LADDERS, _FINALISTS = 2, 3
 
 
-def short_refinement(length: int) -> Refinement:
+def short_refinement(length: int, width: int) -> Refinement:
     """What stands for the refinement of a conversion.
 
     Args:
         length: Tokens of a sequence.
+        width: Hidden size.
     """
-    return Refinement(steps=16, rate=0.02, warmup=3, probe=2048).suited(length)
+    return Refinement(steps=24, warmup=3, probe=2048).suited(length, width)
 
 
 def looked_at(layers: Sequence[int]) -> list[int]:
@@ -74,11 +75,10 @@ def choose_by_layers(
         return candidates[0], []
     calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
     candidates = likely_ladders(source, candidates, calibration, progress)
-    closed = replace(short_refinement(calibration.length), steps=0)
-    scored = _errors(source, candidates, calibration, closed, progress, "comparing settings")
+    short = short_refinement(calibration.length, source.spec.attention.hidden_size)
+    scored = _errors(source, candidates, calibration, replace(short, steps=0), progress, "comparing settings")
     if refines:
         best = [setting for setting, _ in sorted(scored, key=lambda pair: pair[1])[:_FINALISTS]]
-        short = short_refinement(calibration.length)
         scored = _errors(source, best, calibration, short, progress, "comparing the best settings")
     return min(scored, key=lambda pair: pair[1])[0], scored
 

@@ -157,7 +157,7 @@ class SourceLayer:
             return
         for name in MULTIPLIED:
             if name in self.tensors and self.tensors[name].dtype == torch.bfloat16:
-                owner = self._module.get_submodule(name.rpartition(".")[0])
+                owner: Any = self._module.get_submodule(name.rpartition(".")[0])
                 owner.weight = nn.Parameter(self.tensors[name].to(owner.weight.device), requires_grad=False)
 
     def with_attention(self, attention: nn.Module | None) -> Callable[[Stream], Stream]:

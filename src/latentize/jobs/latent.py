@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["LatentJob"]
 
 # Steps of refinement where the layers are polished together afterwards, which is then the better use of the time.
-_BEFORE_POLISH = 64
+_BEFORE_POLISH = 140
+# Work of a polish, unless one round of the text is more.
+_POLISH_FLOP = 2e13
 
 
 class LatentJob(Job):
@@ -155,8 +158,18 @@ def _effort(recipe: Recipe, source: SourceModel) -> Effort:
         return Effort()
     # The whole model has to be in memory for it, and moves at every step.
     polish = not source.large if recipe.polish is None else recipe.polish
+    length, width = recipe.sequence_length, source.spec.attention.hidden_size
     refinement = Refinement(seed=recipe.seed)
     if not polish:
-        return Effort(refinement.suited(recipe.sequence_length))
-    before = replace(refinement, steps=_BEFORE_POLISH)
-    return Effort(before.suited(recipe.sequence_length), Polish(seed=recipe.seed).suited(recipe.sequence_length))
+        return Effort(refinement.suited(length, width))
+    return Effort(replace(refinement, steps=_BEFORE_POLISH).suited(length, width), _affordable(recipe, source))
+
+
+def _affordable(recipe: Recipe, source: SourceModel) -> Polish:
+    """A polish of as many steps as its work allows, one round of the text at least."""
+    how = Polish(seed=recipe.seed).suited(recipe.sequence_length)
+    checkpoint = source.checkpoint
+    # Forward, backward, and the head of the teacher: multiplications and additions of a token.
+    a_step = 6 * how.tokens * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    one_round = -(-recipe.calibration_tokens // how.tokens)
+    return replace(how, steps=min(how.steps, max(one_round, round(_POLISH_FLOP / a_step))))
