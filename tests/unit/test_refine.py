@@ -171,11 +171,11 @@ def test_what_costs_more_than_it_gains_is_not_orthogonalised(width: int, kind: t
 @pytest.mark.parametrize("shape", [(6, 6), (24, 6), (6, 24), (7,)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_a_step_is_relative_to_the_tensor(shape: tuple[int, ...], scale: float) -> None:
-    """The first step moves all entries alike, by 1.6 times ``rate`` of their root mean square."""
+    """The first step moves all entries alike, by ``rate`` times their root mean square."""
     tensor = torch.nn.Parameter(scale * torch.randn(shape))
     before = tensor.detach().clone()
     Adam([tensor], ONE_STEP).step((tensor * torch.randn(shape)).sum())
-    moved = (tensor.detach() - before).abs() / (0.16 * before.square().mean().sqrt())
+    moved = (tensor.detach() - before).abs() / (0.1 * before.square().mean().sqrt())
     assert moved.flatten().tolist() == pytest.approx([1.0] * moved.numel(), rel=1e-2)
 
 

@@ -23,8 +23,6 @@ _BETAS, _MOMENTUM = (0.9, 0.99), 0.9
 # multiplications that this may come to: it grows with the cube of the width, a step with its square. Counted so it
 # looks dearer than it is: a share of one is measured as half of a step, whose attention is not counted.
 _ITERATIONS, _SHARE = 5, 1.2
-# Steps of Adam that are as good, relative to Muon's.
-_BY_ENTRIES = 1.6
 # Hidden size that the numbers of a schedule are meant for, and how many times as many tokens a step has at most.
 _NARROW, _WIDEST = 256, 4
 Decay = Literal["linear", "cosine", "1-sqrt"]
@@ -40,12 +38,14 @@ class Schedule:
         rate: Size of a full step, relative to each tensor.
         warmup: Steps of linear warm-up; then a decay to zero.
         decay: Its shape: a straight line, half a cosine, or ``1 - sqrt`` of what has passed.
+        adam: Size of Adam's steps relative to Muon's that are as good here.
         seed: Order of the sequences.
     """
 
     steps: int
     tokens: int = 1024
     rate: float
+    adam: float = 1.0
     warmup: int = 5
     decay: Decay = "linear"
     seed: int = 0
@@ -136,7 +136,7 @@ class Adam(Descent):
     def _optimisers(self) -> list[torch.optim.Optimizer]:
         groups = [_by_entries(p) for p in self.parameters]
         for group in groups:
-            group["size"] *= _BY_ENTRIES
+            group["size"] *= self._schedule.adam
         return [torch.optim.Adam(groups, lr=0.0, betas=_BETAS, fused=True)]
 
 

@@ -41,6 +41,7 @@ class Polish(Schedule):
 
     steps: int = 450
     rate: float = 0.014
+    adam: float = 0.3
     looks: int = 5
     enough: float = 1e-6
 

@@ -45,6 +45,7 @@ class Refinement(Schedule):
 
     steps: int = 280
     rate: float = 0.12
+    adam: float = 1.6
     probe: int = 4096
     enough: float = 1e-6
 
