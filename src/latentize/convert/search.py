@@ -29,7 +29,7 @@ __all__ = ["SEARCH_TOKENS", "choose", "choose_by_layers", "likely_ladders", "loo
 # Ranking settings takes fewer tokens and steps than converting with one, and not every layer.
 SEARCH_TOKENS = 8192
 _LAYERS = 8
-# Ladders of one size, and settings, that are compared further.
+# Ladders of one size that are looked at beside the densest and the widest, and sizes that are compared further.
 _LADDERS, _FINALISTS = 2, 3
 
 
@@ -78,9 +78,22 @@ def choose_by_layers(
     short = short_refinement(calibration.length, source.spec.attention.hidden_size)
     scored = _errors(source, candidates, calibration, replace(short, steps=0), progress, "comparing settings")
     if refines:
-        best = [setting for setting, _ in sorted(scored, key=lambda pair: pair[1])[:_FINALISTS]]
-        scored = _errors(source, best, calibration, short, progress, "comparing the best settings")
+        scored = _errors(source, _finalists(scored), calibration, short, progress, "comparing the best settings")
     return min(scored, key=lambda pair: pair[1])[0], scored
+
+
+def _finalists(scored: Sequence[tuple[Setting, float]]) -> list[Setting]:
+    """Of the best sizes the best ladder and the widest: refinement makes most of reaching every frequency."""
+    found: dict[tuple[int, int], list[Setting]] = {}
+    for setting, _ in sorted(scored, key=lambda pair: pair[1]):
+        found.setdefault((setting.kv_lora_rank, setting.qk_rope_head_dim), []).append(setting)
+    best = list(found.values())[:_FINALISTS]
+    return [s for of_size in best for s in dict.fromkeys((of_size[0], max(of_size, key=_width)))]
+
+
+def _width(setting: Setting) -> float:
+    """Stride of a ladder; free frequencies are as wide as is good for them."""
+    return setting.stride or 0.0
 
 
 def _some_layers(
@@ -104,7 +117,7 @@ def _some_layers(
 def likely_ladders(
     source: SourceModel, candidates: Sequence[Setting], calibration: Passages, progress: Progress = silent
 ) -> list[Setting]:
-    """For each pair of sizes the source's fastest frequencies, and the ladders that cost the logits least.
+    """For each pair of sizes the densest and the widest ladder, and those that cost the logits least.
 
     Args:
         source: The model.
@@ -127,7 +140,8 @@ def likely_ladders(
     likely = []
     for of_size in by_size.values():
         cheapest = sorted(of_size, key=lambda index: float(costs[index]))[:_LADDERS]
-        likely += [candidates[i] for i in of_size if i in cheapest or candidates[i].stride in (1.0, None)]
+        widest = max(of_size, key=lambda index: _width(candidates[index]))
+        likely += [candidates[i] for i in of_size if i in (*cheapest, widest) or candidates[i].stride in (1.0, None)]
     return likely
 
 
