@@ -384,7 +384,7 @@ def test_a_model_that_is_nowhere(model: str, words: str) -> None:
 
 
 def test_a_model_that_is_a_file(copy: Callable[[str], Path]) -> None:
-    with pytest.raises(CheckpointError, match="folder, not a file"):
+    with pytest.raises(CheckpointError, match="not another file"):
         resolve(copy("single") / "config.json")
 
 

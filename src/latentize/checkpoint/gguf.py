@@ -30,6 +30,12 @@ _EXPERTS = re.compile(r"\.ffn_(gate|up|down)_exps$")
 # llama.cpp stores what llama3's scaling makes of the frequencies; these are what all of Llama 3 made it with.
 _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Key of a file → entry of the config that transformers leaves to its default.
+_LEFT_OUT = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 # Layers of the one size of these whose attention llama.cpp scales by the hidden size, not by that of a head.
 _SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3": 62}
 
@@ -143,8 +149,9 @@ def _complete(config: Any, header: GgufHeader) -> None:
     head_dim = of("attention.key_length") or getattr(config, "head_dim", None) or config.hidden_size // heads
     if head_dim != (getattr(config, "head_dim", None) or config.hidden_size // heads):
         config.head_dim = head_dim
-    if (width := of("expert_feed_forward_length")) and hasattr(config, "moe_intermediate_size"):
-        config.moe_intermediate_size = width
+    for key, name in _LEFT_OUT.items():
+        if (value := of(key)) is not None and hasattr(config, name):
+            setattr(config, name, value)
     if hasattr(config, "query_pre_attn_scalar"):
         by_hidden = config.num_hidden_layers == _SCALED_BY_HIDDEN.get(header.architecture)
         config.query_pre_attn_scalar = config.hidden_size // heads if by_hidden else head_dim
@@ -242,7 +249,8 @@ class GgufCheckpoint(Checkpoint):
         self.path = self.config_path = path
         header, config = _read(path, path.stat().st_size, path.stat().st_mtime_ns)
         model = _empty(config, path)
-        self.config = {**json.loads(config.to_json_string()), "architectures": [type(model).__name__]}
+        said = {"architectures": [type(model).__name__], "dtype": "float32"}
+        self.config = {**json.loads(config.to_json_string()), **said}
         # That is where the file lies.
         self.config.pop("_name_or_path", None)
         self.quantization = _quantization(header)
@@ -312,7 +320,8 @@ def _empty(config: Any, path: Path) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            # A copy: the precision is put into it.
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     except Exception as error:
         raise ConfigError(
             f"transformers cannot make the model: {(str(error) or repr(error)).splitlines()[0]}",

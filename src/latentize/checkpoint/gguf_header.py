@@ -23,6 +23,8 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
 _LONGEST_NAME = 1 << 16
+# Bytes that an entry takes in any case.
+_LEAST_TENSOR, _LEAST_KEY = 32, 13
 _FIX = "download the file again"
 
 
@@ -192,6 +194,9 @@ def _keys(walk: _Walk) -> tuple[int, dict[str, Any]]:
     if version not in _VERSIONS:
         raise _damaged(f"the file is of GGUF's version {version}; 2 and 3 are read, little-endian", walk.path)
     tensors, count = walk.numbers("QQ")
+    if tensors * _LEAST_TENSOR + count * _LEAST_KEY > walk.size:
+        said = f"{tensors} tensors and {count} keys are more than it has room for"
+        raise _damaged(f"the file is truncated, or its header is damaged: {said}", walk.path, "LZ103")
     keys: dict[str, Any] = {}
     for _ in range(count):
         name = walk.name()
