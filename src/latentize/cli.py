@@ -112,7 +112,7 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
     from latentize.inspection import inspect as look
 
     facts = look(model)
-    shown = {k: v for k, v in facts.items() if k != "methods"}
+    shown = {k: v for k, v in facts.items() if k not in ("methods", "quantization")}
     table = Table(title="What can be done with it", title_justify="left")
     for column in ("method", "result", "why"):
         table.add_column(column)

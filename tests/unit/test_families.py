@@ -97,7 +97,7 @@ def test_tensor_shapes_are_the_models_own(family: str, switch: dict[str, Any], k
     stored = open_checkpoint(pico(tmp_path, family, kv_heads, **switch))
     spec = model_spec(stored.config)
     assert spec.tensor_shapes() == {name: stored.shape(name) for name in stored.names()}
-    assert spec.tied == AutoConfig.from_pretrained(stored.folder).tie_word_embeddings
+    assert spec.tied == AutoConfig.from_pretrained(stored.path).tie_word_embeddings
 
 
 @pytest.mark.parametrize("family", FAMILIES)

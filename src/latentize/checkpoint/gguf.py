@@ -206,22 +206,21 @@ def _llama3(factors_F: np.ndarray, theta: float, stored: StoredTensor, path: Pat
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
 
-def _values(path: Path, stored: StoredTensor, begin: int = 0, end: int | None = None) -> np.ndarray:
-    """A tensor in float32, or those of its first dimension from ``begin`` to ``end``."""
+def _values(path: Path, stored: StoredTensor, rows: Sequence[int] | None = None) -> np.ndarray:
+    """A tensor in float32, or those of its first dimension that are asked for; no others are read."""
     import numpy as np
 
     gguf = gguf_package()
-    first, *rest = stored.shape
-    end = first if end is None else end
-    size = stored.bytes // first
-    buffer = bytearray(size * (end - begin))
+    shape = stored.shape if rows is None else (len(rows), *stored.shape[1:])
+    size = stored.bytes if rows is None else stored.bytes // stored.shape[0]
+    buffer = bytearray(size * (1 if rows is None else len(rows)))
+    view = memoryview(buffer)
     with opened(path) as stream:
-        stream.seek(stored.begin + begin * size)
-        filled(path, stream.readinto(buffer), len(buffer))
-    shape = (end - begin, *rest)
-    kind = gguf.GGMLQuantizationType[stored.kind]
-    bytes_ = np.frombuffer(buffer, dtype=np.uint8).reshape(*shape[:-1], -1)
-    return gguf.quants.dequantize(bytes_, kind).reshape(shape)
+        for place, row in enumerate([0] if rows is None else rows):
+            stream.seek(stored.begin + row * size)
+            filled(path, stream.readinto(view[place * size : (place + 1) * size]), size)
+    quantised = np.frombuffer(buffer, dtype=np.uint8).reshape(*shape[:-1], -1)
+    return gguf.quants.dequantize(quantised, gguf.GGMLQuantizationType[stored.kind]).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -291,7 +290,7 @@ class GgufCheckpoint(Checkpoint):
             raise self.missing(name)
         place = self._places[name]
         if place.expert is not None:
-            values = _values(self.path, place.stored, place.expert, place.expert + 1)
+            values = _values(self.path, place.stored, [place.expert])
         else:
             values = _values(self.path, place.stored)
             parsed: dict[str, Any] = {"tensors": {}}
@@ -307,10 +306,7 @@ class GgufCheckpoint(Checkpoint):
         if place.stored.name != "token_embd.weight":
             # What transformers undoes of a layout is said of whole tensors.
             return self.load(name)[list(rows)]
-        found = torch.empty((len(rows), *place.shape[1:]), dtype=torch.float32)
-        for number, row in enumerate(rows):
-            found[number] = torch.from_numpy(_values(self.path, place.stored, row, row + 1)[0])
-        return self.checked(name, found)
+        return self.checked(name, torch.from_numpy(_values(self.path, place.stored, rows)))
 
 
 def _empty(config: Any, path: Path) -> Any:

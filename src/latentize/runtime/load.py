@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,11 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32, device: str = 
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    options = {**pretrained(path), **_dequantised(path), "dtype": dtype, "trust_remote_code": False}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **pretrained(path), **_dequantised(path), dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
+        # The bar that transformers shows for a GGUF file knows no setting.
+        with redirect_stderr(StringIO()) if is_gguf(path) else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load the model: {error}", where=str(path)) from error
     model, info = loaded
