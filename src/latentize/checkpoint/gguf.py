@@ -7,13 +7,16 @@ llama.cpp's own layout. Only what the file says and transformers does not read i
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from latentize.checkpoint.base import Checkpoint, filled, opened
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIX", "GgufCheckpoint", "gguf_config", "gguf_licence", "is_gguf", "only_gguf", "save_gguf_tokenizer"]
 
 SUFFIX = ".gguf"
+_OTHER = "take the safetensors checkpoint of the model"
+_LAYER = re.compile(r"blk\.(\d{1,8})\.")
 _EXPERTS = re.compile(r"\.ffn_(gate|up|down)_exps$")
 # llama.cpp stores what llama3's scaling makes of the frequencies; these are what all of Llama 3 made it with.
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -100,13 +105,14 @@ def gguf_config(path: Path) -> Any:
 
 @lru_cache(maxsize=4)
 def _read(path: Path, size: int, changed: int) -> tuple[GgufHeader, Any]:
-    """Header and config. transformers walks through the whole vocabulary for them, which takes seconds."""
+    """Header and config, read once for all that ask for them."""
     header = read_gguf_header(path)
     return header, _config(header)
 
 
 def _config(header: GgufHeader) -> Any:
     from transformers import AutoConfig
+    from transformers.utils import logging
 
     path, kind = header.path, header.architecture
     if header.of_model("attention.kv_lora_rank"):
@@ -116,8 +122,10 @@ def _config(header: GgufHeader) -> Any:
             where=f"{path}, general.architecture",
             fix="to lower its rank, take its safetensors checkpoint",
         )
+    logging.set_verbosity_error()
     try:
-        config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        with _without_vocabulary(header) as small:
+            config: Any = AutoConfig.from_pretrained(small.parent, gguf_file=small.name, local_files_only=True)
     # What is wrong with a key shows in many ways.
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
@@ -125,26 +133,81 @@ def _config(header: GgufHeader) -> Any:
             raise UnsupportedModelError(
                 f"transformers does not read GGUF files of architecture '{kind}'",
                 where=f"{path}, general.architecture",
-                fix="take the safetensors checkpoint of the model",
+                fix=_OTHER,
             ) from error
         raise ConfigError(
             f"transformers cannot make a config of the file's keys: {reason}",
             where=str(path),
-            fix="download the file again, or take the safetensors checkpoint of the model",
+            fix=f"download the file again, or {_OTHER}",
         ) from error
     if header.of_model("expert_count") and not any(getattr(config, f"num_{n}experts", 0) for n in ("", "local_")):
         raise UnsupportedModelError(
             f"transformers does not read the experts of a GGUF file of architecture '{kind}'",
             where=f"{path}, {kind}.expert_count",
-            fix="take the safetensors checkpoint of the model",
+            fix=_OTHER,
         )
-    _complete(config, header)
+    stored = 1 + max((int(found[1]) for t in header.tensors if (found := _LAYER.match(t.name))), default=-1)
+    # Here, since a model of as many layers as a damaged key says would never be made.
+    if stored and config.num_hidden_layers != stored:
+        raise CheckpointError(
+            f"the keys say {config.num_hidden_layers} layers, the file has {stored}",
+            code="LZ110",
+            where=f"{path}, {kind}.block_count",
+            fix="download the file again",
+        )
+    try:
+        _complete(config, header)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ConfigError(f"the keys of the file make no sense: {error}", where=str(path), fix=_OTHER) from error
     return config
+
+
+@contextmanager
+def _without_vocabulary(header: GgufHeader) -> Iterator[Path]:
+    """A file with the keys and the names of tensors, which is all that a config is made of.
+
+    transformers walks through every token for a config: a quarter of a minute for a large vocabulary. Where it does
+    not, it wants to see the tokens, and gets the file.
+    """
+    import numpy as np
+
+    gguf = gguf_package()
+    # Newer versions of transformers have a reader for some architectures that does not.
+    quick = importlib.util.find_spec("transformers.integrations.gguf")
+    if quick and header.architecture in importlib.import_module(quick.name).GGUF_CONFIG_ARCHS:
+        yield header.path
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / header.path.name
+        writer = gguf.GGUFWriter(path, header.architecture)
+        for key, value in header.keys.items():
+            if isinstance(value, list):
+                writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, _widest(value[0]))
+            elif key not in ("general.architecture", "general.alignment"):
+                writer.add_key_value(key, value, _widest(value))
+        for stored in header.tensors:
+            writer.add_tensor(stored.name, np.zeros(1, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        yield path
+
+
+def _widest(value: Any) -> Any:
+    """GGUF's type that holds whatever the file had in another."""
+    kind = gguf_package().GGUFValueType
+    if isinstance(value, int) and not isinstance(value, bool):
+        return kind.INT64 if value < 1 << 63 else kind.UINT64
+    return kind.FLOAT64 if isinstance(value, float) else kind.get_type(value)
 
 
 def _complete(config: Any, header: GgufHeader) -> None:
     """Put into the config what the file says, where transformers leaves it to a default."""
     of = header.of_model
+    tokens = header.lengths.get("tokenizer.ggml.tokens")
+    if tokens is not None and config.vocab_size != of("vocab_size"):
+        config.vocab_size = tokens
     heads = config.num_attention_heads
     head_dim = of("attention.key_length") or getattr(config, "head_dim", None) or config.hidden_size // heads
     if head_dim != (getattr(config, "head_dim", None) or config.hidden_size // heads):
@@ -173,7 +236,7 @@ def _complete_rope(rope: dict[str, Any], header: GgufHeader, head_dim: int) -> N
             f"the RoPE of the file is scaled by '{kind}', which transformers does not read from it",
             code="LZ208",
             where=f"{where}.scaling.type",
-            fix="take the safetensors checkpoint of the model",
+            fix=_OTHER,
         )
     if factor != 1.0:
         rope |= {"rope_type": "linear", "factor": factor}
@@ -201,7 +264,7 @@ def _llama3(factors_F: np.ndarray, theta: float, stored: StoredTensor, path: Pat
             "the file scales frequencies by factors that are not those of Llama 3",
             code="LZ208",
             where=f"{path}, tensor {stored.name}",
-            fix="take the safetensors checkpoint of the model",
+            fix=_OTHER,
         )
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
@@ -220,7 +283,9 @@ def _values(path: Path, stored: StoredTensor, rows: Sequence[int] | None = None)
             stream.seek(stored.begin + row * size)
             filled(path, stream.readinto(view[place * size : (place + 1) * size]), size)
     quantised = np.frombuffer(buffer, dtype=np.uint8).reshape(*shape[:-1], -1)
-    return gguf.quants.dequantize(quantised, gguf.GGMLQuantizationType[stored.kind]).reshape(shape)
+    # What is not finite is refused by whoever asked.
+    with np.errstate(all="ignore"):
+        return gguf.quants.dequantize(quantised, gguf.GGMLQuantizationType[stored.kind]).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -322,7 +387,7 @@ def _empty(config: Any, path: Path) -> Any:
         raise ConfigError(
             f"transformers cannot make the model: {(str(error) or repr(error)).splitlines()[0]}",
             where=str(path),
-            fix="download the file again, or take the safetensors checkpoint of the model",
+            fix=f"download the file again, or {_OTHER}",
         ) from error
 
 

@@ -22,7 +22,7 @@ _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
-_LONGEST_NAME = 1 << 16
+_LONGEST_NAME, _LONGEST_LIST = 1 << 16, 1 << 10
 # Bytes that an entry takes in any case.
 _LEAST_TENSOR, _LEAST_KEY = 32, 13
 _FIX = "download the file again"
@@ -53,12 +53,14 @@ class GgufHeader:
 
     Attributes:
         path: The file.
-        keys: Numbers and strings by key; of an array its length.
+        keys: Numbers, strings and short lists of numbers by key.
+        lengths: Of all arrays, by key; a vocabulary is one.
         tensors: In the order of the file.
     """
 
     path: Path
     keys: dict[str, Any]
+    lengths: dict[str, int]
     tensors: tuple[StoredTensor, ...]
 
     @property
@@ -71,7 +73,7 @@ class GgufHeader:
 
     @property
     def has_tokenizer(self) -> bool:
-        return "tokenizer.ggml.model" in self.keys and "tokenizer.ggml.tokens" in self.keys
+        return "tokenizer.ggml.model" in self.keys and "tokenizer.ggml.tokens" in self.lengths
 
 
 def gguf_package() -> Any:
@@ -94,6 +96,14 @@ def gguf_package() -> Any:
 
 def _damaged(what: str, path: Path, code: str = "LZ105", name: str = "") -> CheckpointError:
     return CheckpointError(what, code=code, where=f"{path}, tensor {name}" if name else str(path), fix=_FIX)
+
+
+@dataclass(frozen=True)
+class _Array:
+    """How long it is, and what is in it if it is short and of numbers."""
+
+    length: int
+    values: list[Any] | None = None
 
 
 class _Walk:
@@ -128,6 +138,7 @@ class _Walk:
         return self.bytes(length).decode("utf-8", errors="replace")
 
     def value(self) -> Any:
+        """A number or a string; of an array what :meth:`_array` gives."""
         (kind,) = self.numbers("I")
         if kind in _NUMBERS:
             return self.numbers(_NUMBERS[kind])[0]
@@ -135,7 +146,12 @@ class _Walk:
             return self.string()
         if kind != _ARRAY:
             raise _damaged(f"the header is damaged: no value is of type {kind}", self.path)
+        return self._array()
+
+    def _array(self) -> _Array:
         kind, count = self.numbers("IQ")
+        if kind in _NUMBERS and count <= _LONGEST_LIST:
+            return _Array(count, [self.numbers(_NUMBERS[kind])[0] for _ in range(count)])
         if kind in _NUMBERS:
             self.skip(count * struct.calcsize(_NUMBERS[kind]))
         elif kind == _STRING:
@@ -143,7 +159,7 @@ class _Walk:
                 self.skip(self.numbers("Q")[0])
         else:
             raise _damaged(f"the header is damaged: no array is of type {kind}", self.path)
-        return count
+        return _Array(count)
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -158,13 +174,17 @@ def read_gguf_header(path: Path) -> GgufHeader:
         size = path.stat().st_size
         with path.open("rb") as stream:
             walk = _Walk(path, stream, size)
-            count, keys = _keys(walk)
+            count, found = _keys(walk)
             entries = [_entry(walk) for _ in range(count)]
     except OSError as error:
         raise _damaged(f"the file cannot be read: {error.strerror}", path, "LZ101") from error
-    if int(keys.get("split.count") or 1) > 1:
+    lengths = {key: value.length for key, value in found.items() if isinstance(value, _Array)}
+    lists = {key: value.values for key, value in found.items() if isinstance(value, _Array) and value.values}
+    keys = {key: value for key, value in found.items() if not isinstance(value, _Array)} | lists
+    parts = keys.get("split.count")
+    if isinstance(parts, int) and parts > 1:
         raise CheckpointError(
-            f"the file is one part of {keys['split.count']}",
+            f"the file is one part of {parts}",
             code="LZ119",
             where=str(path),
             fix="merge the parts: llama-gguf-split --merge FIRST-PART MERGED.gguf",
@@ -175,7 +195,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     start = -(-walk.at // alignment) * alignment
     tensors = tuple(_stored(gguf, path, entry, start) for entry in entries)
     _check_places(path, tensors, size)
-    return GgufHeader(path, keys, tensors)
+    return GgufHeader(path, keys, lengths, tensors)
 
 
 def _keys(walk: _Walk) -> tuple[int, dict[str, Any]]:
