@@ -110,10 +110,10 @@ def source_file(out: Path) -> None:
     """The bundled Llama as GGUF, float32: what a converted file is compared with."""
     import gguf
 
-    from latentize.checkpoint import Checkpoint
+    from latentize.checkpoint import open_checkpoint
     from latentize.formats.gguf_vocab import read_vocab
 
-    checkpoint = Checkpoint(SOURCE)
+    checkpoint = open_checkpoint(SOURCE)
     config = checkpoint.config
     writer = gguf.GGUFWriter(out, "llama")
     vocab = read_vocab(SOURCE, config["vocab_size"])

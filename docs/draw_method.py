@@ -74,7 +74,7 @@ def rope_figure() -> str:
     """For each layer and frequency: what losing rotation costs, and which components keep it."""
     checkpoint, spec = open_source(bundled_model())
     a, source = spec.attention, SourceModel(checkpoint, spec)
-    calibration = draw_text(checkpoint.folder, Recipe(tokens=TOKENS), spec.max_positions).calibration
+    calibration = draw_text(checkpoint.path, Recipe(tokens=TOKENS), spec.max_positions).calibration
     stride = a.head_dim / ROPE_DIM
     rungs_J = ladder(a.rope.theta, a.head_dim, ROPE_DIM, stride)
     hidden, cost_LF = source.embed(calibration), []

@@ -10,7 +10,7 @@ import torch
 
 from latentize.calibrate.text import describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.checkpoint import Checkpoint, Manifest, resolve
+from latentize.checkpoint import Checkpoint, Manifest, open_checkpoint, resolve
 from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, ConfigError, OptionError, OutputError
 from latentize.families import ModelSpec, is_latent, model_spec
@@ -29,20 +29,25 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> tuple[
     """Open a checkpoint and hold it against its family's table.
 
     Args:
-        model: A folder or a hub id.
+        model: A folder, a GGUF file or a hub id.
         trust_remote_code: Whether code of the checkpoint may be run; here none is.
 
     Raises:
         CheckpointError, ConfigError: files are damaged, or contradict ``config.json``.
         UnsupportedModelError: not a family that can be converted.
     """
-    checkpoint = Checkpoint(resolve(model, code=trust_remote_code))
+    checkpoint = open_checkpoint(resolve(model, code=trust_remote_code))
+    return checkpoint, checked_spec(checkpoint, trust_remote_code=trust_remote_code)
+
+
+def checked_spec(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> ModelSpec:
+    """The shape of an opened checkpoint, once its tensors are those of its family; raises as :func:`open_source`."""
     spec = model_spec(checkpoint.config, trust_remote_code=trust_remote_code)
     if (stored := checkpoint.count(spec.table.layer_prefix)) != spec.layers:
         raise CheckpointError(
-            f"config.json says {spec.layers} layers, the files have {stored}",
+            f"{checkpoint.config_path.name} says {spec.layers} layers, the files have {stored}",
             code="LZ110",
-            where=f"{checkpoint.folder / 'config.json'}, num_hidden_layers",
+            where=f"{checkpoint.config_path}, num_hidden_layers",
             fix="take all files from where the model was published",
         )
     head_name, embedding_name = (spec.module(role) + ".weight" for role in ("head", "embedding"))
@@ -53,10 +58,10 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> tuple[
             raise ConfigError(
                 f"tie_word_embeddings is true, yet {head_name} differs from the embedding",
                 code="LZ112",
-                where=str(checkpoint.folder / "config.json"),
+                where=str(checkpoint.config_path),
                 fix="set tie_word_embeddings to false",
             )
-    return checkpoint, spec
+    return spec
 
 
 def convert(
@@ -73,7 +78,7 @@ def convert(
     """Convert a checkpoint and write the result to ``out``; of one that has latent attention already, lower the rank.
 
     Args:
-        model: A folder or a hub id.
+        model: A folder, a GGUF file or a hub id.
         out: A folder that does not exist yet.
         recipe: What to do; or give its entries as keyword arguments.
         device: Where layers run.
@@ -90,15 +95,15 @@ def convert(
             has left unfinished stays in ``OUT.partial-…``, if anything in it took long.
     """
     recipe = recipe or Recipe.build(**entries)
-    checkpoint = Checkpoint(resolve(model, code=trust_remote_code))
+    checkpoint = open_checkpoint(resolve(model, code=trust_remote_code))
     job: Job
     if is_latent(checkpoint.config):
         job = LowerJob(recipe, checkpoint)
     else:
         trust = {"trust_remote_code": trust_remote_code}
-        checkpoint, spec = open_source(model, **trust)
+        spec = checked_spec(checkpoint, **trust)
         job = (LatentJob if recipe.to == "mla" else PooledJob)(recipe, checkpoint, spec, **trust)
-    if Path(out).expanduser().absolute() == checkpoint.folder:
+    if Path(out).expanduser().absolute() == checkpoint.path:
         raise OutputError(
             "the output would overwrite the model", code="LZ404", where=str(out), fix="choose another folder"
         )
@@ -128,7 +133,7 @@ def heal(
     Args:
         model: The output, a folder.
         out: A folder that does not exist yet.
-        teacher: The source: a folder or a hub id.
+        teacher: The source: a folder, a GGUF file or a hub id.
         device: Where to run.
         parallel: ``fsdp`` or ``ddp``, if there are several processes.
         sequences: At a time; a step that has more accumulates gradients.
@@ -198,7 +203,7 @@ def evaluate(
     """What ``latentize eval --json`` prints.
 
     Args:
-        model: A folder or a hub id.
+        model: A folder, a GGUF file or a hub id.
         reference: The source, to compare with.
         dtype: Precision to run in.
         probes: Ask for what lies far back in long contexts, too.
@@ -249,7 +254,7 @@ def compare(
     """What ``latentize compare --json`` prints.
 
     Args:
-        source: A folder or a hub id: what the models were made from.
+        source: A folder, a GGUF file or a hub id: what the models were made from.
         models: Folders or hub ids.
         cache: ``LATENT[+ROPE]``: each model also with these formats, and the source with transformers' own.
         dtype: Precision to run in.
@@ -289,7 +294,7 @@ def generate(
     A model with latent attention is accelerated.
 
     Args:
-        model: A folder or a hub id.
+        model: A folder, a GGUF file or a hub id.
         prompt: Text to continue.
         max_new_tokens: At most so many.
         temperature: 0 takes the most likely token.
@@ -341,7 +346,7 @@ def bench(
     """What ``latentize bench --json`` prints: prefill and decode, side by side in one run.
 
     Args:
-        model: A folder or a hub id.
+        model: A folder, a GGUF file or a hub id.
         reference: The source, to compare with.
         contexts: Tokens of the prompt.
         batches: Sequences.

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from latentize.checkpoint.gguf import gguf_licence, is_gguf
 from latentize.families import LatentModel, ModelSpec
 from latentize.recipe import Recipe
 
@@ -32,21 +33,23 @@ _AS_BEFORE = ("It has the architecture of its source, with fewer kv heads, and l
 _LOWERED = ("It has the architecture of its source, with a smaller `kv_lora_rank`, and loads wherever that does.", "")
 
 
-def licence(folder: Path) -> dict[str, str]:
+def licence(source: Path) -> dict[str, str]:
     """What the source says of its licence, as entries of a card: from its card, else from a licence file.
 
     Args:
-        folder: Of the source.
+        source: Its folder; or a GGUF file, which says it itself.
 
     Returns:
         ``license`` and, where it needs them, ``license_name`` and ``license_link``; ``unknown`` where nothing is said.
     """
-    card = folder / "README.md"
+    if is_gguf(source):
+        return gguf_licence(source)
+    card = source / "README.md"
     if card.is_file():
         front = _front(card.read_text(encoding="utf-8", errors="replace"))
         if front.get("license"):
             return {key: front[key] for key in _KEYS if isinstance(front.get(key), str | list)}
-    files = (path for pattern in ("LICENSE*", "LICENCE*") for path in sorted(folder.glob(pattern)) if path.is_file())
+    files = (path for pattern in ("LICENSE*", "LICENCE*") for path in sorted(source.glob(pattern)) if path.is_file())
     for path in files:
         head = path.read_text(encoding="utf-8", errors="replace")[:400].lower()
         known = next((name for words, name in _BEGINNINGS.items() if words in head), None)
@@ -70,7 +73,7 @@ def _front(text: str) -> dict[str, Any]:
 
 def render(
     model: str,
-    folder: Path,
+    path: Path,
     spec: ModelSpec | LatentModel,
     recipe: Recipe,
     report: dict[str, Any],
@@ -80,7 +83,7 @@ def render(
 
     Args:
         model: The source, as it was named.
-        folder: Where it lies.
+        path: Where it lies.
         spec, recipe: What it is, and what was done.
         report: What was measured.
         notes: Approximations and limits.
@@ -90,7 +93,7 @@ def render(
     loading = _LOWERED if isinstance(spec, LatentModel) else _LOAD.get(report["format"], _AS_BEFORE)
     if isinstance(spec, LatentModel):
         what = f"a latent of {report['kv_lora_rank']} instead of {spec.attention.kv_lora_rank} values"
-    said = licence(folder)
+    said = licence(path)
     entries: dict[str, Any] = {**said, "library_name": "transformers", "pipeline_tag": "text-generation"}
     entries["tags"] = ["mla", "latentize"] if latent else ["latentize"]
     # A folder is no name that anybody else could look up.
@@ -98,11 +101,8 @@ def render(
         entries["base_model"] = model
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _facts(model, spec, recipe, report).items())
     limits = "\n".join(f"- {note}" for note in _limits(recipe, report, notes))
-    terms = (
-        "unknown: neither a card nor a licence file lay beside it"
-        if said["license"] == "unknown"
-        else f"`{said['license']}`"
-    )
+    silent = "the file does not say it" if is_gguf(path) else "neither a card nor a licence file lay beside it"
+    terms = f"unknown: {silent}" if said["license"] == "unknown" else f"`{said['license']}`"
     return (
         f"---\n{yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)}---\n"
         f"# {model.rstrip('/').rsplit('/', 1)[-1]} with {what}\n\n{_loading(*loading)}\n\n"

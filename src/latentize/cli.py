@@ -30,7 +30,7 @@ console = Console(highlight=False)
 # Progress goes to stderr, so that stdout can be piped.
 status = Console(stderr=True, highlight=False)
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, or a hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, a GGUF file, or a hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Data = Annotated[
     list[str] | None,
@@ -112,7 +112,7 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
     from latentize.inspection import inspect as look
 
     facts = look(model)
-    shown = {k: v for k, v in facts.items() if k != "methods"}
+    shown = {k: v for k, v in facts.items() if k not in ("methods", "quantization")}
     table = Table(title="What can be done with it", title_justify="left")
     for column in ("method", "result", "why"):
         table.add_column(column)
@@ -123,7 +123,7 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a config.json, or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a config.json, a GGUF file, or a hub id.")],
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of context. Default: the model's maximum.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     keep: Keep = "25%",
@@ -343,7 +343,7 @@ def compare(
 def heal(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that convert has written.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    teacher: Annotated[str, typer.Option(help="The source: a folder or a hub id.")],
+    teacher: Annotated[str, typer.Option(help="The source: a folder, a GGUF file or a hub id.")],
     data: Data = None,
     tokens: Annotated[int | None, typer.Option(help="Different tokens to learn from. Default: 262144.")] = None,
     epochs: Annotated[int | None, typer.Option(help="How often each is learnt from. Default: 1.")] = None,

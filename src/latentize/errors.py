@@ -25,7 +25,7 @@ __all__ = [
 
 # What each code stands for, and what can be done; docs/errors.md is made of it.
 CODES: dict[str, tuple[str, str]] = {
-    "LZ101": ("no weights that can be read", "Is it the folder of a model, with .safetensors files?"),
+    "LZ101": ("no weights that can be read", "Is it the folder of a model, with .safetensors files, or a GGUF file?"),
     "LZ102": ("config.json is missing, malformed or makes no sense", "Take it from where the model was published."),
     "LZ103": ("a file of weights is truncated", "Download it again."),
     "LZ104": ("a git-LFS pointer, or an unfinished download", "Run `git lfs pull`, or download again."),
@@ -43,6 +43,8 @@ CODES: dict[str, tuple[str, str]] = {
     "LZ116": ("the tokenizer cannot be loaded", "Copy tokenizer.json and tokenizer_config.json from the model."),
     "LZ117": ("the tokenizer makes tokens that the embedding does not have", "Is it this model's own tokenizer?"),
     "LZ118": ("an output of latentize is damaged, or is none", "Convert again."),
+    "LZ119": ("several GGUF files, or one part of several", "Name one file; merge parts into one."),
+    "LZ120": ("a package that GGUF files need is not installed", "`pip install 'latentize[gguf]'`."),
     "LZ121": ("sizes in config.json contradict each other", "Take it from where the model was published."),
     "LZ201": ("an architecture without a table", "See docs/adding-a-family.md."),
     "LZ202": ("the output format, or the file type, cannot hold this", "Use --format native, or another --type."),

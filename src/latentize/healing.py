@@ -13,7 +13,7 @@ from torch import Tensor
 from latentize.calibrate.text import Split, describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import Passages, pack
-from latentize.checkpoint import Checkpoint, Manifest, OutputFolder
+from latentize.checkpoint import Manifest, OutputFolder, open_checkpoint
 from latentize.checkpoint.manifest import sha256
 from latentize.convert.progress import Progress, silent
 from latentize.errors import DataError, OptionError, UnsupportedModelError
@@ -77,7 +77,7 @@ def heal(
         raise OptionError("the model has no latents to store", where="--cache", fix="heal an MLA model, or without it")
     named = (("model", model), ("teacher", teacher))
     _same_vocabulary(model, teacher)
-    files = {name: [sha256(p) for p in Checkpoint(path).files] for name, path in named}
+    files = {name: [sha256(p) for p in open_checkpoint(path).files] for name, path in named}
     request = {"healing": healing.model_dump(mode="json"), "files": files}
     workspace = Workspace(out, request, resume=resume, team=team, track=track)
     text, held = _text(model, healing)
@@ -94,7 +94,7 @@ def heal(
             manifest.healing = [*manifest.healing, {"recipe": healing.model_dump(mode="json"), **_stable(report)}]
             manifest.measurements |= {k: report[k] for k in manifest.measurements if k in report and k != "seconds"}
             folder.write_text("README.md", _card(model, report, healing))
-            folder.finish(Checkpoint(model).config, manifest)
+            folder.finish(open_checkpoint(model).config, manifest)
         # Times of day are in it, so it is not one of the files that another run would give again.
         (out / METRICS_NAME).write_text(workspace.metrics.read_text(encoding="utf-8"), encoding="utf-8")
         result = {**report, "peak_rss_bytes": peak_rss_bytes()}
@@ -103,7 +103,7 @@ def heal(
 
 
 def _same_vocabulary(model: Path, teacher: Path) -> None:
-    configs = [Checkpoint(folder).config for folder in (model, teacher)]
+    configs = [open_checkpoint(folder).config for folder in (model, teacher)]
     # The native format has it in its source's config.
     sizes = [config.get("source_config", config)["vocab_size"] for config in configs]
     if sizes[0] != sizes[1]:
@@ -117,7 +117,7 @@ def _same_vocabulary(model: Path, teacher: Path) -> None:
 def _text(model: Path, healing: Healing) -> tuple[Passages, Passages]:
     """Sequences to learn from, and others, of other documents, to look at; spread over the model's context."""
     tokenizer, length = load_tokenizer(model), healing.sequence_length
-    config = Checkpoint(model).config
+    config = open_checkpoint(model).config
     context = min(config.get("source_config", config)["max_position_embeddings"], healing.context)
 
     def draw(split: Split, tokens: int) -> Tensor:
@@ -206,7 +206,7 @@ def _learn(
 
 def _save(folder: OutputFolder, model: Path, healing: Healing, weights: dict[str, Tensor], text: Passages) -> None:
     """Write what was learnt, put into the model that healing began with."""
-    student, files = Student(model, healing), Checkpoint(model)
+    student, files = Student(model, healing), open_checkpoint(model)
     student.load_state_dict(weights, strict=False)
     dtype = getattr(torch, files.config.get("dtype") or "bfloat16")
     for name, tensor in student.stored(files, text.tokens_NT[: max(1, _RMS_TOKENS // text.length)], dtype):

@@ -10,7 +10,8 @@ from typing import Any
 
 from latentize import capacity
 from latentize import plan as arithmetic
-from latentize.checkpoint import Checkpoint, resolve
+from latentize.checkpoint import Checkpoint, load_config, open_checkpoint, resolve
+from latentize.checkpoint.gguf import is_gguf, only_gguf
 from latentize.devices import Machine, machine_of
 from latentize.errors import CheckpointError, ConfigError, LatentizeError, OptionError, UnsupportedModelError
 from latentize.families import LatentModel, ModelSpec, is_latent, latent_model, model_spec
@@ -26,12 +27,12 @@ def shapes() -> dict[str, Path]:
 
 
 def _config_file(model: str) -> Path:
-    """The ``config.json`` that ``model`` means; from the hub nothing else is downloaded."""
+    """The ``config.json``, or the GGUF file, that ``model`` means; from the hub nothing else is downloaded."""
     path = Path(model).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
-        return path / "config.json"
+        return only_gguf(path) or path / "config.json"
     if model in shapes():
         return shapes()[model]
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
@@ -49,8 +50,10 @@ def _config_file(model: str) -> Path:
 
 
 def read_spec(model: str) -> ModelSpec | LatentModel:
-    """The description of a model from its ``config.json`` alone."""
+    """The description of a model from its ``config.json``, or the keys of its GGUF file, alone."""
     path = _config_file(model)
+    if is_gguf(path):
+        return model_spec(load_config(path).to_dict())
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -72,7 +75,7 @@ def plan(
     """What ``latentize plan --json`` prints.
 
     Args:
-        model: A folder, a ``config.json``, a hub id, or the name of a shape that ships.
+        model: A folder, a ``config.json``, a GGUF file, a hub id, or the name of a shape that ships.
         context: Tokens of each sequence; by default what the model was made for.
         batch: Sequences at a time.
         keep: Share of the source's cached values that the latent row has.
@@ -133,7 +136,7 @@ def inspect(model: str) -> dict[str, Any]:
     from latentize.formats.deepseek_v3 import portable_reasons
     from latentize.recipe import Recipe
 
-    checkpoint = Checkpoint(resolve(model))
+    checkpoint = open_checkpoint(resolve(model))
     if is_latent(checkpoint.config):
         return _inspect_latent(checkpoint)
     spec = model_spec(checkpoint.config)
@@ -149,7 +152,10 @@ def inspect(model: str) -> dict[str, Any]:
         reasons = portable_reasons(spec, nearest)
         why = "; ".join(reasons or nearest.approximations(spec.attention))
         methods.append({"method": method, "result": "native" if reasons else "deepseek_v3", "why": why})
-    return {**arithmetic.describe(spec), "parameters": _stored(checkpoint), "methods": methods}
+    facts = {**arithmetic.describe(spec), "parameters": _stored(checkpoint)}
+    if checkpoint.quantization is not None:
+        facts |= {"quantization": checkpoint.quantization, "note": checkpoint.quantization_note}
+    return {**facts, "methods": methods}
 
 
 def _stored(checkpoint: Checkpoint) -> int:

@@ -114,9 +114,9 @@ def test_a_converted_model_in_the_precision_that_it_is_stored_in(
 
 
 def test_no_biases(shape: tuple[str, Path]) -> None:
-    from latentize.checkpoint import Checkpoint
+    from latentize.checkpoint import open_checkpoint
 
-    assert not [name for name in Checkpoint(shape[1]).names() if name.endswith(".bias")]
+    assert not [name for name in open_checkpoint(shape[1]).names() if name.endswith(".bias")]
 
 
 def test_an_engine_that_computes_something_else_is_noticed(

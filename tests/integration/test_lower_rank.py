@@ -14,7 +14,7 @@ from tests.common import FP32, SMALL, STREAM, call_cli, last_json, logits, porta
 from tests.latent_models import MIXTURES, mixture, saved
 
 import latentize
-from latentize.checkpoint import Checkpoint, Manifest
+from latentize.checkpoint import Manifest, open_checkpoint
 from latentize.convert.lower_rank import LatentMoments, lower
 from latentize.convert.refine import Refinement
 from latentize.errors import LatentizeError
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     return {name: checkpoint.load(name) for name in checkpoint.names()}
 
 
@@ -268,7 +268,7 @@ def test_layers_that_predict_further_tokens_and_code_are_left_out(
 def test_precision_is_the_sources(tmp_path: Path, text: str) -> None:
     folder, out = saved(mixture("glm4_moe_lite"), tmp_path / "source", torch.bfloat16), tmp_path / "out"
     latentize.convert(folder, out, kv_lora_rank=16, data=(text,), **LOWER)
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     assert all(t.dtype == checkpoint.load(n).dtype for n, t in stored(out).items())
     # The manifest is a recipe.
     again = latentize.Recipe.load(out / "latentize.json")

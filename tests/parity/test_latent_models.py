@@ -14,7 +14,7 @@ from tests.latent_models import MIXTURES, mixture, saved
 import latentize
 from latentize.api import bench
 from latentize.calibrate.tokens import Passages
-from latentize.checkpoint import Checkpoint
+from latentize.checkpoint import open_checkpoint
 from latentize.convert.latent_source import LatentSource, check_latent
 from latentize.families import latent_model
 from latentize.runtime.cache import LatentCache
@@ -40,7 +40,7 @@ def test_layer_by_layer_it_computes_what_the_whole_model_does(tmp_path: Path, na
     """Experts fused here are those that transformers fuses; what leaves the last layer has the model's logits."""
     model = mixture(name)
     folder = saved(model, tmp_path / "source")
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     shape = latent_model(checkpoint.config)
     check_latent(checkpoint, shape)
     if shape.experts is not None:

@@ -11,7 +11,7 @@ from tests.common import FP32, SMALL, STOCK, random_tokens, relative_error
 
 import latentize
 from latentize.calibrate.tokens import Passages, spread_positions
-from latentize.checkpoint import Checkpoint
+from latentize.checkpoint import open_checkpoint
 from latentize.heal.loop import _recompute
 from latentize.heal.recipe import Healing
 from latentize.heal.student import Student
@@ -60,7 +60,7 @@ def test_a_student_is_the_model_on_disk_before_and_after(
     with torch.no_grad():
         stock = load_model(folder)(input_ids=tokens, use_cache=False).logits
     assert relative_error(predictions(student, tokens), stock) <= STOCK
-    files = Checkpoint(folder)
+    files = open_checkpoint(folder)
     stored = dict(student.stored(files, tokens))
     assert list(stored) == list(files.names())
     reloaded = load_model(folder)
@@ -78,7 +78,7 @@ def test_what_was_learnt_is_what_is_stored(train: str, converted: Callable[[str]
         for _, parameter in student.trained():
             parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0.0)
     reloaded = load_model(folder)
-    reloaded.load_state_dict(dict(student.stored(Checkpoint(folder), tokens)), strict=False)
+    reloaded.load_state_dict(dict(student.stored(open_checkpoint(folder), tokens)), strict=False)
     with torch.no_grad():
         stock = reloaded(input_ids=tokens, use_cache=False).logits
     assert relative_error(predictions(student, tokens), stock) <= STOCK
@@ -109,7 +109,7 @@ def test_fresh_adapters_change_nothing_and_learnt_ones_are_merged(converted: Cal
             parameter.add_(0.1 * torch.randn_like(parameter))
     assert relative_error(predictions(student, tokens), predictions(whole, tokens)) > 1e-3
     reloaded = load_model(folder)
-    reloaded.load_state_dict(dict(student.stored(Checkpoint(folder), tokens)), strict=True)
+    reloaded.load_state_dict(dict(student.stored(open_checkpoint(folder), tokens)), strict=True)
     with torch.no_grad():
         stock = reloaded(input_ids=tokens, use_cache=False).logits
     assert relative_error(predictions(student, tokens), stock) <= FP32

@@ -11,7 +11,7 @@ import pytest
 from tests.common import FAMILIES, ONLY_MHA, pico, pico_config
 from transformers import AutoConfig
 
-from latentize.checkpoint import Checkpoint
+from latentize.checkpoint import open_checkpoint
 from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.families import Table, families, model_spec
 
@@ -94,10 +94,10 @@ def test_tensor_shapes_are_the_models_own(family: str, switch: dict[str, Any], k
     """Exactly the names and shapes that transformers saves, for each position of each switch."""
     if family in ONLY_MHA and kv_heads < 4:
         kv_heads = 4
-    stored = Checkpoint(pico(tmp_path, family, kv_heads, **switch))
+    stored = open_checkpoint(pico(tmp_path, family, kv_heads, **switch))
     spec = model_spec(stored.config)
     assert spec.tensor_shapes() == {name: stored.shape(name) for name in stored.names()}
-    assert spec.tied == AutoConfig.from_pretrained(stored.folder).tie_word_embeddings
+    assert spec.tied == AutoConfig.from_pretrained(stored.path).tie_word_embeddings
 
 
 @pytest.mark.parametrize("family", FAMILIES)

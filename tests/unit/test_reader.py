@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.common import pico
 
 from latentize.api import open_source
-from latentize.checkpoint import Checkpoint, resolve
+from latentize.checkpoint import open_checkpoint, resolve
 from latentize.errors import CheckpointError, ConfigError, LatentizeError, UnsupportedModelError
 
 INDEX = "model.safetensors.index.json"
@@ -384,10 +384,10 @@ def test_a_model_that_is_nowhere(model: str, words: str) -> None:
 
 
 def test_a_model_that_is_a_file(copy: Callable[[str], Path]) -> None:
-    with pytest.raises(CheckpointError, match="folder, not a file"):
+    with pytest.raises(CheckpointError, match="not another file"):
         resolve(copy("single") / "config.json")
 
 
 def test_a_folder_resolves_to_itself(saved: dict[str, Path]) -> None:
     assert resolve(saved["single"]) == saved["single"].resolve()
-    assert Checkpoint(resolve(str(saved["single"]))).config["model_type"] == "llama"
+    assert open_checkpoint(resolve(str(saved["single"]))).config["model_type"] == "llama"

@@ -22,7 +22,7 @@ def model(source: Callable[..., Path], text: str):
     checkpoint, spec = open_source(source("llama", 2))
     recipe = Recipe.build(**RECIPE, data=(text,))
     ladders = [s for s in settings(recipe, spec.attention) if s.stride is not None]
-    return SourceModel(checkpoint, spec), ladders, draw_text(checkpoint.folder, recipe, spec.max_positions)
+    return SourceModel(checkpoint, spec), ladders, draw_text(checkpoint.path, recipe, spec.max_positions)
 
 
 def test_each_size_has_its_cheapest_ladders_the_fastest_frequencies_and_the_widest(model) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tests.common import logits, pico, random_tokens
 
-from latentize.checkpoint import MANIFEST_NAME, Checkpoint, Manifest, OutputFolder, resolve
+from latentize.checkpoint import MANIFEST_NAME, Manifest, OutputFolder, open_checkpoint, resolve
 from latentize.checkpoint.manifest import sha256
 from latentize.errors import CheckpointError, OutputError
 
@@ -21,7 +21,7 @@ def manifest() -> Manifest:
 
 
 def fill(folder: OutputFolder, source: Path) -> None:
-    checkpoint = Checkpoint(resolve(source))
+    checkpoint = open_checkpoint(resolve(source))
     for name in checkpoint.names():
         folder.add(name, checkpoint.load(name))
     folder.copy_tokenizer(source)

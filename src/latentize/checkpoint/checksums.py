@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from latentize.checkpoint.base import Checkpoint
 from latentize.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256
-from latentize.checkpoint.reader import Checkpoint
 from latentize.errors import CheckpointError
 
 __all__ = ["source_hashes"]
@@ -23,8 +23,8 @@ def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     Raises:
         CheckpointError: a file is not what the hub, or latentize, wrote.
     """
-    folder, found = checkpoint.folder, {}
-    ours = Manifest.load(folder).files if (folder / MANIFEST_NAME).is_file() else {}
+    source, found = checkpoint.path, {}
+    ours = Manifest.load(source).files if (source / MANIFEST_NAME).is_file() else {}
     for path in checkpoint.files:
         found[path.name] = sha256(path)
         expected = ours.get(path.name) or _of_the_hub(path)

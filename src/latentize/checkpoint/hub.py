@@ -1,9 +1,10 @@
-"""A model's name to a folder on this machine."""
+"""A model's name to a folder, or a GGUF file, on this machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from latentize.checkpoint.gguf import SUFFIX, only_gguf
 from latentize.errors import CheckpointError
 
 __all__ = ["resolve"]
@@ -15,25 +16,34 @@ _WANTED += ["README.md", "LICENSE*", "LICENCE*", "NOTICE*"]
 
 
 def resolve(model: str | Path, *, revision: str | None = None, code: bool = False) -> Path:
-    """The local folder of ``model``: the folder itself, or a hub snapshot, downloaded once and cached.
+    """Where ``model`` is here: the folder itself, its one GGUF file, or a hub snapshot, downloaded once and cached.
 
     Args:
-        model: A folder or a hub id.
+        model: A folder, a GGUF file or a hub id.
         revision: Of the hub's.
         code: Download the model's own code, too.
 
     Raises:
-        CheckpointError: neither a folder here nor a model that the hub (or its cache) has.
+        CheckpointError: neither something here nor a model that the hub (or its cache) has; or a folder with several
+            GGUF files.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return path.resolve()
+        folder = path.resolve()
+        return only_gguf(folder) or folder
     name = str(model)
+    if path.is_file() and path.suffix == SUFFIX:
+        # Not resolved: in the hub's cache it is a link to a blob without the suffix.
+        return path.absolute()
     if path.exists():
-        raise CheckpointError("the model should be a folder, not a file", where=name)
+        raise CheckpointError(
+            "the model should be a folder or a GGUF file, not another file",
+            where=name,
+            fix=f"give the folder that it lies in, or a file whose name ends in {SUFFIX}",
+        )
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(
-            "there is no such folder, and it is not a hub id either",
+            "there is no such folder or file, and it is not a hub id either",
             where=name,
             fix="check the path; a hub id looks like 'organisation/name'",
         )

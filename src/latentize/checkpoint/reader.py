@@ -1,4 +1,4 @@
-"""A checkpoint on disk, read one tensor at a time.
+"""A folder with safetensors weights, read one tensor at a time.
 
 Opening checks everything that the headers can tell: that files are whole, that index and shards agree, that
 no path leaves the folder. Weights are read when they are asked for.
@@ -7,21 +7,19 @@ no path leaves the folder. Weights are read when they are asked for.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from io import BufferedReader
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from latentize.checkpoint.base import Checkpoint, filled, opened
 from latentize.errors import CheckpointError, ConfigError
 
-__all__ = ["Checkpoint"]
+__all__ = ["SafetensorsCheckpoint"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _HEADER_CAP = 100_000_000
-_CHECKED_AT_ONCE = 1 << 22
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What of a folder is read, or copied.
 _READ = (".json", ".safetensors", ".model", ".txt", ".jinja", ".md", "LICENSE", "LICENCE", "NOTICE")
@@ -91,17 +89,6 @@ def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return 8 + length, header
 
 
-def is_finite(tensor: Any) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
-
-    def fine(part: Any) -> bool:
-        # A sum is finite only if all terms are; the exact test is for sums that overflow.
-        return math.isfinite(float(part.float().sum())) or bool(part.isfinite().all())
-
-    # In parts: a sum in float32 makes a float32 copy of what it sums.
-    return all(fine(part) for part in tensor.reshape(-1).split(_CHECKED_AT_ONCE))
-
-
 def _malformed(where: str) -> CheckpointError:
     return CheckpointError("the header entry is malformed", code="LZ105", where=where, fix="download the file again")
 
@@ -131,7 +118,7 @@ def _check_entry(path: Path, name: str, entry: Any, data_bytes: int) -> None:
         raise CheckpointError("the file is truncated", code="LZ103", where=where, fix="download the file again")
 
 
-class Checkpoint:
+class SafetensorsCheckpoint(Checkpoint):
     """A folder with ``config.json`` and safetensors weights.
 
     Args:
@@ -143,18 +130,18 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.path, self.config_path = folder, folder / "config.json"
         for path in sorted(folder.iterdir()):
             if path.is_symlink() and path.name.endswith(_READ):
                 self._check_link(path)
-        if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        if not self.config_path.exists() and (folder / "adapter_config.json").exists():
             raise CheckpointError(
                 "the folder holds an adapter, not a model",
                 code="LZ115",
                 where=str(folder / "adapter_config.json"),
                 fix="merge it into its base model, and convert that",
             )
-        self.config = _read_json(folder / "config.json", ConfigError, "LZ102")
+        self.config = _read_json(self.config_path, ConfigError, "LZ102")
         self._file_of: dict[str, Path] = {}
         self._entry: dict[str, dict[str, Any]] = {}
         self._data_start: dict[Path, int] = {}
@@ -170,7 +157,7 @@ class Checkpoint:
 
     def _shards(self) -> dict[Path, set[str] | None]:
         """File → tensors that the index promises in it (``None`` where there is no index)."""
-        index, single = self.folder / INDEX_NAME, self.folder / SINGLE_NAME
+        index, single = self.path / INDEX_NAME, self.path / SINGLE_NAME
         if not index.exists():
             if single.is_file():
                 return {single: None}
@@ -184,7 +171,7 @@ class Checkpoint:
         for name, file in weight_map.items():
             if Path(file).name != file:
                 raise CheckpointError(f"the index points outside the folder: '{file}'", code="LZ107", where=str(index))
-            promised.setdefault(self.folder / file, set()).add(name)
+            promised.setdefault(self.path / file, set()).add(name)
         if not promised:
             raise CheckpointError("the index names no weights", code="LZ106", where=str(index))
         for path in promised:
@@ -195,25 +182,25 @@ class Checkpoint:
         return dict(promised)
 
     def _no_weights(self) -> CheckpointError:
-        if unfinished := sorted(self.folder.rglob("*.incomplete")):
+        if unfinished := sorted(self.path.rglob("*.incomplete")):
             return CheckpointError(
                 "no weights, but a download that was not finished",
                 code="LZ104",
                 where=str(unfinished[0]),
                 fix="download the model again; what is there goes on",
             )
-        pickles = sorted(p.name for pattern in _PICKLES for p in self.folder.glob(pattern))
+        pickles = sorted(p.name for pattern in _PICKLES for p in self.path.glob(pattern))
         return CheckpointError(
             "no safetensors weights" + (f", only pickles ({pickles[0]})" if pickles else ""),
             code="LZ113" if pickles else "LZ101",
-            where=str(self.folder),
+            where=str(self.path),
             fix="load it where you trust it and save it with save_pretrained" if pickles else "is it a model's folder?",
         )
 
     def _check_link(self, path: Path) -> None:
         """A link may point into the folder, or, in a hub cache, to the blobs that snapshots share."""
         try:
-            real, folder = path.resolve(), self.folder.resolve()
+            real, folder = path.resolve(), self.path.resolve()
         except (OSError, RuntimeError):
             raise CheckpointError(
                 "the file is a link to itself", code="LZ107", where=str(path), fix="put the file itself there"
@@ -228,7 +215,6 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
-        """Weight files, in order."""
         return sorted(set(self._file_of.values()))
 
     def names(self) -> Iterator[str]:
@@ -237,113 +223,47 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._entry
 
-    def count(self, prefix: str) -> int:
-        """Layers, told by the names of their tensors.
-
-        Args:
-            prefix: Of a layer's tensors, with ``{layer}`` for its number.
-        """
-        before, after = prefix.split("{layer}")
-        rest = (name.removeprefix(before).split(after, 1)[0] for name in self.names() if name.startswith(before))
-        return 1 + max((int(number) for number in rest if number.isdecimal() and len(number) < 9), default=-1)
-
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry[name]["shape"])
 
     def dtype(self, name: str) -> str:
-        """Precision that a tensor is stored in, by PyTorch's name."""
         return _TORCH_NAMES[self._entry[name]["dtype"]]
 
     def size(self, name: str) -> int:
-        """Bytes of a tensor, as stored."""
         begin, end = self._entry[name]["data_offsets"]
         return end - begin
 
-    def check_tensors(self, expected: Mapping[str, tuple[int, ...]], *, ignore: Iterable[str] = ()) -> None:
-        """Compare names and shapes with what the family's table promises.
-
-        Raises:
-            CheckpointError: a tensor is missing, unexpected, or of another shape.
-        """
-        for name, shape in expected.items():
-            if name not in self:
-                raise self._missing(name)
-            if self.shape(name) != shape:
-                raise CheckpointError(
-                    f"the tensor is {list(self.shape(name))}, config.json implies {list(shape)}",
-                    code="LZ109",
-                    where=f"{self._file_of[name]}, tensor {name}",
-                )
-        skipped = set(ignore)
-        for name in self.names():
-            # Some old Llama checkpoints store the RoPE table; it is derived, not learned.
-            if name not in expected and name not in skipped and not name.endswith("rotary_emb.inv_freq"):
-                raise CheckpointError(
-                    "a tensor that the architecture does not have",
-                    code="LZ111",
-                    where=f"{self._file_of[name]}, tensor {name}",
-                )
-
-    def _missing(self, name: str) -> CheckpointError:
-        fix = "are all files of the model there?"
-        return CheckpointError("a tensor is missing", code="LZ111", where=f"{self.folder}, tensor {name}", fix=fix)
+    def where(self, name: str) -> str:
+        return f"{self._file_of[name]}, tensor {name}"
 
     def load(self, name: str) -> Any:
-        """One tensor, as stored.
-
-        Raises:
-            CheckpointError: there is no such tensor, or it holds NaN or infinity.
-        """
         if name not in self:
-            raise self._missing(name)
+            raise self.missing(name)
         path, entry = self._file_of[name], self._entry[name]
         begin, end = entry["data_offsets"]
         # Read, not mapped: mapped pages would stay in memory as long as the file is open.
         buffer = bytearray(end - begin)
-        with self._opened(path) as stream:
+        with opened(path) as stream:
             stream.seek(self._data_start[path] + begin)
-            self._filled(path, stream.readinto(buffer), len(buffer))
+            filled(path, stream.readinto(buffer), len(buffer))
         return self._tensor(name, buffer, entry["shape"])
 
     def load_rows(self, name: str, rows: Sequence[int]) -> Any:
-        """Some rows of a matrix, in the order asked for; the others are not read.
-
-        Raises:
-            CheckpointError: as :meth:`load`, for these rows.
-        """
         path, entry = self._file_of[name], self._entry[name]
         begin, end = entry["data_offsets"]
         count, *rest = entry["shape"]
         size = (end - begin) // count
         buffer = bytearray(size * len(rows))
         view = memoryview(buffer)
-        with self._opened(path) as stream:
+        with opened(path) as stream:
             for place, row in enumerate(rows):
                 stream.seek(self._data_start[path] + begin + row * size)
-                self._filled(path, stream.readinto(view[place * size : (place + 1) * size]), size)
+                filled(path, stream.readinto(view[place * size : (place + 1) * size]), size)
         return self._tensor(name, buffer, [len(rows), *rest])
-
-    def _opened(self, path: Path) -> BufferedReader:
-        try:
-            return path.open("rb")
-        except OSError as error:
-            raise CheckpointError(
-                f"the file can no longer be read: {error.strerror}", code="LZ103", where=str(path), fix="put it back"
-            ) from error
-
-    def _filled(self, path: Path, count: int, wanted: int) -> None:
-        if count != wanted:
-            raise CheckpointError(
-                "the file has become shorter", code="LZ103", where=str(path), fix="download the file again"
-            )
 
     def _tensor(self, name: str, buffer: bytearray, shape: list[int]) -> Any:
         import torch
 
         dtype = getattr(torch, _TORCH_NAMES[self._entry[name]["dtype"]])
         tensor = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise CheckpointError(
-                "the tensor holds NaN or infinity", code="LZ108", where=f"{self._file_of[name]}, tensor {name}"
-            )
-        return tensor.view(shape)
+        return self.checked(name, tensor.view(shape))

@@ -14,9 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from latentize.checkpoint.base import is_finite
+from latentize.checkpoint.gguf import is_gguf, save_gguf_tokenizer
 from latentize.checkpoint.journal import Journal, sync
 from latentize.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256
-from latentize.checkpoint.reader import INDEX_NAME, SINGLE_NAME, is_finite
+from latentize.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from latentize.errors import NumericsError, OutputError
 
 __all__ = ["OutputFolder"]
@@ -163,7 +165,20 @@ class OutputFolder:
         return self.partial / f"{_SHARD}{number:05d}.safetensors"
 
     def copy_tokenizer(self, source: Path) -> None:
-        """Copy the files that belong to the tokenizer, to generation and to the licence, where the source has them."""
+        """Copy the files that belong to the tokenizer, to generation and to the licence, where the source has them.
+
+        Args:
+            source: A folder; or a GGUF file, of which they are made.
+
+        Raises:
+            OutputError: writing fails.
+        """
+        if is_gguf(source):
+            try:
+                save_gguf_tokenizer(source, self.partial)
+            except OSError as error:
+                raise self._unwritten("write the tokenizer", error, self.partial) from error
+            return
         for path in copied_files(source):
             try:
                 shutil.copyfile(path, self.partial / path.name)

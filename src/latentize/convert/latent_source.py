@@ -76,7 +76,7 @@ def check_latent(checkpoint: Checkpoint, model: LatentModel) -> None:
         raise CheckpointError(
             f"config.json says {model.layers} layers, the files have {stored}",
             code="LZ110",
-            where=f"{checkpoint.folder / 'config.json'}, num_hidden_layers",
+            where=f"{checkpoint.config_path}, num_hidden_layers",
             fix="take all files from where the model was published",
         )
     for layer in range(model.layers):
@@ -91,7 +91,7 @@ def check_latent(checkpoint: Checkpoint, model: LatentModel) -> None:
 
 def _odd(what: str, code: str, checkpoint: Checkpoint, name: str) -> CheckpointError:
     fix = "are all files of the model there, and only those?"
-    return CheckpointError(what, code=code, where=f"{checkpoint.folder}, tensor {name}", fix=fix)
+    return CheckpointError(what, code=code, where=f"{checkpoint.path}, tensor {name}", fix=fix)
 
 
 @dataclass(frozen=True)

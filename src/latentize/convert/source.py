@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from latentize.attention.grouped import AttentionWeights, capped
 from latentize.attention.masks import causal_mask
 from latentize.calibrate.tokens import Passages, Placed
-from latentize.checkpoint import Checkpoint
+from latentize.checkpoint import Checkpoint, load_config
 from latentize.convert.canonical import attention_weights, module_tensors
 from latentize.errors import CheckpointError, ConfigError
 from latentize.families import ModelSpec
@@ -256,7 +256,7 @@ class SourceModel:
         trust_remote_code: bool = False,
     ) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.spec, self.device, self.rough = checkpoint, spec, device, rough
         self.large = sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()) > _LARGE
@@ -264,7 +264,7 @@ class SourceModel:
         self.fast_matmul = self.autocast or multiplies_bfloat16(torch.device(device).type)
         try:
             trust = {"trust_remote_code": trust_remote_code}
-            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **trust)
+            config = load_config(checkpoint.path, **trust)
             # No fused attention bends logits.
             config._attn_implementation = "eager" if spec.additive_masks else "sdpa"
             with torch.device("meta"):
@@ -275,7 +275,7 @@ class SourceModel:
         except Exception as error:
             raise ConfigError(
                 f"transformers cannot make the model: {(str(error) or repr(error)).splitlines()[0]}",
-                where=str(checkpoint.folder / "config.json"),
+                where=str(checkpoint.config_path),
                 fix="take config.json from where the model was published",
             ) from error
 
@@ -294,7 +294,7 @@ class SourceModel:
             raise CheckpointError(
                 f"the tokenizer makes token {int(tokens_NT.max())}, the embedding has {rows} rows",
                 code="LZ117",
-                where=str(self.checkpoint.folder),
+                where=str(self.checkpoint.path),
                 fix="is this the model's own tokenizer?",
             )
         used, which_NT = tokens_NT.cpu().unique(return_inverse=True)

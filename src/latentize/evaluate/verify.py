@@ -10,7 +10,7 @@ import torch
 
 from latentize.attention.latent import latent_attention
 from latentize.attention.module import LatentAttention
-from latentize.checkpoint import Checkpoint, Manifest
+from latentize.checkpoint import Checkpoint, Manifest, open_checkpoint
 from latentize.checkpoint.manifest import sha256
 from latentize.errors import CheckpointError
 from latentize.formats.deepseek_v3 import decode_attention
@@ -75,7 +75,7 @@ def verify(out: Path) -> Verdict:
         verdict.files += 1
     if verdict.problems:
         return verdict
-    checkpoint = Checkpoint(out)
+    checkpoint = open_checkpoint(out)
     for name in checkpoint.names():
         checkpoint.load(name)
         verdict.tensors += 1

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from latentize.checkpoint import Checkpoint
+from latentize.checkpoint import Checkpoint, open_checkpoint
 from latentize.checkpoint.journal import locked, sync
 from latentize.checkpoint.manifest import sha256
 from latentize.errors import FormatError, OptionError, OutputError
@@ -122,7 +122,7 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[GgufTensor]:
                 found.append(GgufTensor(f"{prefix}attn_v_b.weight", source, (heads, v_dim, rank), v_up))
                 continue
         if name is None or kind != "weight":
-            raise FormatError("deepseek2 has no such tensor", where=f"{checkpoint.folder}, tensor {source}")
+            raise FormatError("deepseek2 has no such tensor", where=f"{checkpoint.path}, tensor {source}")
         found.append(GgufTensor(f"{prefix}{name}.weight", source, checkpoint.shape(source), _same))
     return found
 
@@ -183,7 +183,7 @@ def check_portable(checkpoint: Checkpoint) -> None:
     Raises:
         FormatError: it is native, of another architecture, or has what ``deepseek2`` has not.
     """
-    kind, where = checkpoint.config.get("model_type"), str(checkpoint.folder / "config.json")
+    kind, where = checkpoint.config.get("model_type"), str(checkpoint.config_path)
     if kind == "latentize":
         raise FormatError(
             "a folder in the native format has no counterpart in llama.cpp",
@@ -234,7 +234,7 @@ def write_gguf(folder: Path, out: Path, kind: str, *, name: str = "", overwrite:
             "the output exists already", code="LZ401", where=str(out), fix="remove it, or give --overwrite"
         )
     gguf_module()
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     check_portable(checkpoint)
     tensors = gguf_tensors(checkpoint)
     vocab = read_vocab(folder, checkpoint.config["vocab_size"])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentize.checkpoint import Checkpoint
+from latentize.checkpoint import Checkpoint, open_checkpoint
 from latentize.errors import CheckpointError
 from latentize.formats.gguf import check_portable, gguf_tensors
 from latentize.formats.gguf_types import BLOCK, GgufTensor, gguf_module, rounded
@@ -55,7 +55,7 @@ def _expected_rope(config: dict[str, Any]) -> dict[str, Any]:
 def _expected_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
     rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
-    vocab = read_vocab(checkpoint.folder, config["vocab_size"])
+    vocab = read_vocab(checkpoint.path, config["vocab_size"])
     shape = {
         "block_count": config["num_hidden_layers"],
         "leading_dense_block_count": config["num_hidden_layers"],
@@ -139,7 +139,7 @@ def check_gguf(path: Path, folder: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, or something in it is not what the folder has.
         FormatError: the folder is not one that can be exported.
     """
-    checkpoint, reader = Checkpoint(folder), read_gguf(path)
+    checkpoint, reader = open_checkpoint(folder), read_gguf(path)
     check_portable(checkpoint)
     expected = _expected_keys(checkpoint)
     problems = _key_problems(reader, expected)

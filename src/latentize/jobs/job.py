@@ -16,6 +16,7 @@ from latentize import plan as arithmetic
 from latentize.calibrate.text import describe
 from latentize.checkpoint import Checkpoint, Journal, Manifest, OutputFolder
 from latentize.checkpoint.checksums import source_hashes
+from latentize.checkpoint.gguf import is_gguf
 from latentize.checkpoint.journal import bytes_in, partial_folders
 from latentize.checkpoint.manifest import sha256, versions
 from latentize.checkpoint.writer import copied_files
@@ -59,7 +60,7 @@ class Job(ABC):
         self.trust_remote_code = trust_remote_code
         self.dtype = getattr(torch, recipe.dtype)
         self.settings: list[Setting] = []
-        self.notes: list[str] = []
+        self.notes: list[str] = [] if checkpoint.quantization is None else [checkpoint.quantization_note]
         self.scores: list[dict[str, Any]] = []
         self.kind: type[FormatWriter] = self.choose_kind()
         if trust_remote_code and checkpoint.config.get("auto_map") and self.kind is not DeepseekWriter:
@@ -98,16 +99,22 @@ class Job(ABC):
         hashes = source_hashes(source)
         for name in source.names():
             source.load(name)
-        rest = {source.folder / "config.json", source.folder / "README.md", *copied_files(source.folder)}
-        rest |= set(source.folder.glob("*.py")) if self.trust_remote_code else set()
+        rest = set() if is_gguf(source.path) else {source.config_path, source.path / "README.md"}
+        rest |= {*copied_files(source.path), *(source.path.glob("*.py") if self.trust_remote_code else ())}
         return {
             "model": model,
             "recipe": self.recipe.model_dump(mode="json"),
             "weights": hashes,
+            **self._quantization(),
             "other files": {path.name: sha256(path) for path in sorted(rest) if path.is_file()},
             "text": text.digest(),
             "versions": versions(),
         }
+
+    def _quantization(self) -> dict[str, Any]:
+        """What the source was quantised to, where it was."""
+        found = self.checkpoint.quantization
+        return {} if found is None else {"quantization": found}
 
     @abstractmethod
     def footprint(self, source: SourceModel) -> Footprint | None:
@@ -147,7 +154,7 @@ class Job(ABC):
             source = self.open(device)
             self._check_room(out)
             self._check_memory(source)
-            text = draw_text(self.checkpoint.folder, self.recipe, self.spec.max_positions, **trust)
+            text = draw_text(self.checkpoint.path, self.recipe, self.spec.max_positions, **trust)
             request = self.request(model, text)
             journal.begin(request)
             with OutputFolder(out, journal=journal) as folder:
@@ -166,15 +173,15 @@ class Job(ABC):
         measurements = {k: v for k, v in report.items() if k not in _OF_THIS_RUN}
         manifest = Manifest(
             format=self.writer.name,
-            source={"model": model, **arithmetic.describe(self.spec), "files": hashes},
+            source={"model": model, **arithmetic.describe(self.spec), "files": hashes, **self._quantization()},
             recipe=self.recipe.model_dump(mode="json"),
             layers=report["layers"],
             measurements=measurements,
             notes=self.notes,
         )
-        folder.copy_tokenizer(self.checkpoint.folder)
+        folder.copy_tokenizer(self.checkpoint.path)
         told = (self.spec, self.recipe, report, self.notes)
-        folder.write_text("README.md", card.render(model, self.checkpoint.folder, *told))
+        folder.write_text("README.md", card.render(model, self.checkpoint.path, *told))
 
         def last(partial: Path) -> None:
             write_report(partial, name=folder.out.name)

@@ -42,7 +42,8 @@ class LatentJob(Job):
 
     def choose_kind(self) -> type[FormatWriter]:
         allowed = settings(self.recipe, self.spec.attention)
-        kind, self.candidates, self.notes = _format(self.recipe, self.spec, allowed)
+        kind, self.candidates, notes = _format(self.recipe, self.spec, allowed)
+        self.notes += notes
         return kind
 
     @property

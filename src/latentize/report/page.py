@@ -323,6 +323,14 @@ def _limits(manifest: Manifest) -> str:
     return f"<h2>Approximations and limits</h2><ul>{items}</ul>"
 
 
+def _quantization(found: Mapping[str, Any] | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    tensors = ", ".join(f"{count} × {kind}" for kind, count in found["tensors"].items())
+    said = f"GGUF, {found['file_type']} ({tensors}), dequantised by {found['dequantised_by']}"
+    return {"weights of the source": said}
+
+
 def _origin(manifest: Manifest) -> str:
     m, source = manifest.measurements, manifest.source
     heads = source["num_attention_heads"]
@@ -333,6 +341,7 @@ def _origin(manifest: Manifest) -> str:
     done = {
         "source": f"{source['model']} ({source['model_type']})",
         "attention": f"{source['attention']}: {heads}, {source['layers']} layers",
+        **_quantization(source.get("quantization")),
         "method, format": f"{m['method']}, {m['format']}",
         "calibration": f"{m['calibration_tokens']:,} tokens of {m['calibration_text']}",
         **{f"version of {name}": version for name, version in manifest.versions.items()},
