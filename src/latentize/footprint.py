@@ -216,7 +216,7 @@ def latent_footprint(
         each = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
         graph = spec.layers * of.activations(of.step(effort.polish), _BACKWARD)
         table = of.comparison(of.stream(recipe.selection_tokens))
-        stretches["polishing"] = 3 * calibration + sum(of.layers()) + spec.layers * each + graph + table
+        stretches["polishing"] = calibration + sum(of.layers()) + spec.layers * each + graph + table
     if len(settings) > 1:
         stretches["choosing sizes"] = _choice(of, settings, one_by_one) + layer + max(settled, of.forward())
     stretches["comparing"] = of.comparison(texts)

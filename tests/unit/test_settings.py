@@ -237,9 +237,9 @@ def test_calibrated_settings_stay_within_the_budget(shape: tuple[int, int, int],
     for size in sizes:
         mine = [s for s in found if (s.kv_lora_rank, s.qk_rope_head_dim) == size]
         assert sum(s.stride is None for s in mine) == 1, "one with free frequencies"
-        assert any(s.stride == 1.0 for s in mine)
+        assert any(s.stride == 1.0 for s in mine) or size[1] > spec.head_dim
         widest = max(s.stride for s in mine if s.stride is not None)
-        assert widest == max(1.0, spec.head_dim / size[1]), "a ladder over all frequencies"
+        assert widest == spec.head_dim / size[1], "a ladder over all frequencies"
 
 
 def test_a_preset_is_a_pair_of_sizes() -> None:

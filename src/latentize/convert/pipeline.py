@@ -355,6 +355,8 @@ def _polished(
         progress("refining layers", layer.index + 1, source.spec.layers, made.news)
         del layer, made, passed
     assert first.own is not None
+    # Only what the source makes of the text is needed from here on.
+    first.draft = None
 
     def make(teacher_NTD: Tensor = first.own.hidden_NTD) -> Made:
         return polish(source, refined, calibration, teacher_NTD, selection, how, progress), ""

@@ -130,16 +130,17 @@ def likely_ladders(
         by_size.setdefault((setting.kv_lora_rank, setting.qk_rope_head_dim), []).append(index)
     if max(map(len, by_size.values())) <= _LADDERS:
         return list(candidates)
-    costs = torch.zeros(len(candidates), dtype=torch.float64)
+    costs = [0.0] * len(candidates)
     needed = candidates[0].needs(source.spec.attention)
     for layer, _, seen in _some_layers(source, calibration, needed, progress, "choosing the ladder"):
         assert layer.weights is not None and layer.spec is not None
-        found = torch.tensor(ladder_costs(layer.weights, layer.spec, seen.stats, list(candidates)), dtype=torch.float64)
+        found = ladder_costs(layer.weights, layer.spec, seen.stats, list(candidates))
         # Logits of some layers are hundreds of times as large as those of others, and softmax bears as much more.
-        costs += found / found.mean().clamp_min(1e-30)
+        mean = max(sum(found) / len(found), 1e-30)
+        costs = [cost + one / mean for cost, one in zip(costs, found, strict=True)]
     likely = []
     for of_size in by_size.values():
-        cheapest = sorted(of_size, key=lambda index: float(costs[index]))[:_LADDERS]
+        cheapest = sorted(of_size, key=lambda index: costs[index])[:_LADDERS]
         widest = max(of_size, key=lambda index: _width(candidates[index]))
         likely += [candidates[i] for i in of_size if i in (*cheapest, widest) or candidates[i].stride in (1.0, None)]
     return likely

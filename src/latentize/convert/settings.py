@@ -212,9 +212,9 @@ def _calibrated(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
     not_linear = spec.qkv_bias or spec.o_bias or spec.qk_norm
     found = []
     for rank, rope in _calibrated_sizes(recipe, spec):
-        # A roped key larger than a head's has rungs between the source's frequencies, or beyond the slowest.
+        # A roped key larger than a head's has rungs between the source's frequencies.
         widest = spec.rope.rotary_dim / rope
-        for stride in (*(s for s in _STRIDES if s < max(1.0, widest)), widest, *((1.0,) if widest < 1.0 else ())):
+        for stride in (*(s for s in _STRIDES if s < widest), widest):
             found.append(Setting("calibrated", rank, rope, stride=stride, linear=not_linear))
         found.append(Setting("calibrated", rank, rope, linear=spec.qk_norm))
         # Where every layer may choose, an even choice is one, and refinement often makes more of it.
