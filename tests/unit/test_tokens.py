@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.common import byte_tokenizer
 
-from latentize.calibrate.tokens import Passages, _pieces, pack, spread_positions
+from latentize.calibrate.tokens import Passages, _pieces, leading_tokens, pack, spread_positions
 from latentize.errors import DataError
 
 # 200 texts of 100 bytes and one separator each; no two stretches are alike.
@@ -26,6 +26,26 @@ def test_whole_sequences_at_least_one_at_most_what_there_is(tokenizer: Any, toke
     packed = pack(tokenizer, TEXTS, tokens=tokens, sequence_length=64)
     assert packed.shape == (rows, 64)
     assert packed.dtype == torch.int64
+
+
+class WithLead:
+    """A tokenizer that puts a token before each text, and one after it, where special tokens are asked for."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.eos_token_id = inner, inner.eos_token_id
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, **options: Any) -> dict[str, list[int]]:
+        ids = self.inner(text, add_special_tokens=False, **options)["input_ids"]
+        return {"input_ids": [300, *ids, 301] if add_special_tokens else ids}
+
+
+def test_every_sequence_begins_as_the_tokenizer_begins_a_text(tokenizer: Any) -> None:
+    rows = pack(WithLead(tokenizer), TEXTS, tokens=1280, sequence_length=64)
+    assert rows.shape == (20, 64)
+    assert set(rows[:, 0].tolist()) == {300}
+    assert not {300, 301} & set(rows[:, 1:].flatten().tolist())
+    assert torch.equal(rows[:, 1:], pack(tokenizer, TEXTS, tokens=20 * 63, sequence_length=63))
+    assert leading_tokens(tokenizer) == []
 
 
 def test_a_seed_decides_the_draw(tokenizer: Any) -> None:

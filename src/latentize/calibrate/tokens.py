@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentize.errors import DataError
 
-__all__ = ["Passages", "Placed", "pack", "spread_positions"]
+__all__ = ["Passages", "Placed", "leading_tokens", "pack", "spread_positions"]
 
 # Pieces of about two sequences: few enough from one place, and few that are made of several ends.
 _CHARS_PER_TOKEN = 8
@@ -112,7 +112,8 @@ def pack(
     """Draw sequences from all over the documents.
 
     Documents are cut at line ends into pieces, and only pieces that are drawn are tokenised. A sequence is a
-    contiguous stretch of a piece; what is left of pieces is joined, with the end-of-text token between.
+    contiguous stretch of a piece; what is left of pieces is joined, with the end-of-text token between. Each begins
+    with what the tokenizer puts before a text, a BOS token where the model was trained with one.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -128,7 +129,9 @@ def pack(
     Raises:
         DataError: the text does not fill one sequence.
     """
-    wanted = max(1, tokens // sequence_length)
+    wanted, lead = max(1, tokens // sequence_length), leading_tokens(tokenizer)
+    # Of the text there is that much less in a sequence.
+    whole_sequence, sequence_length = sequence_length, max(1, sequence_length - len(lead))
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows: list[list[int]] = []
     ends: list[int] = []
@@ -145,11 +148,19 @@ def pack(
     rows += _cut(ends, sequence_length)
     if not rows:
         raise DataError(
-            f"the text has {len(ends)} tokens, fewer than one sequence of {sequence_length}",
+            f"the text has {len(ends)} tokens, fewer than one sequence of {whole_sequence}",
             where="the text, or the tokenizer",
             fix="pass more text with --data, or a shorter --sequence-length",
         )
-    return torch.tensor(rows[:wanted], dtype=torch.int64)
+    return torch.tensor([lead + row for row in rows[:wanted]], dtype=torch.int64)
+
+
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text: a BOS token, or nothing."""
+    bare, whole = (tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (False, True))
+    if not bare or bare[0] not in whole:
+        return []
+    return list(whole[: whole.index(bare[0])])
 
 
 def _cut(ids: list[int], length: int) -> list[list[int]]:
