@@ -80,7 +80,7 @@ def rope_figure() -> str:
     hidden, cost_LF = source.embed(calibration), []
     marks: dict[str, list[list[int]]] = {"●": [], "○": []}
     for layer in source.layers():
-        seen = observe(layer, a, hidden, Needed(distances=True))
+        seen = observe(layer, hidden, Needed(distances=True))
         c = key_components(layer.weights.to(torch.float64), a, seen.stats)
         cost_LF.append(dropping_cost(c).sum(1).tolist())
         marks["●"].append(on_ladder(c, rungs_J)[0][:, 0].tolist())
