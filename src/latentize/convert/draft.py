@@ -20,7 +20,7 @@ from latentize.convert.refine import Refined, Refinement, expand_heads, refine, 
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, Stream
 
-__all__ = ["Draft", "DraftedLayer", "Seen", "alone", "observe", "refined_layer"]
+__all__ = ["Draft", "DraftedLayer", "Seen", "alone", "observe", "refined_layer", "stream_error"]
 
 _DISTANCE_TOKENS = 16_384
 
@@ -78,7 +78,16 @@ def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int =
     return Seen(total, kept)
 
 
-def refined_layer(layer: SourceLayer, text: Stream, seen: Seen, start: LatentWeights, how: Refinement) -> Refined:
+def stream_error(text: Stream, reference: Stream) -> float:
+    """Mean relative error of a token, ``‖h - h_source‖² / max(‖h‖², ‖h_source‖²)``."""
+    energy_NT = token_energy(reference.hidden_NTD, text.hidden_NTD)
+    pairs = zip(text.hidden_NTD, reference.hidden_NTD, energy_NT, strict=True)
+    return sum(float(((h - r).square().sum(-1) / e).mean()) for h, r, e in pairs) / len(energy_NT)
+
+
+def refined_layer(
+    layer: SourceLayer, text: Stream, seen: Seen, start: LatentWeights, how: Refinement, inherited: float = 0.0
+) -> Refined:
     """A layer, refined on a text.
 
     Args:
@@ -87,6 +96,7 @@ def refined_layer(layer: SourceLayer, text: Stream, seen: Seen, start: LatentWei
         seen: What the source's layer does with the same text, the residual stream too.
         start: The closed form.
         how: Steps and rates.
+        inherited: Relative error of the text as it enters the layer.
     """
     hidden_NTD, residual_NTD = text.hidden_NTD, seen.residual_NTD
     assert residual_NTD is not None
@@ -96,6 +106,7 @@ def refined_layer(layer: SourceLayer, text: Stream, seen: Seen, start: LatentWei
         residual_NTD - hidden_NTD,
         token_energy(residual_NTD, hidden_NTD),
         how,
+        inherited=inherited,
         positions_NT=text.positions_NT,
         autocast=layer.fast_matmul,
         added=layer.added,
@@ -133,8 +144,18 @@ class Draft:
         self.refinement = refinement
         self.text = text.clone()
 
-    def convert(self, layer: SourceLayer, seen: Seen, setting: Setting, once: Once = at_once) -> DraftedLayer:
-        """The layer in closed form, and refined, once."""
+    def convert(
+        self, layer: SourceLayer, seen: Seen, setting: Setting, once: Once = at_once, inherited: float = 0.0
+    ) -> DraftedLayer:
+        """The layer in closed form, and refined, once.
+
+        Args:
+            layer: The source's.
+            seen: What it does with the calibration text.
+            setting: What it becomes.
+            once: Refines it, or knows what that gave.
+            inherited: Relative error of the text as it enters the layer.
+        """
         assert layer.weights is not None and layer.spec is not None
         closed = conversion(layer.weights, layer.spec, seen.stats, setting)
         if self.refinement is None:
@@ -142,7 +163,7 @@ class Draft:
         how = self.refinement
 
         def make() -> Made:
-            found = refined_layer(layer, self.text, seen, closed.weights, how)
+            found = refined_layer(layer, self.text, seen, closed.weights, how, inherited)
             return [found.weights], f"error {found.before:.4f} → {found.after:.4f}"
 
         (refined,), news = once(make)

@@ -22,14 +22,14 @@ from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
 from latentize.calibrate.tokens import Passages
 from latentize.checkpoint import Journal
-from latentize.convert.draft import Draft, DraftedLayer, observe
+from latentize.convert.draft import Draft, DraftedLayer, observe, stream_error
 from latentize.convert.kept import Made, once
 from latentize.convert.methods import linear_fit
 from latentize.convert.polish import Polish, polish
 from latentize.convert.pooling import pool_heads
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import Quality, compare_streams
-from latentize.convert.refine import Refinement, token_energy
+from latentize.convert.refine import Refinement
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, SourceModel, Stream
 from latentize.spec import AttentionSpec
@@ -145,13 +145,6 @@ class Converted:
     facts: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _stream_error(text: Stream, reference: Stream) -> float:
-    """Mean relative error of a token, ``‖h - h_source‖² / max(‖h‖², ‖h_source‖²)``."""
-    energy_NT = token_energy(reference.hidden_NTD, text.hidden_NTD)
-    pairs = zip(text.hidden_NTD, reference.hidden_NTD, energy_NT, strict=True)
-    return sum(float(((h - r).square().sum(-1) / e).mean()) for h, r, e in pairs) / len(energy_NT)
-
-
 def _massive(text: Stream, reference: Stream) -> Massive:
     """Which tokens are massive in both models."""
     here_NT, there_NT = (_is_massive(stream.hidden_NTD) for stream in (text, reference))
@@ -258,8 +251,10 @@ class _LayerByLayer:
         assert self.own is not None and self.draft is not None
         assert layer.spec is not None and layer.weights is not None
         refines, setting = self.draft.refinement is not None, self.settings[layer.index]
-        seen = observe(layer, self.own, setting.needs(layer.spec), residual=len(self.draft.text) if refines else 0)
-        made = self.draft.convert(layer, seen, setting, once(self.journal, f"layer {layer.index}"))
+        few = len(self.draft.text) if refines else 0
+        inherited = stream_error(self.draft.text, self.own[:few]) if refines else 0.0
+        seen = observe(layer, self.own, setting.needs(layer.spec), residual=few)
+        made = self.draft.convert(layer, seen, setting, once(self.journal, f"layer {layer.index}"), inherited)
         self.facts.append(made.closed.describe())
         stages = {}
         if refines:
@@ -425,8 +420,8 @@ def run_through(source: SourceModel, make: _Make, sink: Sink, evaluation: Passag
             layer.run(before[name], stages.get(name))
         layer.run(reference)
         layer.run(hidden, attention)
-        after = _stream_error(hidden, reference)
-        errors.append((_stream_error(before[CLOSED], reference) if CLOSED in before else after, after))
+        after = stream_error(hidden, reference)
+        errors.append((stream_error(before[CLOSED], reference) if CLOSED in before else after, after))
         massive.append(_massive(hidden, reference))
         progress("converting layers", layer.index + 1, source.spec.layers, _shown(*errors[-1]))
         # The next layer is read before these names are bound again.

@@ -29,6 +29,8 @@ __all__ = ["Refined", "Refinement", "descend", "expand_heads", "refine", "refine
 
 # Share of the median energy that a token is taken to have at least: one of nothing would weigh more than all others.
 _LEAST_ENERGY = 1e-3
+# Share of an error that a layer is taken to have made itself at least.
+_LEAST_OWN = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Refinement(Schedule):
     """How a layer is refined.
 
     A step is as large as there is something to repair: the rate is multiplied by the root of the relative error that
-    refinement starts from.
+    refinement starts from, less what the layer's inputs had before.
 
     Attributes:
         probe: Tokens that are not learnt from and tell whether it helped; at most an eighth of all.
@@ -104,6 +106,7 @@ def refine(
     energy_NT: Tensor,
     how: Refinement,
     *,
+    inherited: float = 0.0,
     positions_NT: Tensor | None = None,
     autocast: bool = False,
     added: Callable[[Tensor], Tensor] = lambda made_BTD: made_BTD,
@@ -116,6 +119,7 @@ def refine(
         target_NTD: What its attention should add to the residual stream.
         energy_NT: From :func:`token_energy`.
         how: Steps and rates.
+        inherited: Relative error that was there before the layer, which it can repair but little of.
         positions_NT: Where in a context the tokens are; by default each sequence is at its start.
         autocast: Multiply in bfloat16.
         added: From what the attention makes to what the residual stream gets of it.
@@ -130,7 +134,8 @@ def refine(
         made_BTD = attention(inputs(rows), None if positions_NT is None else positions_NT[rows])[0]
         return added(made_BTD.float())
 
-    before, after = descend(list(attention.parameters()), made, target_NTD, energy_NT, how, autocast=autocast)
+    parameters = list(attention.parameters())
+    before, after = descend(parameters, made, target_NTD, energy_NT, how, inherited=inherited, autocast=autocast)
     return Refined(refined(attention, w), before, after) if after < before else Refined(start, before, before)
 
 
@@ -141,6 +146,7 @@ def descend(
     energy_NT: Tensor,
     how: Refinement,
     *,
+    inherited: float = 0.0,
     autocast: bool = False,
 ) -> tuple[float, float]:
     """Train parameters in place so that ``made`` comes near the target, each token relative to its energy.
@@ -151,6 +157,7 @@ def descend(
         target_NTD: What it should be.
         energy_NT: What a token's squared error is relative to.
         how: Steps and rates.
+        inherited: Relative error that was there before.
         autocast: Multiply in bfloat16.
 
     Returns:
@@ -180,7 +187,8 @@ def descend(
     if before < how.enough:
         return before, before
     # A step is as large as there is something to repair: one that suits a bad start would ruin a good one.
-    steps = descent(parameters, replace(how, rate=how.rate * min(1.0, before) ** 0.5))
+    own = min(1.0, max(before - inherited, _LEAST_OWN * before))
+    steps = descent(parameters, replace(how, rate=how.rate * own**0.5))
     for step, rows in enumerate(how.batches(learnt, length)):
         with torch.enable_grad():
             loss = error(rows)
