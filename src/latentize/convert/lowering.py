@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latentize.calibrate.tokens import Passages
 from latentize.checkpoint import Journal
+from latentize.convert.draft import stream_error
 from latentize.convert.latent_source import ATTENTION, LatentLayer, LatentSource
 from latentize.convert.lower_rank import LatentMoments, Lowered, lower
 from latentize.convert.pipeline import CLOSED, Converted, LayerResult, MadeLayer, Sink, run_through
@@ -91,6 +92,7 @@ class _Lowering:
         if not self.changes:
             self.facts.append({"energy_lost": 0.0, "norm_spread": 0.0, "linear_norm": None})
             return MadeLayer(LoweredLayer(layer.index, layer), layer.attention)
+        inherited = 0.0 if self.draft is None or self.own is None else stream_error(self.draft, self.own)
         closed, residual_NTD = self._closed(layer)
         self.facts.append(closed.describe())
         stages: dict[str, nn.Module] = {}
@@ -98,7 +100,7 @@ class _Lowering:
         if self.draft is not None:
             assert residual_NTD is not None
             stages[CLOSED] = layer.with_tensors(tensors)
-            tensors = self._refined(layer, tensors, residual_NTD)
+            tensors = self._refined(layer, tensors, residual_NTD, inherited)
         stored = {name: layer.tensors[ATTENTION + name].dtype for name in tensors}
         saved = {name: tensor.to(stored[name]) for name, tensor in tensors.items()}
         return MadeLayer(LoweredLayer(layer.index, layer, tensors=saved), layer.with_tensors(saved), stages)
@@ -119,13 +121,15 @@ class _Lowering:
                 residual_NTD[part.rows] = part.residual_BTD
         return lower(attention.state_dict(), seen, self.rank, scale=float(attention.scaling)), residual_NTD
 
-    def _refined(self, layer: LatentLayer, start: dict[str, Tensor], residual_NTD: Tensor) -> dict[str, Tensor]:
+    def _refined(
+        self, layer: LatentLayer, start: dict[str, Tensor], residual_NTD: Tensor, inherited: float
+    ) -> dict[str, Tensor]:
         """The layer after a few steps, now or before an interruption."""
         step = f"layer {layer.index}"
         if self.journal is not None and (found := self.journal.tensors(step)) is not None:
             return found[0]
         assert self.draft is not None and self.refinement is not None
-        made = _refine(layer, start, self.draft, residual_NTD, self.refinement)
+        made = _refine(layer, start, self.draft, residual_NTD, self.refinement, inherited)
         if self.journal is not None:
             self.journal.keep(step, made, {})
         return made
@@ -135,7 +139,12 @@ class _Lowering:
 
 
 def _refine(
-    layer: LatentLayer, start: dict[str, Tensor], text: Stream, residual_NTD: Tensor, how: Refinement
+    layer: LatentLayer,
+    start: dict[str, Tensor],
+    text: Stream,
+    residual_NTD: Tensor,
+    how: Refinement,
+    inherited: float,
 ) -> dict[str, Tensor]:
     """Train projections of the latent, of queries and of the output on what the attention should add to the stream.
 
@@ -156,7 +165,8 @@ def _refine(
 
     target_NTD = residual_NTD - hidden_NTD
     energy_NT = token_energy(residual_NTD, hidden_NTD)
-    before, after = descend(list(parameters.values()), made, target_NTD, energy_NT, how, autocast=layer.fast_matmul)
+    options = {"inherited": inherited, "autocast": layer.fast_matmul}
+    before, after = descend(list(parameters.values()), made, target_NTD, energy_NT, how, **options)
     if not after < before:
         return start
     learnt = {name: parameter.detach() for name, parameter in parameters.items()}
