@@ -14,7 +14,7 @@ from latentize.attention.grouped import grouped_attention
 from latentize.attention.latent import LatentWeights
 from latentize.convert.descent import Adam, Muon, Schedule, descent
 from latentize.convert.methods import convert_layer
-from latentize.convert.refine import Refinement, expand_heads, token_energy
+from latentize.convert.refine import Refinement, descend, expand_heads, token_energy
 from latentize.convert.refine import refine as refine_relative
 from latentize.convert.settings import Setting
 
@@ -102,6 +102,22 @@ def test_a_token_of_any_size_counts_alike(job, massive: float) -> None:
     found = refine_relative(start, x.__getitem__, target, energy, HOW)
     assert error(found.weights, x, target, first=1) < 0.8 * error(start, x, target, first=1)
     assert float(energy[:, 0].min()) > massive * float(energy[:, 1:].median())
+
+
+@pytest.mark.parametrize(("inherited", "share"), [(0.0, 1.0), (0.75, 0.5), (1.0, 0.1**0.5), (2.0, 0.1**0.5)])
+@pytest.mark.parametrize("size", [1.0, 0.1])
+def test_a_step_goes_by_what_the_layer_lost_itself(inherited: float, share: float, size: float) -> None:
+    """Not by what was wrong before it, of which it can repair little; that it lost nothing itself is not believed."""
+    x, matrix = torch.randn(8, 6, 4), torch.nn.Parameter(torch.randn(4, 4))
+    start = matrix.detach().clone()
+    target = x @ start + size * torch.randn(8, 6, 4)
+    how = Refinement(steps=1, warmup=1, tokens=48, rate=0.1, probe=6)
+    energy = 10 * target.square().sum(-1)
+    before = float(((x @ start - target).square().sum(-1) / energy)[-1:].mean())
+    options = {"inherited": inherited * before}
+    descend([matrix], lambda rows: x[rows] @ matrix, target, energy, how, **options)
+    moved = float((matrix.detach() - start).norm() / start.norm())
+    assert moved == pytest.approx(0.1 * (before**0.5) * share, rel=0.3)
 
 
 def test_the_larger_of_both_models_is_what_an_error_is_relative_to() -> None:
