@@ -189,6 +189,10 @@ def convert(
     tokens: Annotated[
         int | None, typer.Option(help="Calibration tokens. Default: 131072; 32768 if nothing is refined.")
     ] = None,
+    self_generated: Annotated[
+        str | None,
+        typer.Option(help="Share of them that the model writes itself. Default: 25% where the model is small."),
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. Default: 512.")] = None,
     context: SpreadOver = None,
     dtype: Annotated[
@@ -221,6 +225,7 @@ def convert(
         "svd": svd,
         "data": tuple(data) if data else None,
         "tokens": tokens,
+        "self_generated": self_generated,
         "sequence_length": sequence_length,
         "context": context,
         "dtype": dtype,

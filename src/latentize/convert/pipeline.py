@@ -53,9 +53,8 @@ __all__ = [
 MASSIVE = 20.0
 # Calibration tokens that tell how large latents get.
 RMS_TOKENS = 16_384
-# Calibration tokens that layers are refined on. Statistics and polish take all: a second stream through every layer
-# costs as much as a second round of refinement on half of the text, which gains as much.
-REFINED_TOKENS = 65_536
+# Calibration tokens that layers are refined on, at most: a second stream of them goes through every layer.
+REFINED_TOKENS = 131_072
 
 
 @dataclass(frozen=True)

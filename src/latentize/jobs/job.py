@@ -50,6 +50,7 @@ class Job(ABC):
         settings: Of every layer, once they are chosen.
         notes: What the report has to say in words.
         scores: What was compared to choose settings.
+        self_generated: Of the calibration sequences, how many the model writes itself.
         memory: What the process is expected to take.
     """
 
@@ -60,6 +61,7 @@ class Job(ABC):
         self.trust_remote_code = trust_remote_code
         self.dtype = getattr(torch, recipe.dtype)
         self.settings: list[Setting] = []
+        self.self_generated = 0
         self.notes: list[str] = [] if checkpoint.quantization is None else [checkpoint.quantization_note]
         self.scores: list[dict[str, Any]] = []
         self.kind: type[FormatWriter] = self.choose_kind()
@@ -80,6 +82,10 @@ class Job(ABC):
         """The model to convert."""
         trust = {"trust_remote_code": self.trust_remote_code}
         return SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries, **trust)
+
+    def sequences_to_generate(self, source: SourceModel) -> int:
+        """Of the calibration sequences, how many the model will write itself."""
+        return 0
 
     @abstractmethod
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
@@ -150,11 +156,13 @@ class Job(ABC):
             if journal.done is not None:
                 journal.remove()
                 return journal.done
-            trust = {"trust_remote_code": self.trust_remote_code}
+            trust: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
             source = self.open(device)
             self._check_room(out)
             self._check_memory(source)
-            text = draw_text(self.checkpoint.path, self.recipe, self.spec.max_positions, **trust)
+            self.self_generated = self.sequences_to_generate(source)
+            own = {"self_generated": self.self_generated}
+            text = draw_text(self.checkpoint.path, self.recipe, self.spec.max_positions, **own, **trust)
             request = self.request(model, text)
             journal.begin(request)
             with OutputFolder(out, journal=journal) as folder:
@@ -217,6 +225,7 @@ class Job(ABC):
             "source_cache_values_per_token_layer": self.spec.cache_values,
             "calibration_tokens": done.calibration_tokens,
             "calibration_text": describe(self.recipe.data),
+            "self_generated_tokens": self.self_generated * self.recipe.sequence_length,
             "seconds": round(time.time() - started, 2),
             "peak_rss_bytes": peak_rss_bytes(),
             "predicted_peak_rss_bytes": self.memory.peak,

@@ -14,7 +14,7 @@ from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import Passages, pack
 from latentize.recipe import Recipe
 
-__all__ = ["Text", "draw_text"]
+__all__ = ["Text", "draw_text", "mixed", "spread_over"]
 
 
 @dataclass
@@ -40,7 +40,9 @@ class Text:
         return found.hexdigest()
 
 
-def draw_text(folder: Path, recipe: Recipe, context: int, *, trust_remote_code: bool = False) -> Text:
+def draw_text(
+    folder: Path, recipe: Recipe, context: int, *, self_generated: int = 0, trust_remote_code: bool = False
+) -> Text:
     """The text of a recipe, in the tokens of the model in ``folder``.
 
     What is learnt from, and what choices are made on, is spread over a context; what is reported is as it is written.
@@ -49,6 +51,7 @@ def draw_text(folder: Path, recipe: Recipe, context: int, *, trust_remote_code: 
         folder: With the tokenizer.
         recipe: Says how much.
         context: Positions that the model is made for.
+        self_generated: Of the calibration sequences, how many the model will write itself; they are not drawn here.
         trust_remote_code: Whether code of the tokenizer may be run.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -58,13 +61,26 @@ def draw_text(folder: Path, recipe: Recipe, context: int, *, trust_remote_code: 
         stream = documents(recipe.data, split)  # type: ignore[arg-type]
         return pack(tokenizer, stream, tokens=tokens, sequence_length=length, seed=seed)
 
-    rows = draw("calibration", recipe.calibration_tokens + recipe.selection_tokens, recipe.seed)
+    wanted = max(1, recipe.calibration_tokens // length - self_generated)
+    rows = draw("calibration", wanted * length + recipe.selection_tokens, recipe.seed)
     held = max(1, min(recipe.selection_tokens // length, len(rows) // 4)) if len(rows) > 1 else 0
     # One sequence alone has to serve for everything.
-    selection, calibration = rows[: held or 1], rows[held : held + max(1, recipe.calibration_tokens // length)]
-    context = min(context, recipe.reach)
+    selection, calibration = rows[: held or 1], rows[held : held + wanted]
+    context = spread_over(recipe, context)
     return Text(
         calibration=Passages.spread(calibration, context, seed=recipe.seed),
         selection=Passages.spread(selection, context, seed=recipe.seed + 1),
         evaluation=Passages.contiguous(draw("heldout", recipe.held_out_tokens)),
     )
+
+
+def spread_over(recipe: Recipe, context: int) -> int:
+    """Positions that calibration sequences reach over in a model that is made for ``context``."""
+    return min(context, recipe.reach)
+
+
+def mixed(text: Passages, more_NT: Tensor, context: int, *, seed: int) -> Passages:
+    """A text with more sequences among its own, all spread over ``context`` anew; ``seed`` draws their order."""
+    tokens_NT = torch.cat([text.tokens_NT, more_NT.to(text.tokens_NT)])
+    order = torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(seed))
+    return Passages.spread(tokens_NT[order], context, seed=seed)

@@ -16,13 +16,16 @@ from latentize.errors import CheckpointError
 __all__ = ["load_model"]
 
 
-def load_model(path: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def load_model(
+    path: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", trust_remote_code: bool = False
+) -> Any:
     """``AutoModelForCausalLM.from_pretrained``, with the native format known and nothing left unsaid.
 
     Args:
         path: A folder; or a GGUF file, which transformers dequantises.
         dtype: Precision to run in.
         device: Where.
+        trust_remote_code: Whether code of the checkpoint may be run.
 
     Raises:
         CheckpointError: transformers cannot load it, or weights are missing or left over; or a package is missing that
@@ -33,7 +36,7 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32, device: str = 
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options = {**pretrained(path), **_dequantised(path), "dtype": dtype, "trust_remote_code": False}
+    options = {**pretrained(path), **_dequantised(path), "dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
         # The bar that transformers shows for a GGUF file knows no setting.
         with redirect_stderr(StringIO()) if is_gguf(path) else nullcontext():
