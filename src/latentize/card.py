@@ -11,6 +11,7 @@ import yaml
 from latentize.checkpoint.gguf import gguf_licence, is_gguf
 from latentize.families import LatentModel, ModelSpec
 from latentize.recipe import Recipe
+from latentize.report.measurements import calibration_text
 
 __all__ = ["licence", "render"]
 
@@ -149,10 +150,7 @@ def _facts(model: str, spec: ModelSpec | LatentModel, recipe: Recipe, report: di
         mean = "" if all(float(size).is_integer() for size in sizes) else ", mean over layers"
         rows["kv_lora_rank + qk_rope_head_dim"] = " + ".join(f"{size:.4g}" for size in sizes) + mean
     if report["calibration_tokens"]:
-        rows["calibrated on"] = (
-            f"{report['calibration_tokens']:,} tokens of {report['calibration_text']}, in sequences of "
-            f"{recipe.sequence_length:,}"
-        )
+        rows["calibrated on"] = f"{calibration_text(report)}, in sequences of {recipe.sequence_length:,}"
     return {
         **rows,
         "loss above the source": f"{report['excess_loss']:.4f} nats per token",

@@ -252,18 +252,29 @@ class LatentAttention(nn.Module):
             ``[B, T, D]`` and, in place of attention weights, ``None``.
         """
         w = self.weights()
+        # An empty cache may be false.
+        cache = layer_past if past_key_values is None else past_key_values
+        return output(self._read(hidden_states, w, position_ids, attention_mask, cache), w), None
+
+    def read(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """What all heads read, before the output projection: ``[B, T, H V]``; arguments as for :meth:`forward`."""
+        return self._read(hidden_states, self.weights(), position_ids).transpose(1, 2).flatten(2)
+
+    def _read(
+        self, hidden_states: Tensor, w: LatentWeights, position_ids: Tensor | None, mask: Any = None, cache: Any = None
+    ) -> Tensor:
+        """``[B, H, T, V]``."""
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         q_nope, q_rope = queries(hidden_states, w, position_ids)
         c, k_rope = cache_rows(hidden_states, w, position_ids)
-        past_key_values = layer_past if past_key_values is None else past_key_values
-        if past_key_values is not None:
-            c, k_rope = past_key_values.update(c, k_rope, self.layer_idx)
-        if attention_mask is None and hidden_states.shape[1] > 1 and isinstance(c, Tensor):
+        if cache is not None:
+            c, k_rope = cache.update(c, k_rope, self.layer_idx)
+        if mask is None and hidden_states.shape[1] > 1 and isinstance(c, Tensor):
             # A static cache has room beyond what was written.
             written = hidden_states.shape[1] if c.shape[2] == hidden_states.shape[1] else int(position_ids[0, -1]) + 1
             c, k_rope = c[:, :, :written], k_rope[:, :, :written]
-        return output(self.heads(q_nope, q_rope, c, k_rope, w, attention_mask), w), None
+        return self.heads(q_nope, q_rope, c, k_rope, w, mask)
 
     def heads(
         self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, w: LatentWeights, mask: Tensor | None

@@ -63,7 +63,7 @@ def allocate(
     spec, layers = source.spec.attention, source.spec.layers
     needed = candidates[0].needs(spec)
     calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
-    short = short_refinement(calibration.length, spec.hidden_size)
+    short = short_refinement(calibration.length)
     none = replace(short, steps=0)
     fitting = min(TRIAL_TOKENS // selection.length, STREAM_BYTES // (4 * selection.length * spec.hidden_size * layers))
     selection = selection[: max(1, fitting)]

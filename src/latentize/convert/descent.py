@@ -23,8 +23,6 @@ _BETAS, _MOMENTUM = (0.9, 0.99), 0.9
 # multiplications that this may come to: it grows with the cube of the width, a step with its square. Counted so it
 # looks dearer than it is: a share of one is measured as half of a step, whose attention is not counted.
 _ITERATIONS, _SHARE = 5, 1.2
-# Hidden size that the numbers of a schedule are meant for, and how many times as many tokens a step has at most.
-_NARROW, _WIDEST = 256, 4
 Decay = Literal["linear", "cosine", "1-sqrt"]
 
 
@@ -50,16 +48,15 @@ class Schedule:
     decay: Decay = "linear"
     seed: int = 0
 
-    def suited(self, length: int, width: int = _NARROW) -> Self:
-        """The same text in steps that suit a model: more tokens each where its matrices are wide, a sequence at least.
+    def suited(self, length: int) -> Self:
+        """The same text in steps of a sequence at least.
 
         The rate goes with the root of the tokens, as the noise of their gradient does.
 
         Args:
             length: Tokens of a sequence.
-            width: Hidden size.
         """
-        share = max(min(_WIDEST, width / _NARROW), length / self.tokens, 1.0)
+        share = max(length / self.tokens, 1.0)
         tokens, steps = round(self.tokens * share), max(1, round(self.steps / share))
         return replace(self, tokens=tokens, steps=steps, rate=self.rate * share**0.5)
 

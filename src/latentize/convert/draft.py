@@ -110,6 +110,7 @@ def refined_layer(
         positions_NT=text.positions_NT,
         autocast=layer.fast_matmul,
         added=layer.added,
+        factor=layer.added_factor,
     )
 
 

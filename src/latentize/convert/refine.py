@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ __all__ = ["Refined", "Refinement", "descend", "expand_heads", "refine", "refine
 
 # Share of the median energy that a token is taken to have at least: one of nothing would weigh more than all others.
 _LEAST_ENERGY = 1e-3
+# Tokens that the output projection is solved on at most, and what is added to the diagonal, relative to its mean.
+_SOLVED, _DAMPING = 65_536, 1e-2
 # Share of an error that a layer is taken to have made itself at least.
 _LEAST_OWN = 0.1
 
@@ -47,7 +49,7 @@ class Refinement(Schedule):
 
     steps: int = 280
     rate: float = 0.12
-    adam: float = 1.6
+    adam: float = 2.4
     probe: int = 4096
     enough: float = 1e-6
 
@@ -110,8 +112,11 @@ def refine(
     positions_NT: Tensor | None = None,
     autocast: bool = False,
     added: Callable[[Tensor], Tensor] = lambda made_BTD: made_BTD,
+    factor: float | None = 1.0,
 ) -> Refined:
     """Minimise ``‖added(attn(x)) - target‖²`` of every token relative to its energy.
+
+    Steps first; then the output projection, which the error is quadratic in, is solved for.
 
     Args:
         w: The start.
@@ -123,6 +128,7 @@ def refine(
         positions_NT: Where in a context the tokens are; by default each sequence is at its start.
         autocast: Multiply in bfloat16.
         added: From what the attention makes to what the residual stream gets of it.
+        factor: What ``added`` multiplies by; ``None`` where it is not linear, and nothing is solved for.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -135,8 +141,58 @@ def refine(
         return added(made_BTD.float())
 
     parameters = list(attention.parameters())
-    before, after = descend(parameters, made, target_NTD, energy_NT, how, inherited=inherited, autocast=autocast)
-    return Refined(refined(attention, w), before, after) if after < before else Refined(start, before, before)
+    options: dict[str, Any] = {"inherited": inherited, "autocast": autocast}
+    before, after = descend(parameters, made, target_NTD, energy_NT, how, **options)
+    if not after < before:
+        return Refined(start, before, before)
+    found = Refined(refined(attention, w), before, after)
+    if factor is None:
+        return found
+
+    def read(rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What the output projection reads, and what it still lacks."""
+        positions_BT = None if positions_NT is None else positions_NT[rows]
+        x_BTI = attention.read(inputs(rows), positions_BT)
+        made_BTD = added(nn.functional.linear(x_BTI, attention.o_proj.weight, attention.o_proj.bias).float())
+        return x_BTI.float(), (target_NTD[rows] - made_BTD) / factor
+
+    with torch.no_grad():
+        learnt = _learnt(*target_NTD.shape[:2], how)
+        rows = torch.arange(min(learnt, max(1, _SOLVED // target_NTD.shape[1])))
+        attention.o_proj.weight += _correction(
+            read, rows.split(how.sequences(target_NTD.shape[1])), energy_NT, autocast
+        )
+    solved = descend(parameters, made, target_NTD, energy_NT, replace(how, steps=0), **options)[1]
+    return Refined(refined(attention, w), before, solved) if solved < after else found
+
+
+def _correction(
+    read: Callable[[Tensor], tuple[Tensor, Tensor]], parts: Iterable[Tensor], energy_NT: Tensor, autocast: bool
+) -> Tensor:
+    """What to add to a linear projection: weighted least squares, ``[D, I]`` float32.
+
+    Args:
+        read: From sequence numbers to inputs ``[B, T, I]`` and what the output lacks ``[B, T, D]``.
+        parts: Sequence numbers.
+        energy_NT: What a token's squared error is relative to.
+        autocast: Whether inputs may be made in bfloat16.
+    """
+    gram_II, cross_ID = torch.zeros(()).double(), torch.zeros(()).double()
+    for rows in parts:
+        with torch.autocast(energy_NT.device.type, torch.bfloat16, enabled=autocast):
+            x_BTI, lacking_BTD = read(rows)
+        x_nI = x_BTI.flatten(0, 1)
+        weighted_nI = x_nI / energy_NT[rows].flatten()[:, None]
+        gram_II = gram_II + (weighted_nI.T @ x_nI).double()
+        cross_ID = cross_ID + (weighted_nI.T @ lacking_BTD.flatten(0, 1)).double()
+    damping = _DAMPING * gram_II.diagonal().mean()
+    gram_II.diagonal().add_(damping)
+    return torch.linalg.solve(gram_II, cross_ID).T.float()
+
+
+def _learnt(count: int, length: int, how: Refinement) -> int:
+    """Of so many sequences, how many are learnt from; the rest tells whether it helped."""
+    return count - min(max(1, how.probe // length), count // 8)
 
 
 def descend(
@@ -181,7 +237,7 @@ def descend(
         return sum(sums) / len(rows)
 
     count, length = target_NTD.shape[:2]
-    learnt = count - min(max(1, how.probe // length), count // 8)
+    learnt = _learnt(count, length, how)
     probe = torch.arange(learnt, count) if learnt < count else torch.arange(count)
     before = measured(probe)
     if before < how.enough:

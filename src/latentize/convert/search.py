@@ -33,14 +33,13 @@ _LAYERS = 8
 _LADDERS, _FINALISTS = 2, 3
 
 
-def short_refinement(length: int, width: int) -> Refinement:
+def short_refinement(length: int) -> Refinement:
     """What stands for the refinement of a conversion.
 
     Args:
         length: Tokens of a sequence.
-        width: Hidden size.
     """
-    return Refinement(steps=24, warmup=3, probe=2048).suited(length, width)
+    return Refinement(steps=24, warmup=3, probe=2048).suited(length)
 
 
 def looked_at(layers: Sequence[int]) -> list[int]:
@@ -75,7 +74,7 @@ def choose_by_layers(
         return candidates[0], []
     calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
     candidates = likely_ladders(source, candidates, calibration, progress)
-    short = short_refinement(calibration.length, source.spec.attention.hidden_size)
+    short = short_refinement(calibration.length)
     scored = _errors(source, candidates, calibration, replace(short, steps=0), progress, "comparing settings")
     if refines:
         scored = _errors(source, _finalists(scored), calibration, short, progress, "comparing the best settings")

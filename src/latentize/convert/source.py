@@ -146,6 +146,11 @@ class SourceLayer:
         through_BTD = self._through("post_norm", made_BTD)
         return through_BTD if self.residual_scale == 1.0 else self.residual_scale * through_BTD
 
+    @property
+    def added_factor(self) -> float | None:
+        """What :meth:`added` multiplies by, or ``None`` where it is not linear."""
+        return None if self.names("post_norm") else self.residual_scale
+
     def _through(self, role: str, x_BTD: Tensor) -> Tensor:
         # Some families have no norm there.
         name = self.names(role)

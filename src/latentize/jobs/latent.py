@@ -201,13 +201,13 @@ def _effort(recipe: Recipe, source: SourceModel) -> Effort:
         return Effort()
     # The whole model has to be in memory for it, and moves at every step.
     polish = not source.large if recipe.polish is None else recipe.polish
-    length, width = recipe.sequence_length, source.spec.attention.hidden_size
+    length = recipe.sequence_length
     refinement = Refinement(seed=recipe.seed)
     a, checkpoint = source.spec.attention, source.checkpoint
     attention = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim * a.hidden_size * len(source.spec.converted)
     if not polish:
-        return Effort(_affordable(refinement.suited(length, width), recipe, attention, _REFINED_ROUNDS))
-    refinement = replace(refinement, steps=_BEFORE_POLISH).suited(length, width)
+        return Effort(_affordable(refinement.suited(length), recipe, attention, _REFINED_ROUNDS))
+    refinement = replace(refinement, steps=_BEFORE_POLISH).suited(length)
     whole = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     return Effort(
         _affordable(refinement, recipe, attention, _REFINED_ROUNDS),

@@ -120,7 +120,7 @@ class LowerJob(Job):
 
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
         assert isinstance(source, LatentSource)
-        how = Refinement(seed=self.recipe.seed).suited(self.recipe.sequence_length, self.model.attention.hidden_size)
+        how = Refinement(seed=self.recipe.seed).suited(self.recipe.sequence_length)
         refinement = how if self.recipe.refines else None
         texts = (text.calibration, text.evaluation)
         return lower_model(source, self.rank, self.writer, *texts, refinement, progress, journal)

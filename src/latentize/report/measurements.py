@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from latentize.checkpoint import MANIFEST_NAME
 from latentize.errors import CheckpointError
 
-__all__ = ["MEASUREMENTS_NAME", "is_output", "measured", "record"]
+__all__ = ["MEASUREMENTS_NAME", "calibration_text", "is_output", "measured", "record"]
 
 MEASUREMENTS_NAME = "measurements.jsonl"
 
@@ -31,6 +32,13 @@ def record(folder: Path, kind: str, result: dict[str, Any]) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with (folder / MEASUREMENTS_NAME).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"kind": kind, "at": now, "result": result}) + "\n")
+
+
+def calibration_text(entries: Mapping[str, Any]) -> str:
+    """What a conversion learnt from, in words; ``entries`` are its measurements."""
+    own = entries.get("self_generated_tokens", 0)
+    more = f", {own:,} of them written by the model itself" if own else ""
+    return f"{entries['calibration_tokens']:,} tokens of {entries['calibration_text']}{more}"
 
 
 def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from latentize.errors import CheckpointError
 from latentize.report.chart import layer_bars, line_chart, rope_map
 from latentize.report.evaluation import named, positions, probes, tasks
 from latentize.report.html import figure, table
-from latentize.report.measurements import measured
+from latentize.report.measurements import calibration_text, measured
 from latentize.spec import kv_cache_bytes
 
 __all__ = ["REPORT_NAME", "page", "speed_chart", "verdict", "write_report"]
@@ -343,7 +343,7 @@ def _origin(manifest: Manifest) -> str:
         "attention": f"{source['attention']}: {heads}, {source['layers']} layers",
         **_quantization(source.get("quantization")),
         "method, format": f"{m['method']}, {m['format']}",
-        "calibration": f"{m['calibration_tokens']:,} tokens of {m['calibration_text']}",
+        "calibration": calibration_text(m),
         **{f"version of {name}": version for name, version in manifest.versions.items()},
     }
     if m["to"] == "mla":
