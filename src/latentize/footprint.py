@@ -19,7 +19,7 @@ from latentize.checkpoint.writer import SHARD_BYTES
 from latentize.convert.allocate import STREAM_BYTES, TRIAL_TOKENS
 from latentize.convert.descent import Schedule
 from latentize.convert.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
-from latentize.convert.search import SEARCH_TOKENS
+from latentize.convert.search import FINALISTS, SEARCH_TOKENS
 from latentize.convert.settings import Setting
 from latentize.convert.source import MULTIPLIED, VOCAB_AT_ONCE, tokens_at_once
 from latentize.families import ModelSpec
@@ -234,5 +234,5 @@ def _choice(of: _Shapes, settings: Sequence[Setting], one_by_one: bool) -> int:
         return alone + trials if trials < STREAM_BYTES else alone + STREAM_BYTES
     if of.recipe.method == "calibrated":
         trained = max(of.latent(setting, 4 * _TRAINED + 8, expanded=True) for setting in settings)
-        return alone + trained
+        return alone + trained + (1 + 2 * FINALISTS) * selection
     return 2 * search + (1 + len(settings)) * selection

@@ -3,7 +3,8 @@
 The published methods have few, and those are compared on what the whole converted model predicts. The calibrated
 method has many, and most of them can be told apart much sooner, by what single layers lose: the error that a layer
 converted alone makes in the residual stream, relative to each token's size. That is looked at in some layers only, in
-closed form first, and for the best few after a short refinement.
+closed form. The best few are then compared, after a short refinement of these layers, on what the model predicts with
+all of them converted: among near ones the error is no guide, for a layer's error says little of where it matters.
 """
 
 from __future__ import annotations
@@ -24,13 +25,21 @@ from latentize.convert.refine import Refinement
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, SourceModel, Stream
 
-__all__ = ["SEARCH_TOKENS", "choose", "choose_by_layers", "likely_ladders", "looked_at", "short_refinement"]
+__all__ = [
+    "FINALISTS",
+    "SEARCH_TOKENS",
+    "choose",
+    "choose_by_layers",
+    "likely_ladders",
+    "looked_at",
+    "short_refinement",
+]
 
 # Ranking settings takes fewer tokens and steps than converting with one, and not every layer.
 SEARCH_TOKENS = 8192
 _LAYERS = 8
 # Ladders of one size that are looked at beside the densest and the widest, and sizes that are compared further.
-_LADDERS, _FINALISTS = 2, 3
+_LADDERS, FINALISTS = 2, 3
 
 
 def short_refinement(length: int) -> Refinement:
@@ -55,20 +64,23 @@ def choose_by_layers(
     source: SourceModel,
     candidates: Sequence[Setting],
     calibration: Passages,
+    selection: Passages,
     refines: bool,
     progress: Progress = silent,
 ) -> tuple[Setting, list[tuple[Setting, float]]]:
-    """The candidate that costs single layers least, and what each lost.
+    """The candidate that predicts best of those that cost single layers least, and what each lost.
 
     Args:
         source: The model.
         candidates: Settings of the calibrated method, the same for all layers.
         calibration: Tokens for statistics; errors are measured on a part of them that refinement does not learn from.
-        refines: Whether layers will be refined: then the best few are compared after a short refinement.
+        selection: Tokens to compare predictions on; never those that are reported on.
+        refines: Whether layers will be refined: then the best few are, shortly.
         progress: Told after each layer.
 
     Returns:
-        The best, and ``(setting, mean relative error of a layer)`` of all that were compared last.
+        The best, and ``(setting, KL from the source in nats per token)`` of all that were compared last, with some
+        layers converted.
     """
     if len(candidates) == 1:
         return candidates[0], []
@@ -76,18 +88,73 @@ def choose_by_layers(
     candidates = likely_ladders(source, candidates, calibration, progress)
     short = short_refinement(calibration.length)
     scored = _errors(source, candidates, calibration, replace(short, steps=0), progress, "comparing settings")
-    if refines:
-        scored = _errors(source, _finalists(scored), calibration, short, progress, "comparing the best settings")
-    return min(scored, key=lambda pair: pair[1])[0], scored
+    how = short if refines else replace(short, steps=0)
+    compared = _compared(source, _finalists(scored), calibration, selection, how, progress)
+    return min(compared, key=lambda pair: pair[1])[0], compared
+
+
+def _compared(
+    source: SourceModel,
+    finalists: Sequence[Setting],
+    calibration: Passages,
+    selection: Passages,
+    how: Refinement,
+    progress: Progress,
+) -> list[tuple[Setting, float]]:
+    """KL of the model with some layers converted, each learnt alone, for every finalist."""
+    own, reference = source.embed(calibration), source.embed(selection)
+    streams, some = [reference.clone() for _ in finalists], set(looked_at(source.spec.converted))
+    needed = finalists[0].needs(source.spec.attention)
+    for layer in source.layers():
+        layer.run(reference, fast=True)
+        if layer.index in some:
+            entering = own.clone()
+            seen = observe(layer, own, needed, residual=len(own))
+            for setting, stream in zip(finalists, streams, strict=True):
+                learnt = alone(layer, entering, seen, setting, how).weights
+                layer.run(stream, LatentAttention.from_weights(learnt), fast=True)
+            del entering, seen
+        else:
+            for stream in (own, *streams):
+                layer.run(stream, fast=True)
+        progress("comparing the best settings", layer.index + 1, source.spec.layers)
+        del layer
+    return _divergences(source, finalists, streams, reference, selection)
+
+
+def _divergences(
+    source: SourceModel,
+    candidates: Sequence[Setting],
+    streams: Sequence[Stream],
+    reference: Stream,
+    text: Passages,
+) -> list[tuple[Setting, float]]:
+    """KL from the source in nats per token, of what each candidate's stream predicts."""
+    logits, vocab, right_NTD = source.head(), source.spec.vocab_size, reference.hidden_NTD
+    scored = []
+    for setting, stream in zip(candidates, streams, strict=True):
+        quality = compare_streams(stream.hidden_NTD, right_NTD, text.tokens_NT, logits, vocab_size=vocab)
+        kl = quality.kl / quality.tokens
+        # A setting that overflows is worse than any that does not.
+        scored.append((setting, kl if kl == kl else float("inf")))
+    return scored
 
 
 def _finalists(scored: Sequence[tuple[Setting, float]]) -> list[Setting]:
-    """Of the best sizes the best ladder and the widest: refinement makes most of reaching every frequency."""
+    """The best two sizes and the next that ropes less, of each the best ladder and the widest.
+
+    Refinement makes most of a latent that is a little larger, and of a ladder that reaches every frequency.
+    """
     found: dict[tuple[int, int], list[Setting]] = {}
     for setting, _ in sorted(scored, key=lambda pair: pair[1]):
         found.setdefault((setting.kv_lora_rank, setting.qk_rope_head_dim), []).append(setting)
-    best = list(found.values())[:_FINALISTS]
-    return [s for of_size in best for s in dict.fromkeys((of_size[0], max(of_size, key=_width)))]
+    sizes = list(found)
+    best, others = sizes[: FINALISTS - 1], sizes[FINALISTS - 1 :]
+    ropes_less = [size for size in others if size[1] < min(rope for _, rope in best)]
+    best += [max(ropes_less, key=lambda size: size[1])] if ropes_less else others[:1]
+    return [
+        s for of_size in map(found.__getitem__, best) for s in dict.fromkeys((of_size[0], max(of_size, key=_width)))
+    ]
 
 
 def _width(setting: Setting) -> float:
@@ -205,11 +272,5 @@ def choose(
         progress("comparing settings", layer.index + 1, source.spec.layers)
         del layer, seen
     del own, draft
-    logits, vocab, right_NTD = source.head(), source.spec.vocab_size, reference.hidden_NTD
-    scored = []
-    for setting, stream in zip(candidates, streams, strict=True):
-        quality = compare_streams(stream.hidden_NTD, right_NTD, selection.tokens_NT, logits, vocab_size=vocab)
-        kl = quality.kl / quality.tokens
-        # A setting that overflows is worse than any that does not.
-        scored.append((setting, kl if kl == kl else float("inf")))
+    scored = _divergences(source, candidates, streams, reference, selection)
     return min(scored, key=lambda pair: pair[1])[0], scored

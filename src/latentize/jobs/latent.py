@@ -144,9 +144,9 @@ class LatentJob(Job):
             found = zip(self.spec.converted, prices, strict=True)
             return chosen, [{"layer": layer, "selection_kl_by_rank": priced} for layer, priced in found]
         if self.recipe.method == "calibrated":
-            best, scores = choose_by_layers(source, self.candidates, text.calibration, self.recipe.refines, progress)
-            return [best] * self.spec.layers, [{**s.describe(), "layer_error": error} for s, error in scores]
-        best, scores = choose(source, self.candidates, *texts, progress)
+            best, scores = choose_by_layers(source, self.candidates, *texts, self.recipe.refines, progress)
+        else:
+            best, scores = choose(source, self.candidates, *texts, progress)
         return [best] * self.spec.layers, [{**s.describe(), "selection_kl": kl} for s, kl in scores]
 
     def shape(self) -> dict[str, Any]:
