@@ -92,7 +92,7 @@ def test_sequences_begin_as_texts_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn[:, :2].tolist() == [[42, 43]] * 5
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2", "gpt_neox", "lfm2", "mixtral"])
 def test_a_model_with_its_cache_draws_as_one_that_reads_all_again(source: Callable[..., Path], family: str) -> None:
     folder = source(family)
     model, tokenizer = load_model(folder), load_tokenizer(folder)

@@ -48,6 +48,8 @@ _BEFORE_POLISH = 140
 # then about five minutes on two cores.
 _FLOP = 2e13
 _REFINED_ROUNDS, _POLISHED_ROUNDS = 1.0, 0.5
+# Rounds of refinement at most: more of them on a short text learn it by heart. A polish keeps the best that it saw.
+_MOST_ROUNDS = 10
 
 
 class LatentJob(Job):
@@ -203,11 +205,13 @@ def _effort(recipe: Recipe, source: SourceModel) -> Effort:
     polish = not source.large if recipe.polish is None else recipe.polish
     length = recipe.sequence_length
     refinement = Refinement(seed=recipe.seed)
+    most = max(1, _MOST_ROUNDS * recipe.calibration_tokens // max(refinement.tokens, length))
+    refinement = replace(refinement, steps=min(refinement.steps, most))
     a, checkpoint = source.spec.attention, source.checkpoint
     attention = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim * a.hidden_size * len(source.spec.converted)
     if not polish:
         return Effort(_affordable(refinement.suited(length), recipe, attention, _REFINED_ROUNDS))
-    refinement = replace(refinement, steps=_BEFORE_POLISH).suited(length)
+    refinement = replace(refinement, steps=min(refinement.steps, _BEFORE_POLISH)).suited(length)
     whole = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     return Effort(
         _affordable(refinement, recipe, attention, _REFINED_ROUNDS),
