@@ -226,7 +226,8 @@ def latent_footprint(
 
 def _choice(of: _Shapes, settings: Sequence[Setting], one_by_one: bool) -> int:
     """Texts, and what is kept of each layer, while settings are compared."""
-    search, selection = of.stream(SEARCH_TOKENS), of.stream(of.recipe.selection_tokens)
+    search = of.stream(min(SEARCH_TOKENS, of.recipe.calibration_tokens))
+    selection = of.stream(of.recipe.selection_tokens)
     # The text as it enters a layer, as it leaves it, what the attention adds, and what it should add.
     alone = 5 * search
     if one_by_one and of.recipe.sizes is None:

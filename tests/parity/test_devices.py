@@ -75,6 +75,7 @@ class Watched(TorchFunctionMode):
 # What is made on the CPU because it stays there, or is moved: each with the reason.
 ON_PURPOSE = {
     "attention/rope.py: half_to_interleaved": "row numbers of weights that are written",
+    "calibrate/self_generated.py: self_generated": "the text: drawn here, continued where the model is",
     "calibrate/tokens.py: contiguous": "the text, moved as passages",
     "calibrate/tokens.py: pack": "the text",
     "calibrate/tokens.py: spread_positions": "the text",
@@ -84,6 +85,7 @@ ON_PURPOSE = {
     "convert/position.py: ladder": "moved by methods.py",
     "convert/refine.py: descend": "numbers of sequences",
     "healing.py: look": "sums of what was brought back",
+    "jobs/text.py: mixed": "the text",
     "runtime/absorbed.py: has_fused": "tries an operator of the CPU",
     "runtime/layer.py: rotation": "moved by rotation_on",
 }

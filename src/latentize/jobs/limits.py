@@ -69,7 +69,8 @@ def _less_memory(largest: str, recipe: Recipe) -> str:
         "polishing": "give --no-polish, ",
         "refining layers": f"{fewer}or --fast, ",
         "converting layers": fewer if recipe.to == "mla" else "",
-        "choosing sizes": "give --kv-lora-rank and --qk-rope-head-dim, ",
+        # With sizes given only ladders are compared, on no more text than there is.
+        "choosing sizes": fewer if recipe.sizes else "give --kv-lora-rank and --qk-rope-head-dim, ",
     }
     return f"{options.get(largest, '')}end other programs, or use a larger machine"
 
