@@ -157,11 +157,9 @@ def refine(
         return x_BTI.float(), (target_NTD[rows] - made_BTD) / factor
 
     with torch.no_grad():
-        learnt = _learnt(*target_NTD.shape[:2], how)
-        rows = torch.arange(min(learnt, max(1, _SOLVED // target_NTD.shape[1])))
-        attention.o_proj.weight += _correction(
-            read, rows.split(how.sequences(target_NTD.shape[1])), energy_NT, autocast
-        )
+        count, length = target_NTD.shape[:2]
+        rows = torch.arange(min(_learnt(count, length, how), max(1, _SOLVED // length)))
+        attention.o_proj.weight += _correction(read, rows.split(how.sequences(length)), energy_NT, autocast)
     solved = descend(parameters, made, target_NTD, energy_NT, replace(how, steps=0), **options)[1]
     return Refined(refined(attention, w), before, solved) if solved < after else found
 
