@@ -205,18 +205,15 @@ def _effort(recipe: Recipe, source: SourceModel) -> Effort:
     polish = not source.large if recipe.polish is None else recipe.polish
     length = recipe.sequence_length
     refinement = Refinement(seed=recipe.seed)
-    most = max(1, _MOST_ROUNDS * recipe.calibration_tokens // max(refinement.tokens, length))
-    refinement = replace(refinement, steps=min(refinement.steps, most))
     a, checkpoint = source.spec.attention, source.checkpoint
     attention = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim * a.hidden_size * len(source.spec.converted)
+    refinement = (replace(refinement, steps=_BEFORE_POLISH) if polish else refinement).suited(length)
+    most = max(1, _MOST_ROUNDS * recipe.calibration_tokens // refinement.tokens)
+    refinement = _affordable(replace(refinement, steps=min(refinement.steps, most)), recipe, attention, _REFINED_ROUNDS)
     if not polish:
-        return Effort(_affordable(refinement.suited(length), recipe, attention, _REFINED_ROUNDS))
-    refinement = replace(refinement, steps=min(refinement.steps, _BEFORE_POLISH)).suited(length)
+        return Effort(refinement)
     whole = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    return Effort(
-        _affordable(refinement, recipe, attention, _REFINED_ROUNDS),
-        _affordable(Polish(seed=recipe.seed).suited(length), recipe, whole, _POLISHED_ROUNDS),
-    )
+    return Effort(refinement, _affordable(Polish(seed=recipe.seed).suited(length), recipe, whole, _POLISHED_ROUNDS))
 
 
 def _affordable(how: _How, recipe: Recipe, parameters: int, rounds: float) -> _How:
