@@ -109,8 +109,8 @@ def one_size() -> AbstractContextManager[Any]:
 def sizes_by_closed_form() -> AbstractContextManager[Any]:
     original = search.choose_by_layers
 
-    def choose(source: Any, candidates: Any, calibration: Any, refines: bool, *rest: Any) -> Any:
-        return original(source, candidates, calibration, False, *rest)
+    def choose(source: Any, candidates: Any, calibration: Any, selection: Any, refines: bool, *rest: Any) -> Any:
+        return original(source, candidates, calibration, selection, False, *rest)
 
     return patch.object(latent, "choose_by_layers", choose)
 
