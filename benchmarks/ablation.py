@@ -122,18 +122,18 @@ def svd_of_weights() -> AbstractContextManager[Any]:
 
 def no_refinement() -> AbstractContextManager[Any]:
     # No steps, not none at all: polish then still finds every head with its own up-projections.
-    original = latent._effort
+    original = latent.effort_of
 
-    def effort(*args: Any) -> Any:
-        found = original(*args)
+    def effort(*args: Any, **options: Any) -> Any:
+        found = original(*args, **options)
         return replace(found, refinement=replace(found.refinement, steps=0))
 
-    return patch.object(latent, "_effort", effort)
+    return patch.object(latent, "effort_of", effort)
 
 
 def no_polish() -> AbstractContextManager[Any]:
-    original = latent._effort
-    return patch.object(latent, "_effort", lambda *args: replace(original(*args), polish=None))
+    original = latent.effort_of
+    return patch.object(latent, "effort_of", lambda *args, **options: replace(original(*args, **options), polish=None))
 
 
 def sources_inputs() -> AbstractContextManager[Any]:
@@ -202,22 +202,22 @@ PARTS: dict[str, Part] = {
 }
 
 
-def effort_of(share: float) -> AbstractContextManager[Any]:
+def with_effort(share: float) -> AbstractContextManager[Any]:
     """All training with a share of its steps."""
-    original = latent._effort
+    original = latent.effort_of
 
-    def effort(*args: Any) -> Any:
-        found = original(*args)
+    def effort(*args: Any, **options: Any) -> Any:
+        found = original(*args, **options)
         parts = {name: getattr(found, name) for name in ("refinement", "polish")}
         return replace(found, **{n: p and replace(p, steps=max(1, round(share * p.steps))) for n, p in parts.items()})
 
-    return patch.object(latent, "_effort", effort)
+    return patch.object(latent, "effort_of", effort)
 
 
 def measure(model: Path, name: str, keep: str, tokens: int, effort: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        with effort_of(effort), PARTS[name]():
+        with with_effort(effort), PARTS[name]():
             made = latentize.convert(model, out, keep=keep)
         found = latentize.evaluate(out, model, tokens=tokens)
         sha256 = json.loads((out / "latentize.json").read_text())["files"]["model.safetensors"]

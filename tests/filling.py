@@ -93,7 +93,7 @@ class Attempts:
 
 def inside(folder: Path, megabytes: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    jobs._effort = lambda recipe, source: Effort(Refinement(steps=6, warmup=1))
+    jobs.effort_of = lambda recipe, spec, large: Effort(Refinement(steps=6, warmup=1))
     disk = folder / "disk"
     disk.mkdir()
     mount(disk, "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs")

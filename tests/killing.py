@@ -61,7 +61,9 @@ def wait(child: int) -> int:
 def shortened() -> None:
     """Few steps, small shards: seconds instead of minutes, with every kind of step."""
     torch.set_num_threads(1)
-    jobs._effort = lambda recipe, source: Effort(Refinement(steps=6, warmup=1), Polish(steps=8, warmup=1, looks=2))
+    jobs.effort_of = lambda recipe, spec, large: Effort(
+        Refinement(steps=6, warmup=1), Polish(steps=8, warmup=1, looks=2)
+    )
     assert OutputFolder.__init__.__kwdefaults__ is not None
     OutputFolder.__init__.__kwdefaults__["shard_bytes"] = 120_000
 

@@ -142,7 +142,7 @@ def plan(
     """Compare the bytes of the KV cache: MHA, MQA, GQA, MLA, window, int8, int4; with a machine, what fits and how
     fast. Reads no weights."""
     from latentize.inspection import plan as compute
-    from latentize.tables import capacity_tables, plan_table
+    from latentize.tables import capacity_tables, conversions_table, plan_table
 
     machine = {"device": device, "memory": memory, "bandwidth": bandwidth, "tflops": tflops, "weight_bits": weight_bits}
     result = compute(model, context=context, batch=batch, keep=keep, window=window, reserve=reserve, **machine)
@@ -156,6 +156,8 @@ def plan(
         console.print(f"({number}) {note}", style="dim", markup=False)
     if "machine" in result:
         tables, notes = capacity_tables(result)
+        if result.get("conversion"):
+            tables.append(conversions_table(result))
         console.print(*tables, sep="\n")
         for note in notes:
             console.print(note, style="dim", markup=False)

@@ -11,10 +11,11 @@ D hidden, H query heads, G kv heads, d head size, V vocabulary, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from latentize.checkpoint import Checkpoint
+from latentize.calibrate.self_generated import PIECE, pieces_at_once
 from latentize.checkpoint.writer import SHARD_BYTES
 from latentize.convert.allocate import STREAM_BYTES, TRIAL_TOKENS
 from latentize.convert.descent import Schedule
@@ -25,7 +26,7 @@ from latentize.convert.source import MULTIPLIED, VOCAB_AT_ONCE, tokens_at_once
 from latentize.families import ModelSpec
 from latentize.recipe import Recipe
 
-__all__ = ["Footprint", "latent_footprint", "pooled_footprint"]
+__all__ = ["Footprint", "Stored", "latent_footprint", "pooled_footprint"]
 
 # The largest activations of a layer that exist at once, going forward, and those that a backward pass keeps.
 _FORWARD, _BACKWARD = 3, 8
@@ -33,11 +34,23 @@ _FORWARD, _BACKWARD = 3, 8
 _TRAINED = 5
 # Logits of both models, their logarithms and differences, of the tokens that are compared at once.
 _LOGITS, _LOGIT_BYTES = 8, 1 << 25
+# Of each piece of text that is written at a time: logits, probabilities, their sums, what they were made of.
+_DRAWN = 4
 # What drawing text leaves behind: the pool that it is drawn from, what the tokenizer has made of it.
 _TEXT = 120 << 20
 # Bytes of a second moment's entry while another is added to it, and while a layer is factorised: in float64 with
 # summands, and in complex float64 beside it.
 _GATHERED, _FACTORISED = 28, 32
+
+
+class Stored(Protocol):
+    """Tensors in files: a :class:`~latentize.checkpoint.Checkpoint`, or what a description says of one."""
+
+    def names(self) -> Iterator[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def size(self, name: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -67,13 +80,15 @@ class _Shapes:
     Attributes:
         item: Of a saved number.
         narrow: Whether layers multiply in bfloat16.
+        fast: Whether training does.
     """
 
     spec: ModelSpec
-    checkpoint: Checkpoint
+    checkpoint: Stored
     recipe: Recipe
     item: int
     narrow: bool
+    fast: bool = False
 
     def whole(self, tokens: int) -> int:
         """Tokens of the whole sequences among so many, at least of one."""
@@ -107,9 +122,9 @@ class _Shapes:
         total = self.item * sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
         return min(SHARD_BYTES, max(0, total - outside))
 
-    def activations(self, tokens: int, copies: int) -> int:
+    def activations(self, tokens: int, copies: int, *, trained: bool = False) -> int:
         """Of tokens that go through a layer at once."""
-        a, width = self.spec.attention, 2 if self.narrow else 4
+        a, width = self.spec.attention, 2 if self.narrow or (trained and self.fast) else 4
         inside = width * max(self.spec.intermediate_size, 2 * a.num_heads * a.head_dim)
         cast = 2 * a.hidden_size * self.spec.intermediate_size if self.narrow else 0
         return tokens * (copies * inside + 12 * a.hidden_size) + cast
@@ -160,7 +175,7 @@ class _Shapes:
         return self.embedding() + (written if self.embedding() != written else 0) + waiting + self.left()
 
 
-def pooled_footprint(spec: ModelSpec, checkpoint: Checkpoint, recipe: Recipe, *, item: int, narrow: bool) -> Footprint:
+def pooled_footprint(spec: ModelSpec, checkpoint: Stored, recipe: Recipe, *, item: int, narrow: bool) -> Footprint:
     """Of head pooling; arguments as for :func:`latent_footprint`."""
     of = _Shapes(spec, checkpoint, recipe, item, narrow)
     texts = 2 * of.stream(recipe.held_out_tokens)
@@ -170,14 +185,16 @@ def pooled_footprint(spec: ModelSpec, checkpoint: Checkpoint, recipe: Recipe, *,
 
 def latent_footprint(
     spec: ModelSpec,
-    checkpoint: Checkpoint,
+    checkpoint: Stored,
     recipe: Recipe,
     settings: Sequence[Setting],
     effort: Effort,
     *,
+    written: int,
     one_by_one: bool,
     item: int,
     narrow: bool,
+    fast: bool,
 ) -> Footprint:
     """Of a conversion to latent attention.
 
@@ -187,11 +204,13 @@ def latent_footprint(
         recipe: What is to be done.
         settings: What it allows; one of them will be chosen.
         effort: Training beyond the closed form.
+        written: Tokens that the source writes itself.
         one_by_one: Whether every layer is sized for itself.
         item: Bytes of a saved number.
         narrow: Whether layers multiply in bfloat16.
+        fast: Whether training does, and what writes text.
     """
-    of = _Shapes(spec, checkpoint, recipe, item, narrow)
+    of = _Shapes(spec, checkpoint, recipe, item, narrow, fast)
     refines = effort.refinement is not None
     calibration = of.stream(recipe.calibration_tokens)
     widest = max(settings, key=lambda setting: of.latent(setting, 1))
@@ -209,19 +228,33 @@ def latent_footprint(
     stretches = {"converting layers": waiting + settled}
     if effort.refinement is not None:
         trained = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
-        trained += of.activations(of.step(effort.refinement), _BACKWARD)
+        trained += of.activations(of.step(effort.refinement), _BACKWARD, trained=True)
         # What a layer adds is there beside the target; both are as large as the text.
         stretches["refining layers"] = waiting + drafted + max(drafted + trained, settled)
     if effort.polish is not None:
         each = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
-        graph = spec.layers * of.activations(of.step(effort.polish), _BACKWARD)
+        graph = spec.layers * of.activations(
+            min(of.step(effort.polish), of.whole(effort.polish.at_once)), _BACKWARD, trained=True
+        )
         table = of.comparison(of.stream(recipe.selection_tokens))
         stretches["polishing"] = calibration + sum(of.layers()) + spec.layers * each + graph + table
+    if written:
+        stretches["writing text"] = _written(of)
     if len(settings) > 1:
         stretches["choosing sizes"] = _choice(of, settings, one_by_one) + layer + max(settled, of.forward())
     stretches["comparing"] = of.comparison(texts)
     stretches["the embedding"] = of.top()
     return Footprint(stretches)
+
+
+def _written(of: _Shapes) -> int:
+    """The whole source as it runs, what it caches, and logits as often as drawing takes them."""
+    spec, item = of.spec, 2 if of.fast else 4
+    stored = sum(of.checkpoint.size(name) for name in of.checkpoint.names())
+    model = item * sum(math.prod(of.checkpoint.shape(name)) for name in of.checkpoint.names())
+    pieces = pieces_at_once(spec.vocab_size)
+    cached = item * pieces * PIECE * spec.layers * spec.cache_values
+    return stored + model + 2 * cached + _DRAWN * 4 * pieces * spec.vocab_size
 
 
 def _choice(of: _Shapes, settings: Sequence[Setting], one_by_one: bool) -> int:

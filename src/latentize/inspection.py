@@ -85,6 +85,9 @@ def plan(
         reserve: Share of its memory that is for something else.
         machine: ``memory``, ``bandwidth``, ``tflops``, ``weight_bits`` of :func:`latentize.devices.machine_of`.
 
+    With a machine whose arithmetic is known, ``conversion`` has the time and memory of converting the model, with
+    ``--fast`` and by default.
+
     Raises:
         OptionError: ``keep`` or ``reserve`` is no share, or the machine is not possible.
         CheckpointError, ConfigError, UnsupportedModelError: as for reading any model.
@@ -105,7 +108,30 @@ def plan(
     if isinstance(spec, ModelSpec):
         rows = capacity.with_small_caches(rows)
     found = capacity.capacities(spec, rows, where, context=tokens, batch=batch)
-    return {**facts, **capacity.describe(where, rows, found)}
+    planned = {**facts, **capacity.describe(where, rows, found)}
+    if isinstance(spec, ModelSpec) and where.flops_per_second:
+        planned["conversion"] = _conversions(spec, share, where, here=device == "cpu")
+    return planned
+
+
+def _conversions(spec: ModelSpec, keep: float, machine: Machine, *, here: bool) -> list[dict[str, Any]]:
+    """What converting takes, in closed form and by default; nothing where the model cannot be converted so."""
+    from latentize.jobs.forecast import forecast, published_rates
+    from latentize.jobs.rates import rates_of
+    from latentize.machine import multiplies_bfloat16
+    from latentize.recipe import Recipe
+
+    rates = rates_of(spec, "cpu") if here else published_rates(machine)
+    found = []
+    for fast in (True, False):
+        try:
+            made = forecast(
+                spec, Recipe.build(keep=keep, fast=fast), rates, fast=not here or multiplies_bfloat16("cpu")
+            )
+        except LatentizeError:
+            return []
+        found.append({"fast": fast, **made.describe()})
+    return found
 
 
 def _share(value: Any, where: str, example: str, *, least: float) -> float:

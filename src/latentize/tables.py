@@ -6,12 +6,14 @@ from typing import Any
 
 from rich.table import Table
 
+from latentize.convert.progress import said_time
 from latentize.report.evaluation import score_cells, tasks_said, with_error
 
 __all__ = [
     "capacity_tables",
     "compare_table",
     "conversion_facts",
+    "conversions_table",
     "healing_facts",
     "plan_table",
     "positions_table",
@@ -67,6 +69,17 @@ def capacity_tables(result: dict[str, Any]) -> tuple[list[Table], list[str]]:
             cells += [_rate(row[f"{prefix}tokens_per_second"]) + star, _number(row[f"{prefix}speedup"], ".2f", " ×")]
         fast.add_row(row["name"], *cells, _number(row["break_even_context"], ",d"))
     return [*tables, fast], _capacity_notes(result)
+
+
+def conversions_table(result: dict[str, Any]) -> Table:
+    """How long a conversion takes, how much memory, and what takes most of the time."""
+    table = _table(f"Converting on {result['machine']['name']}", "effort", "time", "memory, GB", "TFLOP", "longest")
+    for row in result["conversion"]:
+        longest = max(row["stages"], key=row["stages"].__getitem__)
+        share = row["stages"][longest] / row["seconds"]
+        cells = (said_time(row["seconds"]), f"{row['peak_bytes'] / GB:.1f}", f"{row['flop'] / 10**12:,.1f}")
+        table.add_row("--fast" if row["fast"] else "default", *cells, f"{longest} ({share:.0%})")
+    return table
 
 
 def _rate(value: float | None) -> str:

@@ -15,12 +15,21 @@ from torch import Tensor
 
 from latentize.calibrate.tokens import leading_tokens
 
-__all__ = ["self_generated"]
+__all__ = ["PIECE", "pieces_at_once", "self_generated"]
 
 # Tokens of a piece; short, because many beginnings tell more than long continuations, and cost less.
-_PIECE = 128
+PIECE = 128
 # Pieces that are written at a time, and logits of them, which exist a few times over.
 _AT_ONCE, _LOGITS = 256, 1 << 24
+
+
+def pieces_at_once(vocabulary: int) -> int:
+    """How many pieces are written at a time.
+
+    Args:
+        vocabulary: Logits of a token.
+    """
+    return max(1, min(_AT_ONCE, _LOGITS // vocabulary))
 
 
 @torch.no_grad()
@@ -50,7 +59,7 @@ def self_generated(
     """
     lead = leading_tokens(tokenizer)
     text = max(1, length - len(lead))
-    piece = min(_PIECE, text)
+    piece = min(PIECE, text)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     known = min(len(tokenizer), vocabulary)
     control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -59,7 +68,7 @@ def self_generated(
     plain = torch.tensor([token for token in range(known) if token not in control])
     count = -(-sequences * text // piece)
     barred = torch.tensor(sorted(control), dtype=torch.int64, device=model.device)
-    size = max(1, min(_AT_ONCE, _LOGITS // vocabulary))
+    size = pieces_at_once(vocabulary)
     written: list[Tensor] = []
     device = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=device):

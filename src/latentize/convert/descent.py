@@ -112,18 +112,23 @@ class Descent(ABC):
 
     def step(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """One step down: ``output`` is a loss, or comes with the gradient of a loss by it."""
-        gradients = torch.autograd.grad(output, self.parameters, gradient)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+        self.gather(output, gradient)
         self.follow()
 
+    def gather(self, output: Tensor, gradient: Tensor | None = None) -> None:
+        """Add to the gradients that the next step follows; arguments as for :meth:`step`."""
+        gradients = torch.autograd.grad(output, self.parameters, gradient)
+        for parameter, found in zip(self.parameters, gradients, strict=True):
+            parameter.grad = found if parameter.grad is None else parameter.grad.add_(found)
+
     def follow(self) -> None:
-        """One step down the gradients that the parameters have."""
+        """One step down the gradients that the parameters have, which they have no longer then."""
         size = self._schedule.rate * self._schedule.factor(self.taken)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = size * group["size"]
             optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         self.taken += 1
 
 

@@ -20,9 +20,10 @@ from latentize.convert.refine import Refined, Refinement, expand_heads, refine, 
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, Stream
 
-__all__ = ["Draft", "DraftedLayer", "Seen", "alone", "observe", "refined_layer", "stream_error"]
+__all__ = ["DISTANCE_TOKENS", "Draft", "DraftedLayer", "Seen", "alone", "observe", "refined_layer", "stream_error"]
 
-_DISTANCE_TOKENS = 16_384
+# Tokens that attended distances are gathered on; they settle early, and cost more than everything else.
+DISTANCE_TOKENS = 16_384
 
 
 @dataclass
@@ -67,8 +68,7 @@ def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int =
     total: CalibrationStats | None = None
     # What is refined does not need the last digits of where it starts.
     for rows, x_BTD, after_BTD in layer.stream(text, fast=residual > 0 or layer.rough):
-        # Distances settle early, and cost more than everything else.
-        enough = total is not None and total.tokens >= _DISTANCE_TOKENS
+        enough = total is not None and total.tokens >= DISTANCE_TOKENS
         wanted = replace(needed, distances=needed.distances and not enough)
         part = gather(x_BTD, layer.weights, layer.spec, wanted, text.positions_NT[rows] if jumps else None, reach)
         total = part if total is None else total + part

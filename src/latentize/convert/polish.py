@@ -36,6 +36,7 @@ class Polish(Schedule):
 
     Attributes:
         looks: How often held-out text is looked at, evenly; the best of what was seen is kept.
+        at_once: Tokens of a step whose activations exist at once, rounded to whole sequences.
         enough: Divergence at which nothing is left to gain, nats per token.
     """
 
@@ -43,6 +44,7 @@ class Polish(Schedule):
     rate: float = 0.014
     adam: float = 0.3
     looks: int = 5
+    at_once: int = 1 << 20
     enough: float = 1e-6
 
 
@@ -137,13 +139,19 @@ def polish(
         best, kept = look(), [p.detach().clone() for p in parameters]
     steps = descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5))
     for step, rows in enumerate(how.batches(len(text), text.length)):
-        with fast:
-            with torch.enable_grad():
-                hidden_nD = run(source.embed(text[rows]))
-            value, by_hidden_nD = compared(hidden_nD, teacher_NTD[rows])
+        value = 0.0
+        for part in rows.split(max(1, how.at_once // text.length)):
+            with fast:
+                with torch.enable_grad():
+                    hidden_nD = run(source.embed(text[part]))
+                lost, by_hidden_nD = compared(hidden_nD, teacher_NTD[part])
+            share = len(part) / len(rows)
+            value += share * lost
+            steps.gather(hidden_nD, by_hidden_nD.mul_(share))
+            del hidden_nD
         if not math.isfinite(value):
             raise FloatingPointError(f"polishing diverged at step {step}")
-        steps.step(hidden_nD, by_hidden_nD)
+        steps.follow()
         if (step + 1) * how.looks % how.steps < how.looks:
             # Steps shrink to nothing, and the gain may come with the last: not having gained yet is no reason to end.
             with fast:

@@ -25,12 +25,22 @@ from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
 from latentize.convert.descent import Schedule, descent
 
-__all__ = ["Refined", "Refinement", "descend", "expand_heads", "refine", "refined", "token_energy", "trainable"]
+__all__ = [
+    "SOLVED_TOKENS",
+    "Refined",
+    "Refinement",
+    "descend",
+    "expand_heads",
+    "refine",
+    "refined",
+    "token_energy",
+    "trainable",
+]
 
 # Share of the median energy that a token is taken to have at least: one of nothing would weigh more than all others.
 _LEAST_ENERGY = 1e-3
 # Tokens that the output projection is solved on at most, and what is added to the diagonal, relative to its mean.
-_SOLVED, _DAMPING = 65_536, 1e-2
+SOLVED_TOKENS, _DAMPING = 65_536, 1e-2
 # Share of an error that a layer is taken to have made itself at least.
 _LEAST_OWN = 0.1
 
@@ -158,7 +168,7 @@ def refine(
 
     with torch.no_grad():
         count, length = target_NTD.shape[:2]
-        rows = torch.arange(min(_learnt(count, length, how), max(1, _SOLVED // length)))
+        rows = torch.arange(min(_learnt(count, length, how), max(1, SOLVED_TOKENS // length)))
         attention.o_proj.weight += _correction(read, rows.split(how.sequences(length)), energy_NT, autocast)
     solved = descend(parameters, made, target_NTD, energy_NT, replace(how, steps=0), **options)[1]
     return Refined(refined(attention, w), before, solved) if solved < after else found

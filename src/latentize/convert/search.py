@@ -27,6 +27,7 @@ from latentize.convert.source import SourceLayer, SourceModel, Stream
 
 __all__ = [
     "FINALISTS",
+    "LADDERS",
     "SEARCH_TOKENS",
     "choose",
     "choose_by_layers",
@@ -39,7 +40,7 @@ __all__ = [
 SEARCH_TOKENS = 8192
 _LAYERS = 8
 # Ladders of one size that are looked at beside the densest and the widest, and sizes that are compared further.
-_LADDERS, FINALISTS = 2, 3
+LADDERS, FINALISTS = 2, 3
 
 
 def short_refinement(length: int) -> Refinement:
@@ -194,7 +195,7 @@ def likely_ladders(
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, setting in enumerate(candidates):
         by_size.setdefault((setting.kv_lora_rank, setting.qk_rope_head_dim), []).append(index)
-    if max(map(len, by_size.values())) <= _LADDERS:
+    if max(map(len, by_size.values())) <= LADDERS:
         return list(candidates)
     costs = [0.0] * len(candidates)
     needed = candidates[0].needs(source.spec.attention)
@@ -206,7 +207,7 @@ def likely_ladders(
         costs = [cost + one / mean for cost, one in zip(costs, found, strict=True)]
     likely = []
     for of_size in by_size.values():
-        cheapest = sorted(of_size, key=lambda index: costs[index])[:_LADDERS]
+        cheapest = sorted(of_size, key=lambda index: costs[index])[:LADDERS]
         widest = max(of_size, key=lambda index: _width(candidates[index]))
         likely += [candidates[i] for i in of_size if i in (*cheapest, widest) or candidates[i].stride in (1.0, None)]
     return likely

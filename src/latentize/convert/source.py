@@ -29,7 +29,7 @@ from latentize.families import ModelSpec
 from latentize.machine import give_back_freed_memory, multiplies_bfloat16
 from latentize.spec import AttentionSpec
 
-__all__ = ["MULTIPLIED", "VOCAB_AT_ONCE", "SourceLayer", "SourceModel", "Stream", "tokens_at_once"]
+__all__ = ["MULTIPLIED", "VOCAB_AT_ONCE", "SourceLayer", "SourceModel", "Stream", "is_large", "tokens_at_once"]
 
 # From so many parameters on, layers multiply in bfloat16: in float32 a CPU would take hours.
 _LARGE = 200_000_000
@@ -38,6 +38,11 @@ _TOKENS_AT_ONCE, _ACTIVATION_BYTES = 2048, 16 << 20
 # Tensors of a layer that it does nothing with but to multiply by them.
 MULTIPLIED = tuple(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down", "gate_up"))
 VOCAB_AT_ONCE = 16_384
+
+
+def is_large(parameters: int) -> bool:
+    """Whether a model is too big to be trained as a whole without being asked to; its layers multiply in bfloat16."""
+    return parameters > _LARGE
 
 
 def tokens_at_once(spec: ModelSpec, *, narrow: bool) -> int:
@@ -264,7 +269,7 @@ class SourceModel:
         from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.spec, self.device, self.rough = checkpoint, spec, device, rough
-        self.large = sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()) > _LARGE
+        self.large = is_large(sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()))
         self.autocast = self.large
         self.fast_matmul = self.autocast or multiplies_bfloat16(torch.device(device).type)
         try:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from latentize.checkpoint.journal import bytes_in, partial_folders
 from latentize.checkpoint.manifest import sha256, versions
 from latentize.checkpoint.writer import copied_files
 from latentize.convert.pipeline import MASSIVE, Converted
-from latentize.convert.progress import Progress
+from latentize.convert.progress import Progress, Timed
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceModel
 from latentize.errors import FormatError
@@ -29,10 +30,12 @@ from latentize.families import ModelSpec
 from latentize.footprint import Footprint
 from latentize.formats.deepseek_v3 import DeepseekWriter
 from latentize.jobs.limits import MemoryNeed, finite_numbers, require_disk, require_memory, within_memory
+from latentize.jobs.rates import rates_of
 from latentize.jobs.text import Text, draw_text
 from latentize.machine import keeping_freed_memory, peak_rss_bytes
 from latentize.recipe import Recipe
 from latentize.report.page import write_report
+from latentize.work import Work
 
 if TYPE_CHECKING:
     from latentize.formats.base import FormatWriter
@@ -126,6 +129,18 @@ class Job(ABC):
     def footprint(self, source: SourceModel) -> Footprint | None:
         """The memory that it will take, where that can be told."""
 
+    def work(self, source: SourceModel) -> Mapping[str, Work]:
+        """The arithmetic of each stage that progress names; nothing where it is not counted."""
+        return {}
+
+    def _timed(self, progress: Progress, source: SourceModel) -> Progress:
+        """Tells how much time is left, too, where the work is counted."""
+        work = self.work(source)
+        if not work:
+            return progress
+        rates = rates_of(self.spec, source.device)
+        return Timed(progress, {stage: done.seconds(rates) for stage, done in work.items()})
+
     def _check_memory(self, source: SourceModel) -> None:
         """Refuse where memory will surely not suffice; on a device that has its own nothing is predicted."""
         predicted = self.footprint(source) if source.device == "cpu" else None
@@ -167,6 +182,7 @@ class Job(ABC):
             journal.begin(request)
             with OutputFolder(out, journal=journal) as folder:
                 self.writer = self.kind(folder, self.checkpoint, self.spec, self.dtype)
+                progress = self._timed(progress, source)
                 with finite_numbers(), keeping_freed_memory() if self.memory.keeps_freed else contextlib.nullcontext():
                     done = self.convert(source, text, journal, progress)
                     report = self._report(done, started)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,11 +12,8 @@ from latentize.calibrate.self_generated import self_generated
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.checkpoint import Journal
 from latentize.convert.allocate import allocate
-from latentize.convert.descent import Schedule
-from latentize.convert.pipeline import Converted, Effort, convert_latent
-from latentize.convert.polish import Polish
+from latentize.convert.pipeline import Converted, convert_latent
 from latentize.convert.progress import Progress
-from latentize.convert.refine import Refinement
 from latentize.convert.search import choose, choose_by_layers
 from latentize.convert.settings import Setting, settings
 from latentize.convert.source import SourceModel
@@ -26,30 +23,18 @@ from latentize.families.model import FULL
 from latentize.footprint import Footprint, latent_footprint
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
+from latentize.jobs.effort import effort_of, sequences_to_generate
 from latentize.jobs.job import Job
 from latentize.jobs.text import Text, mixed, spread_over
 from latentize.recipe import Recipe
 from latentize.runtime.load import load_model
 from latentize.spec import mean_over_layers
+from latentize.work import Work, latent_work
 
 if TYPE_CHECKING:
     from latentize.formats.base import FormatWriter
 
-__all__ = ["LatentJob"]
-
-_How = TypeVar("_How", bound=Schedule)
-
-# Share of the calibration text that a small model writes itself: with a quarter less of a user's text nothing is lost
-# on text of its kind, and on other text two thirds of the loss are gone.
-_SELF_GENERATED = 0.25
-# Steps of refinement where the layers are polished together afterwards, which is then the better use of the time.
-_BEFORE_POLISH = 140
-# Multiplications and additions of refining all layers, and of a polish, unless rounds of the text are more: each is
-# then about five minutes on two cores.
-_FLOP = 2e13
-_REFINED_ROUNDS, _POLISHED_ROUNDS = 1.0, 0.5
-# Rounds of refinement at most: more of them on a short text learn it by heart. A polish keeps the best that it saw.
-_MOST_ROUNDS = 10
+__all__ = ["LatentJob", "format_of", "sized_one_by_one"]
 
 
 class LatentJob(Job):
@@ -57,14 +42,14 @@ class LatentJob(Job):
 
     def choose_kind(self) -> type[FormatWriter]:
         allowed = settings(self.recipe, self.spec.attention)
-        kind, self.candidates, notes = _format(self.recipe, self.spec, allowed)
+        kind, self.candidates, notes = format_of(self.recipe, self.spec, allowed)
         self.notes += notes
         return kind
 
     @property
     def one_by_one(self) -> bool:
         """Whether every layer may be sized for itself."""
-        return issubclass(self.kind, NativeWriter) and self.recipe.method == "calibrated"
+        return sized_one_by_one(self.kind, self.recipe)
 
     def footprint(self, source: SourceModel) -> Footprint:
         return latent_footprint(
@@ -72,14 +57,28 @@ class LatentJob(Job):
             self.checkpoint,
             self.recipe,
             self.candidates,
-            _effort(self.recipe, source),
+            effort_of(self.recipe, self.spec, large=source.large),
+            written=self.sequences_to_generate(source) * self.recipe.sequence_length,
             one_by_one=self.one_by_one,
             item=self.dtype.itemsize,
+            narrow=source.autocast,
+            fast=source.fast_matmul,
+        )
+
+    def work(self, source: SourceModel) -> Mapping[str, Work]:
+        return latent_work(
+            self.spec,
+            self.recipe,
+            self.candidates,
+            effort_of(self.recipe, self.spec, large=source.large),
+            written=self.self_generated * self.recipe.sequence_length,
+            one_by_one=self.one_by_one,
+            fast=source.fast_matmul,
             narrow=source.autocast,
         )
 
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
-        effort = _effort(self.recipe, source)
+        effort = effort_of(self.recipe, self.spec, large=source.large)
         if self.self_generated:
             text = self._with_its_own(source, text, journal, progress)
         self.settings, self.scores = self._chosen(source, text, journal, progress)
@@ -97,11 +96,7 @@ class LatentJob(Job):
         return convert_latent(source, self.settings, self.writer, *texts, effort, progress, journal)
 
     def sequences_to_generate(self, source: SourceModel) -> int:
-        share = self.recipe.self_generated
-        if share is None:
-            # The whole model has to be in memory for it.
-            share = _SELF_GENERATED if self.recipe.refines and not source.large else 0.0
-        return round(share * (self.recipe.calibration_tokens // self.recipe.sequence_length))
+        return sequences_to_generate(self.recipe, large=source.large)
 
     def _with_its_own(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Text:
         """The text, with sequences of the model's own, written now or before an interruption."""
@@ -175,7 +170,12 @@ class LatentJob(Job):
         ]
 
 
-def _format(
+def sized_one_by_one(kind: type[FormatWriter], recipe: Recipe) -> bool:
+    """Whether every layer may be sized for itself."""
+    return issubclass(kind, NativeWriter) and recipe.method == "calibrated"
+
+
+def format_of(
     recipe: Recipe, spec: ModelSpec, candidates: list[Setting]
 ) -> tuple[type[FormatWriter], list[Setting], list[str]]:
     """The writer, the settings that it can hold, and why not the portable one if it was not asked for."""
@@ -195,37 +195,3 @@ def _format(
             fix="use --format native (or auto)",
         )
     return NativeWriter, free, [f"native format, because {reason}" for reason in reasons]
-
-
-def _effort(recipe: Recipe, source: SourceModel) -> Effort:
-    """What is done beyond the closed form. The order of the sequences follows from the seed."""
-    if not recipe.refines:
-        return Effort()
-    # The whole model has to be in memory for it, and moves at every step.
-    polish = not source.large if recipe.polish is None else recipe.polish
-    length = recipe.sequence_length
-    refinement = Refinement(seed=recipe.seed)
-    a, checkpoint = source.spec.attention, source.checkpoint
-    attention = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim * a.hidden_size * len(source.spec.converted)
-    refinement = (replace(refinement, steps=_BEFORE_POLISH) if polish else refinement).suited(length)
-    most = max(1, _MOST_ROUNDS * recipe.calibration_tokens // refinement.tokens)
-    refinement = _affordable(replace(refinement, steps=min(refinement.steps, most)), recipe, attention, _REFINED_ROUNDS)
-    if not polish:
-        return Effort(refinement)
-    whole = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    return Effort(refinement, _affordable(Polish(seed=recipe.seed).suited(length), recipe, whole, _POLISHED_ROUNDS))
-
-
-def _affordable(how: _How, recipe: Recipe, parameters: int, rounds: float) -> _How:
-    """As many steps as their work allows, and at least so many rounds of the text.
-
-    Args:
-        how: Most steps.
-        recipe: Says how much text there is.
-        parameters: That each token is multiplied with.
-        rounds: Of the text.
-    """
-    # Forward, backward, and the gradient of the weights: multiplications and additions of a token.
-    a_step = 6 * how.tokens * parameters
-    least = math.ceil(rounds * recipe.calibration_tokens / how.tokens)
-    return replace(how, steps=min(how.steps, max(least, round(_FLOP / a_step))))

@@ -16,7 +16,7 @@ from latentize.footprint import Footprint
 from latentize.machine import memory_room, rss_bytes
 from latentize.recipe import Recipe
 
-__all__ = ["MemoryNeed", "finite_numbers", "require_disk", "require_memory", "within_memory"]
+__all__ = ["MemoryNeed", "expected_peak", "finite_numbers", "require_disk", "require_memory", "within_memory"]
 
 # A prediction of memory is taken at its word only this far: it was 21 % too large at most where it was measured
 # (docs/memory.md). Between the two a conversion is tried.
@@ -59,7 +59,17 @@ def require_memory(predicted: Footprint, recipe: Recipe, *, large: bool) -> Memo
             fix=_less_memory(predicted.largest, recipe),
         )
     keeps = not large and _KEPT * predicted.bytes < room.bytes / 2
-    return MemoryNeed(now + round(predicted.bytes * (_KEPT if keeps else 1)), keeps)
+    return MemoryNeed(expected_peak(predicted, keeps_freed=keeps), keeps)
+
+
+def expected_peak(predicted: Footprint, *, keeps_freed: bool) -> int:
+    """Bytes that this process will have at most.
+
+    Args:
+        predicted: What the conversion takes beside what the process has.
+        keeps_freed: Whether what is freed does not go back.
+    """
+    return rss_bytes() + round(predicted.bytes * (_KEPT if keeps_freed else 1))
 
 
 def _less_memory(largest: str, recipe: Recipe) -> str:
