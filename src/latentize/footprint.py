@@ -26,7 +26,7 @@ from latentize.convert.source import MULTIPLIED, VOCAB_AT_ONCE, tokens_at_once
 from latentize.families import ModelSpec
 from latentize.recipe import Recipe
 
-__all__ = ["Footprint", "Stored", "latent_footprint", "pooled_footprint"]
+__all__ = ["Footprint", "Stored", "graph_bytes", "latent_footprint", "pooled_footprint"]
 
 # The largest activations of a layer that exist at once, going forward, and those that a backward pass keeps.
 _FORWARD, _BACKWARD = 3, 8
@@ -80,7 +80,7 @@ class _Shapes:
     Attributes:
         item: Of a saved number.
         narrow: Whether layers multiply in bfloat16.
-        fast: Whether training does.
+        fast: Whether training does, and what writes text.
     """
 
     spec: ModelSpec
@@ -111,6 +111,14 @@ class _Shapes:
             sizes.append(size)
         return sizes
 
+    def running(self) -> int:
+        """All layers as a step of the polish runs them, but for the attention that is trained."""
+        inside = f".{self.spec.module('attention')}."
+        sizes = {name: math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names()}
+        prefixes = tuple(self.spec.layer_prefix(index) for index in range(self.spec.layers))
+        layers = {name: size for name, size in sizes.items() if name.startswith(prefixes) and inside not in name}
+        return sum((2 if self.fast and name.endswith(MULTIPLIED) else 4) * size for name, size in layers.items())
+
     def embedding(self, item: int = 0) -> int:
         """As stored, or with items of so many bytes."""
         name = self.spec.module("embedding") + ".weight"
@@ -122,12 +130,10 @@ class _Shapes:
         total = self.item * sum(math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names())
         return min(SHARD_BYTES, max(0, total - outside))
 
-    def activations(self, tokens: int, copies: int, *, trained: bool = False) -> int:
+    def activations(self, tokens: int, copies: int) -> int:
         """Of tokens that go through a layer at once."""
-        a, width = self.spec.attention, 2 if self.narrow or (trained and self.fast) else 4
-        inside = width * max(self.spec.intermediate_size, 2 * a.num_heads * a.head_dim)
-        cast = 2 * a.hidden_size * self.spec.intermediate_size if self.narrow else 0
-        return tokens * (copies * inside + 12 * a.hidden_size) + cast
+        cast = 2 * self.spec.attention.hidden_size * self.spec.intermediate_size if self.narrow else 0
+        return tokens * _per_token(self.spec, copies, narrow=self.narrow) + cast
 
     def forward(self) -> int:
         return self.activations(self.whole(tokens_at_once(self.spec, narrow=self.narrow)), _FORWARD)
@@ -173,6 +179,23 @@ class _Shapes:
         written = self.embedding(self.item)
         waiting = written if written < SHARD_BYTES else 0
         return self.embedding() + (written if self.embedding() != written else 0) + waiting + self.left()
+
+
+def _per_token(spec: ModelSpec, copies: int, *, narrow: bool) -> int:
+    """Activations of a token in a layer."""
+    a = spec.attention
+    inside = (2 if narrow else 4) * max(spec.intermediate_size, 2 * a.num_heads * a.head_dim)
+    return copies * inside + 12 * a.hidden_size
+
+
+def graph_bytes(spec: ModelSpec, *, narrow: bool) -> int:
+    """What a backward pass through all layers keeps of a token.
+
+    Args:
+        spec: The model.
+        narrow: Whether layers multiply in bfloat16 throughout.
+    """
+    return spec.layers * _per_token(spec, _BACKWARD, narrow=narrow)
 
 
 def pooled_footprint(spec: ModelSpec, checkpoint: Stored, recipe: Recipe, *, item: int, narrow: bool) -> Footprint:
@@ -228,16 +251,14 @@ def latent_footprint(
     stretches = {"converting layers": waiting + settled}
     if effort.refinement is not None:
         trained = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
-        trained += of.activations(of.step(effort.refinement), _BACKWARD, trained=True)
+        trained += of.activations(of.step(effort.refinement), _BACKWARD)
         # What a layer adds is there beside the target; both are as large as the text.
         stretches["refining layers"] = waiting + drafted + max(drafted + trained, settled)
     if effort.polish is not None:
         each = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
-        graph = spec.layers * of.activations(
-            min(of.step(effort.polish), of.whole(effort.polish.at_once)), _BACKWARD, trained=True
-        )
+        graph = min(of.step(effort.polish), of.whole(effort.polish.at_once)) * graph_bytes(spec, narrow=narrow)
         table = of.comparison(of.stream(recipe.selection_tokens))
-        stretches["polishing"] = calibration + sum(of.layers()) + spec.layers * each + graph + table
+        stretches["polishing"] = calibration + of.running() + spec.layers * each + graph + table
     if written:
         stretches["writing text"] = _written(of)
     if len(settings) > 1:

@@ -34,7 +34,7 @@ def test_more_text_takes_longer_and_closed_forms_less() -> None:
 def test_stages_are_those_of_the_recipe() -> None:
     sized = {"kv_lora_rank": 448, "qk_rope_head_dim": 64}
     assert "comparing the best settings" in seconds() and "sizing layers" in seconds(format="native")
-    assert list(seconds(**sized, self_generated=0.1, polish=True))[0] == "writing text"
+    assert next(iter(seconds(**sized, self_generated=0.1, polish=True))) == "writing text"
     assert list(seconds(**sized, self_generated=0.1, polish=True))[-3:] == [
         "refining layers",
         "polishing",

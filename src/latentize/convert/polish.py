@@ -9,7 +9,7 @@ N sequences, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,12 +104,17 @@ def polish(
     start = [w for w in weights if w is not None]
     attentions = [trainable(w) for w in start]
     of_layer = iter(attentions)
-    checked, layers, runs = source.embed(check), [], []
+    entering_check, head, runs = source.embed(check), source.head(), []
+    checked, made = entering_check.clone(), entering_check.clone()
     for layer, w in zip(source.layers(), weights, strict=True):
+        attention = None if w is None else next(of_layer)
         layer.run(checked)
-        layers.append(layer)
-        runs.append(layer.with_attention(None if w is None else next(of_layer)))
-    entering_check, head = source.embed(check), source.head()
+        layer.run(made, attention)
+        # From here on only what a step runs is needed of it.
+        layer.narrow()
+        runs.append(layer.with_attention(attention))
+        layer.forget()
+        del layer
     at_once = max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
     parameters = [p for a in attentions for p in a.parameters()]
     size = how.sequences(text.length)
@@ -122,18 +127,19 @@ def polish(
     def compared(hidden_nD: Tensor, teacher_BTD: Tensor) -> tuple[float, Tensor]:
         return divergence(hidden_nD, teacher_BTD.flatten(0, 1), head, at_once=at_once)
 
-    def look() -> float:
-        total = 0.0
-        for part, teacher in zip(entering_check.split(size), checked.hidden_NTD.split(size), strict=True):
-            with torch.no_grad():
-                hidden_nD = run(part)
-            total += compared(hidden_nD, teacher)[0] * len(part) / len(check)
-        return total
+    def mean(finals: Iterable[Tensor]) -> float:
+        """Of final hidden states of the checked text, in parts."""
+        pairs = zip(finals, checked.hidden_NTD.split(size), strict=True)
+        return sum(compared(hidden_nD, teacher)[0] * len(teacher) for hidden_nD, teacher in pairs) / len(check)
 
-    if look() < how.enough:
+    def look() -> float:
+        with torch.no_grad():
+            return mean(run(part) for part in entering_check.split(size))
+
+    # Before anything is rounded: what is exact stays as it is.
+    if mean(part.flatten(0, 1) for part in made.hidden_NTD.split(size)) < how.enough:
         return [refined(a, w) for a, w in zip(attentions, start, strict=True)]
-    for layer in layers:
-        layer.narrow()
+    del made
     fast = torch.autocast(teacher_NTD.device.type, torch.bfloat16, enabled=source.fast_matmul)
     with fast:
         best, kept = look(), [p.detach().clone() for p in parameters]

@@ -170,6 +170,10 @@ class SourceLayer:
                 owner: Any = self._module.get_submodule(name.rpartition(".")[0])
                 owner.weight = nn.Parameter(self.tensors[name].to(owner.weight.device), requires_grad=False)
 
+    def forget(self) -> None:
+        """Let go of what only a conversion needs: the tensors as stored, the source's attention as weights."""
+        self.tensors, self.weights = {}, None
+
     def with_attention(self, attention: nn.Module | None) -> Callable[[Stream], Stream]:
         """The layer as a differentiable function, with another attention."""
         if attention is not None:

@@ -11,6 +11,7 @@ from latentize.convert.pipeline import Effort
 from latentize.convert.polish import Polish
 from latentize.convert.refine import Refinement
 from latentize.families import ModelSpec
+from latentize.footprint import graph_bytes
 from latentize.recipe import Recipe
 
 __all__ = ["effort_of", "sequences_to_generate"]
@@ -26,6 +27,8 @@ _BEFORE_POLISH = 140
 # then about five minutes on two cores.
 _FLOP = 2e13
 _REFINED_ROUNDS, _POLISHED_ROUNDS = 1.0, 0.5
+# What a backward pass through the whole model may keep at once, unless it is a single sequence.
+_GRAPH_BYTES = 3 << 28
 # Rounds of refinement at most: more of them on a short text learn it by heart. A polish keeps the best that it saw.
 _MOST_ROUNDS = 10
 
@@ -52,7 +55,9 @@ def effort_of(recipe: Recipe, spec: ModelSpec, *, large: bool) -> Effort:
     if not polish:
         return Effort(refinement)
     whole = sum(map(math.prod, spec.tensor_shapes().values()))
-    return Effort(refinement, _affordable(Polish(seed=recipe.seed).suited(length), recipe, whole, _POLISHED_ROUNDS))
+    at_once = max(1, _GRAPH_BYTES // graph_bytes(spec, narrow=large))
+    how = Polish(seed=recipe.seed, at_once=at_once).suited(length)
+    return Effort(refinement, _affordable(how, recipe, whole, _POLISHED_ROUNDS))
 
 
 def _affordable(how: _How, recipe: Recipe, parameters: int, rounds: float) -> _How:

@@ -21,8 +21,9 @@ __all__ = ["MemoryNeed", "expected_peak", "finite_numbers", "require_disk", "req
 # A prediction of memory is taken at its word only this far: it was 21 % too large at most where it was measured
 # (docs/memory.md). Between the two a conversion is tried.
 _CERTAIN = 0.8
-# Freed memory that stays with the process is faster, and lies in pieces: so many times as much is needed.
-_KEPT = 1.8
+# Freed memory that stays with the process is faster, and lies in pieces: a tenth more was needed where it was measured,
+# and it is kept only where there is room for much more.
+_KEPT, _ROOM = 1.1, 1.8
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def require_memory(predicted: Footprint, recipe: Recipe, *, large: bool) -> Memo
             where=room.bound,
             fix=_less_memory(predicted.largest, recipe),
         )
-    keeps = not large and _KEPT * predicted.bytes < room.bytes / 2
+    keeps = not large and _ROOM * predicted.bytes < room.bytes / 2
     return MemoryNeed(expected_peak(predicted, keeps_freed=keeps), keeps)
 
 
