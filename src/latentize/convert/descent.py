@@ -96,16 +96,24 @@ class Descent(ABC):
     Args:
         parameters: What to train.
         schedule: How large each step is.
+        shares: Of that, the part that each parameter takes; by default all take whole steps.
 
     Attributes:
         taken: Steps so far.
         optimisers: What steps; groups have the ``size`` that their steps are relative to.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], schedule: Schedule) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], schedule: Schedule, shares: Sequence[float] | None = None
+    ) -> None:
         self.parameters = [p for p in parameters if p.numel()]
         self._schedule, self.taken = schedule, 0
         self.optimisers = self._optimisers()
+        if shares is not None:
+            share = {id(p): part for p, part in zip(parameters, shares, strict=True)}
+            for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
+                (parameter,) = group["params"]
+                group["size"] *= share[id(parameter)]
 
     @abstractmethod
     def _optimisers(self) -> list[torch.optim.Optimizer]: ...
@@ -156,7 +164,7 @@ class Muon(Descent):
         return found
 
 
-def descent(parameters: Sequence[nn.Parameter], schedule: Schedule) -> Descent:
+def descent(parameters: Sequence[nn.Parameter], schedule: Schedule, shares: Sequence[float] | None = None) -> Descent:
     """Muon where orthogonalising costs little beside what a step multiplies, Adam elsewhere.
 
     Muon repairs more where much is to be repaired, and as much where little is.
@@ -164,11 +172,12 @@ def descent(parameters: Sequence[nn.Parameter], schedule: Schedule) -> Descent:
     Args:
         parameters: What to train, each a factor in every token of a step.
         schedule: Its steps.
+        shares: As for :class:`Descent`.
     """
     shapes = [sorted(p.shape) for p in parameters if p.ndim == 2]
     orthogonalising = _ITERATIONS * sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
     multiplying = 6 * schedule.tokens * sum(m * n for m, n in shapes)
-    return (Muon if orthogonalising <= _SHARE * multiplying else Adam)(parameters, schedule)
+    return (Muon if orthogonalising <= _SHARE * multiplying else Adam)(parameters, schedule, shares)
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

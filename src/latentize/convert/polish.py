@@ -18,6 +18,7 @@ from torch import Tensor
 from latentize.attention.latent import LatentWeights
 from latentize.calibrate.tokens import Passages
 from latentize.convert.descent import Schedule, descent
+from latentize.convert.draft import stream_error
 from latentize.convert.refine import refined, trainable
 from latentize.convert.source import SourceModel, Stream
 
@@ -32,7 +33,8 @@ class Polish(Schedule):
     """How the whole model is polished.
 
     A step is as large as there is something to repair: the rate is multiplied by the root of the divergence that the
-    polish starts from, in nats per token.
+    polish starts from, in nats per token; and in each layer by the root of the error in the residual stream that leaves
+    it, relative to the mean of all layers.
 
     Attributes:
         looks: How often held-out text is looked at, evenly; the best of what was seen is kept.
@@ -105,11 +107,13 @@ def polish(
     attentions = [trainable(w) for w in start]
     of_layer = iter(attentions)
     entering_check, head, runs = source.embed(check), source.head(), []
-    checked, made = entering_check.clone(), entering_check.clone()
+    checked, made, wrong = entering_check.clone(), entering_check.clone(), []
     for layer, w in zip(source.layers(), weights, strict=True):
         attention = None if w is None else next(of_layer)
         layer.run(checked)
         layer.run(made, attention)
+        if attention is not None:
+            wrong.append(stream_error(made, checked))
         # From here on only what a step runs is needed of it.
         layer.narrow()
         runs.append(layer.with_attention(attention))
@@ -117,6 +121,8 @@ def polish(
         del layer
     at_once = max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
     parameters = [p for a in attentions for p in a.parameters()]
+    usual = max(sum(wrong) / len(wrong), 1e-30)
+    shares = [(error / usual) ** 0.5 for error, a in zip(wrong, attentions, strict=True) for _ in a.parameters()]
     size = how.sequences(text.length)
 
     def run(stream: Stream) -> Tensor:
@@ -143,7 +149,7 @@ def polish(
     fast = torch.autocast(teacher_NTD.device.type, torch.bfloat16, enabled=source.fast_matmul)
     with fast:
         best, kept = look(), [p.detach().clone() for p in parameters]
-    steps = descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5))
+    steps = descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5), shares)
     for step, rows in enumerate(how.batches(len(text), text.length)):
         value = 0.0
         for part in rows.split(max(1, how.at_once // text.length)):
