@@ -95,8 +95,8 @@ def allocate(
     logits, vocab = source.head(), source.spec.vocab_size
     tokens_NT, right_NTD = selection.tokens_NT, reference.hidden_NTD
     prices = []
-    for setting, trial, error in zip(equal, trials, errors, strict=True):
-        found = compare_streams(trial.hidden_NTD, right_NTD, tokens_NT, logits, vocab_size=vocab)
+    compared = compare_streams([t.hidden_NTD for t in trials], right_NTD, tokens_NT, logits, vocab_size=vocab)
+    for setting, found, error in zip(equal, compared, errors, strict=True):
         one = max(found.kl, 0.0) / found.tokens / max(error[setting.kv_lora_rank], 1e-12)
         prices.append({rank: one * wrong for rank, wrong in error.items()})
     bounds = [(_rank(setting, _LEAST, spec), _rank(setting, _MOST, spec)) for setting in equal]

@@ -429,14 +429,10 @@ def run_through(source: SourceModel, make: _Make, sink: Sink, evaluation: Passag
     sink.no_more_layers()
     head, vocab = source.head(), source.spec.vocab_size
 
-    def quality(stream: Stream | None) -> Quality | None:
-        if stream is None:
-            return None
-        return compare_streams(stream.hidden_NTD, reference.hidden_NTD, evaluation.tokens_NT, head, vocab_size=vocab)
-
-    final = quality(hidden)
-    assert final is not None
-    return Converted(final, quality(before.get(CLOSED)), quality(before.get(_LINEAR)), errors, massive)
+    streams = [stream.hidden_NTD for stream in (hidden, *before.values())]
+    final, *others = compare_streams(streams, reference.hidden_NTD, evaluation.tokens_NT, head, vocab_size=vocab)
+    earlier = dict(zip(before, others, strict=True))
+    return Converted(final, earlier.get(CLOSED), earlier.get(_LINEAR), errors, massive)
 
 
 def _shown(before: float, after: float) -> str:

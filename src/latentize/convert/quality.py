@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,24 +113,29 @@ def compare_logits(logits_nV: Tensor, reference_nV: Tensor | None, targets_n: Te
 
 
 def compare_streams(
-    hidden_NTD: Tensor,
+    streams: Sequence[Tensor],
     reference_NTD: Tensor,
     tokens_NT: Tensor,
     logits: Callable[[Tensor], Tensor],
     *,
     vocab_size: int,
     logit_bytes: int = 1 << 25,
-) -> Quality:
-    """Quality of final hidden states against a reference's; logits exist for a few tokens at a time."""
-    total = Quality()
-    for part, reference, targets in _chunks(hidden_NTD, reference_NTD, tokens_NT, logit_bytes // (4 * vocab_size)):
-        total = total + compare_logits(logits(part), logits(reference), targets)
-    return total
+) -> list[Quality]:
+    """Quality of final hidden states, several of the same tokens, against a reference's.
 
-
-def _chunks(
-    hidden_NTD: Tensor, reference_NTD: Tensor, tokens_NT: Tensor, size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    Args:
+        streams: Hidden states ``[N, T, D]`` of each.
+        reference_NTD: The reference's.
+        tokens_NT: The tokens.
+        logits: From hidden states to logits.
+        vocab_size: Of those.
+        logit_bytes: Bound on the logits of one that exist at a time.
+    """
+    totals, size = [Quality() for _ in streams], max(1, logit_bytes // (4 * vocab_size))
     # The last token of a sequence predicts nothing that is there.
-    flat = [hidden_NTD[:, :-1].flatten(0, 1), reference_NTD[:, :-1].flatten(0, 1), tokens_NT[:, 1:].flatten()]
-    yield from zip(*(t.split(max(1, size)) for t in flat), strict=True)
+    flat = [hidden_NTD[:, :-1].flatten(0, 1).split(size) for hidden_NTD in (reference_NTD, *streams)]
+    for targets, reference, *parts in zip(tokens_NT[:, 1:].flatten().split(size), *flat, strict=True):
+        log_r_nV = logits(reference).float().log_softmax(-1)
+        found = [Terms.of(logits(part).float().log_softmax(-1), log_r_nV, targets).sum() for part in parts]
+        totals = [total + one for total, one in zip(totals, found, strict=True)]
+    return totals

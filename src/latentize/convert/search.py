@@ -9,6 +9,7 @@ all of them converted: among near ones the error is no guide, for a layer's erro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -120,7 +121,7 @@ def _compared(
                 layer.run(stream, fast=True)
         progress("comparing the best settings", layer.index + 1, source.spec.layers)
         del layer
-    return _divergences(source, finalists, streams, reference, selection)
+    return _divergences(source, finalists, streams, reference, selection, fast=source.fast_matmul)
 
 
 def _divergences(
@@ -129,16 +130,18 @@ def _divergences(
     streams: Sequence[Stream],
     reference: Stream,
     text: Passages,
+    *,
+    fast: bool = False,
 ) -> list[tuple[Setting, float]]:
-    """KL from the source in nats per token, of what each candidate's stream predicts."""
+    """KL from the source in nats per token, of what each candidate's stream predicts; ``fast`` in bfloat16."""
     logits, vocab, right_NTD = source.head(), source.spec.vocab_size, reference.hidden_NTD
-    scored = []
-    for setting, stream in zip(candidates, streams, strict=True):
-        quality = compare_streams(stream.hidden_NTD, right_NTD, text.tokens_NT, logits, vocab_size=vocab)
-        kl = quality.kl / quality.tokens
-        # A setting that overflows is worse than any that does not.
-        scored.append((setting, kl if kl == kl else float("inf")))
-    return scored
+    hidden = [stream.hidden_NTD for stream in streams]
+    # Rounded alike, so that it does not change which is best.
+    with torch.autocast(right_NTD.device.type, torch.bfloat16, enabled=fast):
+        qualities = compare_streams(hidden, right_NTD, text.tokens_NT, logits, vocab_size=vocab)
+    found = [quality.kl / quality.tokens for quality in qualities]
+    # A setting that overflows is worse than any that does not.
+    return [(setting, kl if kl == kl else math.inf) for setting, kl in zip(candidates, found, strict=True)]
 
 
 def _finalists(scored: Sequence[tuple[Setting, float]]) -> list[Setting]:

@@ -380,8 +380,11 @@ class SourceModel:
 
         def logits(hidden_nD: Tensor) -> Tensor:
             normed_nD = self.spec.logit_scale * norm(hidden_nD)
-            # The table is wide and stays as it is stored; only slices of it are ever float32.
-            parts = [torch.nn.functional.linear(normed_nD, rows.float()) for rows in table.split(VOCAB_AT_ONCE)]
+            # The table is wide and stays as it is stored; only slices of it are ever float32, and none is that will be
+            # multiplied in bfloat16.
+            stored = torch.is_autocast_enabled(normed_nD.device.type)
+            slices = (rows if stored else rows.float() for rows in table.split(VOCAB_AT_ONCE))
+            parts = [torch.nn.functional.linear(normed_nD, rows) for rows in slices]
             made_nV = torch.cat(parts, dim=-1)
             return capped(made_nV if bias_V is None else made_nV + bias_V, self.spec.logit_softcap)
 
