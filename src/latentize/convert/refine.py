@@ -40,7 +40,7 @@ __all__ = [
 # Share of the median energy that a token is taken to have at least: one of nothing would weigh more than all others.
 _LEAST_ENERGY = 1e-3
 # Tokens that the output projection is solved on at most, and what is added to the diagonal, relative to its mean.
-SOLVED_TOKENS, _DAMPING = 65_536, 1e-2
+SOLVED_TOKENS, _DAMPING = 32_768, 1e-2
 # Share of an error that a layer is taken to have made itself at least.
 _LEAST_OWN = 0.1
 
@@ -248,7 +248,7 @@ def descend(
     learnt = _learnt(count, length, how)
     probe = torch.arange(learnt, count) if learnt < count else torch.arange(count)
     before = measured(probe)
-    if before < how.enough:
+    if how.steps == 0 or before < how.enough:
         return before, before
     # A step is as large as there is something to repair: one that suits a bad start would ruin a good one.
     own = min(1.0, max(before - inherited, _LEAST_OWN * before))
