@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from latentize.calibrate.self_generated import PIECE
 from latentize.convert.descent import Schedule
 from latentize.convert.draft import DISTANCE_TOKENS
 from latentize.convert.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
@@ -27,6 +28,8 @@ __all__ = ["Rates", "Work", "latent_work"]
 # Passes of elementwise operators over a token's hidden states and MLP activations in a layer, each a read and a write;
 # a step of training has three times as many.
 _PASSES, _TRAINING = 8, 3
+# Of a cache that grows by a token: read twice, written once.
+_REWRITTEN = 3
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,12 @@ class _Counter:
         a, vocab = self.spec.attention, self.spec.vocab_size
         return self.products(tokens * 2 * a.hidden_size * vocab, tokens * _PASSES * vocab, fast=fast)
 
+    def written(self, tokens: int) -> Work:
+        """Text that the source writes: at every token its cache is read, made longer, and written anew."""
+        forward = self.spec.layers * self.forward(tokens, fast=True) + self.head(tokens, fast=True)
+        cached = PIECE / 2 * self.spec.layers * self.spec.cache_values * (2 if self.fast else 4)
+        return forward + Work(moved=tokens * (_REWRITTEN * cached + 8 * _PASSES / 2 * self.spec.vocab_size))
+
     def latent(self, setting: Setting) -> float:
         """Entries of a converted layer's matrices, every head with up-projections of its own."""
         a = self.spec.attention
@@ -211,7 +220,7 @@ def latent_work(
     distances = setting.needs(spec.attention).distances
     stages: dict[str, Work] = {}
     if written:
-        stages["writing text"] = layers * of.forward(written, fast=True) + of.head(written, fast=True)
+        stages["writing text"] = of.written(written)
     if len(settings) > 1:
         stages |= _choice(of, settings, distances, refines=refinement is not None, one_by_one=one_by_one)
     # Each layer: what the source does, the closed form, and the text on its way through the result.
@@ -221,8 +230,9 @@ def latent_work(
         made += of.refined(setting, refinement, drafted)
     made += of.forward(drafted, fast=refinement is not None or rough)
     # Source, result, and what a layer was on its way.
-    streams = 2 + (refinement is not None) + setting.linear
-    measured = streams * (layers * of.forward(evaluated, fast=False)) + (2 * streams - 1) * of.head(evaluated)
+    measured = (2 + setting.linear) * (layers * of.forward(evaluated, fast=False) + of.head(evaluated))
+    if refinement is not None:
+        measured += layers * of.forward(evaluated, fast=True) + of.head(evaluated)
     kept = (layers - converted) * of.forward(tokens, fast=False)
     if effort.polish is None:
         return {**stages, "converting layers": converted * made + kept + measured}
