@@ -9,7 +9,7 @@ import torch
 from tests.common import STREAM, relative_error
 from torch import Tensor
 
-from latentize.convert.quality import compare_logits
+from latentize.convert.quality import compare_logits, compare_streams
 from latentize.evaluate.detail import Evaluation
 
 
@@ -96,6 +96,20 @@ def test_quality_is_that_of_a_conversion() -> None:
     logits, reference, targets = batch()
     flat = compare_logits(logits.flatten(0, 1), reference.flatten(0, 1), targets.flatten())
     assert Evaluation.of(logits, reference, targets).quality == flat
+
+
+def test_streams_are_compared_as_their_logits_are() -> None:
+    """Several at once, whatever the number of logits at a time."""
+    table, reference, tokens = torch.randn(13, 6), torch.randn(3, 5, 6), torch.randint(13, (3, 5))
+    streams = [reference + 0.1 * torch.randn(3, 5, 6) for _ in range(2)]
+    targets = tokens[:, 1:].flatten()
+    for logit_bytes in (1, 4 * 13 * 4, 1 << 20):
+        options = {"vocab_size": 13, "logit_bytes": logit_bytes}
+        found = compare_streams(streams, reference, tokens, lambda x: x @ table.T, **options)
+        for quality, stream in zip(found, streams, strict=True):
+            logits = [(x[:, :-1].flatten(0, 1) @ table.T) for x in (stream, reference)]
+            expected = compare_logits(*logits, targets)
+            assert quality.describe() == pytest.approx(expected.describe(), rel=1e-5)
 
 
 def test_a_model_that_is_exactly_as_sure_as_it_is_right() -> None:

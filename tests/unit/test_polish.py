@@ -73,3 +73,13 @@ def test_polish_takes_all_its_steps(polishing: Callable[..., list[tuple[int, str
 
 def test_what_is_exact_is_not_polished(polishing: Callable[..., list[tuple[int, str]]]) -> None:
     assert polishing(True) == []
+
+
+def test_a_step_in_parts_is_the_same_step(polishing: Callable[..., list[tuple[int, str]]]) -> None:
+    """Two sequences at once, or one after the other."""
+    whole, parts, other = (
+        [float(told.split()[1].strip(",")) for _, told in polishing(False, steps=5, looks=5, **how)]
+        for how in ({"at_once": 48}, {"at_once": 1}, {"seed": 1})
+    )
+    assert parts == pytest.approx(whole, rel=1e-3)
+    assert other != pytest.approx(whole, rel=1e-2)

@@ -237,3 +237,17 @@ def test_the_output_projection_is_solved_for(job, factor: float) -> None:
     solved = refine_relative(spoilt, x.__getitem__, wanted, energy, how, **added, factor=factor)
     assert solved.before == stepped.before
     assert solved.after < 0.05 * stepped.after
+
+
+@pytest.mark.parametrize("kind", [Adam, Muon])
+def test_shares_of_a_step(kind: type[Adam | Muon]) -> None:
+    """Half a step where half is asked for, none where nothing is."""
+    start = torch.randn(3, 8, 8)
+    moved = []
+    for shares in (None, [1.0, 0.5, 0.0]):
+        parameters = [torch.nn.Parameter(t.clone()) for t in start]
+        loss = sum(((p * t).sum() for p, t in zip(parameters, start.mT, strict=True)), torch.zeros(()))
+        kind(parameters, ONE_STEP, shares).step(loss)
+        moved.append(torch.stack([p.detach() for p in parameters]) - start)
+    assert relative_error(moved[1][:2], moved[0][:2] * torch.tensor([1.0, 0.5])[:, None, None]) <= FP32
+    assert not moved[1][2].any() and moved[0][2].any()
