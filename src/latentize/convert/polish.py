@@ -44,7 +44,7 @@ class Polish(Schedule):
 
     steps: int = 450
     rate: float = 0.014
-    adam: float = 0.6
+    adam: float = 0.15
     looks: int = 5
     at_once: int = 1 << 20
     enough: float = 1e-6
