@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from latentize.calibrate.self_generated import PIECE
 from latentize.convert.descent import Schedule
-from latentize.convert.draft import DISTANCE_TOKENS
+from latentize.convert.draft import DISTANCE_TOKENS, START_TOKENS
 from latentize.convert.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
 from latentize.convert.refine import SOLVED_TOKENS
 from latentize.convert.search import FINALISTS, LADDERS, SEARCH_TOKENS, looked_at, short_refinement
@@ -224,7 +224,8 @@ def latent_work(
     if len(settings) > 1:
         stages |= _choice(of, settings, distances, refines=refinement is not None, one_by_one=one_by_one)
     # Each layer: what the source does, the closed form, and the text on its way through the result.
-    made = of.forward(tokens, fast=refinement is not None or rough) + of.statistics(tokens, distances) + of.closed()
+    stated = tokens if refinement is None else min(tokens, START_TOKENS)
+    made = of.forward(tokens, fast=refinement is not None or rough) + of.statistics(stated, distances) + of.closed()
     drafted = min(tokens, REFINED_TOKENS if refinement else RMS_TOKENS)
     if refinement is not None:
         made += of.refined(setting, refinement, drafted)

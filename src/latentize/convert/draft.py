@@ -20,10 +20,22 @@ from latentize.convert.refine import Refined, Refinement, expand_heads, refine, 
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceLayer, Stream
 
-__all__ = ["DISTANCE_TOKENS", "Draft", "DraftedLayer", "Seen", "alone", "observe", "refined_layer", "stream_error"]
+__all__ = [
+    "DISTANCE_TOKENS",
+    "START_TOKENS",
+    "Draft",
+    "DraftedLayer",
+    "Seen",
+    "alone",
+    "observe",
+    "refined_layer",
+    "stream_error",
+]
 
 # Tokens that attended distances are gathered on; they settle early, and cost more than everything else.
 DISTANCE_TOKENS = 16_384
+# Tokens that statistics are gathered on where their closed form is only a start.
+START_TOKENS = 32_768
 
 
 @dataclass
@@ -68,10 +80,11 @@ def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int =
     total: CalibrationStats | None = None
     # What is refined does not need the last digits of where it starts.
     for rows, x_BTD, after_BTD in layer.stream(text, fast=residual > 0 or layer.rough):
-        enough = total is not None and total.tokens >= DISTANCE_TOKENS
-        wanted = replace(needed, distances=needed.distances and not enough)
-        part = gather(x_BTD, layer.weights, layer.spec, wanted, text.positions_NT[rows] if jumps else None, reach)
-        total = part if total is None else total + part
+        seen = 0 if total is None else total.tokens
+        if seen < START_TOKENS or not residual:
+            wanted = replace(needed, distances=needed.distances and seen < DISTANCE_TOKENS)
+            part = gather(x_BTD, layer.weights, layer.spec, wanted, text.positions_NT[rows] if jumps else None, reach)
+            total = part if total is None else total + part
         if kept is not None and rows.start < residual:
             kept[rows] = after_BTD[: residual - rows.start]
     assert total is not None
