@@ -26,7 +26,7 @@ _BEFORE_POLISH = 140
 # Multiplications and additions of refining all layers, and of a polish, unless rounds of the text are more: each is
 # then about five minutes on two cores.
 _FLOP = 2e13
-_REFINED_ROUNDS, _POLISHED_ROUNDS = 1.0, 0.375
+_REFINED_ROUNDS, _POLISHED_ROUNDS = 1.0, 0.25
 # What a backward pass through the whole model may keep at once, unless it is a single sequence.
 _GRAPH_BYTES = 3 << 28
 # Rounds of refinement at most: more of them on a short text learn it by heart. A polish keeps the best that it saw.
