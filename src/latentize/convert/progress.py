@@ -66,6 +66,6 @@ class Timed:
 
 def said_time(seconds: float) -> str:
     """A time, for people."""
-    if seconds < 90:
+    if seconds < 200:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
