@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from latentize.calibrate.self_generated import PIECE
-from latentize.convert.descent import Schedule
+from latentize.convert.descent import Schedule, orthogonalising
 from latentize.convert.draft import DISTANCE_TOKENS, START_TOKENS
 from latentize.convert.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
 from latentize.convert.refine import SOLVED_TOKENS
@@ -27,7 +27,7 @@ __all__ = ["Rates", "Work", "latent_work"]
 
 # Passes of elementwise operators over a token's hidden states and MLP activations in a layer, each a read and a write;
 # a step of training has three times as many.
-_PASSES, _TRAINING = 8, 3
+_PASSES, _TRAINING = 16, 3
 # Of a cache that grows by a token: read twice, written once.
 _REWRITTEN = 3
 
@@ -38,12 +38,14 @@ class Work:
 
     Attributes:
         narrow, wide, double: Multiplications and additions in bfloat16, float32 and float64.
+        scores: Multiplications and additions of queries with keys, and of their probabilities with values.
         moved: Bytes of activations that are read and written beside products.
     """
 
     narrow: float = 0.0
     wide: float = 0.0
     double: float = 0.0
+    scores: float = 0.0
     moved: float = 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -55,16 +57,16 @@ class Work:
     __rmul__ = __mul__
 
     def _parts(self) -> tuple[float, ...]:
-        return (self.narrow, self.wide, self.double, self.moved)
+        return (self.narrow, self.wide, self.double, self.scores, self.moved)
 
     @property
     def flop(self) -> float:
         """All multiplications and additions."""
-        return self.narrow + self.wide + self.double
+        return self.narrow + self.wide + self.double + self.scores
 
     def seconds(self, rates: Rates) -> float:
         """How long a machine takes."""
-        pairs = zip(self._parts(), (rates.narrow, rates.wide, rates.double, rates.moved), strict=True)
+        pairs = zip(self._parts(), (rates.narrow, rates.wide, rates.double, rates.scores, rates.moved), strict=True)
         return sum(part / rate for part, rate in pairs)
 
 
@@ -74,12 +76,14 @@ class Rates:
 
     Attributes:
         narrow, wide, double: Multiplications and additions a second in bfloat16, float32 and float64.
+        scores: The same in attention, which is far slower than other products.
         moved: Bytes a second.
     """
 
     narrow: float
     wide: float
     double: float
+    scores: float
     moved: float
 
 
@@ -133,8 +137,9 @@ class _Counter:
 
     def forward(self, tokens: float, *, fast: bool) -> Work:
         """One layer of the source, or a converted one, which is about as much."""
-        flop = 2 * sum(self.matrices()) + self.scores(2 * self.spec.attention.head_dim)
-        return self.products(tokens * flop, tokens * self.activations(), fast=fast)
+        scores = tokens * self.scores(2 * self.spec.attention.head_dim)
+        products = self.products(tokens * 2 * sum(self.matrices()), tokens * self.activations(), fast=fast)
+        return products + Work(scores=scores)
 
     def head(self, tokens: float, *, fast: bool = False) -> Work:
         """To logits, and what is derived from them."""
@@ -147,22 +152,30 @@ class _Counter:
         cached = PIECE / 2 * self.spec.layers * self.spec.cache_values * (2 if self.fast else 4)
         return forward + Work(moved=tokens * (_REWRITTEN * cached + 8 * _PASSES / 2 * self.spec.vocab_size))
 
-    def latent(self, setting: Setting) -> float:
-        """Entries of a converted layer's matrices, every head with up-projections of its own."""
-        a = self.spec.attention
-        query = a.num_heads * (a.head_dim + setting.qk_rope_head_dim) * a.hidden_size
-        down = (setting.kv_lora_rank + setting.rope_heads * setting.qk_rope_head_dim) * a.hidden_size
-        up = 2 * setting.kv_lora_rank * a.num_heads * a.head_dim
-        return query + down + up + a.num_heads * a.head_dim * a.hidden_size
+    def latent(self, setting: Setting) -> list[tuple[int, int]]:
+        """Shapes of a converted layer's matrices, every head with up-projections of its own."""
+        a, rank, rope = self.spec.attention, setting.kv_lora_rank, setting.qk_rope_head_dim
+        inside = a.num_heads * a.head_dim
+        rows = (inside + a.num_heads * rope, rank, setting.rope_heads * rope, inside)
+        return [*((n, a.hidden_size) for n in rows if n), (2 * inside, rank)]
+
+    def orthogonalised(self, setting: Setting, how: Schedule) -> Work:
+        """All steps of Muon on a layer, where it is taken."""
+        flop = orthogonalising(self.latent(setting), how.tokens) or 0
+        return self.products(how.steps * flop, 0.0, fast=True)
 
     def attention(self, tokens: float, setting: Setting, passes: int) -> Work:
         """A converted layer's attention alone; ``passes`` is 1 forward and 3 with the way back."""
         a, length = self.spec.attention, self.recipe.sequence_length
         both = 2 * a.head_dim + setting.qk_rope_head_dim
-        flop = passes * (2 * self.latent(setting) + self.scores(both))
+        # To be trained through, attention is plain products, which are twice as fast.
+        scores = passes * self.scores(both) / (1 if passes == 1 else 2)
         # Scores and probabilities exist, in blocks.
-        moved = passes * _PASSES * (2 * a.hidden_size + a.num_heads * (both + length / 2))
-        return self.products(tokens * flop, tokens * moved, fast=True)
+        moved = passes * _PASSES / 2 * (2 * a.hidden_size + a.num_heads * (both + length / 2))
+        products = self.products(
+            tokens * passes * 2 * sum(map(math.prod, self.latent(setting))), tokens * moved, fast=True
+        )
+        return products + Work(scores=tokens * scores)
 
     def statistics(self, tokens: float, distances: bool) -> Work:
         """Second moments, and attended distances of as many tokens as are looked at."""
@@ -184,7 +197,7 @@ class _Counter:
 
     def refined(self, setting: Setting, how: Schedule, tokens: float) -> Work:
         """One layer: the steps, and then the output projection."""
-        work = self.attention(how.steps * self.whole(how.tokens), setting, 3)
+        work = self.attention(how.steps * self.whole(how.tokens), setting, 3) + self.orthogonalised(setting, how)
         solved = min(tokens, SOLVED_TOKENS)
         read = self.spec.attention.num_heads * self.spec.attention.head_dim
         return work + self.attention(solved, setting, 1) + Work(wide=2 * solved * read**2, double=read**3)
@@ -252,6 +265,7 @@ def _polished(of: _Counter, setting: Setting, how: Schedule, selection: int, loo
     back = of.attention(tokens, setting, 1)
     layer = 2 * of.forward(tokens, fast=True) + back + Work(moved=tokens * (_TRAINING - 2) * of.activations() * 2)
     # Logits of both, and the way back from one.
+    layer += of.orthogonalised(setting, how)
     step = of.spec.layers * layer + 3 * of.head(tokens, fast=True)
     looked = of.spec.layers * of.forward(selection, fast=True) + 2 * of.head(selection, fast=True)
     return step + looks * looked

@@ -11,7 +11,7 @@ from latentize.jobs.forecast import forecast
 from latentize.recipe import Recipe
 from latentize.work import Rates, Work
 
-RATES = Rates(narrow=2e11, wide=1e11, double=5e10, moved=1e10)
+RATES = Rates(narrow=2e11, wide=1e11, double=5e10, scores=4e10, moved=1e10)
 MODEL = "llama-3-8b"
 
 
@@ -20,9 +20,9 @@ def seconds(**entries: Any) -> dict[str, float]:
 
 
 def test_seconds_are_of_each_precision() -> None:
-    work = Work(narrow=2e11, wide=2e11, double=1e11, moved=3e10)
-    assert work.seconds(RATES) == 1 + 2 + 2 + 3
-    assert (2 * work + work).flop == 3 * work.flop == pytest.approx(1.5e12)
+    work = Work(narrow=2e11, wide=2e11, double=1e11, scores=4e10, moved=3e10)
+    assert work.seconds(RATES) == 1 + 2 + 2 + 1 + 3
+    assert (2 * work + work).flop == 3 * work.flop == pytest.approx(1.62e12)
 
 
 def test_more_text_takes_longer_and_closed_forms_less() -> None:

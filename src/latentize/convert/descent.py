@@ -16,7 +16,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Adam", "Decay", "Descent", "Muon", "Schedule", "descent"]
+__all__ = ["Adam", "Decay", "Descent", "Muon", "Schedule", "descent", "orthogonalising"]
 
 _BETAS, _MOMENTUM = (0.9, 0.99), 0.9
 # Products in which Muon orthogonalises a matrix, by Newton and Schulz' iteration, and the share of a step's own
@@ -174,10 +174,20 @@ def descent(parameters: Sequence[nn.Parameter], schedule: Schedule, shares: Sequ
         schedule: Its steps.
         shares: As for :class:`Descent`.
     """
-    shapes = [sorted(p.shape) for p in parameters if p.ndim == 2]
-    orthogonalising = _ITERATIONS * sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
-    multiplying = 6 * schedule.tokens * sum(m * n for m, n in shapes)
-    return (Muon if orthogonalising <= _SHARE * multiplying else Adam)(parameters, schedule, shares)
+    flop = orthogonalising([tuple(p.shape) for p in parameters if p.ndim == 2], schedule.tokens)
+    return (Adam if flop is None else Muon)(parameters, schedule, shares)
+
+
+def orthogonalising(shapes: Sequence[tuple[int, ...]], tokens: int) -> int | None:
+    """Multiplications and additions of a step of Muon, or ``None`` where Adam is taken instead.
+
+    Args:
+        shapes: Of the matrices.
+        tokens: Of a step, each multiplied with all of them.
+    """
+    sides = [sorted(shape) for shape in shapes]
+    flop = _ITERATIONS * sum(4 * m * m * n + 2 * m**3 for m, n in sides)
+    return flop if flop <= _SHARE * 6 * tokens * sum(m * n for m, n in sides) else None
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

@@ -14,8 +14,8 @@ from latentize.work import Rates
 
 __all__ = ["rates_of"]
 
-# Tokens of the products, bytes of the copy, and for how long each is repeated.
-_TOKENS, _COPIED, _SECONDS = 1024, 1 << 24, 0.05
+# Tokens of the products and of a sequence, bytes of the copy, and for how long each is repeated.
+_TOKENS, _LENGTH, _COPIED, _SECONDS = 1024, 512, 1 << 27, 0.2
 
 
 def rates_of(spec: ModelSpec, device: str) -> Rates:
@@ -25,30 +25,39 @@ def rates_of(spec: ModelSpec, device: str) -> Rates:
         spec: The model.
         device: Where layers run.
     """
-    return _measured(spec.attention.hidden_size, spec.intermediate_size, device)
+    a = spec.attention
+    return _measured(a.hidden_size, spec.intermediate_size, a.num_heads, a.head_dim, device)
 
 
 @cache
-def _measured(hidden: int, intermediate: int, device: str) -> Rates:
+def _measured(hidden: int, intermediate: int, heads: int, head_dim: int, device: str) -> Rates:
     def product(dtype: torch.dtype) -> float:
         x_nD = torch.ones(_TOKENS, hidden, dtype=dtype, device=device)
         w_ID = torch.ones(intermediate, hidden, dtype=dtype, device=device)
-        return 2 * _TOKENS * hidden * intermediate / _least(lambda: x_nD @ w_ID.T, device)
+        return 2 * _TOKENS * hidden * intermediate / _seconds(lambda: x_nD @ w_ID.T, device)
 
     wide = product(torch.float32)
     narrow = product(torch.bfloat16) if multiplies_bfloat16(torch.device(device).type) else wide
+    dtype = torch.bfloat16 if narrow > wide else torch.float32
+    q, k, v = (torch.ones(1, heads, _LENGTH, head_dim, dtype=dtype, device=device) for _ in range(3))
+    attended = _seconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), device)
     a, b = (torch.ones(_COPIED // 4, device=device) for _ in range(2))
-    return Rates(narrow, wide, product(torch.float64), 2 * _COPIED / _least(lambda: a.copy_(b), device))
+    return Rates(
+        narrow,
+        wide,
+        product(torch.float64),
+        2 * heads * _LENGTH**2 * head_dim / attended,
+        2 * _COPIED / _seconds(lambda: a.copy_(b), device),
+    )
 
 
-def _least(do: Callable[[], object], device: str) -> float:
-    """Seconds of the fastest of some repetitions."""
+def _seconds(do: Callable[[], object], device: str) -> float:
+    """Seconds of one of many repetitions, on average: what is kept up, not what is reached once."""
     do()
-    best, end = float("inf"), time.perf_counter() + _SECONDS
-    while time.perf_counter() < end or best == float("inf"):
-        started = time.perf_counter()
+    started, times = time.perf_counter(), 0
+    while times == 0 or time.perf_counter() - started < _SECONDS:
         do()
+        times += 1
         if device != "cpu":
             torch.accelerator.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
+    return (time.perf_counter() - started) / times
