@@ -21,11 +21,12 @@ import torch
 from tests.common import SMALL, pico, text_file
 from tests.killing import contents
 
-from latentize import api, jobs
+from latentize import api
 from latentize.checkpoint import Journal
 from latentize.convert.pipeline import Effort
 from latentize.convert.refine import Refinement
 from latentize.errors import LatentizeError
+from latentize.jobs import latent
 
 SEPARATE = ["unshare", "--map-root-user", "--mount"]
 RECIPE: dict[str, Any] = {**SMALL, "fast": False, "polish": False, "kv_lora_rank": 24, "qk_rope_head_dim": 8}
@@ -93,7 +94,7 @@ class Attempts:
 
 def inside(folder: Path, megabytes: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    jobs.effort_of = lambda recipe, spec, large: Effort(Refinement(steps=6, warmup=1))
+    latent.effort_of = lambda recipe, spec, large: Effort(Refinement(steps=6, warmup=1))
     disk = folder / "disk"
     disk.mkdir()
     mount(disk, "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs")

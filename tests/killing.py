@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from tests.common import SMALL, pico, portable, text_file
 
-from latentize import api, jobs
+from latentize import api
 from latentize.checkpoint import Journal, OutputFolder
 from latentize.convert.pipeline import Effort
 from latentize.convert.polish import Polish
 from latentize.convert.refine import Refinement
 from latentize.formats.gguf import write_gguf
+from latentize.jobs import latent
 
 RECIPE: dict[str, Any] = {**SMALL, "fast": False, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "polish": True}
 
@@ -46,6 +47,8 @@ def start(work: Callable[[], object]) -> int:
         return child
     status = 1
     try:
+        # Here, not in the parent: PyTorch's thread pool does not survive a fork where several threads then ask for it.
+        torch.set_num_threads(1)
         work()
         status = 0
     except BaseException as error:
@@ -60,8 +63,7 @@ def wait(child: int) -> int:
 
 def shortened() -> None:
     """Few steps, small shards: seconds instead of minutes, with every kind of step."""
-    torch.set_num_threads(1)
-    jobs.effort_of = lambda recipe, spec, large: Effort(
+    latent.effort_of = lambda recipe, spec, large: Effort(
         Refinement(steps=6, warmup=1), Polish(steps=8, warmup=1, looks=2)
     )
     assert OutputFolder.__init__.__kwdefaults__ is not None
