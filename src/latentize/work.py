@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from latentize.calibrate.self_generated import PIECE
+from latentize.convert.allocate import TRIAL_TOKENS, TRIED
 from latentize.convert.descent import Schedule, orthogonalising
 from latentize.convert.draft import DISTANCE_TOKENS, START_TOKENS
 from latentize.convert.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
@@ -25,9 +26,8 @@ from latentize.recipe import Recipe
 
 __all__ = ["Rates", "Work", "latent_work"]
 
-# Passes of elementwise operators over a token's hidden states and MLP activations in a layer, each a read and a write;
-# a step of training has three times as many.
-_PASSES, _TRAINING = 16, 3
+# Passes of elementwise operators over a token's hidden states and MLP activations in a layer, each a read and a write.
+_PASSES = 16
 # Of a cache that grows by a token: read twice, written once.
 _REWRITTEN = 3
 
@@ -111,20 +111,14 @@ class _Counter:
         moved *= 2 if narrow else 4
         return Work(narrow=flop, moved=moved) if narrow else Work(wide=flop, moved=moved)
 
-    def matrices(self) -> tuple[float, float]:
-        """Entries of a layer's matrices, on average, that a token is multiplied with: of attention, and of the rest."""
-        attention = self.spec.module("attention") + "."
-        inside = outside = 0.0
-        prefixes = tuple(self.spec.layer_prefix(layer) for layer in range(self.spec.layers))
-        for name, shape in self.spec.tensor_shapes().items():
-            if len(shape) < 2 or not name.startswith(prefixes):
-                continue
-            size = math.prod(shape) * (self.spec.active_experts if ".experts." in name else 1.0)
-            if f".{attention}" in name:
-                inside += size
-            else:
-                outside += size
-        return inside / self.spec.layers, outside / self.spec.layers
+    def matrices(self) -> float:
+        """Entries of a layer's matrices, on average, that a token is multiplied with."""
+        spec, total = self.spec, 0.0
+        prefixes = tuple(spec.layer_prefix(layer) for layer in range(spec.layers))
+        for name, shape in spec.tensor_shapes().items():
+            if len(shape) > 1 and name.startswith(prefixes):
+                total += math.prod(shape) * (spec.active_experts if ".experts." in name else 1.0)
+        return total / spec.layers
 
     def scores(self, head_dim: int) -> float:
         """Products with keys and values of one query token in one layer: half of the sequence is before it."""
@@ -138,7 +132,7 @@ class _Counter:
     def forward(self, tokens: float, *, fast: bool) -> Work:
         """One layer of the source, or a converted one, which is about as much."""
         scores = tokens * self.scores(2 * self.spec.attention.head_dim)
-        products = self.products(tokens * 2 * sum(self.matrices()), tokens * self.activations(), fast=fast)
+        products = self.products(tokens * 2 * self.matrices(), tokens * self.activations(), fast=fast)
         return products + Work(scores=scores)
 
     def head(self, tokens: float, *, fast: bool = False) -> Work:
@@ -150,7 +144,8 @@ class _Counter:
         """Text that the source writes: at every token its cache is read, made longer, and written anew."""
         forward = self.spec.layers * self.forward(tokens, fast=True) + self.head(tokens, fast=True)
         cached = PIECE / 2 * self.spec.layers * self.spec.cache_values * (2 if self.fast else 4)
-        return forward + Work(moved=tokens * (_REWRITTEN * cached + 8 * _PASSES / 2 * self.spec.vocab_size))
+        # Logits are drawn from in float32.
+        return forward + Work(moved=tokens * (_REWRITTEN * cached + 4 * _PASSES * self.spec.vocab_size))
 
     def latent(self, setting: Setting) -> list[tuple[int, int]]:
         """Shapes of a converted layer's matrices, every head with up-projections of its own."""
@@ -262,11 +257,12 @@ def latent_work(
 def _polished(of: _Counter, setting: Setting, how: Schedule, selection: int, looks: int) -> Work:
     """Forward, and back through everything; the gradients of attention's matrices."""
     tokens = how.steps * of.whole(how.tokens)
-    back = of.attention(tokens, setting, 1)
-    layer = 2 * of.forward(tokens, fast=True) + back + Work(moved=tokens * (_TRAINING - 2) * of.activations() * 2)
+    layer = 2 * of.forward(tokens, fast=True) + of.attention(tokens, setting, 1) + of.orthogonalised(setting, how)
+    # On the way back operators read what they made on the way there, too.
+    layer += Work(moved=2 * tokens * of.activations())
     # Logits of both, and the way back from one.
-    layer += of.orthogonalised(setting, how)
     step = of.spec.layers * layer + 3 * of.head(tokens, fast=True)
+    # Rounded and not, once each, before the first step.
     looked = of.spec.layers * of.forward(selection, fast=True) + 2 * of.head(selection, fast=True)
     return step + looks * looked
 
@@ -282,8 +278,15 @@ def _choice(
     if recipe.method != "calibrated":
         each = spec.layers * (of.forward(selection, fast=False) + of.closed()) + 2 * of.head(selection)
         return {"comparing settings": text + len(settings) * each}
+    probed = of.attention(tokens / 4, settings[0], 1) + of.closed()
+    tried = of.closed()
+    if refines:
+        tried += of.refined(settings[0], short_refinement(recipe.sequence_length), tokens)
     if one_by_one and recipe.sizes is None and len(spec.converted) > 1:
-        return {"sizing layers": text}
+        # Each layer is tried alone, and the rest of the source follows it.
+        trial = of.whole(min(TRIAL_TOKENS, recipe.selection_tokens))
+        sized = len(settings) * probed + len(TRIED) * tried + of.head(trial)
+        return {"sizing layers": text + len(spec.converted) * (sized + layers / 2 * of.forward(trial, fast=True))}
     by_size: dict[tuple[int, int], int] = {}
     for setting in settings:
         size = (setting.kv_lora_rank, setting.qk_rope_head_dim)
@@ -292,11 +295,8 @@ def _choice(
     if max(by_size.values()) > LADDERS:
         stages["choosing the ladder"] = text + some * of.closed()
     likely = sum(min(count, LADDERS + 2) for count in by_size.values())
-    probed = of.attention(tokens / 4, settings[0], 1) + of.closed()
     stages["comparing settings"] = text + some * likely * probed
     finalists = sum(sorted((min(count, 2) for count in by_size.values()), reverse=True)[:FINALISTS])
-    each = layers * of.forward(selection, fast=True) + 2 * of.head(selection) + some * of.closed()
-    if refines:
-        each += some * of.refined(settings[0], short_refinement(recipe.sequence_length), tokens)
-    stages["comparing the best settings"] = text + layers * of.forward(selection, fast=True) + finalists * each
+    predicted = layers * of.forward(selection, fast=True) + of.head(selection, fast=True)
+    stages["comparing the best settings"] = text + predicted + finalists * (predicted + some * tried)
     return stages

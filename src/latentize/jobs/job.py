@@ -22,7 +22,7 @@ from latentize.checkpoint.journal import bytes_in, partial_folders
 from latentize.checkpoint.manifest import sha256, versions
 from latentize.checkpoint.writer import copied_files
 from latentize.convert.pipeline import MASSIVE, Converted
-from latentize.convert.progress import Progress, Timed
+from latentize.convert.progress import Progress, Timed, silent
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceModel
 from latentize.errors import FormatError
@@ -134,8 +134,8 @@ class Job(ABC):
         return {}
 
     def _timed(self, progress: Progress, source: SourceModel) -> Progress:
-        """Tells how much time is left, too, where the work is counted."""
-        work = self.work(source)
+        """Tells how much time is left, too, where the work is counted and somebody listens."""
+        work = {} if progress is silent else self.work(source)
         if not work:
             return progress
         rates = rates_of(self.spec, source.device)

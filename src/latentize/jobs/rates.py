@@ -15,7 +15,7 @@ from latentize.work import Rates
 __all__ = ["rates_of"]
 
 # Tokens of the products and of a sequence, bytes of the copy, and for how long each is repeated.
-_TOKENS, _LENGTH, _COPIED, _SECONDS = 1024, 512, 1 << 27, 0.2
+_TOKENS, _LENGTH, _COPIED, _SECONDS = 1024, 512, 1 << 25, 0.1
 
 
 def rates_of(spec: ModelSpec, device: str) -> Rates:
