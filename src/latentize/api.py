@@ -11,9 +11,10 @@ import torch
 from latentize.calibrate.text import describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.checkpoint import Checkpoint, Manifest, open_checkpoint, resolve
+from latentize.checkpoint.opening import load_config
 from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, ConfigError, OptionError, OutputError
-from latentize.families import ModelSpec, is_latent, model_spec
+from latentize.families import ModelSpec, is_latent, model_spec, require_supported
 from latentize.jobs import Job, LatentJob, LowerJob, PooledJob
 from latentize.recipe import Recipe
 from latentize.report.measurements import is_output, record
@@ -42,7 +43,7 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> tuple[
 
 def checked_spec(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> ModelSpec:
     """The shape of an opened checkpoint, once its tensors are those of its family; raises as :func:`open_source`."""
-    spec = model_spec(checkpoint.config, trust_remote_code=trust_remote_code)
+    spec = _asked(checkpoint, trust_remote_code=trust_remote_code)
     if (stored := checkpoint.count(spec.table.layer_prefix)) != spec.layers:
         raise CheckpointError(
             f"{checkpoint.config_path.name} says {spec.layers} layers, the files have {stored}",
@@ -62,6 +63,28 @@ def checked_spec(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
                 fix="set tie_word_embeddings to false",
             )
     return spec
+
+
+def _asked(checkpoint: Checkpoint, *, trust_remote_code: bool) -> ModelSpec:
+    """The shape of a checkpoint, its config as transformers reads it.
+
+    Raises:
+        ConfigError: transformers refuses an entry.
+        UnsupportedModelError: as :func:`latentize.families.model_spec`.
+    """
+    trust = {"trust_remote_code": trust_remote_code}
+    require_supported(checkpoint.config, **trust)
+    try:
+        entries = load_config(checkpoint.path, **trust).to_dict()
+    # Whatever its classes find wrong.
+    except Exception as error:
+        said = str(error).strip().splitlines() or [repr(error)]
+        raise ConfigError(
+            f"transformers refuses the config: {said[-1].strip()}",
+            where=str(checkpoint.config_path),
+            fix="take config.json from where the model was published",
+        ) from error
+    return model_spec(entries, stated=checkpoint.config, **trust)
 
 
 def convert(

@@ -151,6 +151,8 @@ def _facts(model: str, spec: ModelSpec | LatentModel, recipe: Recipe, report: di
         rows["kv_lora_rank + qk_rope_head_dim"] = " + ".join(f"{size:.4g}" for size in sizes) + mean
     if report["calibration_tokens"]:
         rows["calibrated on"] = f"{calibration_text(report)}, in sequences of {recipe.sequence_length:,}"
+    if report["reading_error"] is not None:
+        rows["read as transformers reads it"] = f"every layer, to a relative error of {report['reading_error']:.0e}"
     return {
         **rows,
         "loss above the source": f"{report['excess_loss']:.4f} nats per token",

@@ -46,6 +46,7 @@ CODES: dict[str, tuple[str, str]] = {
     "LZ119": ("several GGUF files, or one part of several", "Name one file; merge parts into one."),
     "LZ120": ("a package that GGUF files need is not installed", "`pip install 'latentize[gguf]'`."),
     "LZ121": ("sizes in config.json contradict each other", "Take it from where the model was published."),
+    "LZ122": ("a checkpoint is read otherwise than transformers reads it", "Report it, with config.json."),
     "LZ201": ("an architecture without a table", "See docs/adding-a-family.md."),
     "LZ202": ("the output format, or the file type, cannot hold this", "Use --format native, or another --type."),
     "LZ203": ("the model has latent attention already", "Lower its rank (docs/lower-rank.md), or convert its source."),

@@ -15,9 +15,6 @@ from latentize.checkpoint import open_checkpoint
 from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.families import Table, families, model_spec
 
-# What a config.json always states; everything else may be left out.
-STATED = ("model_type", "intermediate_size", "vocab_size", "num_hidden_layers")
-
 
 def entries(family: str = "llama", **changes: Any) -> dict[str, Any]:
     """``config.json`` of a picomodel."""
@@ -26,15 +23,6 @@ def entries(family: str = "llama", **changes: Any) -> dict[str, Any]:
 
 def test_all_tables_are_read() -> None:
     assert set(families()) == set(FAMILIES)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_defaults_are_those_of_the_config_class(family: str) -> None:
-    """What ``config.json`` leaves out, transformers fills in; so must the table."""
-    theirs = {name: f.default for name, f in type(pico_config(family)).__dataclass_fields__.items()}
-    for key, value in families()[family].config_defaults.items():
-        assert theirs[key] == value, key
-        assert type(theirs[key]) is type(value), key
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,12 +43,12 @@ def test_a_bare_config_means_what_transformers_takes_it_for(family: str) -> None
     assert ours.tensor_shapes() == theirs.tensor_shapes()
 
 
-@pytest.mark.parametrize("key", STATED[1:])
-def test_sizes_that_must_be_stated(key: str) -> None:
-    config = entries()
-    del config[key]
-    with pytest.raises(ConfigError, match=key):
-        model_spec(config)
+def test_nothing_has_to_be_stated() -> None:
+    """All sizes have defaults in transformers."""
+    full = AutoConfig.for_model("llama")
+    spec = model_spec({"model_type": "llama"})
+    assert (spec.layers, spec.vocab_size) == (full.num_hidden_layers, full.vocab_size)
+    assert spec.intermediate_size == full.intermediate_size
 
 
 SWITCHES: list[tuple[str, dict[str, Any]]] = [
@@ -112,7 +100,8 @@ def test_features_of_each_family(family: str) -> None:
     assert attention.rotates_whole == (family not in ("glm", "glm4", "gpt_neox", "stablelm"))
     assert attention.sliding_window is None
     assert attention.norm_eps == 1e-4
-    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, 2, 16)
+    kv_heads = 4 if family in ONLY_MHA else 2
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, kv_heads, 16)
 
 
 HYBRID = {
@@ -241,10 +230,12 @@ def test_an_inactive_sliding_window_is_accepted(family: str, change: dict[str, A
     assert model_spec(entries(family, **change)).attention.sliding_window is None
 
 
-def test_a_llama_that_rotates_a_part_of_each_head_is_not_taken_for_one_that_rotates_all() -> None:
-    """transformers' Llama ignores the entry under one rope type and heeds it under another."""
+def test_a_llama_heeds_a_partial_factor_under_a_scaling_only() -> None:
+    """transformers' Llama ignores the entry under one rope type and fails under another."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    assert model_spec(entries(rope_parameters=rope)).attention.rope.rotary_dim == 16
     with pytest.raises(UnsupportedModelError, match="part"):
-        model_spec(entries(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}))
+        model_spec(entries(rope_parameters={**rope, "rope_type": "linear", "factor": 2.0}))
 
 
 @pytest.mark.parametrize(

@@ -391,3 +391,25 @@ def test_a_model_that_is_a_file(copy: Callable[[str], Path]) -> None:
 def test_a_folder_resolves_to_itself(saved: dict[str, Path]) -> None:
     assert resolve(saved["single"]) == saved["single"].resolve()
     assert open_checkpoint(resolve(str(saved["single"]))).config["model_type"] == "llama"
+
+
+def test_a_whole_file_wins_over_an_index_that_was_left_beside_it(copy: Callable[[str], Path]) -> None:
+    """As for transformers: here the shards are of another model."""
+    from transformers import AutoModelForCausalLM
+
+    folder = copy("sharded")
+    weights = {name: t + 1.0 for name, t in AutoModelForCausalLM.from_pretrained(folder).state_dict().items()}
+    weights.pop("lm_head.weight", None)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    ours = open_checkpoint(folder)
+    assert {path.name for path in ours.files} == {"model.safetensors"}
+    for name in ours.names():
+        assert torch.equal(ours.load(name), theirs[name]), name
+
+
+def test_an_adapter_beside_the_weights_is_refused(copy: Callable[[str], Path]) -> None:
+    """transformers would apply it."""
+    folder = copy("single")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    assert refused(folder, "beside the weights", "adapter_config.json").code == "LZ115"

@@ -148,7 +148,12 @@ FAULTS: dict[str, tuple[str, str, str, Fault]] = {
         entries("tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", None]}),
     ),
     "RoPE scaling": ("single", "LZ208", "dynamic", config(rope_parameters={"rope_type": "dynamic", "factor": 2.0})),
-    "partial rotary": ("single", "LZ209", "partial_rotary_factor", config(partial_rotary_factor=0.5)),
+    "partial rotary": (
+        "single",
+        "LZ209",
+        "partial_rotary_factor",
+        config(rope_parameters={"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}),
+    ),
     "qk-norm": ("qwen3", "LZ210", "transmla", options("--method", "transmla")),
     "encoder-decoder": ("single", "LZ211", "is_encoder_decoder", config(is_encoder_decoder=True)),
     "multimodal": ("single", "LZ211", "vision_config", config(**MULTIMODAL)),

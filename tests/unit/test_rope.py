@@ -97,7 +97,8 @@ def test_scalings_that_depend_on_length_are_refused(kind: str) -> None:
 )
 def test_both_generations_of_config_mean_the_same(old: dict[str, Any], new: dict[str, Any]) -> None:
     """``rope_theta`` with ``rope_scaling``, as hub checkpoints have it, and ``rope_parameters``."""
-    assert rope_spec(old, 16) == rope_spec(new, 16)
+    sizes = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
+    assert model_spec({**sizes, **old}).attention.rope == model_spec({**sizes, **new}).attention.rope
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

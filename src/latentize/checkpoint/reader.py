@@ -134,13 +134,7 @@ class SafetensorsCheckpoint(Checkpoint):
         for path in sorted(folder.iterdir()):
             if path.is_symlink() and path.name.endswith(_READ):
                 self._check_link(path)
-        if not self.config_path.exists() and (folder / "adapter_config.json").exists():
-            raise CheckpointError(
-                "the folder holds an adapter, not a model",
-                code="LZ115",
-                where=str(folder / "adapter_config.json"),
-                fix="merge it into its base model, and convert that",
-            )
+        self._refuse_adapter(folder / "adapter_config.json")
         self.config = _read_json(self.config_path, ConfigError, "LZ102")
         self._file_of: dict[str, Path] = {}
         self._entry: dict[str, dict[str, Any]] = {}
@@ -155,12 +149,26 @@ class SafetensorsCheckpoint(Checkpoint):
                     raise CheckpointError("the tensor is stored twice", code="LZ106", where=f"{path}, tensor {name}")
                 self._file_of[name], self._entry[name] = path, header[name]
 
+    def _refuse_adapter(self, adapter: Path) -> None:
+        if not adapter.exists():
+            return
+        alone = not self.config_path.exists()
+        raise CheckpointError(
+            "the folder holds an adapter, not a model"
+            if alone
+            else "an adapter lies beside the weights, and transformers would apply it",
+            code="LZ115",
+            where=str(adapter),
+            fix="merge it into its base model, and convert that" + ("" if alone else "; or take the file away"),
+        )
+
     def _shards(self) -> dict[Path, set[str] | None]:
         """File → tensors that the index promises in it (``None`` where there is no index)."""
         index, single = self.path / INDEX_NAME, self.path / SINGLE_NAME
+        # An index that was left beside a whole file is not looked at, as transformers does not.
+        if single.is_file():
+            return {single: None}
         if not index.exists():
-            if single.is_file():
-                return {single: None}
             raise self._no_weights()
         promised: dict[Path, set[str]] = {}
         weight_map = _read_json(index, CheckpointError, "LZ106").get("weight_map", {})

@@ -351,6 +351,10 @@ class SourceModel:
             if self.large:
                 give_back_freed_memory()
 
+    def skeleton_layers(self) -> list[nn.Module]:
+        """transformers' layers, without memory."""
+        return list(self._body.layers)
+
     def angles(self, kind: str) -> Callable[..., Any]:
         """Cosines and sines of a kind of layer."""
         rotary = self._rotary

@@ -1,7 +1,7 @@
 """One declarative table per architecture, and the shapes of models that have latent attention already."""
 
 from latentize.families.latent import LatentModel, is_latent, latent_model
-from latentize.families.model import NEEDS_TRUST, ModelSpec, model_spec
+from latentize.families.model import NEEDS_TRUST, ModelSpec, model_spec, require_supported
 from latentize.families.table import Table, families, register_family
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "latent_model",
     "model_spec",
     "register_family",
+    "require_supported",
 ]

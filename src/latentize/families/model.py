@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from latentize.errors import ConfigError, UnsupportedModelError
+from latentize.families.entries import as_read, as_stated
 from latentize.families.table import Table, families
 from latentize.spec import AttentionSpec, RopeSpec
 
-__all__ = ["FULL", "NEEDS_TRUST", "ModelSpec", "model_spec", "rope_spec"]
+__all__ = ["FULL", "NEEDS_TRUST", "ModelSpec", "model_spec", "require_supported", "rope_spec"]
 
 # The kind of layer that is converted.
 FULL = "full_attention"
@@ -32,6 +33,7 @@ _UNSUPPORTED = {
     "qk_layernorm": ("queries and keys go through a LayerNorm", "LZ212"),
     "use_qk_norm": ("queries and keys go through a LayerNorm", "LZ212"),
     "use_bidirectional_attention": ("attention looks ahead", "LZ212"),
+    "per_layer_config": ("layers differ from each other in size", "LZ205"),
     "auto_map": ("it needs code from the checkpoint to run", "LZ207"),
 }
 
@@ -42,7 +44,8 @@ class ModelSpec:
 
     Attributes:
         table: The family.
-        config: ``config.json`` as it was read, defaults filled in.
+        config: ``config.json`` as transformers reads it, see :func:`latentize.families.entries.as_read`.
+        stated: ``config.json`` as it was written, defaults filled in.
         layers: Decoder layers ``L``.
         attention: Of the layers that are converted; whether one rotates is said by :meth:`layer_attention`.
         vocab_size: Rows of the embedding.
@@ -60,6 +63,7 @@ class ModelSpec:
 
     table: Table
     config: Mapping[str, Any]
+    stated: Mapping[str, Any]
     layers: int
     attention: AttentionSpec
     intermediate_size: int
@@ -212,20 +216,32 @@ def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def rope_spec(config: Mapping[str, Any], head_dim: int, kind: str = "") -> RopeSpec:
-    """RoPE from either generation of config: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
+def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
+    """RoPE from ``rope_parameters`` as :func:`latentize.families.entries.as_read` gives them.
 
     Args:
-        config: ``config.json``.
+        config: With ``rope_parameters``, or without for the default.
         head_dim: Size of a head.
-        kind: The kind of layer whose entry counts, where kinds have entries of their own.
 
     Raises:
         ConfigError: an entry that RoPE cannot be computed from.
         UnsupportedModelError: a scaling that cannot be converted.
     """
+    entries = dict(config.get("rope_parameters") or {})
+    theta, partial = entries.pop("rope_theta", 10_000.0), entries.pop("partial_rotary_factor", 1.0)
+    if entries.get("rope_type", "default") == "default":
+        entries = {}
     try:
-        spec = _rope_spec(config, head_dim, kind)
+        rotated = int(head_dim * partial)
+        if not 0 < rotated <= head_dim:
+            raise UnsupportedModelError(
+                f"RoPE on {rotated} of {head_dim} dimensions of a head cannot be converted",
+                code="LZ209",
+                where="config.json, partial_rotary_factor",
+            )
+        # Of an odd number the last pair is whole, at the frequencies of the odd number.
+        rotary = rotated + rotated % 2
+        spec = RopeSpec(theta=float(theta ** (rotary / max(1, rotated))), rotary_dim=rotary, scaling=entries)
         if all(0 < w < math.inf for w in (spec.theta, *spec.frequencies)):
             return spec
         reason = "its frequencies should be positive numbers"
@@ -234,28 +250,21 @@ def rope_spec(config: Mapping[str, Any], head_dim: int, kind: str = "") -> RopeS
     raise ConfigError(f"the entries of RoPE make no sense: {reason}", where="config.json, rope_parameters")
 
 
-def _rope_spec(config: Mapping[str, Any], head_dim: int, kind: str) -> RopeSpec:
-    entries = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    entries = dict(entries.get(kind) or entries)
-    if "type" in entries:
-        entries.setdefault("rope_type", entries.pop("type"))
-    theta = entries.pop("rope_theta", None) or config.get("rope_theta") or config.get("rotary_emb_base") or 10_000.0
-    partial = entries.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
-    partial = partial or config.get("rotary_pct") or 1.0
-    if not 0 < partial <= 1:
-        raise ValueError(f"partial_rotary_factor is {partial}")
-    if entries.get("rope_type") == "llama3":
-        entries.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-    if entries.get("rope_type", "default") == "default":
-        entries = {}
-    rotary = int(head_dim * partial)
-    if rotary % 2 or rotary == 0:
-        raise ValueError(f"partial_rotary_factor {partial} rotates {rotary} of {head_dim} dimensions")
-    return RopeSpec(theta=float(theta), rotary_dim=rotary, scaling=entries)
+def require_supported(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> Table:
+    """The table of a config's family.
 
+    Args:
+        config: ``config.json``.
+        trust_remote_code: Whether code of the checkpoint may be run.
 
-def _refuse_unsupported(config: Mapping[str, Any], table: Table | None, trust_remote_code: bool) -> None:
+    Raises:
+        ConfigError: it is no config.
+        UnsupportedModelError: unknown family, or a feature that conversion cannot keep.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError("the file should hold one JSON object", where="config.json")
     model_type = config.get("model_type")
+    table = families().get(str(model_type))
     read = set() if table is None else {*map(str, table.attention.values()), table.logit_softcap}
     for key, (meaning, code) in _UNSUPPORTED.items():
         if config.get(key) and key not in read and not (key == "auto_map" and trust_remote_code):
@@ -278,6 +287,15 @@ def _refuse_unsupported(config: Mapping[str, Any], table: Table | None, trust_re
             where="config.json, model_type",
             fix=f"known are: {', '.join(families())}",
         )
+    for key in table.attention.get("another_with", ()):
+        if key in config:
+            raise UnsupportedModelError(
+                f"'{table.model_type}' with '{key}' is another architecture to transformers",
+                code="LZ205",
+                where=f"config.json, {key}",
+                fix="leave it out, if all layers are alike",
+            )
+    return table
 
 
 def _unrotated(table: Table, config: Mapping[str, Any], layers: int) -> frozenset[int]:
@@ -293,7 +311,12 @@ def _unrotated(table: Table, config: Mapping[str, Any], layers: int) -> frozense
 
 
 def _kinds(
-    table: Table, config: Mapping[str, Any], layers: int, window: int | None, unrotated: frozenset[int]
+    table: Table,
+    config: Mapping[str, Any],
+    stated: Mapping[str, Any],
+    layers: int,
+    window: int | None,
+    unrotated: frozenset[int],
 ) -> tuple[str, ...]:
     """What each layer is, as the config says, or as transformers assumes where it does not.
 
@@ -301,6 +324,8 @@ def _kinds(
         ConfigError: the list has not an entry for each layer.
         UnsupportedModelError: a kind that is not known to stay right untouched, or none that could be converted.
     """
+    if "layer_types" in stated and "layer_types" not in config and stated["layer_types"] is not None:
+        config = {**config, "layer_types": stated["layer_types"]}
     listed = config.get("layer_types")
     if listed is not None and (not isinstance(listed, list) or len(listed) != layers):
         raise ConfigError(f"'layer_types' should have one entry for each of {layers} layers", where="config.json")
@@ -339,24 +364,23 @@ def _slides(rule: Any, config: Mapping[str, Any], layer: int, unrotated: frozens
     return (layer + 1) % (_int(config, every) if isinstance(every, str) else every) != 0
 
 
-def model_spec(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> ModelSpec:
+def model_spec(
+    config: Mapping[str, Any], *, stated: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> ModelSpec:
     """Apply the table of the config's family.
 
     Args:
-        config: ``config.json``.
+        config: ``config.json``, or all entries of transformers' config.
+        stated: ``config.json``, where ``config`` is not.
         trust_remote_code: Whether code of the checkpoint may be run.
 
     Raises:
         UnsupportedModelError: unknown family, or a feature that conversion cannot keep.
         ConfigError: sizes that are missing or contradict each other.
     """
-    if not isinstance(config, Mapping):
-        raise ConfigError("the file should hold one JSON object", where="config.json")
-    table = families().get(str(config.get("model_type")))
-    _refuse_unsupported(config, table, trust_remote_code)
-    assert table is not None
-    config = {**table.config_defaults, **table.implied, **config}
-    layers = _int(config, "num_hidden_layers")
+    table = require_supported(config if stated is None else stated, trust_remote_code=trust_remote_code)
+    stated, config = as_stated(table, config if stated is None else stated), as_read(table, config)
+    layers = _layers(config)
     if layers > _MOST_LAYERS:
         raise ConfigError(f"{layers} layers make no sense", code="LZ121", where="config.json, num_hidden_layers")
     feature = {name: _feature(key, config) for name, key in table.attention.items()}
@@ -366,12 +390,13 @@ def model_spec(config: Mapping[str, Any], *, trust_remote_code: bool = False) ->
             f"a sliding window of {window!r} makes no sense", where=f"config.json, {table.attention['sliding_window']}"
         )
     unrotated = _unrotated(table, config, layers)
-    kinds = _kinds(table, config, layers, window, unrotated)
-    eps = _positive(config, table.norm_eps, 1e-6)
+    kinds = _kinds(table, config, stated, layers, window, unrotated)
+    eps = _epsilon(config, table.norm_eps)
     softcap = config.get(table.logit_softcap) if table.logit_softcap else None
     return ModelSpec(
         table=table,
         config=config,
+        stated=stated,
         layers=layers,
         attention=_attention(table, config, feature, eps),
         intermediate_size=_intermediate(config),
@@ -387,6 +412,23 @@ def model_spec(config: Mapping[str, Any], *, trust_remote_code: bool = False) ->
         logit_scale=_multiplier(table, "logits_times", config) / _multiplier(table, "logits", config),
         logit_softcap=float(softcap or 0.0),
     )
+
+
+def _epsilon(config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key, 1e-6)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConfigError(f"'{key}' should be a number, is {value!r}", where=f"config.json, {key}")
+    if value < 0:
+        raise UnsupportedModelError(f"norms with an epsilon of {value}", code="LZ212", where=f"config.json, {key}")
+    return float(value)
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    if config.get("num_hidden_layers") == 0:
+        raise UnsupportedModelError(
+            "a model without layers has nothing to convert", code="LZ205", where="config.json, num_hidden_layers"
+        )
+    return _int(config, "num_hidden_layers")
 
 
 def _intermediate(config: Mapping[str, Any]) -> int:
@@ -411,10 +453,12 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
     if head_dim > _LARGEST_HEAD:
         raise ConfigError(f"heads of {head_dim} make no sense", code="LZ121", where="config.json, head_dim")
     if head_dim % 2:
-        raise ConfigError(
+        # Where RoPE is on a part of each head, transformers runs it.
+        kind = UnsupportedModelError if table.attention.get("partial") else ConfigError
+        raise kind(
             f"heads of {head_dim} cannot be rotated: RoPE needs pairs", code="LZ121", where="config.json, head_dim"
         )
-    rope = rope_spec(config, head_dim, str(table.attention.get("rope_of", "")))
+    rope = rope_spec(config, head_dim)
     if rope.rotary_dim != head_dim and not table.attention.get("partial"):
         raise UnsupportedModelError(
             f"'{table.model_type}' with RoPE on a part of each head cannot be converted",

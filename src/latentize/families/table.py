@@ -31,6 +31,14 @@ _ATTENTION_KEYS = {
     "partial",
     "unrotated",
     "rope_of",
+    "rope_types",
+    "rotary",
+    "heads_fill",
+    "another_with",
+    "rope_theta_key",
+    "rope_partial_key",
+    "head_dim",
+    "kv_heads",
 }
 _MULTIPLIERS = {"embedding", "residual", "logits", "logits_times"}
 # Where things are, under the names that most families use.
@@ -91,13 +99,23 @@ class Table:
         model_type: As in ``config.json``.
         architectures: Class names of ``config.json`` that are meant.
         about: One line for users.
-        config_defaults: What transformers assumes for entries that ``config.json`` leaves out.
+        fields: What a config of the family has, as transformers' class of it: name → type and default. Entries that are
+            none of these are ignored.
+        config_defaults: Defaults of a family without ``fields``, all of whose entries are read.
+        aliases: Other name that transformers takes for a field → the field.
         implied: The same for entries that older configs had, and transformers has a place of its own for now.
         attention: Feature → config key that switches it, or a constant. Those that are not self-evident:
             ``softmax_scalar`` is a number whose ``-1/2``-th power scales logits; ``interleaved`` says how pairs lie in
             a head, ``partial`` that RoPE may cover a part of it; ``unrotated`` has the config keys of a ``list`` of 1
             and 0 for each layer, 0 where nothing rotates, and of a number that stands for one, ``every`` so many
-            layers; ``rope_of`` is the kind of layer whose entry of ``rope_parameters`` counts.
+            layers; ``rope_of`` is the kind of layer whose entry of ``rope_parameters`` counts; ``rope_types`` are those
+            that RoPE may have; ``rope_theta_key`` and ``rope_partial_key`` are what it is called beside
+            ``rope_parameters``; ``head_dim`` is ``"stated"`` (and may not be null), ``"optional"`` where null stands
+            for none, ``"true"`` where zero does, too, ``"derived"`` where it is the heads' share of the hidden size
+            whatever is stated; ``heads_fill`` says that the heads together have to be the hidden size; ``kv_heads`` is
+            ``"all"`` where every query head has its own, ``"stated"`` where it may not be null; ``rotary`` is ``"own"``
+            where the attention counts what rotates by itself; ``another_with`` has keys that make it another
+            architecture.
         top_tensors: Tensor → symbolic shape, outside the layers.
         layer_prefix: With ``{layer}``.
         layer_tensors: Tensor of a layer, without prefix → symbolic shape.
@@ -120,12 +138,14 @@ class Table:
     model_type: str
     architectures: tuple[str, ...]
     about: str
-    config_defaults: Mapping[str, Any]
     attention: Mapping[str, Any]
     top_tensors: Mapping[str, tuple[str, ...]]
     layer_prefix: str
     layer_tensors: Mapping[str, tuple[str, ...]]
     optional_layer_tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fields: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    config_defaults: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)
     multipliers: Mapping[str, Any] = field(default_factory=dict)
     logit_softcap: str = ""

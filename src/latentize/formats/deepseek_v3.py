@@ -262,7 +262,7 @@ class DeepseekWriter(FormatWriter):
         self._add("model.norm.weight", self.checkpoint.load("model.norm.weight"))
 
     def config(self) -> dict[str, Any]:
-        source, a, latent = self.spec.config, self.spec.attention, self._latent
+        source, a, latent = self.spec.stated, self.spec.attention, self._latent
         theta = self.rope_theta
         kept = ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "initializer_range")
         return {

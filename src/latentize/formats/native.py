@@ -162,7 +162,7 @@ class NativeWriter(FormatWriter):
             self._add("source.lm_head.weight", self.checkpoint.load(self.spec.module("head") + ".weight"))
 
     def config(self) -> dict[str, Any]:
-        source, spec = dict(self.spec.config), self.spec
+        source, spec = dict(self.spec.stated), self.spec
         return {
             "architectures": ["LatentizeForCausalLM"],
             "model_type": "latentize",

@@ -44,4 +44,4 @@ class PooledWriter(FormatWriter):
             self._add(name, self.checkpoint.load(name))
 
     def config(self) -> dict[str, Any]:
-        return {**self.spec.config, "num_key_value_heads": self.kv_heads, "dtype": self._dtype_name()}
+        return {**self.spec.stated, "num_key_value_heads": self.kv_heads, "dtype": self._dtype_name()}

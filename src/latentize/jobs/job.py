@@ -23,6 +23,7 @@ from latentize.checkpoint.manifest import sha256, versions
 from latentize.checkpoint.writer import copied_files
 from latentize.convert.pipeline import MASSIVE, Converted
 from latentize.convert.progress import Progress, Timed, silent
+from latentize.convert.reading import PROVED_TOKENS, prove
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceModel
 from latentize.errors import FormatError
@@ -55,6 +56,7 @@ class Job(ABC):
         scores: What was compared to choose settings.
         self_generated: Of the calibration sequences, how many the model writes itself.
         memory: What the process is expected to take.
+        proved: Largest relative error of the source as it is read, against transformers; ``None`` where it is not told.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Job(ABC):
                 where="config.json, auto_map",
                 fix="choose what --format deepseek_v3 can hold; that needs no code",
             )
+        self.proved: float | None = None
         self.memory: MemoryNeed
         self.writer: FormatWriter
 
@@ -124,6 +127,15 @@ class Job(ABC):
         """What the source was quantised to, where it was."""
         found = self.checkpoint.quantization
         return {} if found is None else {"quantization": found}
+
+    def prove(self, source: SourceModel, text: Text, progress: Progress) -> float | None:
+        """The largest relative error between the source as it is read and transformers' own model.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        tokens_T = text.evaluation.tokens_NT[0, :PROVED_TOKENS]
+        return prove(source, tokens_T, trust_remote_code=self.trust_remote_code, progress=progress)
 
     @abstractmethod
     def footprint(self, source: SourceModel) -> Footprint | None:
@@ -178,6 +190,7 @@ class Job(ABC):
             self.self_generated = self.sequences_to_generate(source)
             own = {"self_generated": self.self_generated}
             text = draw_text(self.checkpoint.path, self.recipe, self.spec.max_positions, **own, **trust)
+            self.proved = self.prove(source, text, progress)
             request = self.request(model, text)
             journal.begin(request)
             with OutputFolder(out, journal=journal) as folder:
@@ -242,6 +255,7 @@ class Job(ABC):
             "calibration_tokens": done.calibration_tokens,
             "calibration_text": describe(self.recipe.data),
             "self_generated_tokens": self.self_generated * self.recipe.sequence_length,
+            "reading_error": self.proved,
             "seconds": round(time.time() - started, 2),
             "peak_rss_bytes": peak_rss_bytes(),
             "predicted_peak_rss_bytes": self.memory.peak,

@@ -323,6 +323,13 @@ def _limits(manifest: Manifest) -> str:
     return f"<h2>Approximations and limits</h2><ul>{items}</ul>"
 
 
+def _proof(error: float | None) -> dict[str, str]:
+    """How far the source as it was read is from transformers' own model; outputs of old do not say."""
+    return (
+        {} if error is None else {"read as transformers reads it": f"every layer, to a relative error of {error:.0e}"}
+    )
+
+
 def _quantization(found: Mapping[str, Any] | None) -> dict[str, str]:
     if found is None:
         return {}
@@ -344,6 +351,7 @@ def _origin(manifest: Manifest) -> str:
         **_quantization(source.get("quantization")),
         "method, format": f"{m['method']}, {m['format']}",
         "calibration": calibration_text(m),
+        **_proof(m.get("reading_error")),
         **{f"version of {name}": version for name, version in manifest.versions.items()},
     }
     if m["to"] == "mla":

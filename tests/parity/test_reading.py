@@ -1,0 +1,132 @@
+"""What is known of a source is what transformers makes of it, and nothing is converted if it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.common import FAMILIES, FP32, ONLY_MHA, SMALL, pico, text_file
+from torch import Tensor
+
+import latentize
+from latentize.api import open_source
+from latentize.checkpoint import Checkpoint
+from latentize.convert.reading import prove
+from latentize.convert.source import SourceModel
+from latentize.errors import CheckpointError
+from latentize.families import ModelSpec
+
+TOKENS = torch.arange(48) % 40 + 3
+
+
+def opened(tmp_path: Path, family: str) -> tuple[Checkpoint, ModelSpec]:
+    return open_source(pico(tmp_path, family, 4 if family in ONLY_MHA else 2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_read_as_transformers_reads_it(tmp_path: Path, family: str) -> None:
+    assert prove(SourceModel(*opened(tmp_path, family)), TOKENS) <= FP32
+
+
+def attention(**changes: Callable[[Any], Any]) -> Callable[[ModelSpec], ModelSpec]:
+    def change(spec: ModelSpec) -> ModelSpec:
+        made = {name: f(getattr(spec.attention, name)) for name, f in changes.items()}
+        return replace(spec, attention=replace(spec.attention, **made))
+
+    return change
+
+
+def scaled(name: str) -> Callable[[ModelSpec], ModelSpec]:
+    return lambda spec: replace(spec, **{name: 1.1 * getattr(spec, name)})
+
+
+SPECS: dict[str, Callable[[ModelSpec], ModelSpec]] = {
+    "theta": attention(rope=lambda rope: replace(rope, theta=1.01 * rope.theta)),
+    "scaling of RoPE": attention(rope=lambda rope: replace(rope, scaling={"rope_type": "linear", "factor": 2.0})),
+    "factor on logits": attention(softmax_scale=lambda scale: 1.01 * scale),
+    "soft cap": attention(softcap=lambda cap: 0.9 * cap if cap else 5.0),
+    "epsilon": lambda spec: replace(spec, norm_eps=10 * spec.norm_eps),
+    "embedding multiplier": scaled("embedding_scale"),
+    "residual multiplier": scaled("residual_scale"),
+    "logit multiplier": scaled("logit_scale"),
+}
+
+
+@pytest.mark.parametrize("wrong", SPECS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_wrong_number_is_noticed(tmp_path: Path, family: str, wrong: str) -> None:
+    checkpoint, spec = opened(tmp_path, family)
+    with pytest.raises(CheckpointError) as caught:
+        prove(SourceModel(checkpoint, SPECS[wrong](spec)), TOKENS)
+    assert caught.value.code == "LZ122"
+
+
+def turned(t: Tensor) -> Tensor:
+    """Heads in another order, or values of a vector."""
+    return t.roll(16, 0)
+
+
+@pytest.mark.parametrize("part", ["embedding", "final norm", "norm", "heads", "bias", "MLP", "another layer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_wrong_tensor_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, part: str) -> None:
+    checkpoint, spec = opened(tmp_path, family)
+    layer = spec.layer_prefix(spec.converted[-1])
+    endings = {
+        "embedding": (spec.module("embedding") + ".weight",),
+        "final norm": (spec.module("norm") + ".weight",),
+        "norm": (layer + spec.module("input_norm") + ".weight", layer + "post_attention_layernorm.weight"),
+        "heads": tuple(f"{layer}{spec.module('attention')}.{spec.module(p)}.weight" for p in ("o_proj",)),
+        "bias": tuple(n for n in checkpoint.names() if n.startswith(layer) and n.endswith("bias"))[:1],
+        "MLP": tuple(n for n in checkpoint.names() if n.startswith(layer) and ("mlp" in n or "feed_forward" in n))[:1],
+        "another layer": tuple(n for n in checkpoint.names() if n.startswith(layer)),
+    }
+    names = [name for name in endings[part] if name in checkpoint]
+    if not names:
+        pytest.skip(f"'{family}' has no {part}, 2026-11-27")
+    load, rows = checkpoint.load, checkpoint.load_rows
+    monkeypatch.setattr(checkpoint, "load", lambda n: turned(load(n)) if n in names else load(n))
+    monkeypatch.setattr(checkpoint, "load_rows", lambda n, r: turned(rows(n, r)) if n in names else rows(n, r))
+    with pytest.raises(CheckpointError) as caught:
+        prove(SourceModel(checkpoint, spec), TOKENS)
+    assert caught.value.code == "LZ122"
+
+
+@pytest.mark.parametrize("family", ["llama", "glm", "gpt_neox", "phi3", "olmo2"])
+def test_wrong_heads_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """The tensors are right, what is made of them is not."""
+    from latentize.convert import source as module
+
+    right = module.attention_weights
+
+    def wrong(*args: Any) -> Any:
+        w = right(*args)
+        return replace(w, q_HdD=w.q_HdD.flip(0))
+
+    monkeypatch.setattr(module, "attention_weights", wrong)
+    with pytest.raises(CheckpointError, match="attention"):
+        prove(SourceModel(*opened(tmp_path, family)), TOKENS)
+
+
+def test_nothing_is_written_of_what_is_read_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentize.jobs import job
+
+    def wrong(source: SourceModel, *args: Any, **kwargs: Any) -> float:
+        source.spec = SPECS["residual multiplier"](source.spec)
+        return prove(source, *args, **kwargs)
+
+    monkeypatch.setattr(job, "prove", wrong)
+    folder, out = pico(tmp_path), tmp_path / "out"
+    with pytest.raises(CheckpointError, match="LZ122"):
+        latentize.convert(folder, out, keep="50%", data=(text_file(tmp_path),), **SMALL)
+    assert not out.exists()
+    assert not list(tmp_path.glob("out.partial*"))
+
+
+def test_a_conversion_says_to_what_error_it_was_read(tmp_path: Path) -> None:
+    report = latentize.convert(pico(tmp_path), tmp_path / "out", keep="50%", data=(text_file(tmp_path),), **SMALL)
+    assert 0 <= report["reading_error"] <= FP32
+    assert "read as transformers reads it" in (tmp_path / "out" / "README.md").read_text()
