@@ -10,6 +10,7 @@ import yaml
 
 from latentize.checkpoint.gguf import gguf_licence, is_gguf
 from latentize.families import LatentModel, ModelSpec
+from latentize.paths import expanded
 from latentize.recipe import Recipe
 from latentize.report.measurements import calibration_text
 
@@ -98,7 +99,7 @@ def render(
     entries: dict[str, Any] = {**said, "library_name": "transformers", "pipeline_tag": "text-generation"}
     entries["tags"] = ["mla", "latentize"] if latent else ["latentize"]
     # A folder is no name that anybody else could look up.
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).expanduser().exists():
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not expanded(model).exists():
         entries["base_model"] = model
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _facts(model, spec, recipe, report).items())
     limits = "\n".join(f"- {note}" for note in _limits(recipe, report, notes))

@@ -8,6 +8,7 @@ from typing import Any
 from latentize.api import convert, evaluate, extend_report, generate, heal, verify
 from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, OutputError
+from latentize.paths import expanded
 
 __all__ = ["PROMPT", "bundled_model", "demo"]
 
@@ -34,7 +35,7 @@ def bundled_model() -> Path:
     raise CheckpointError("the bundled model is not installed", where=str(package), fix="install latentize again")
 
 
-def demo(out: Path, progress: Progress = silent, *, evaluation_tokens: int = 8_192) -> dict[str, Any]:
+def demo(out: str | Path, progress: Progress = silent, *, evaluation_tokens: int = 8_192) -> dict[str, Any]:
     """Convert the bundled model to half of its cache, fast, fast and healed, and well; verify, evaluate and run it all.
 
     Args:
@@ -42,6 +43,7 @@ def demo(out: Path, progress: Progress = silent, *, evaluation_tokens: int = 8_1
         progress: Told how far it is.
         evaluation_tokens: Held-out tokens to measure on.
     """
+    out = expanded(out)
     if out.exists():
         raise OutputError(
             "the output folder exists already", code="LZ401", where=str(out), fix="remove it, or choose another"

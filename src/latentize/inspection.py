@@ -15,6 +15,7 @@ from latentize.checkpoint.gguf import is_gguf, only_gguf
 from latentize.devices import Machine, machine_of
 from latentize.errors import CheckpointError, ConfigError, LatentizeError, OptionError, UnsupportedModelError
 from latentize.families import LatentModel, ModelSpec, is_latent, latent_model, model_spec
+from latentize.paths import expanded
 from latentize.recipe import parse_keep
 
 __all__ = ["inspect", "plan", "shapes"]
@@ -28,7 +29,7 @@ def shapes() -> dict[str, Path]:
 
 def _config_file(model: str) -> Path:
     """The ``config.json``, or the GGUF file, that ``model`` means; from the hub nothing else is downloaded."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_file():
         return path
     if path.is_dir():

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentize.errors import OptionError
+from latentize.paths import expanded
 
 __all__ = ["Recipe", "parse_keep"]
 
@@ -172,7 +173,7 @@ class Recipe(BaseModel):
             raise OptionError(f"{first['msg']}{got}", where=f"--{name.replace('_', '-')}") from None
 
     @classmethod
-    def load(cls, path: Path, **overrides: Any) -> Recipe:
+    def load(cls, path: str | Path, **overrides: Any) -> Recipe:
         """Read a YAML recipe, or the ``latentize.json`` of an earlier output; ``overrides`` win.
 
         Raises:
@@ -180,6 +181,7 @@ class Recipe(BaseModel):
         """
         import yaml
 
+        path = expanded(path)
         try:
             entries = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:

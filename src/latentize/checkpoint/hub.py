@@ -6,6 +6,7 @@ from pathlib import Path
 
 from latentize.checkpoint.gguf import SUFFIX, only_gguf
 from latentize.errors import CheckpointError
+from latentize.paths import expanded
 
 __all__ = ["resolve"]
 
@@ -27,7 +28,7 @@ def resolve(model: str | Path, *, revision: str | None = None, code: bool = Fals
         CheckpointError: neither something here nor a model that the hub (or its cache) has; or a folder with several
             GGUF files.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         folder = path.resolve()
         return only_gguf(folder) or folder

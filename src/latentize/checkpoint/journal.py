@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from latentize.checkpoint.manifest import sha256
 from latentize.errors import LatentizeError, OutputError, ResumeError
+from latentize.paths import expanded
 
 __all__ = ["Journal", "locked", "sync"]
 
@@ -66,7 +67,7 @@ class Journal:
     """
 
     def __init__(self, out: Path, *, resume: bool = False) -> None:
-        self.out = out.expanduser().absolute()
+        self.out = expanded(out).absolute()
         self._leftover: Path | None = None
         found = partial_folders(self.out)
         self.done = self._finished(found) if resume and self.out.exists() else None

@@ -20,6 +20,7 @@ from latentize.checkpoint.journal import Journal, sync
 from latentize.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256
 from latentize.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from latentize.errors import NumericsError, OutputError
+from latentize.paths import expanded
 
 __all__ = ["OutputFolder"]
 
@@ -73,7 +74,7 @@ class OutputFolder:
     """
 
     def __init__(self, out: Path, *, shard_bytes: int = SHARD_BYTES, journal: Journal | None = None) -> None:
-        self.out, self._journal = out.expanduser().absolute(), journal
+        self.out, self._journal = expanded(out).absolute(), journal
         if self.out.exists():
             raise OutputError(
                 "the output folder exists already", code="LZ401", where=str(out), fix="remove it, or choose another"

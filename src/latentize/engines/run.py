@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from latentize.errors import EngineError, OptionError
+from latentize.paths import expanded
 
 __all__ = ["ENGINES", "Answers", "engine_python", "run_engine"]
 
@@ -61,8 +62,9 @@ def engine_python(engine: str, environment: Path | None = None) -> Path:
         if engine == "transformers" and not made.is_dir():
             return Path(sys.executable)
         environment = made
-    python = environment.expanduser().absolute() / "bin" / "python"
-    unfinished = (environment.expanduser() / ".unfinished").exists()
+    environment = expanded(environment)
+    python = environment.absolute() / "bin" / "python"
+    unfinished = (environment / ".unfinished").exists()
     if unfinished or not python.exists():
         what = (
             f"the environment with {engine} is not finished" if unfinished else f"there is no environment with {engine}"

@@ -19,6 +19,7 @@ from latentize.convert.progress import Progress, silent
 from latentize.errors import DataError, OptionError
 from latentize.evaluate.paired import DRAWS, Aggregate, Interval, around, of_difference, of_score
 from latentize.evaluate.predict import longest_context
+from latentize.paths import expanded
 from latentize.runtime.load import load_model
 
 if TYPE_CHECKING:
@@ -91,10 +92,11 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
+def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
     """What knows all tasks that are named; lm-eval's own, thousands of files, only if one of them is."""
     from lm_eval.tasks import TaskManager
 
+    include_path = None if include_path is None else expanded(include_path)
     if include_path is not None and not include_path.is_dir():
         raise OptionError("no such folder", where=f"--include-path {include_path}", fix="a folder with .yaml of tasks")
     paths = [_file(name) for name in names if _is_path(name)]
@@ -105,11 +107,11 @@ def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
 
 def _is_path(name: str) -> bool:
     """No name of a task has a slash."""
-    return name.endswith(".yaml") or "/" in name
+    return name.endswith(".yaml") or name.startswith("~") or "/" in name
 
 
 def _file(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.exists():
         raise OptionError("no such task file", where=f"{_OPTION} {name}", fix="the .yaml of a task, or its folder")
     return path.resolve()
@@ -288,7 +290,7 @@ def run_tasks(
     reference: Path | None = None,
     *,
     tasks: Sequence[str],
-    include_path: Path | None = None,
+    include_path: str | Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 1,

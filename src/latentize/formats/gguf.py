@@ -25,6 +25,7 @@ from latentize.errors import FormatError, OptionError, OutputError
 from latentize.formats.deepseek_v3 import EPS
 from latentize.formats.gguf_types import BLOCK, TYPES, GgufTensor, check_range, ggml_type, gguf_module, stored
 from latentize.formats.gguf_vocab import Vocab, read_vocab
+from latentize.paths import expanded
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -228,7 +229,7 @@ def write_gguf(folder: Path, out: Path, kind: str, *, name: str = "", overwrite:
     started = time.time()
     if kind not in TYPES:
         raise OptionError(f"no such type: '{kind}'", where="--type", fix=", ".join(TYPES))
-    out = out.expanduser().absolute()
+    out = expanded(out).absolute()
     if out.exists() and (not overwrite or not out.is_file()):
         raise OutputError(
             "the output exists already", code="LZ401", where=str(out), fix="remove it, or give --overwrite"

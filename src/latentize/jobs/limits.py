@@ -14,6 +14,7 @@ import torch
 from latentize.errors import NumericsError, OutputError, ResourceError
 from latentize.footprint import Footprint
 from latentize.machine import memory_room, rss_bytes
+from latentize.paths import expanded
 from latentize.recipe import Recipe
 
 __all__ = ["MemoryNeed", "expected_peak", "finite_numbers", "require_disk", "require_memory", "within_memory"]
@@ -93,7 +94,7 @@ def require_disk(out: Path, needed: int) -> None:
         OutputError: nothing can be written there.
         ResourceError: there is not as much room.
     """
-    parent = next(folder for folder in out.expanduser().absolute().parents if folder.exists())
+    parent = next(folder for folder in expanded(out).absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(
             "the output folder cannot be made there",
