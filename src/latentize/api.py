@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from latentize.calibrate.decoding import without_surrogates
 from latentize.calibrate.text import describe, documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.checkpoint import Checkpoint, Manifest, open_checkpoint, resolve
@@ -16,6 +17,7 @@ from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, ConfigError, OptionError, OutputError
 from latentize.families import ModelSpec, is_latent, model_spec, require_supported
 from latentize.jobs import Job, LatentJob, LowerJob, PooledJob
+from latentize.paths import expanded
 from latentize.recipe import Recipe
 from latentize.report.measurements import is_output, record
 from latentize.report.page import verdict, write_report
@@ -126,11 +128,11 @@ def convert(
         trust = {"trust_remote_code": trust_remote_code}
         spec = checked_spec(checkpoint, **trust)
         job = (LatentJob if recipe.to == "mla" else PooledJob)(recipe, checkpoint, spec, **trust)
-    if Path(out).expanduser().absolute() == checkpoint.path:
+    if expanded(out).absolute() == checkpoint.path:
         raise OutputError(
             "the output would overwrite the model", code="LZ404", where=str(out), fix="choose another folder"
         )
-    return job.run(Path(out), str(model), device, progress, resume)
+    return job.run(expanded(out), str(model), device, progress, resume)
 
 
 def heal(
@@ -187,7 +189,8 @@ def heal(
         recompute=recompute,
         save_every=save_every,
     )
-    if not is_output(Path(model)):
+    folder, out = expanded(model), expanded(out)
+    if not is_output(folder):
         raise CheckpointError(
             "not an output of latentize",
             code="LZ118",
@@ -198,10 +201,10 @@ def heal(
         team = Team(parallel, device)
         options: dict[str, Any] = {"machine": machine, "team": team, "resume": resume, "track": track}
         options["progress"] = progress
-        result = run(Path(model), Path(out), resolve(teacher), healing, **options)
+        result = run(folder, out, resolve(teacher), healing, **options)
         if team.leads:
-            record(Path(out), "heal", result)
-            write_report(Path(out))
+            record(out, "heal", result)
+            write_report(out)
     return result
 
 
@@ -339,7 +342,7 @@ def generate(
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
     loaded = load_model(folder, dtype=_torch_dtype(dtype), device=device)
-    streamer = None
+    prompt, streamer = without_surrogates(prompt), None
     if stream:
         from transformers import TextStreamer
 
@@ -420,7 +423,7 @@ def extend_report(model: str | Path, kind: str, result: dict[str, Any]) -> Path 
     Raises:
         OutputError: the folder cannot be written.
     """
-    folder = Path(model)
+    folder = expanded(model)
     if not is_output(folder):
         return None
     try:
@@ -449,7 +452,7 @@ def report(
         CheckpointError: the folder is not an output of latentize.
         OutputError: the folder cannot be written.
     """
-    folder = Path(out)
+    folder = expanded(out)
     path = write_report(folder)
     if reference is not None:
         prompt = prompt or " ".join(next(iter(documents((), "heldout"))).split(" ")[:24])
@@ -489,7 +492,7 @@ def verify(
     from latentize.evaluate.verify import TOLERANCE, require
     from latentize.evaluate.verify import verify as check
 
-    path, checked = Path(out), {}
+    path, checked = expanded(out), {}
     if path.is_file():
         from latentize.formats.gguf_check import check_gguf
 
@@ -497,7 +500,7 @@ def verify(
             raise OptionError(
                 "a GGUF file is compared with the folder it was made from", where="--folder", fix="give it"
             )
-        checked = {"ok": True, **check_gguf(path, Path(folder))}
+        checked = {"ok": True, **check_gguf(path, expanded(folder))}
     elif engine is None:
         verdict = check(path)
         require(verdict, path)
@@ -506,7 +509,10 @@ def verify(
         return checked
     from latentize.engines.compare import verify_engine
 
-    options: dict[str, Any] = {"folder": folder and Path(folder), "environment": environment and Path(environment)}
+    options: dict[str, Any] = {
+        "folder": folder and expanded(folder),
+        "environment": environment and expanded(environment),
+    }
     return {"ok": True, **checked, **verify_engine(engine, path, kind=kind, **{**options, **sizes})}
 
 
@@ -537,6 +543,6 @@ def export(
         fix = "a portable folder needs no export" if to == "deepseek_v3" else "gguf"
         raise OptionError(f"nothing is exported to '{to}'", where="--to", fix=fix)
     folder = resolve(model)
-    path = Path(out) if out is not None else folder.absolute().with_name(f"{folder.absolute().name}-{kind}.gguf")
+    path = expanded(out) if out is not None else folder.absolute().with_name(f"{folder.absolute().name}-{kind}.gguf")
     result = write_gguf(folder, path, kind, overwrite=overwrite)
     return {**result, "largest_error": check_gguf(path, folder)["largest_error"]}

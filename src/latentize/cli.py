@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latentize.errors import LatentizeError, OptionError, ResourceError
+from latentize.paths import expanded
 
 if TYPE_CHECKING:
     from latentize.convert.progress import Progress
@@ -34,7 +36,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a che
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Data = Annotated[
     list[str] | None,
-    typer.Option(help="Text: .txt, .jsonl or .parquet files, or a hub data set. Repeat for several."),
+    typer.Option(
+        help="Text: .txt, .md, .jsonl or .parquet, a folder, - for stdin, or a hub data set. Repeat for several."
+    ),
 ]
 CacheFormat = Annotated[
     str | None,
@@ -244,7 +248,7 @@ def convert(
         result = run(model, out, built, **options, progress=progress)
     _emit(result, as_json, _facts(str(out), conversion_facts(result)))
     if not as_json:
-        console.print(f"report: {out / 'report.html'}")
+        console.print(f"report: {expanded(out) / 'report.html'}")
 
 
 def _return_freed_memory() -> None:
@@ -338,7 +342,7 @@ def compare(
     if plot is not None:
         from latentize.report.pareto import pareto_chart
 
-        plot.write_text(pareto_chart(result["rows"]), encoding="utf-8")
+        expanded(plot).write_text(pareto_chart(result["rows"]), encoding="utf-8")
     _emit(result, as_json, compare_table(result))
     if not as_json:
         explained = "bytes: of cache a token, all layers; excess, KL: nats a token; worse than: in bytes and excess"
@@ -544,7 +548,7 @@ def bench(
     if plot is not None:
         from latentize.report.page import speed_chart
 
-        plot.write_text(speed_chart(result["rows"]), encoding="utf-8")
+        expanded(plot).write_text(speed_chart(result["rows"]), encoding="utf-8")
     extend_report(model, "bench", result)
     table = Table(title=f"{model}, {dtype} on {device}", title_justify="left")
     table.add_column("context", justify="right")
@@ -615,10 +619,29 @@ def _fail(error: LatentizeError) -> NoReturn:
     sys.exit(2)
 
 
+@contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """What there is to know about the text, as one line each and without the place in the code."""
+    from latentize.calibrate.text import TextWarning
+
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, TextWarning):
+                status.print(f"note: {message}", markup=False, soft_wrap=True)
+            else:
+                others(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
+
+
 def main() -> None:
     """Entry point: user errors end with status 2 and no traceback."""
     try:
-        app()
+        with _notes_on_stderr():
+            app()
     except LatentizeError as error:
         _fail(error)
     except (MemoryError, ImportError) as error:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentize.calibrate.text import Split, describe, documents
+from latentize.calibrate.drawing import Part, draw
+from latentize.calibrate.text import ALONE, Split, describe, warn
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import Passages, pack
+from latentize.calibrate.tokens import Passages, TooShortError
 from latentize.checkpoint import Manifest, OutputFolder, open_checkpoint
 from latentize.checkpoint.manifest import sha256
 from latentize.convert.progress import Progress, silent
@@ -65,7 +66,7 @@ def heal(
     Raises:
         LatentizeError: anything that the user can mend; an unfinished healing stays in ``OUT.healing``.
     """
-    manifest, out = Manifest.load(model), out.expanduser().absolute()
+    manifest, out = Manifest.load(model), out.absolute()
     if manifest.measurements.get("method") == "lower-rank" and not all(m.get("linear_norm") for m in manifest.layers):
         raise UnsupportedModelError(
             "a model of a lower rank cannot be healed where its latent norm does more than scale",
@@ -120,19 +121,23 @@ def _text(model: Path, healing: Healing) -> tuple[Passages, Passages]:
     config = open_checkpoint(model).config
     context = min(config.get("source_config", config)["max_position_embeddings"], healing.context)
 
-    def draw(split: Split, tokens: int) -> Tensor:
-        text = documents(healing.data, split)
-        return pack(tokenizer, text, tokens=tokens, sequence_length=length, seed=healing.seed)
+    def drawn(split: Split, tokens: int) -> Tensor:
+        (rows_NT,) = draw(tokenizer, healing.data, [Part(split, tokens, healing.seed)], sequence_length=length)
+        return rows_NT
 
-    rows_NT = draw("training", healing.tokens).to(torch.int32)
     try:
-        held_NT = draw("selection", healing.selection_tokens)
-    except DataError:
-        # Too few documents to keep some apart: other sequences then, of the same ones.
-        held = len(rows_NT) // 8
-        if held == 0:
-            raise
-        rows_NT, held_NT = rows_NT[held:], rows_NT[:held]
+        rows_NT = drawn("training", healing.tokens).to(torch.int32)
+    except TooShortError:
+        # All documents but those that are reported on may be such as are chosen on.
+        rows_NT = drawn("calibration", healing.tokens).to(torch.int32)
+    try:
+        held_NT = drawn("selection", healing.selection_tokens)
+    except TooShortError:
+        # Too few documents to keep some apart: other sequences then, of the same ones; one alone serves for both.
+        held = max(1, len(rows_NT) // 8)
+        if len(rows_NT) == 1:
+            warn(ALONE)
+        rows_NT, held_NT = rows_NT[held:] if len(rows_NT) > 1 else rows_NT, rows_NT[:held]
     text = Passages.spread(rows_NT, context, seed=healing.seed)
     return text, Passages.spread(held_NT, context, seed=healing.seed + 1)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tests.common import byte_tokenizer
 
-from latentize.calibrate.tokens import Passages, _pieces, leading_tokens, pack, spread_positions
+from latentize.calibrate.text import pieces
+from latentize.calibrate.tokens import Passages, leading_tokens, pack, spread_positions
 from latentize.errors import DataError
 
 # 200 texts of 100 bytes and one separator each; no two stretches are alike.
@@ -77,11 +78,11 @@ def test_no_part_of_the_text_is_drawn_twice_or_lost(tokenizer: Any) -> None:
 @pytest.mark.parametrize("line", [7, 50, 128, 129, 1000])
 def test_long_documents_are_cut_at_line_ends_where_there_are_any(line: int) -> None:
     text = ("x" * (line - 1) + "\n") * 20
-    pieces = list(_pieces(text, 128))
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= 128
+    found = list(pieces(text, 128))
+    assert "".join(found) == text
+    assert max(map(len, found)) <= 128
     if line <= 128:
-        assert all(piece.endswith("\n") for piece in pieces)
+        assert all(piece.endswith("\n") for piece in found)
 
 
 def test_reading_stops_when_there_is_enough(tokenizer: Any) -> None:

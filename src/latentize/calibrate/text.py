@@ -12,16 +12,33 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
+from latentize.calibrate.decoding import COMPRESSED, STDIN, Source, display, readable, without_surrogates
+from latentize.calibrate.records import Chat, Renderer, document_of, fields, plainly
 from latentize.errors import DataError
+from latentize.paths import expanded
 
-__all__ = ["Split", "describe", "documents", "stdlib_documents"]
+__all__ = [
+    "ALONE",
+    "Data",
+    "Split",
+    "TextWarning",
+    "describe",
+    "documents",
+    "pieces",
+    "sources",
+    "stdlib_documents",
+    "warn",
+]
 
 Split = Literal["calibration", "heldout", "training", "selection", "all"]
+# Paths, or names of hub data sets; or one of them.
+Data = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 STDLIB = "python-stdlib"
 HUB_DEFAULT = "HuggingFaceFW/fineweb-edu"
@@ -29,6 +46,29 @@ HUB_DEFAULT = "HuggingFaceFW/fineweb-edu"
 # The tables of `encodings` are numbers, not text; site-packages is not the standard library.
 _NOT_TEXT = {"encodings", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 _SEGMENT_CHARS = 16_384
+# Where there are too few documents, they are cut into pieces of this.
+_PIECE_CHARS = 4096
+# No line of text is longer than this, and no record.
+_LINE_CHARS, _RECORD_CHARS = 1 << 24, 1 << 28
+_READ_CHARS = 1 << 20
+
+_PLAIN = (".txt", ".text", ".md", ".markdown", ".rst")
+_RECORDS = (".jsonl", ".ndjson")
+_PARQUET = ".parquet"
+_KINDS = "use .txt, .md, .jsonl with a `text` or `messages` field, .parquet with such a column, or one of them as .gz"
+
+
+class TextWarning(UserWarning):
+    """Something about the text that the user should know; it goes on."""
+
+
+# One sequence is too few to keep some apart.
+ALONE = "one sequence of text is all there is to learn from and to choose on"
+
+
+def warn(note: str) -> None:
+    """Say it to whoever listens to warnings; a command prints it on stderr."""
+    warnings.warn(note, TextWarning, stacklevel=2)
 
 
 def _bucket(key: str) -> int:
@@ -59,7 +99,7 @@ def stdlib_documents(split: Split) -> Iterator[str]:
         raise DataError(
             "the Python standard library's sources are not on this machine",
             where=str(root),
-            fix="pass text with --data FILE (.txt, .jsonl or .parquet)",
+            fix=f"pass text with --data FILE: {_KINDS}",
         )
     for name in names:
         if not _belongs(name, split, heldout_permille=20):
@@ -80,55 +120,115 @@ def _text_files(root: Path) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()[8:])
 
 
-def _segments(text: str) -> Iterator[str]:
+def _segments(text: TextIO) -> Iterator[str]:
     """Cut one long text at line ends into pieces that the split can tell apart."""
+    held = ""
+    while part := text.read(_READ_CHARS):
+        held += part
+        start = 0
+        while len(held) - start > _SEGMENT_CHARS:
+            end = held.find("\n", start + _SEGMENT_CHARS) + 1
+            if not end and len(held) - start >= _LINE_CHARS:
+                end = start + _LINE_CHARS
+            if not end:
+                break
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    if held:
+        yield held
+
+
+def pieces(text: str, size: int) -> Iterator[str]:
+    """``text`` in parts of at most ``size`` characters, cut at line ends where there are any."""
     start = 0
     while start < len(text):
-        end = text.find("\n", start + _SEGMENT_CHARS)
-        end = len(text) if end < 0 else end + 1
+        end = min(start + size, len(text))
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
         yield text[start:end]
         start = end
 
 
-def _read_file(path: Path) -> Iterator[str]:
-    try:
-        if path.suffix == ".txt":
-            yield from _segments(path.read_text(encoding="utf-8", errors="replace"))
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _text_field(json.loads(line), f"{path}, line {number}")
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet as pq
+def _kind(path: Path) -> str:
+    """The ending of a name, without that of its compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
-            for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
-                for text in batch.column("text").to_pylist():
-                    yield _text_field({"text": text}, str(path))
+
+def _guessed(source: Source) -> str:
+    """The ending that would suit what has none."""
+    head = source.head()
+    if head.startswith(b"PAR1"):
+        return _PARQUET
+    with source.characters(lambda note: None) as text:
+        first = next((line for line in iter(lambda: text.readline(_READ_CHARS), "") if line.strip()), "")
+    return _RECORDS[0] if first.lstrip().startswith("{") else _PLAIN[0]
+
+
+def _read(source: Source, kind: str, tell: Callable[[str], None]) -> Iterator[str | Chat]:
+    with readable(source.name):
+        kind = kind or _guessed(source)
+        if kind == _PARQUET:
+            yield from _read_parquet(source)
+        elif kind in _PLAIN:
+            with source.characters(tell) as text:
+                yield from _segments(text)
+        elif kind in _RECORDS:
+            with source.characters(tell) as text:
+                yield from _read_records(text, source.name)
         else:
-            raise DataError(
-                f"cannot read text from a {path.suffix or 'nameless'} file",
-                where=str(path),
-                fix="use .txt, .jsonl with a `text` field, or .parquet with a `text` column",
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"cannot read text: {error}", where=str(path)) from error
+            more = {".json": "one record a line, as `jq -c '.[]' FILE > NEW.jsonl` writes them; or "}
+            raise DataError(f"cannot read text from a {kind} file", where=source.name, fix=more.get(kind, "") + _KINDS)
 
 
-def _text_field(record: object, where: str) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise DataError("a record has no `text` field", where=where)
-    return record["text"]
+def _read_records(text: TextIO, name: str) -> Iterator[str | Chat]:
+    for number, line in enumerate(iter(lambda: text.readline(_RECORD_CHARS), ""), 1):
+        if not line.strip():
+            continue
+        where = f"{name}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"cannot read text: the line is no JSON: {error}", where=where) from error
+        yield document_of(record, where)
 
 
-def _hub_documents(name: str) -> Iterator[str]:
+def _read_parquet(source: Source) -> Iterator[str | Chat]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataError(
+            "a package that .parquet files need is not installed",
+            where=source.name,
+            fix="pip install 'latentize[data]'",
+        ) from None
+    with source.bytes() as stream, pq.ParquetFile(stream) as table:
+        names = table.schema_arrow.names
+        columns = [name for name in names if name in fields()]
+        if not columns:
+            document_of(dict.fromkeys(names), source.name)
+        first = 0
+        for batch in table.iter_batches(columns=columns):
+            for number, row in enumerate(batch.to_pylist(), first):
+                yield document_of(row, f"{source.name}, row {number}")
+            first += batch.num_rows
+
+
+def _hub_documents(name: str) -> Iterator[str | Chat]:
     """Stream a hub data set; nothing but the rows that are used is downloaded."""
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(
+            "a package that hub data sets need is not installed", where=name, fix="pip install 'latentize[data]'"
+        ) from None
     try:
         rows = load_dataset(name, split="train", streaming=True)
         for index, row in enumerate(rows):
-            yield _text_field(row, f"{name}, row {index}")
+            yield document_of(row, f"{name}, row {index}")
     except DataError:
         raise
     except Exception as error:
@@ -139,34 +239,97 @@ def _hub_documents(name: str) -> Iterator[str]:
         ) from error
 
 
-def documents(data: Iterable[str], split: Split) -> Iterator[str]:
-    """Documents of ``split`` from ``data``: paths, or hub data set names. Empty means the standard library.
+def _files_in(folder: Path) -> list[Path]:
+    """All files of text below a folder, by name; what is hidden is left out."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read the folder: {error.strerror}", where=str(folder)) from error
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    found = [path for path in found if _kind(path) in (*_PLAIN, *_RECORDS, _PARQUET) and path.is_file()]
+    if not found:
+        raise DataError("no text file in the folder", where=str(folder), fix=_KINDS)
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _documents_of(source: str, tell: Callable[[str], None]) -> Iterator[str | Chat]:
+    if source == STDIN:
+        with readable("standard input"):
+            opened = Source.stdin()
+        yield from _read(opened, "", tell)
+        return
+    path = expanded(source)
+    with readable(source):
+        folder = bool(source) and path.is_dir()
+        file = path.is_file() or path.is_fifo()
+        there = path.exists()
+    if folder:
+        for inner in _files_in(path):
+            yield from _read(Source.of(inner), _kind(inner), tell)
+    elif file:
+        with readable(source):
+            opened = Source.of(path)
+        yield from _read(opened, _kind(path), tell)
+    elif there or _is_path(source):
+        raise DataError("no such text file", where=source, fix="check the path given with --data")
+    else:
+        yield from _hub_documents(source)
+
+
+def _is_path(source: str) -> bool:
+    """Whether it cannot be the name of a data set on the hub."""
+    kinds = (*_PLAIN, *_RECORDS, _PARQUET, *COMPRESSED)
+    return not source or source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(kinds)
+
+
+def sources(data: Data) -> list[str]:
+    """Paths and names as a list; empty means the standard library."""
+    given = [data] if isinstance(data, str | os.PathLike) else data
+    found = [os.fspath(source) for source in given]
+    return [] if found == [STDLIB] else found
+
+
+def documents(
+    data: Data,
+    split: Split,
+    *,
+    cut: bool = False,
+    render: Renderer = plainly,
+    tell: Callable[[str], None] = warn,
+) -> Iterator[str]:
+    """Documents of ``split`` from ``data``: files, folders, ``-`` for standard input, or hub data sets; else the
+    standard library.
 
     A tenth of the user's own documents is held out.
+
+    Args:
+        data: What to read; nothing means the standard library.
+        split: Which part.
+        cut: Tell apart pieces of documents, not documents: for few long ones.
+        render: Writes a conversation out. It does not decide which part the conversation belongs to.
+        tell: Told what the user should know.
 
     Raises:
         DataError: a file cannot be read or has no text, or a name is neither a file nor a data set.
     """
-    sources = list(data)
-    if not sources or sources == [STDLIB]:
+    named = sources(data)
+    if not named:
         yield from stdlib_documents(split)
         return
-    for source in sources:
-        path = Path(source)
-        if path.is_file():
-            stream = _read_file(path)
-        elif path.exists() or path.suffix in {".txt", ".jsonl", ".parquet"} or source.count("/") > 1:
-            raise DataError("no such text file", where=source, fix="check the path given with --data")
-        else:
-            stream = _hub_documents(source)
-        for text in stream:
-            if text.strip() and _belongs(text, split, heldout_permille=100):
-                yield text
+    for source in named:
+        for document in _documents_of(source, tell):
+            text = without_surrogates(plainly(document) if isinstance(document, Chat) else document)
+            for part in pieces(text, _PIECE_CHARS) if cut and isinstance(document, str) else (text,):
+                if part.strip() and _belongs(part, split, heldout_permille=100):
+                    yield without_surrogates(render(document)) if isinstance(document, Chat) else part
 
 
-def describe(data: Iterable[str]) -> str:
+def describe(data: Data) -> str:
     """One line for reports: what text it was."""
-    sources = list(data)
-    if not sources or sources == [STDLIB]:
+    named = sources(data)
+    if not named:
         return f"the Python {sysconfig.get_python_version()} standard library's source text"
-    return ", ".join(sources)
+    return ", ".join("standard input" if source == STDIN else display(source) for source in named)

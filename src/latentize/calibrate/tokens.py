@@ -11,12 +11,40 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from latentize.calibrate.text import pieces
 from latentize.errors import DataError
 
-__all__ = ["Passages", "Placed", "leading_tokens", "pack", "spread_positions"]
+__all__ = ["Passages", "Placed", "TooShortError", "leading_tokens", "pack", "spread_positions"]
 
 # Pieces of about two sequences: few enough from one place, and few that are made of several ends.
 _CHARS_PER_TOKEN = 8
+# What is told to whoever has too little; few tokenizers have longer ones.
+_CHARS_OF_A_TOKEN = 5
+
+
+class TooShortError(DataError):
+    """The text does not fill the sequences that are needed.
+
+    Args:
+        tokens: That the text has.
+        length: Of a sequence.
+        sequences: How many are needed.
+        lead: Tokens of each that are not of the text.
+        what: Is too short.
+    """
+
+    def __init__(self, tokens: int, length: int, *, sequences: int = 1, lead: int = 0, what: str = "the text") -> None:
+        self.tokens = tokens
+        needed, most = sequences * (length - lead), tokens // sequences + lead
+        number = "one sequence" if sequences == 1 else f"{sequences} sequences, to learn from one and hold one out,"
+        fix = f"pass text of {needed:,} tokens or more with --data (about {_CHARS_OF_A_TOKEN * needed:,} characters)"
+        if most >= max(2, 1 + lead):
+            fix += f", or --sequence-length {most}"
+        super().__init__(
+            f"{what} has {tokens:,} tokens, fewer than {number} of {length:,}" if tokens else f"{what} is empty",
+            where="the text, or the tokenizer",
+            fix=fix,
+        )
 
 
 class Placed:
@@ -108,6 +136,7 @@ def pack(
     sequence_length: int,
     seed: int = 0,
     pool: int = 1 << 24,
+    least: int = 1,
 ) -> Tensor:
     """Draw sequences from all over the documents.
 
@@ -122,14 +151,15 @@ def pack(
         sequence_length: Tokens per sequence ``T``.
         seed: Which pieces are drawn.
         pool: Characters to read and draw from at a time; reading stops when there are enough tokens.
+        least: Sequences that are needed.
 
     Returns:
-        ``[N, T]`` int64 with ``N = max(1, tokens // T)``, fewer if the text ends before.
+        ``[N, T]`` int64 with ``N = max(least, tokens // T)``, fewer if the text ends before.
 
     Raises:
-        DataError: the text does not fill one sequence.
+        TooShortError: the text does not fill ``least`` sequences.
     """
-    wanted, lead = max(1, tokens // sequence_length), leading_tokens(tokenizer)
+    wanted, lead = max(least, tokens // sequence_length), leading_tokens(tokenizer)
     # Of the text there is that much less in a sequence.
     whole_sequence, sequence_length = sequence_length, max(1, sequence_length - len(lead))
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -146,12 +176,9 @@ def pack(
         if len(rows) >= wanted:
             break
     rows += _cut(ends, sequence_length)
-    if not rows:
-        raise DataError(
-            f"the text has {len(ends)} tokens, fewer than one sequence of {whole_sequence}",
-            where="the text, or the tokenizer",
-            fix="pass more text with --data, or a shorter --sequence-length",
-        )
+    if len(rows) < least:
+        has = len(rows) * sequence_length + len(ends) % sequence_length
+        raise TooShortError(has, whole_sequence, sequences=least, lead=len(lead))
     return torch.tensor([lead + row for row in rows[:wanted]], dtype=torch.int64)
 
 
@@ -169,25 +196,14 @@ def _cut(ids: list[int], length: int) -> list[list[int]]:
 
 def _drawn(documents: Iterable[str], size: int, pool: int, order: random.Random) -> Iterator[str]:
     """Pieces of about ``size`` characters, shuffled a pool at a time."""
-    pieces: list[str] = []
+    found: list[str] = []
     read = 0
     for text in documents:
-        pieces += _pieces(text, size)
+        found += pieces(text, size)
         read += len(text)
         if read >= pool:
-            order.shuffle(pieces)
-            yield from pieces
-            pieces, read = [], 0
-    order.shuffle(pieces)
-    yield from pieces
-
-
-def _pieces(text: str, size: int) -> Iterator[str]:
-    """``text``, cut at line ends where there are any."""
-    start = 0
-    while start < len(text):
-        end = min(start + size, len(text))
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
-        start = end
+            order.shuffle(found)
+            yield from found
+            found, read = [], 0
+    order.shuffle(found)
+    yield from found

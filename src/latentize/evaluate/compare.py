@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from latentize.calibrate.text import documents
+from latentize.calibrate.drawing import draw_all
+from latentize.calibrate.text import Data
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
 from latentize.convert.progress import Progress, silent
 from latentize.evaluate.detail import Evaluation
 from latentize.evaluate.grouped import SINKS, grouped_predictor
@@ -136,7 +136,7 @@ def compare(
     caches: Sequence[str] = (),
     window: int | None = None,
     source_windows: Sequence[int] = (),
-    data: tuple[str, ...] = (),
+    data: Data = (),
     tokens: int = 32_768,
     sequence_length: int = 512,
     device: str = "cpu",
@@ -165,8 +165,7 @@ def compare(
     """
     for cache in caches:
         cache_formats(cache)
-    text = documents(data, "all" if data else "heldout")
-    tokens_NT = pack(load_tokenizer(source), text, tokens=tokens, sequence_length=sequence_length)
+    tokens_NT = draw_all(load_tokenizer(source), data, tokens=tokens, sequence_length=sequence_length)
     length = tokens_NT.shape[1]
     reference = load_model(source, dtype=dtype, device=device)
     expected = predictor(reference)

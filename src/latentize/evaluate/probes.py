@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from latentize.calibrate.text import documents
+from latentize.calibrate.drawing import draw_all
+from latentize.calibrate.text import Data
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
 from latentize.convert.progress import Progress, silent
 from latentize.errors import OptionError
 from latentize.evaluate.predict import Predict, longest_context, predictor
@@ -71,9 +71,7 @@ class Answer:
     gain: float
 
 
-def examples(
-    tokenizer: Any, data: tuple[str, ...], *, lengths: Sequence[int], samples: int, seed: int = 0
-) -> list[Example]:
+def examples(tokenizer: Any, data: Data, *, lengths: Sequence[int], samples: int, seed: int = 0) -> list[Example]:
     """All puzzles at all lengths and depths, the same whenever tokenizer, text and seed are.
 
     Args:
@@ -92,8 +90,7 @@ def examples(
 
     found = []
     for length in lengths:
-        source = documents(data, "all" if data else "heldout")
-        rows = pack(tokenizer, source, tokens=samples * length, sequence_length=length, seed=seed).tolist()
+        rows = draw_all(tokenizer, data, tokens=samples * length, sequence_length=length, seed=seed).tolist()
         for name, make in PUZZLES.items():
             for depth in DEPTHS:
                 for n in range(samples):
@@ -141,7 +138,7 @@ def probe(
     model: Path,
     reference: Path | None = None,
     *,
-    data: tuple[str, ...] = (),
+    data: Data = (),
     lengths: Sequence[int] | None = None,
     samples: int = 4,
     seed: int = 0,

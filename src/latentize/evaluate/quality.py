@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentize.calibrate.text import Split, documents
+from latentize.calibrate.drawing import Part, draw, draw_all
+from latentize.calibrate.text import Data, Split
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
 from latentize.convert.progress import Progress, silent
 from latentize.errors import DataError
 from latentize.evaluate.detail import Evaluation
@@ -27,7 +27,7 @@ def evaluate(
     model: Path,
     reference: Path | None = None,
     *,
-    data: tuple[str, ...] = (),
+    data: Data = (),
     tokens: int = 32_768,
     sequence_length: int = 512,
     device: str = "cpu",
@@ -59,12 +59,10 @@ def evaluate(
         CheckpointError: a model cannot be loaded.
     """
     tokenizer = load_tokenizer(model)
-    rows = pack(
-        tokenizer,
-        documents(data, split or ("all" if data else "heldout")),
-        tokens=tokens,
-        sequence_length=sequence_length,
-    )
+    if split is None:
+        rows = draw_all(tokenizer, data, tokens=tokens, sequence_length=sequence_length)
+    else:
+        (rows,) = draw(tokenizer, data, [Part(split, tokens)], sequence_length=sequence_length)
     subject = predictor(load_model(model, dtype=dtype, device=device), cache=cache, window=window)
     source = None if reference is None else predictor(load_model(reference, dtype=dtype, device=device))
     return measure([subject], source, rows, device=device, progress=progress)[0]

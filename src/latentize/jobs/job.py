@@ -190,6 +190,7 @@ class Job(ABC):
             self.self_generated = self.sequences_to_generate(source)
             own = {"self_generated": self.self_generated}
             text = draw_text(self.checkpoint.path, self.recipe, self.spec.max_positions, **own, **trust)
+            self.notes += text.notes
             self.proved = self.prove(source, text, progress)
             request = self.request(model, text)
             journal.begin(request)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from latentize.calibrate.text import documents
+from latentize.calibrate.drawing import Part, draw
+from latentize.calibrate.text import ALONE, warn
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import Passages, pack
+from latentize.calibrate.tokens import Passages
 from latentize.recipe import Recipe
 
 __all__ = ["Text", "draw_text", "mixed", "spread_over"]
@@ -25,11 +26,13 @@ class Text:
         calibration: For statistics, and to learn from.
         selection: For choices.
         evaluation: For the numbers that are reported.
+        notes: What the report has to say of them.
     """
 
     calibration: Passages
     selection: Passages
     evaluation: Passages
+    notes: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
         """Of all tokens and positions."""
@@ -53,24 +56,30 @@ def draw_text(
         context: Positions that the model is made for.
         self_generated: Of the calibration sequences, how many the model will write itself; they are not drawn here.
         trust_remote_code: Whether code of the tokenizer may be run.
+
+    Raises:
+        DataError: the text cannot be read, or does not fill a sequence to learn from and one to report.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    length = recipe.sequence_length
-
-    def draw(split: str, tokens: int, seed: int = 0) -> Tensor:
-        stream = documents(recipe.data, split)  # type: ignore[arg-type]
-        return pack(tokenizer, stream, tokens=tokens, sequence_length=length, seed=seed)
-
+    length, notes = recipe.sequence_length, []
     wanted = max(1, recipe.calibration_tokens // length - self_generated)
-    rows = draw("calibration", wanted * length + recipe.selection_tokens, recipe.seed)
+    parts = [
+        Part("calibration", wanted * length + recipe.selection_tokens, recipe.seed),
+        Part("heldout", recipe.held_out_tokens),
+    ]
+    rows, held_out = draw(tokenizer, recipe.data, parts, sequence_length=length, notes=notes)
     held = max(1, min(recipe.selection_tokens // length, len(rows) // 4)) if len(rows) > 1 else 0
     # One sequence alone has to serve for everything.
+    if not held:
+        notes.append(ALONE)
+        warn(ALONE)
     selection, calibration = rows[: held or 1], rows[held : held + wanted]
     context = spread_over(recipe, context)
     return Text(
         calibration=Passages.spread(calibration, context, seed=recipe.seed),
         selection=Passages.spread(selection, context, seed=recipe.seed + 1),
-        evaluation=Passages.contiguous(draw("heldout", recipe.held_out_tokens)),
+        evaluation=Passages.contiguous(held_out),
+        notes=notes,
     )
 
 
