@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.common import run_python
 
-from latentize.calibrate.text import describe, documents, stdlib_documents
+from latentize.calibrate.text import describe, documents, pieces, stdlib_documents
 from latentize.errors import DataError
 
 TEXTS = [f"document {n}: " + "some words " * (n % 7 + 1) for n in range(300)]
@@ -98,6 +101,12 @@ def test_a_long_text_is_cut_at_line_ends_and_split(tmp_path: Path) -> None:
         ("text.jsonl", "{\n", "cannot read"),
         ("text.parquet", "not parquet", "cannot read"),
         ("text.csv", "a,b\n", "csv"),
+        ("text.json", "[]", "json"),
+        ("text.tar.gz", "", "tar"),
+        ("text.jsonl", "[" * 100_000, "no JSON"),
+        ("text.jsonl", "1" * 10_000, "no JSON"),
+        ("text.jsonl", "null\n", "text"),
+        ("text.jsonl.gz", "not JSON", "no JSON"),
     ],
 )
 def test_files_that_hold_no_text(tmp_path: Path, name: str, content: str, words: str) -> None:
@@ -122,9 +131,70 @@ def test_a_path_that_is_not_there(name: str) -> None:
     assert caught.value.where == name
 
 
-def test_a_folder_is_no_text(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such text file"):
+def test_a_folder_is_all_its_text_files_by_name(tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    save(tmp_path / "b.jsonl", ["second"])
+    save(tmp_path / "a.txt", ["first"])
+    save(inner / "c.md", ["third"])
+    for name in (".hidden.txt", "weights.bin", "script.py"):
+        (tmp_path / name).write_bytes(b"\xff\x00")
+    assert list(documents([tmp_path], "all")) == ["first", "second", "third"]
+
+
+def test_a_folder_without_text(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    with pytest.raises(DataError, match="no text file in the folder") as caught:
         list(documents([str(tmp_path)], "all"))
+    assert caught.value.where == str(tmp_path)
+
+
+@pytest.mark.parametrize("given", [str, Path, lambda path: [str(path)], lambda path: (path,)])
+def test_one_path_or_several(tmp_path: Path, given: Callable[[Path], Any]) -> None:
+    save(tmp_path / "text.txt", ["some words"])
+    data = given(tmp_path / "text.txt")
+    assert list(documents(data, "all")) == ["some words"]
+    assert describe(data) == str(tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["", "./nowhere", "../nowhere", "~/nowhere", "~nobody-of-this-name/x", "x" * 5000, "a\0b/c/d", "\udcff.txt"],
+)
+def test_a_path_that_cannot_be_a_data_set(source: str) -> None:
+    with pytest.raises(DataError) as caught:
+        list(documents([source], "all"))
+    assert caught.value.where == source
+
+
+def test_a_path_whose_bytes_are_not_utf8_can_be_written_down() -> None:
+    describe(["a\udcff.txt"]).encode("utf-8")
+
+
+@pytest.mark.parametrize("package", ["datasets", "pyarrow.parquet"])
+def test_a_package_that_is_not_installed_is_named(
+    tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "text.parquet", TEXTS)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match="not installed") as caught:
+        list(documents([path if package.startswith("pyarrow") else "organisation/name"], "all"))
+    assert "pip install" in caught.value.fix
+
+
+def test_pieces_of_one_document_are_told_apart(tmp_path: Path) -> None:
+    path = save(tmp_path / "one.jsonl", ["".join(f"line {n} of the only document\n" for n in range(9000))])
+    assert list(documents([path], "all", cut=True)) == list(pieces("".join(documents([path], "all")), 4096))
+    found, rest = (list(documents([path], s, cut=True)) for s in ("calibration", "heldout"))
+    assert found and rest and not set(found) & set(rest)
+    assert sorted(found + rest) == sorted(documents([path], "all", cut=True))
+
+
+def test_a_line_without_end_is_cut(tmp_path: Path) -> None:
+    """Nothing else would bound the memory that a compressed file can ask for."""
+    path = tmp_path / "zeros.txt.gz"
+    path.write_bytes(gzip.compress(b"0" * (40 << 20), 1))
+    assert [len(text) for text in documents([path], "all")] == [1 << 24, 1 << 24, 8 << 20]
 
 
 def test_a_report_says_which_text() -> None:

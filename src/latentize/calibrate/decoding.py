@@ -295,7 +295,8 @@ def _older(head: bytes) -> str | None:
         foreign = [c for c in text if not c.isascii()]
         letters = sum(c.isascii() and c.isalpha() for c in text)
         # Of a text in Latin letters few are not ASCII; of one in others most are.
-        if not foreign or (encoding != "cp1252" and len(foreign) < letters / 4):
+        latin = encoding == "cp1252"
+        if not foreign or (len(foreign) > letters if latin else len(foreign) < letters / 4):
             continue
         score = len(re.findall(usual, "".join(foreign))) / len(foreign) / typical
         if score > best:

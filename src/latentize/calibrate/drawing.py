@@ -8,7 +8,8 @@ only, so that one run learns from nothing that another reports.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,10 +84,10 @@ def draw(
         TooShortError: the text does not fill one sequence of each part.
         DataError: it cannot be read.
     """
-    tell = _Notes(notes).tell
+    tell, data = _Notes(notes).tell, sources(data)
     drawing = _Drawing(tokenizer, data, sequence_length, tell)
     # Of the standard library there is enough.
-    rows = drawing.of_few(parts) if sources(data) else [drawing.of_documents(part, cut=False) for part in parts]
+    rows = drawing.of_few(parts) if data else [drawing.of_documents(part, cut=False) for part in parts]
     for part, found_NT in zip(parts, rows, strict=True):
         _tell_of_less(part, found_NT, sequence_length, tell)
     return rows
@@ -99,8 +100,8 @@ def draw_all(
 
     Arguments, result and errors are those of :func:`draw`.
     """
-    tell = _Notes(notes).tell
-    part = Part("all" if sources(data) else "heldout", tokens, seed)
+    tell, data = _Notes(notes).tell, sources(data)
+    part = Part("all" if data else "heldout", tokens, seed)
     rows_NT = _Drawing(tokenizer, data, sequence_length, tell).of_documents(part, cut=False)
     _tell_of_less(part, rows_NT, sequence_length, tell)
     return rows_NT
@@ -112,13 +113,28 @@ def _tell_of_less(part: Part, rows_NT: Tensor, length: int, tell: Callable[[str]
         tell(f"there are {rows_NT.numel():,} tokens of text to {use}, {part.tokens:,} were asked for")
 
 
+def _distinct(texts: Iterable[str]) -> Iterator[str]:
+    """Each once: of two that are the same one could be held out and the other be learnt from."""
+    seen = set()
+    for text in texts:
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield text
+
+
 class _Drawing:
-    def __init__(self, tokenizer: Any, data: Data, length: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, data: list[str], length: int, tell: Callable[[str], None]) -> None:
         self.tokenizer, self.data, self.length, self.tell = tokenizer, data, length, tell
         self.render = chat_renderer(tokenizer, tell)
 
     def of_documents(self, part: Part, *, cut: bool, **options: Any) -> Tensor:
-        text = documents(self.data, part.split, cut=cut, render=self.render, tell=self.tell)
+        return self._packed(self._documents(part.split, cut=cut), part, **options)
+
+    def _documents(self, split: Split, *, cut: bool) -> Iterator[str]:
+        return documents(self.data, split, cut=cut, render=self.render, tell=self.tell)
+
+    def _packed(self, text: Iterable[str], part: Part, **options: Any) -> Tensor:
         options |= {"tokens": part.tokens, "sequence_length": self.length, "seed": part.seed}
         return pack(self.tokenizer, text, **options)
 
@@ -146,7 +162,7 @@ class _Drawing:
         held = part.split == "heldout"
         drawn = each * (wanted - 1) + 2 if held else wanted + wanted // (each - 1) + 2
         # A larger draw begins as a smaller one does, so that a number means the same sequence in all.
-        rows_NT = self.of_documents(Part("all", drawn * self.length), cut=False, least=2)
+        rows_NT = self._packed(_distinct(self._documents("all", cut=False)), Part("all", drawn * self.length), least=2)
         if part.split == "selection":
             raise TooShortError(rows_NT.numel(), self.length, what="what is kept to choose on")
         if held:
