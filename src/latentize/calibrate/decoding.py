@@ -26,8 +26,8 @@ __all__ = ["COMPRESSED", "STDIN", "Source", "display", "encoding_of", "readable"
 STDIN = "-"
 # What goes by a pipe is read once and kept; more would fill the memory.
 _PIPED_BYTES = 1 << 28
-# Bytes that an encoding is told from.
-_LOOKED_AT = 1 << 20
+# Bytes that are to be decodable, and bytes that an encoding without a mark is told from.
+_LOOKED_AT, _GUESSED_FROM = 1 << 20, 1 << 16
 # Of so many characters one may be damaged; more are another encoding.
 _DAMAGED_ONE_IN = 10_000
 # Endings of names; what is in a file is told from its first bytes.
@@ -274,7 +274,7 @@ def _wide(head: bytes) -> str | None:
     best, found = 0.02, None
     for encoding in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
         try:
-            text = _decoded(head[: 1 << 16], encoding, "strict")
+            text = _decoded(head[:_GUESSED_FROM], encoding, "strict")
         except UnicodeDecodeError:
             continue
         odd = sum(c not in "\t\n\r\f\x1b\ufeff" and unicodedata.category(c) in ("Cc", "Cn", "Co") for c in text)
@@ -289,7 +289,7 @@ def _older(head: bytes) -> str | None:
     best, found = 0.05, None
     for encoding, usual, typical in _OLDER:
         try:
-            text = _decoded(head, encoding, "strict")
+            text = _decoded(head[:_GUESSED_FROM], encoding, "strict")
         except UnicodeDecodeError:
             continue
         foreign = [c for c in text if not c.isascii()]
