@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tests.common import FAMILIES, FP32, LLAMA3_SCALING, pico_config
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
@@ -221,3 +223,32 @@ def test_fields_are_those_of_the_config_class(family: str) -> None:
 def test_activations_are_known() -> None:
     assert set(ACT2FN) >= {name for name in ACTIVATIONS if name not in ("hardswish", "sqrtsoftplus")}
     assert set(ACT2FN) <= ACTIVATIONS
+
+
+KEYS = sorted({key for changes in VARIANTS.values() for key in changes} | {"hidden_size", "num_attention_heads"})
+NUMBERS = st.integers(-3, 300) | st.floats(allow_nan=False) | st.sampled_from([0.5, 1e-6, 1e4, 1 << 40])
+PLAIN = st.none() | st.booleans() | NUMBERS | st.text(max_size=8)
+ROPE = st.dictionaries(
+    st.sampled_from([*LLAMA3, "rope_theta", "type", "partial_rotary_factor", "full_attention"]),
+    PLAIN | st.sampled_from(["linear", "llama3", "default", "yarn", "longrope"]),
+    max_size=5,
+)
+VALUES = PLAIN | ROPE | st.lists(PLAIN, max_size=3)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(family=st.sampled_from(FAMILIES), changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
+def test_any_config_is_read_or_refused(family: str, changes: dict[str, Any]) -> None:
+    """Never a traceback, and what is read, transformers reads alike if it does."""
+    entries = config_of(family, changes)
+    ours = read(entries)
+    if not isinstance(ours, ModelSpec) or max(ours.attention.hidden_size, ours.layers, ours.vocab_size) > 4096:
+        return
+    with silent():
+        try:
+            theirs = AutoConfig.for_model(**json.loads(json.dumps(entries)))
+        except Exception:
+            return
+        asked = model_spec(theirs.to_dict(), stated=entries)
+    assert asked.attention == ours.attention
+    assert asked.tensor_shapes() == ours.tensor_shapes()

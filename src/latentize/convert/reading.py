@@ -63,7 +63,11 @@ def prove(
     Raises:
         CheckpointError: something is read otherwise than transformers reads it.
     """
-    return _Proof(source, trust_remote_code, progress).run(tokens_T.cpu())
+    proof = _Proof(source, trust_remote_code, progress)
+    try:
+        return proof.run(tokens_T.cpu())
+    finally:
+        proof.release()
 
 
 def _differs(what: str, where: str) -> CheckpointError:
@@ -84,7 +88,8 @@ class _Proof:
         config = load_config(source.checkpoint.path, trust_remote_code=trust_remote_code)
         config._attn_implementation = "eager" if source.spec.additive_masks else "sdpa"
         self.files: list[Path] = []
-        self.top = self._top(config, trust_remote_code)
+        self.layers: Iterator[SourceLayer] = source.layers()
+        self.top: Any = self._top(config, trust_remote_code)
 
     def _top(self, config: Any, trust_remote_code: bool) -> Any:
         """transformers' model with all that is around the layers, as ``from_pretrained`` fills it."""
@@ -140,12 +145,15 @@ class _Proof:
         self._check_turning(top.base_model)
         final: list[Tensor] = []
         norm.register_forward_pre_hook(lambda _, args: final.append(args[0]))
-        self.layers = self.source.layers()
         theirs_TV = top(input_ids=which_T[None], use_cache=False).logits[0]
         # Both tables are large; of transformers' only these rows are left.
         ours_TV = self.source.head()(final[0][0])[:, used]
         self._compare(ours_TV, theirs_TV, theirs_TV, "what the model predicts", "output head, final norm")
         return self.error
+
+    def release(self) -> None:
+        """Let go of layers and tables, which know each other."""
+        self.top, self.layers = None, iter(())
 
     def _check_files(self) -> None:
         """Weights come from the files that transformers opens."""
