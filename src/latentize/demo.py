@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from latentize.api import convert, evaluate, extend_report, generate, heal, verify
+from latentize.checkpoint.places import require_folder, require_new
 from latentize.convert.progress import Progress, silent
-from latentize.errors import CheckpointError, OutputError
+from latentize.errors import CheckpointError
 from latentize.paths import expanded
 
 __all__ = ["PROMPT", "bundled_model", "demo"]
@@ -44,10 +45,8 @@ def demo(out: str | Path, progress: Progress = silent, *, evaluation_tokens: int
         evaluation_tokens: Held-out tokens to measure on.
     """
     out = expanded(out)
-    if out.exists():
-        raise OutputError(
-            "the output folder exists already", code="LZ401", where=str(out), fix="remove it, or choose another"
-        )
+    require_new(out)
+    require_folder(out)
     model = bundled_model()
     source = evaluate(model, tokens=evaluation_tokens, progress=progress)
     said = generate(model, PROMPT, max_new_tokens=48)

@@ -68,6 +68,11 @@ CODES: dict[str, tuple[str, str]] = {
     "LZ402": ("the output folder cannot be made", "Choose a folder that can be written."),
     "LZ403": ("writing failed", "Make room on the disk; then go on with --resume."),
     "LZ404": ("the output would overwrite the model", "Choose another folder."),
+    "LZ405": (
+        "what was measured, or a chart of it, cannot be kept",
+        "Make room, or the place; what was measured already was printed.",
+    ),
+    "LZ406": ("something else has come to be where the output goes", "Move it away, then go on with --resume."),
     "LZ411": ("something unfinished is there", "Go on with --resume, or remove it."),
     "LZ412": ("what is unfinished was asked for something else", "Use the same model, text and options."),
     "LZ413": ("another process is at it", "Wait for it, or end it."),

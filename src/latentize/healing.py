@@ -13,9 +13,10 @@ from torch import Tensor
 from latentize.calibrate.drawing import Part, draw
 from latentize.calibrate.text import ALONE, Split, describe, warn
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import Passages, TooShortError
+from latentize.calibrate.tokens import Passages, TooShortError, require_rows
 from latentize.checkpoint import Manifest, OutputFolder, open_checkpoint
 from latentize.checkpoint.manifest import sha256
+from latentize.checkpoint.places import write_file
 from latentize.convert.progress import Progress, silent
 from latentize.errors import DataError, OptionError, UnsupportedModelError
 from latentize.evaluate.quality import evaluate
@@ -26,6 +27,8 @@ from latentize.heal.state import Workspace, learnt
 from latentize.heal.student import Losses, Student
 from latentize.heal.targets import Live, Teacher, Written, write_top_k
 from latentize.machine import peak_rss_bytes
+from latentize.report.measurements import record
+from latentize.report.page import write_report
 from latentize.runtime.load import load_model
 
 __all__ = ["heal"]
@@ -82,31 +85,62 @@ def heal(
     request = {"healing": healing.model_dump(mode="json"), "files": files}
     workspace = Workspace(out, request, resume=resume, team=team, track=track)
     text, held = _text(model, healing)
-    workspace.begin()
-    weights, facts = _learn(model, teacher, healing, text, held, workspace, machine, team, progress)
-    result: dict[str, Any] = {}
-    if team.leads:
-        with OutputFolder(out) as folder:
-            _save(folder, model, healing, weights, text)
-            # Two models are about to be measured.
-            del weights
+    for part in (text, held):
+        require_rows(part.tokens_NT, _vocabulary(model), model)
+    try:
+        workspace.begin()
+        weights, facts = _learn(model, teacher, healing, text, held, workspace, machine, team, progress)
+        result: dict[str, Any] = {}
+        if team.leads:
             report = {**facts, "text": describe(healing.data), "teacher": str(teacher)}
-            report |= _compared(folder, model, teacher, healing, progress)
-            manifest.healing = [*manifest.healing, {"recipe": healing.model_dump(mode="json"), **_stable(report)}]
-            manifest.measurements |= {k: report[k] for k in manifest.measurements if k in report and k != "seconds"}
-            folder.write_text("README.md", _card(model, report, healing))
-            folder.finish(open_checkpoint(model).config, manifest)
-        # Times of day are in it, so it is not one of the files that another run would give again.
-        (out / METRICS_NAME).write_text(workspace.metrics.read_text(encoding="utf-8"), encoding="utf-8")
-        result = {**report, "peak_rss_bytes": peak_rss_bytes()}
-    workspace.remove()
+            result = _write(out, model, teacher, healing, weights, text, report, manifest, workspace, progress)
+        workspace.remove()
+    finally:
+        workspace.release()
     return result
 
 
-def _same_vocabulary(model: Path, teacher: Path) -> None:
-    configs = [open_checkpoint(folder).config for folder in (model, teacher)]
+def _write(
+    out: Path,
+    model: Path,
+    teacher: Path,
+    healing: Healing,
+    weights: dict[str, Tensor],
+    text: Passages,
+    report: dict[str, Any],
+    manifest: Manifest,
+    workspace: Workspace,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write the output with all that is said of it; what the command prints. ``weights`` are given up."""
+    with OutputFolder(out) as folder:
+        _save(folder, model, healing, weights, text)
+        # Two models are about to be measured.
+        weights.clear()
+        report |= _compared(folder, model, teacher, healing, progress)
+        manifest.healing = [*manifest.healing, {"recipe": healing.model_dump(mode="json"), **_stable(report)}]
+        manifest.measurements |= {k: report[k] for k in manifest.measurements if k in report and k != "seconds"}
+        folder.write_text("README.md", _card(model, report, healing))
+        result = {**report, "peak_rss_bytes": peak_rss_bytes()}
+
+        def last(partial: Path) -> None:
+            # Times of day are in these, so they are no files that another run would give again.
+            write_file(partial / METRICS_NAME, workspace.metrics.read_text(encoding="utf-8"))
+            record(partial, "heal", result)
+            write_report(partial, name=out.name)
+
+        folder.finish(open_checkpoint(model).config, manifest, last)
+    return result
+
+
+def _vocabulary(folder: Path) -> int:
+    config = open_checkpoint(folder).config
     # The native format has it in its source's config.
-    sizes = [config.get("source_config", config)["vocab_size"] for config in configs]
+    return config.get("source_config", config)["vocab_size"]
+
+
+def _same_vocabulary(model: Path, teacher: Path) -> None:
+    sizes = [_vocabulary(folder) for folder in (model, teacher)]
     if sizes[0] != sizes[1]:
         raise DataError(
             f"the models have different vocabularies ({sizes[0]} and {sizes[1]})",

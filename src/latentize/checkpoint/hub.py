@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from latentize.checkpoint.gguf import SUFFIX, only_gguf
@@ -29,14 +30,15 @@ def resolve(model: str | Path, *, revision: str | None = None, code: bool = Fals
             GGUF files.
     """
     path = expanded(model)
-    if path.is_dir():
+    # ``os.path`` says no to names that are too long; ``pathlib`` raises.
+    if os.path.isdir(path):
         folder = path.resolve()
         return only_gguf(folder) or folder
     name = str(model)
-    if path.is_file() and path.suffix == SUFFIX:
+    if path.suffix == SUFFIX and os.path.isfile(path):
         # Not resolved: in the hub's cache it is a link to a blob without the suffix.
         return path.absolute()
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(
             "the model should be a folder or a GGUF file, not another file",
             where=name,

@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from latentize.checkpoint.manifest import sha256
+from latentize.checkpoint.places import require_new
 from latentize.errors import LatentizeError, OutputError, ResumeError
 from latentize.paths import expanded
 
@@ -36,7 +38,7 @@ def sync(path: Path) -> None:
 
 def partial_folders(out: Path) -> list[Path]:
     """Folders of unfinished conversions to ``out``."""
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         return []
     names = [p for p in out.parent.iterdir() if p.name.startswith(f"{out.name}.partial-")]
     return sorted(p for p in names if (p / _REQUEST).is_file())
@@ -70,23 +72,29 @@ class Journal:
         self.out = expanded(out).absolute()
         self._leftover: Path | None = None
         found = partial_folders(self.out)
-        self.done = self._finished(found) if resume and self.out.exists() else None
-        if self.done is None and self.out.exists():
-            raise OutputError(
-                "the output folder exists already", code="LZ401", where=str(out), fix="remove it, or choose another"
-            )
+        self.done = self._finished(found) if resume and os.path.exists(self.out) else None
+        if self.done is None:
+            require_new(self.out)
         if found and not resume:
-            raise ResumeError(
-                "an unfinished conversion is there",
-                code="LZ411",
-                where=str(found[0]),
-                fix="go on with --resume, or remove that folder",
-            )
+            raise self._of_another(found[0])
         self.folder: Path | None = None
         self._found = found
         self._steps: dict[str, dict[str, Any]] = {}
         self._stream: TextIO | None = None
         self._went_on = False
+
+    def _of_another(self, folder: Path) -> ResumeError:
+        """What to say of an unfinished conversion that is not this one."""
+        if at_work(folder):
+            return ResumeError(
+                "another conversion writes there", code="LZ413", where=str(folder), fix="wait for it, or end it first"
+            )
+        return ResumeError(
+            "an unfinished conversion is there",
+            code="LZ411",
+            where=str(folder),
+            fix="go on with --resume, or remove that folder",
+        )
 
     def _finished(self, found: Iterable[Path]) -> dict[str, Any] | None:
         for folder in found:
@@ -111,17 +119,23 @@ class Journal:
         self.folder = self.out.with_name(f"{self.out.name}.partial-{identity}")
         others = [path for path in self._found if path != self.folder]
         if others:
-            raise _of_something_else(others[0], request)
+            raise self._of_another(others[0]) if at_work(others[0]) else _of_something_else(others[0], request)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._stream = locked(self.folder / _STEPS)
-            if not (self.folder / _REQUEST).is_file():
-                # Complete before it has its name: whoever finds it can compare it.
-                new = self.folder / "request.new"
-                new.write_text(wanted, encoding="utf-8")
-                sync(new)
-                new.rename(self.folder / _REQUEST)
-                sync(self.folder)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with _alone_in(self.folder.parent):
+                # One that has begun since this one looked.
+                later = [path for path in partial_folders(self.out) if path not in (self.folder, *self._found)]
+                if later:
+                    raise self._of_another(later[0])
+                self.folder.mkdir(exist_ok=True)
+                self._stream = locked(self.folder / _STEPS)
+                if not (self.folder / _REQUEST).is_file():
+                    # Complete before it has its name: whoever finds it can compare it.
+                    new = self.folder / "request.new"
+                    new.write_text(wanted, encoding="utf-8")
+                    sync(new)
+                    new.rename(self.folder / _REQUEST)
+                    sync(self.folder)
         except OSError as error:
             raise OutputError(
                 f"cannot create the output folder: {error.strerror}",
@@ -241,6 +255,30 @@ def _of_something_else(folder: Path, request: Mapping[str, Any]) -> ResumeError:
         where=str(folder),
         fix="use the same model, text and options, or remove that folder and start again",
     )
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No two processes are in here at a time, where the file system can keep them apart."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def at_work(folder: Path) -> bool:
+    """Whether a process is at an unfinished conversion."""
+    try:
+        with (folder / _STEPS).open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def locked(path: Path) -> TextIO:

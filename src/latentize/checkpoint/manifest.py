@@ -69,7 +69,7 @@ class Manifest:
     def load(cls, folder: Path) -> Manifest:
         path = folder / MANIFEST_NAME
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_bytes()))
         except FileNotFoundError:
             raise CheckpointError(
                 "the folder has no manifest",
@@ -77,5 +77,5 @@ class Manifest:
                 where=str(path),
                 fix="only outputs of latentize can be verified",
             ) from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError, OSError) as error:
             raise CheckpointError(f"the manifest is damaged: {error}", code="LZ118", where=str(path)) from error

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from latentize.checkpoint.journal import sync
+from latentize.checkpoint.journal import locked, sync
+from latentize.checkpoint.places import require_folder, require_new
 from latentize.errors import OptionError, OutputError
 from latentize.heal.parallel import Team
 from latentize.heal.tracking import Tracking
@@ -56,10 +57,8 @@ class Workspace:
         self.folder = out.with_name(out.name + ".healing")
         self.metrics = self.folder / "metrics.jsonl"
         self._request, self._state, self._team = self.folder / "request.json", self.folder / "state", team
-        if out.exists():
-            raise OutputError(
-                "the output folder exists already", code="LZ401", where=str(out), fix="remove it, or choose another"
-            )
+        require_new(out)
+        require_folder(out)
         wanted = json.dumps(request, indent=2, sort_keys=True) + "\n"
         there = self._request.is_file()
         if there and not resume:
@@ -69,33 +68,47 @@ class Workspace:
                 where=str(self.folder),
                 fix="go on with --resume, or remove it",
             )
-        if there and self._request.read_text() != wanted:
+        self._wanted = wanted
+        self._lock: TextIO | None = None
+        self._require_same()
+        self._tracking = Tracking(track if team.leads else None, out)
+
+    def begin(self) -> None:
+        """Make the folder, if it is not there yet; it stays locked until :meth:`release`.
+
+        Raises:
+            OutputError: it cannot be written.
+            ResumeError: another healing is at it.
+        """
+        # Nobody may make it while another one still looks whether it is there.
+        self._team.wait()
+        if self._team.leads:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = locked(self.folder / "lock")
+                if not self._request.is_file():
+                    self._request.write_text(self._wanted)
+            except OSError as error:
+                raise OutputError(
+                    f"cannot be written: {error.strerror}", code="LZ402", where=str(self.folder)
+                ) from error
+            # One that began since this one looked, and is gone again.
+            self._require_same()
+        self._team.wait()
+
+    def release(self) -> None:
+        """Nobody is at it any more."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _require_same(self) -> None:
+        if self._request.is_file() and self._request.read_text() != self._wanted:
             raise OptionError(
                 "the unfinished healing was asked for something else",
                 code="LZ412",
                 where=str(self._request),
                 fix="use the same models and options, or remove the folder and start again",
             )
-        self._wanted = wanted
-        self._tracking = Tracking(track if team.leads else None, out)
-
-    def begin(self) -> None:
-        """Make the folder, if it is not there yet.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        # Nobody may make it while another one still looks whether it is there.
-        self._team.wait()
-        if self._team.leads and not self._request.is_file():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._request.write_text(self._wanted)
-            except OSError as error:
-                raise OutputError(
-                    f"cannot be written: {error.strerror}", code="LZ402", where=str(self.folder)
-                ) from error
-        self._team.wait()
 
     def write(
         self, step: int, student: Any, optimisers: list[Any], best: dict[str, Any], facts: dict[str, Any]

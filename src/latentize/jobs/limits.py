@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from latentize.errors import NumericsError, OutputError, ResourceError
+from latentize.checkpoint.places import require_folder
+from latentize.errors import NumericsError, ResourceError
 from latentize.footprint import Footprint
 from latentize.machine import memory_room, rss_bytes
-from latentize.paths import expanded
 from latentize.recipe import Recipe
 
 __all__ = ["MemoryNeed", "expected_peak", "finite_numbers", "require_disk", "require_memory", "within_memory"]
@@ -94,14 +93,7 @@ def require_disk(out: Path, needed: int) -> None:
         OutputError: nothing can be written there.
         ResourceError: there is not as much room.
     """
-    parent = next(folder for folder in expanded(out).absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(
-            "the output folder cannot be made there",
-            code="LZ402",
-            where=str(parent),
-            fix="choose a folder that can be written",
-        )
+    parent = require_folder(out)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ResourceError(

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from latentize.checkpoint import MANIFEST_NAME
+from latentize.checkpoint.places import append_line, require_file
 from latentize.errors import CheckpointError
 
-__all__ = ["MEASUREMENTS_NAME", "calibration_text", "is_output", "measured", "record"]
+__all__ = ["MEASUREMENTS_NAME", "calibration_text", "is_output", "measured", "record", "require_record"]
 
 MEASUREMENTS_NAME = "measurements.jsonl"
 
@@ -28,10 +29,23 @@ def record(folder: Path, kind: str, result: dict[str, Any]) -> None:
         folder: An output of latentize.
         kind: ``eval``, ``bench``, ``sample`` or ``heal``.
         result: What the command prints.
+
+    Raises:
+        OutputError: it cannot be written.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with (folder / MEASUREMENTS_NAME).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"kind": kind, "at": now, "result": result}) + "\n")
+    append_line(folder / MEASUREMENTS_NAME, json.dumps({"kind": kind, "at": now, "result": result}))
+
+
+def require_record(folder: Path) -> None:
+    """That :func:`record` can write, and that what it wrote before can be read.
+
+    Raises:
+        OutputError: the folder, or the file in it, cannot be written.
+        CheckpointError: a line is damaged.
+    """
+    require_file(folder / MEASUREMENTS_NAME)
+    measured(folder)
 
 
 def calibration_text(entries: Mapping[str, Any]) -> str:
@@ -50,11 +64,15 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
     path, found = folder / MEASUREMENTS_NAME, {}
     if not path.is_file():
         return {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read: {error.strerror}", code="LZ118", where=str(path)) from error
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             found.setdefault(entry["kind"], []).append({"at": entry["at"], **entry["result"]})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError(
                 "a line is damaged", code="LZ118", where=f"{path}, line {number}", fix="remove the line, or the file"
             ) from None

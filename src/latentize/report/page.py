@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from latentize.checkpoint import MANIFEST_NAME, Manifest
+from latentize.checkpoint.places import require_file, write_file
 from latentize.errors import CheckpointError
 from latentize.report.chart import layer_bars, line_chart, rope_map
 from latentize.report.evaluation import named, positions, probes, tasks
 from latentize.report.html import figure, table
-from latentize.report.measurements import calibration_text, measured
+from latentize.report.measurements import MEASUREMENTS_NAME, calibration_text, measured
 from latentize.spec import kv_cache_bytes
 
 __all__ = ["REPORT_NAME", "page", "speed_chart", "verdict", "write_report"]
@@ -71,17 +72,38 @@ def write_report(folder: Path, *, name: str = "") -> Path:
 
     Raises:
         CheckpointError: the folder is not an output of latentize, or what it says of itself is damaged.
+        OutputError: it cannot be written.
     """
-    manifest, path = Manifest.load(folder), folder / REPORT_NAME
-    if "layers" not in manifest.source:
-        raise CheckpointError(
-            "the manifest does not describe the source",
-            code="LZ118",
-            where=str(folder / MANIFEST_NAME),
-            fix="convert again",
-        )
-    path.write_text(page(manifest, measured(folder), name=name or folder.name), encoding="utf-8")
+    path = folder / REPORT_NAME
+    write_file(path, _checked_page(folder, name or folder.name))
     return path
+
+
+def require_report(folder: Path) -> None:
+    """That :func:`write_report` can write, and has all that it writes of; raises as it does."""
+    require_file(folder / REPORT_NAME)
+    _checked_page(folder, folder.name)
+
+
+def _checked_page(folder: Path, name: str) -> str:
+    manifest, found = Manifest.load(folder), measured(folder)
+    try:
+        if "layers" not in manifest.source:
+            raise CheckpointError(
+                "the manifest does not describe the source",
+                code="LZ118",
+                where=str(folder / MANIFEST_NAME),
+                fix="convert again",
+            )
+        return page(manifest, found, name=name)
+    # What is drawn of it is not there, or is something else: which of both files it was in cannot be told.
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"what was written of the model makes no report: {(str(error) or repr(error)).splitlines()[0]}",
+            code="LZ118",
+            where=f"{folder / MANIFEST_NAME}, {folder / MEASUREMENTS_NAME}",
+            fix=f"remove {MEASUREMENTS_NAME}; if that does not help, convert again",
+        ) from error
 
 
 def page(manifest: Manifest, found: Mapping[str, Sequence[dict[str, Any]]], *, name: str) -> str:
