@@ -17,6 +17,8 @@ from latentize.report.measurements import calibration_text
 __all__ = ["licence", "render"]
 
 _FRONT = re.compile(r"\A---\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
+# YAML's words for nothing.
+_NOTHING = ("", "~", "null", "Null", "NULL")
 # What a card of the hub may say of a licence.
 _KEYS = ("license", "license_name", "license_link")
 # Licences that are known by how they begin.
@@ -46,14 +48,13 @@ def licence(source: Path) -> dict[str, str]:
     """
     if is_gguf(source):
         return gguf_licence(source)
-    card = source / "README.md"
-    if card.is_file():
-        front = _front(card.read_text(encoding="utf-8", errors="replace"))
-        if front.get("license"):
-            return {key: front[key] for key in _KEYS if isinstance(front.get(key), str | list)}
+    front = _front(source / "README.md")
+    said = {key: front[key] for key in _KEYS if key in front}
+    if "license" in said:
+        return said
     files = (path for pattern in ("LICENSE*", "LICENCE*") for path in sorted(source.glob(pattern)) if path.is_file())
     for path in files:
-        head = path.read_text(encoding="utf-8", errors="replace")[:400].lower()
+        head = _beginning(path)
         known = next((name for words, name in _BEGINNINGS.items() if words in head), None)
         return (
             {"license": known}
@@ -63,14 +64,41 @@ def licence(source: Path) -> dict[str, str]:
     return {"license": "unknown"}
 
 
-def _front(text: str) -> dict[str, Any]:
-    """Entries before a card's text; none where they cannot be read."""
-    found = _FRONT.match(text.replace("\r\n", "\n"))
+def _beginning(path: Path) -> str:
     try:
-        entries = yaml.safe_load(found.group(1)) if found else None
-    except yaml.YAMLError:
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(400).lower()
+    except OSError:
+        return ""
+
+
+def _front(card: Path) -> dict[str, Any]:
+    """Entries before a card's text that are words or lists of words; none where they cannot be read.
+
+    Nothing is taken for a number, a date or a truth: a licence may be called 4.0.
+    """
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        found = _FRONT.match(text.replace("\r\n", "\n"))
+        # It makes nothing but words, lists and mappings.
+        entries = yaml.load(found.group(1), yaml.BaseLoader) if found else None
+    except (OSError, yaml.YAMLError, RecursionError):
         return {}
-    return entries if isinstance(entries, dict) else {}
+    if not isinstance(entries, dict):
+        return {}
+    words = {key: _words(value) for key, value in entries.items() if isinstance(key, str)}
+    return {key: value for key, value in words.items() if value}
+
+
+def _words(value: Any) -> str | list[str]:
+    """What a card says, where it is said in words; of a list those of its entries that are."""
+    if isinstance(value, list):
+        return [word for entry in value if isinstance(entry, str) and (word := _word(entry))]
+    return _word(value) if isinstance(value, str) else ""
+
+
+def _word(value: str) -> str:
+    return "" if value in _NOTHING else " ".join(value.split())
 
 
 def render(
