@@ -19,7 +19,8 @@ from latentize.families import ModelSpec, is_latent, model_spec, require_support
 from latentize.jobs import Job, LatentJob, LowerJob, PooledJob
 from latentize.paths import expanded
 from latentize.recipe import Recipe
-from latentize.report.measurements import is_output, record
+from latentize.report.measurements import is_output, record, require_record
+from latentize.report.page import require_report as require_report_of
 from latentize.report.page import verdict, write_report
 
 if TYPE_CHECKING:
@@ -201,11 +202,7 @@ def heal(
         team = Team(parallel, device)
         options: dict[str, Any] = {"machine": machine, "team": team, "resume": resume, "track": track}
         options["progress"] = progress
-        result = run(folder, out, resolve(teacher), healing, **options)
-        if team.leads:
-            record(out, "heal", result)
-            write_report(out)
-    return result
+        return run(folder, out, resolve(teacher), healing, **options)
 
 
 def _torch_dtype(name: str) -> torch.dtype:
@@ -341,9 +338,11 @@ def generate(
 
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
-    loaded = load_model(folder, dtype=_torch_dtype(dtype), device=device)
-    prompt, streamer = without_surrogates(prompt), None
-    if stream:
+    notes: list[str] = []
+    loaded = load_model(folder, dtype=_torch_dtype(dtype), device=device, notes=notes)
+    prompt = without_surrogates(prompt)
+    streamer, beams = None, (loaded.generation_config.num_beams or 1) > 1
+    if stream and not beams:
         from transformers import TextStreamer
 
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
@@ -353,7 +352,11 @@ def generate(
         options["cache"] = LatentCache(accelerate(loaded).config, window=window, **cache_formats(cache))
     elif cache is not None or window is not None:
         raise no_latents("--cache, --window")
-    return vars(run(loaded, tokenizer, prompt, **options))
+    result = vars(run(loaded, tokenizer, prompt, **options))
+    if stream and beams:
+        # Which beam is the likeliest is known in the end.
+        print(prompt + result["text"])
+    return {**result, "notes": notes}
 
 
 def bench(
@@ -409,6 +412,22 @@ def bench(
     }
 
 
+def require_report(model: str | Path) -> None:
+    """That what will be measured of an output of latentize can be added to its report; before it is measured.
+
+    Args:
+        model: What is to be measured; of what is no output of latentize nothing is kept.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        CheckpointError: what the folder says of itself is damaged.
+    """
+    folder = Path(model)
+    if is_output(folder):
+        require_record(folder)
+        require_report_of(folder)
+
+
 def extend_report(model: str | Path, kind: str, result: dict[str, Any]) -> Path | None:
     """Add what was measured to the report of an output of latentize; of any other model nothing is kept.
 
@@ -421,20 +440,14 @@ def extend_report(model: str | Path, kind: str, result: dict[str, Any]) -> Path 
         The report, or ``None`` where there is none.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written; what was measured is to be printed before.
+        CheckpointError: what the folder says of itself is damaged.
     """
     folder = expanded(model)
     if not is_output(folder):
         return None
-    try:
-        record(folder, kind, result)
-        return write_report(folder)
-    except OSError as error:
-        raise OutputError(
-            f"the measurement cannot be kept: {error.strerror}",
-            where=str(folder),
-            fix="it was printed; copy the folder",
-        ) from error
+    record(folder, kind, result)
+    return write_report(folder)
 
 
 def report(
@@ -453,6 +466,8 @@ def report(
         OutputError: the folder cannot be written.
     """
     folder = expanded(out)
+    if is_output(folder):
+        require_record(folder)
     path = write_report(folder)
     if reference is not None:
         prompt = prompt or " ".join(next(iter(documents((), "heldout"))).split(" ")[:24])

@@ -43,7 +43,11 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
             fix="take a GGUF file with a vocabulary, or the safetensors checkpoint of the model",
         )
     try:
-        return AutoTokenizer.from_pretrained(**pretrained(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**pretrained(path), trust_remote_code=trust_remote_code)
+        _try(tokenizer)
+        return tokenizer
+    except MemoryError:
+        raise
     # What a damaged file raises depends on where it is damaged.
     except Exception as error:
         raise CheckpointError(
@@ -56,3 +60,22 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
                 else "put tokenizer.json and tokenizer_config.json of the model into the folder"
             ),
         ) from error
+
+
+def _try(tokenizer: Any) -> None:
+    """Use a tokenizer as it will be used; entries that make no sense show only then.
+
+    Raises:
+        Exception: whatever it raises.
+    """
+    for special in (False, True):
+        ids = tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"]
+        if not isinstance(ids, list) or not all(isinstance(number, int) and number >= 0 for number in ids):
+            raise ValueError(f"'a' becomes {ids!r}"[:200])
+        tokenizer.decode(ids, skip_special_tokens=True)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        number = getattr(tokenizer, name)
+        if number is not None and (not isinstance(number, int) or number < 0):
+            raise ValueError(f"{name} is {number!r}"[:200])
+    set(tokenizer.all_special_ids)
+    len(tokenizer)

@@ -6,15 +6,16 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from latentize.calibrate.text import pieces
-from latentize.errors import DataError
+from latentize.errors import CheckpointError, DataError
 
-__all__ = ["Passages", "Placed", "TooShortError", "leading_tokens", "pack", "spread_positions"]
+__all__ = ["Passages", "Placed", "TooShortError", "leading_tokens", "pack", "require_rows", "spread_positions"]
 
 # Pieces of about two sequences: few enough from one place, and few that are made of several ends.
 _CHARS_PER_TOKEN = 8
@@ -180,6 +181,26 @@ def pack(
         has = len(rows) * sequence_length + len(ends) % sequence_length
         raise TooShortError(has, whole_sequence, sequences=least, lead=len(lead))
     return torch.tensor([lead + row for row in rows[:wanted]], dtype=torch.int64)
+
+
+def require_rows(tokens: Tensor, rows: int, where: str | Path) -> None:
+    """That every token has a row in the embedding.
+
+    Args:
+        tokens: Ids, of any shape.
+        rows: Of the embedding.
+        where: The model.
+
+    Raises:
+        CheckpointError: one has none.
+    """
+    if tokens.numel() and (largest := int(tokens.max())) >= rows:
+        raise CheckpointError(
+            f"the tokenizer makes token {largest}, the embedding has {rows} rows",
+            code="LZ117",
+            where=str(where),
+            fix="is this the model's own tokenizer?",
+        )
 
 
 def leading_tokens(tokenizer: Any) -> list[int]:

@@ -10,7 +10,7 @@ import copy
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,11 +26,21 @@ from latentize.errors import CheckpointError, ConfigError, UnsupportedModelError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["SUFFIX", "GgufCheckpoint", "gguf_config", "gguf_licence", "is_gguf", "only_gguf", "save_gguf_tokenizer"]
+__all__ = [
+    "SUFFIX",
+    "GgufCheckpoint",
+    "gguf_config",
+    "gguf_ends",
+    "gguf_licence",
+    "is_gguf",
+    "only_gguf",
+    "save_gguf_tokenizer",
+]
 
 SUFFIX = ".gguf"
 _OTHER = "take the safetensors checkpoint of the model"
 _LAYER = re.compile(r"blk\.(\d{1,8})\.")
+_NAME, _TEMPLATE = re.compile(r"\w{1,64}"), "tokenizer.chat_template."
 _EXPERTS = re.compile(r"\.ffn_(gate|up|down)_exps$")
 # llama.cpp stores what llama3's scaling makes of the frequencies; these are what all of Llama 3 made it with.
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -87,8 +97,30 @@ def save_gguf_tokenizer(path: Path, folder: Path) -> None:
     """
     from transformers import AutoTokenizer, GenerationConfig
 
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).save_pretrained(folder)
-    GenerationConfig.from_model_config(gguf_config(path)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    if named := _named_templates(read_gguf_header(path).keys):
+        default = {"default": tokenizer.chat_template} if isinstance(tokenizer.chat_template, str) else {}
+        tokenizer.chat_template = {**default, **named}
+    tokenizer.save_pretrained(folder)
+    settings = GenerationConfig.from_model_config(gguf_config(path))
+    settings.eos_token_id = gguf_ends(path, settings.eos_token_id)
+    settings.save_pretrained(folder)
+
+
+def _named_templates(keys: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates beside the default one, which is all that transformers reads."""
+    named = {key.removeprefix(_TEMPLATE): value for key, value in keys.items() if key.startswith(_TEMPLATE)}
+    # A name becomes that of a file.
+    return {name: value for name, value in named.items() if isinstance(value, str) and _NAME.fullmatch(name)}
+
+
+def gguf_ends(path: Path, first: Any) -> Any:
+    """Tokens that end a text: what transformers reads of a file, with others that the file names beside it."""
+    keys = read_gguf_header(path).keys
+    more = [keys.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    found = [*(first if isinstance(first, list) else [first]), *more]
+    ids = list(dict.fromkeys(i for i in found if isinstance(i, int)))
+    return ids if len(ids) > 1 else first
 
 
 def gguf_config(path: Path) -> Any:

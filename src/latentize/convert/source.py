@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from latentize.attention.grouped import AttentionWeights, capped
 from latentize.attention.masks import causal_mask
-from latentize.calibrate.tokens import Passages, Placed
+from latentize.calibrate.tokens import Passages, Placed, require_rows
 from latentize.checkpoint import Checkpoint, load_config
 from latentize.convert.canonical import attention_weights, module_tensors
-from latentize.errors import CheckpointError, ConfigError
+from latentize.errors import ConfigError
 from latentize.families import ModelSpec
 from latentize.machine import give_back_freed_memory, multiplies_bfloat16
 from latentize.spec import AttentionSpec
@@ -303,14 +303,7 @@ class SourceModel:
             CheckpointError: a token has no row in the embedding.
         """
         name, tokens_NT = self.spec.module("embedding") + ".weight", text.tokens_NT
-        rows = self.checkpoint.shape(name)[0]
-        if int(tokens_NT.max()) >= rows:
-            raise CheckpointError(
-                f"the tokenizer makes token {int(tokens_NT.max())}, the embedding has {rows} rows",
-                code="LZ117",
-                where=str(self.checkpoint.path),
-                fix="is this the model's own tokenizer?",
-            )
+        require_rows(tokens_NT, self.checkpoint.shape(name)[0], self.checkpoint.path)
         used, which_NT = tokens_NT.cpu().unique(return_inverse=True)
         table = self.checkpoint.load_rows(name, used.tolist()).to(self.device, torch.float32)
         return Stream(self.spec.embedding_scale * table[which_NT], text.positions_NT.to(self.device))

@@ -15,6 +15,7 @@ import torch
 from latentize import card
 from latentize import plan as arithmetic
 from latentize.calibrate.text import describe
+from latentize.calibrate.tokens import require_rows
 from latentize.checkpoint import Checkpoint, Journal, Manifest, OutputFolder
 from latentize.checkpoint.checksums import source_hashes
 from latentize.checkpoint.gguf import is_gguf
@@ -42,6 +43,12 @@ if TYPE_CHECKING:
     from latentize.formats.base import FormatWriter
 
 __all__ = ["Job"]
+
+
+def _within(path: Path, folder: Path) -> str:
+    """A file's path in a folder; its name where it lies elsewhere."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
 
 # Entries of a report that another run on another machine has otherwise.
 _OF_THIS_RUN = ("seconds", "peak_rss_bytes", "predicted_peak_rss_bytes", "layers")
@@ -118,7 +125,7 @@ class Job(ABC):
             "recipe": self.recipe.model_dump(mode="json"),
             "weights": hashes,
             **self._quantization(),
-            "other files": {path.name: sha256(path) for path in sorted(rest) if path.is_file()},
+            "other files": {_within(path, source.path): sha256(path) for path in sorted(rest) if path.is_file()},
             "text": text.digest(),
             "versions": versions(),
         }
@@ -190,6 +197,8 @@ class Job(ABC):
             self.self_generated = self.sequences_to_generate(source)
             own = {"self_generated": self.self_generated}
             text = draw_text(self.checkpoint.path, self.recipe, self.spec.max_positions, **own, **trust)
+            for part in (text.calibration, text.selection, text.evaluation):
+                require_rows(part.tokens_NT, self.spec.vocab_size, self.checkpoint.path)
             self.notes += text.notes
             self.proved = self.prove(source, text, progress)
             request = self.request(model, text)

@@ -102,7 +102,7 @@ class LatentJob(Job):
         """The text, with sequences of the model's own, written now or before an interruption."""
         written = journal.facts("self-generated text")
         if written is None:
-            trust = {"trust_remote_code": self.trust_remote_code}
+            trust: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
             dtype = torch.bfloat16 if source.fast_matmul else torch.float32
             own_NT = self_generated(
                 load_model(self.checkpoint.path, dtype=dtype, device=source.device, **trust),

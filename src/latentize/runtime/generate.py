@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from latentize.errors import ConfigError, LatentizeError, OptionError
 from latentize.runtime.cache import LatentCache
+from latentize.runtime.settings import NAME
 from latentize.spec import mean_over_layers
 
-__all__ = ["Generated", "cache_bytes", "cached_values", "generate", "latent_layers"]
+__all__ = ["Generated", "cache_bytes", "cached_values", "generate", "latent_layers", "prompt_tokens"]
 
 # Longer prompts go through the model in parts, so that the memory of their activations is bounded.
 _PREFILL = 2048
@@ -29,6 +32,7 @@ class Generated:
         cache_bytes: Bytes of the tensors that the cache held in the end.
         cache_values_per_token_layer: Counted in them, the mean over layers.
         prompt_tokens: Tokens of the prompt.
+        notes: What of the model's own settings is left out, in sentences.
     """
 
     text: str
@@ -37,6 +41,7 @@ class Generated:
     cache_bytes: int
     cache_values_per_token_layer: int | float
     prompt_tokens: int
+    notes: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -60,22 +65,27 @@ def generate(
         temperature: 0 takes the most likely token.
         streamer: transformers' streamer, told of each token.
         cache: Instead of the one that transformers makes.
+
+    Raises:
+        OptionError: the prompt is no text, or has no tokens and the tokenizer none to begin a text with.
+        ConfigError: transformers cannot generate with the model's own settings.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    ids_1T = prompt_tokens(tokenizer, prompt).to(model.device)
     started = time.time()
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    out = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        return_dict_in_generate=True,
-        streamer=streamer,
-        past_key_values=cache,
-        prefill_chunk_size=_PREFILL if inputs["input_ids"].shape[1] > _PREFILL else None,
-        **sampling,
-    )
-    new = out.sequences[0, inputs["input_ids"].shape[1] :]
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options |= {"pad_token_id": pad, "tokenizer": tokenizer, "past_key_values": cache, "streamer": streamer}
+    if ids_1T.shape[1] > _PREFILL:
+        options["prefill_chunk_size"] = _PREFILL
+    with _settings_of(model):
+        out = model.generate(
+            input_ids=ids_1T,
+            attention_mask=torch.ones_like(ids_1T),
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+            **{"do_sample": False, **options},
+        )
+    new = out.sequences[0, ids_1T.shape[1] :]
     used = out.past_key_values
     return Generated(
         text=tokenizer.decode(new, skip_special_tokens=True),
@@ -83,8 +93,46 @@ def generate(
         seconds=time.time() - started,
         cache_bytes=cache_bytes(used),
         cache_values_per_token_layer=cached_values(used, latent_layers(model.config)),
-        prompt_tokens=inputs["input_ids"].shape[1],
+        prompt_tokens=ids_1T.shape[1],
     )
+
+
+def prompt_tokens(tokenizer: Any, prompt: str) -> torch.Tensor:
+    """A prompt's token ids ``[1, T]``; an empty one is the token that begins a text, or else the one that ends it.
+
+    Raises:
+        OptionError: it is no text, or there is no such token.
+    """
+    if not prompt.isascii() and prompt != prompt.encode("utf-8", "replace").decode("utf-8"):
+        raise OptionError("the prompt is not UTF-8", where="PROMPT", fix="give it in that encoding")
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if not ids and first is None:
+        raise OptionError(
+            "the prompt is empty, and no token of this model begins a text", where="PROMPT", fix="give some text"
+        )
+    return torch.tensor([ids or [first]], dtype=torch.int64)
+
+
+@contextmanager
+def _settings_of(model: Any) -> Iterator[None]:
+    """What transformers cannot do of a model's own settings is the fault of these."""
+    try:
+        yield
+    except (LatentizeError, MemoryError):
+        raise
+    except Exception as error:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
+        own = [name for name, value in vars(model.generation_config).items() if value is not None and name not in ids]
+        own = [name for name in own if not name.startswith("_")]
+        if not own:
+            raise
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ConfigError(
+            f"transformers cannot generate with the model's own settings: {reason}",
+            where=f"{NAME}: {', '.join(own)}",
+            fix="correct them, or remove the file",
+        ) from error
 
 
 def latent_layers(config: Any) -> list[int]:
