@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from latentize.errors import LatentizeError, OptionError, ResourceError
+from latentize.errors import LatentizeError, OptionError, OutputError, ResourceError
 from latentize.paths import expanded
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False)
+# What is printed is what people have named things: brackets and colons in it are no style.
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+console = Console(**_PLAIN)
 # Progress goes to stderr, so that stdout can be piped.
-status = Console(stderr=True, highlight=False)
+status = Console(stderr=True, **_PLAIN)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a checkpoint, a GGUF file, or a hub id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
@@ -57,12 +60,12 @@ def _progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
     )
     with Progress(*columns, console=status, disable=not status.is_terminal) as bar:
         tasks: dict[str, Any] = {}
@@ -78,11 +81,44 @@ def _progress() -> Iterator[Progress]:
 
 
 def _emit(entries: Any, as_json: bool, *tables: Table) -> None:
-    if as_json:
-        print(json.dumps(entries))
-        return
-    for table in tables:
-        console.print(table)
+    with _printing():
+        if as_json:
+            print(json.dumps(entries))
+        for table in () if as_json else tables:
+            console.print(table)
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """What is printed in here is out afterwards.
+
+    Raises:
+        OutputError: it is not.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read it has enough.
+        raise
+    except OSError as error:
+        # Python would try again at its end.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(
+            f"the result cannot be printed: {error.strerror}", code="LZ405", where="stdout", fix="make room there"
+        ) from error
+
+
+@contextmanager
+def _kept(model: str, kind: str, result: dict[str, Any]) -> Iterator[None]:
+    """Print in here: what was measured is added to the model's report afterwards, printed or not."""
+    from latentize.api import extend_report
+
+    try:
+        yield
+    finally:
+        extend_report(model, kind, result)
 
 
 def _facts(title: str, rows: dict[str, Any]) -> Table:
@@ -157,14 +193,14 @@ def plan(
     console.print(table)
     console.print("values: cached per token and layer", style="dim")
     for number, note in enumerate(notes, 1):
-        console.print(f"({number}) {note}", style="dim", markup=False)
+        console.print(f"({number}) {note}", style="dim")
     if "machine" in result:
         tables, notes = capacity_tables(result)
         if result.get("conversion"):
             tables.append(conversions_table(result))
         console.print(*tables, sep="\n")
         for note in notes:
-            console.print(note, style="dim", markup=False)
+            console.print(note, style="dim")
 
 
 @app.command()
@@ -248,7 +284,8 @@ def convert(
         result = run(model, out, built, **options, progress=progress)
     _emit(result, as_json, _facts(str(out), conversion_facts(result)))
     if not as_json:
-        console.print(f"report: {expanded(out) / 'report.html'}")
+        # Not folded: a path is there to be copied.
+        console.print(f"report: {expanded(out) / 'report.html'}", soft_wrap=True)
 
 
 def _return_freed_memory() -> None:
@@ -289,7 +326,8 @@ def evaluate(
 ) -> None:
     """Measure perplexity, calibration, and distance from a reference, on held-out text; by position, too."""
     from latentize.api import evaluate as run
-    from latentize.api import extend_report
+    from latentize.api import require_report
+    from latentize.tables import positions_table, probes_table, tasks_table
 
     options = {"data": tuple(data or ()), "tokens": tokens, "sequence_length": sequence_length, "cache": cache}
     options |= {"window": window, "probes": probes or lengths is not None, "samples": samples}
@@ -297,18 +335,17 @@ def evaluate(
     options["tasks"] = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     options["task_options"] = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot}
     options["task_options"]["batch_size"] = batch_size
+    require_report(model)
     with _progress() as progress:
         result = run(model, reference, dtype=dtype, device=device, progress=progress, **options)
-    extend_report(model, "eval", {**result, "reference": reference, "cache": cache, "window": window})
     plain = {k: v for k, v in result.items() if v is not None and not isinstance(v, list | dict)}
     shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in plain.items()}
-    from latentize.tables import positions_table, probes_table, tasks_table
-
-    _emit(result, as_json, _facts(model, shown), positions_table(result["by_position"]))
-    if "probes" in result and not as_json:
-        console.print(*probes_table(result["probes"]), sep="\n")
-    if "tasks" in result and not as_json:
-        console.print(*tasks_table(result["tasks"]), sep="\n")
+    with _kept(model, "eval", {**result, "reference": reference, "cache": cache, "window": window}), _printing():
+        _emit(result, as_json, _facts(model, shown), positions_table(result["by_position"]))
+        if "probes" in result and not as_json:
+            console.print(*probes_table(result["probes"]), sep="\n")
+        if "tasks" in result and not as_json:
+            console.print(*tasks_table(result["tasks"]), sep="\n")
 
 
 @app.command()
@@ -332,22 +369,25 @@ def compare(
 ) -> None:
     """Compare models that were made from one: what each loses, for how many bytes of cache."""
     from latentize.api import compare as run
+    from latentize.checkpoint.places import require_file, write_file
     from latentize.tables import compare_table
 
     options = {"cache": tuple(cache or ()), "window": window, "data": tuple(data or ()), "tokens": tokens}
     options |= {"source_windows": tuple(source_window or ())}
     options |= {"sequence_length": sequence_length, "dtype": dtype, "device": device}
+    if plot is not None:
+        require_file(expanded(plot))
     with _progress() as progress:
         result = run(source, models, progress=progress, **options)
+    _emit(result, as_json, compare_table(result))
     if plot is not None:
         from latentize.report.pareto import pareto_chart
 
-        expanded(plot).write_text(pareto_chart(result["rows"]), encoding="utf-8")
-    _emit(result, as_json, compare_table(result))
+        write_file(expanded(plot), pareto_chart(result["rows"]))
     if not as_json:
         explained = "bytes: of cache a token, all layers; excess, KL: nats a token; worse than: in bytes and excess"
         for note in (explained, *result["notes"]):
-            console.print(note, style="dim", markup=False)
+            console.print(note, style="dim")
 
 
 @app.command()
@@ -503,8 +543,10 @@ def generate(
         window=window,
         stream=not as_json,
     )
+    for note in result["notes"]:
+        status.print(note, style="dim", soft_wrap=True)
     if as_json:
-        print(json.dumps(result))
+        _emit(result, True)
     else:
         rate = result["tokens"] / result["seconds"]
         status.print(
@@ -539,17 +581,16 @@ def bench(
 ) -> None:
     """Measure prefill, decode and cache against context, interleaved with the source."""
     from latentize.api import bench as run
-    from latentize.api import extend_report
+    from latentize.api import require_report
+    from latentize.checkpoint.places import require_file, write_file
 
     contexts, batches = _numbers(context, "--context"), _numbers(batch, "--batch")
     options = {"cache": cache, "stock": stock, "dtype": dtype, "device": device, "steps": steps}
+    require_report(model)
+    if plot is not None:
+        require_file(expanded(plot))
     with _progress() as progress:
         result = run(model, reference, contexts=contexts, batches=batches, progress=progress, **options)
-    if plot is not None:
-        from latentize.report.page import speed_chart
-
-        expanded(plot).write_text(speed_chart(result["rows"]), encoding="utf-8")
-    extend_report(model, "bench", result)
     table = Table(title=f"{model}, {dtype} on {device}", title_justify="left")
     table.add_column("context", justify="right")
     table.add_column("", no_wrap=True)
@@ -565,7 +606,12 @@ def bench(
             f"{row['cache_bytes'] / 2**20:,.2f}",
             f"{row['roofline_share']:.0%}",
         )
-    _emit(result, as_json, table)
+    with _kept(model, "bench", result):
+        _emit(result, as_json, table)
+        if plot is not None:
+            from latentize.report.page import speed_chart
+
+            write_file(plot, speed_chart(result["rows"]))
 
 
 @app.command()
@@ -603,9 +649,9 @@ def demo(
     if not as_json:
         for row in result["rows"]:
             if "continuation" in row:
-                console.print(f"\n[bold]{row['name']}[/bold]")
-                console.print(PROMPT + row["continuation"], markup=False)
-        console.print(f"\nreport: {result['report']}")
+                console.print(f"\n{row['name']}", style="bold")
+                console.print(PROMPT + row["continuation"])
+        console.print(f"\nreport: {result['report']}", soft_wrap=True)
 
 
 # What the dynamic linker says where a library cannot be mapped.
@@ -613,9 +659,9 @@ _NO_MEMORY = ("failed to map segment", "Cannot allocate memory", "cannot allocat
 
 
 def _fail(error: LatentizeError) -> NoReturn:
-    status.print(f"[red]{error.code}[/red] ", end="")
+    status.print(f"{error.code} ", style="red", end="")
     # Not folded: a path is there to be copied.
-    status.print(str(error).removeprefix(error.code).lstrip(), markup=False, soft_wrap=True)
+    status.print(str(error).removeprefix(error.code).lstrip(), soft_wrap=True)
     sys.exit(2)
 
 
@@ -639,6 +685,10 @@ def _notes_on_stderr() -> Iterator[None]:
 
 def main() -> None:
     """Entry point: user errors end with status 2 and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name may hold what the terminal has no letters for.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _notes_on_stderr():
             app()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from latentize.convert.progress import said_time
 from latentize.report.evaluation import score_cells, tasks_said, with_error
@@ -40,10 +41,10 @@ def plan_table(model: str, result: dict[str, Any]) -> tuple[Table, list[str]]:
     for row in result["rows"]:
         if row["note"] and row["note"] not in notes:
             notes.append(row["note"])
-        mark = f" [dim]({notes.index(row['note']) + 1})[/dim]" if row["note"] else ""
+        mark = Text(f" ({notes.index(row['note']) + 1})" if row["note"] else "", style="dim")
         size = f"{row['gib']:.2f}" if row["gib"] >= 0.01 else f"{row['gib']:.4f}"
         values = f"{row['values_per_token_layer']:,}"
-        table.add_row(row["name"] + mark, values, f"{row['bits']:.3g}", size, f"{row['ratio']:.2f} ×")
+        table.add_row(Text(row["name"]) + mark, values, f"{row['bits']:.3g}", size, f"{row['ratio']:.2f} ×")
     return table, notes
 
 
@@ -149,8 +150,7 @@ def tasks_table(found: dict[str, Any]) -> tuple[Table, str]:
     head, rows = score_cells(found)
     table = _table("Tasks", head[0], *head[1:])
     for row in rows:
-        # What is in brackets is no style.
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*row)
     return table, tasks_said(found)
 
 
