@@ -611,7 +611,7 @@ def bench(
         if plot is not None:
             from latentize.report.page import speed_chart
 
-            write_file(plot, speed_chart(result["rows"]))
+            write_file(expanded(plot), speed_chart(result["rows"]))
 
 
 @app.command()

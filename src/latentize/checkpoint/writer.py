@@ -7,10 +7,12 @@ then the config, then the manifest with the hashes come last; one rename makes i
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +20,7 @@ from latentize.checkpoint.base import is_finite
 from latentize.checkpoint.gguf import is_gguf, save_gguf_tokenizer
 from latentize.checkpoint.journal import Journal, sync
 from latentize.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256
+from latentize.checkpoint.places import require_new
 from latentize.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from latentize.errors import NumericsError, OutputError
 from latentize.paths import expanded
@@ -28,6 +31,8 @@ __all__ = ["OutputFolder"]
 SHARD_BYTES = 256 << 20
 _SHARD = "shard-"
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
+# Where transformers looks for chat templates beside the default one.
+_TEMPLATES = "additional_chat_templates/*.jinja"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,6 +42,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 
@@ -55,7 +61,35 @@ def copied_files(source: Path) -> list[Path]:
     """Files of a checkpoint that belong to the tokenizer, to generation and to the licence."""
     licence = [path for pattern in _LICENCE_FILES for path in sorted(source.glob(pattern))]
     licence += sorted(source.glob("*.py")) if has_tokenizer_code(source) else []
-    return [path for path in (*(source / name for name in _TOKENIZER_FILES), *licence) if path.is_file()]
+    named = (source / name for name in _TOKENIZER_FILES)
+    return [path for path in (*named, *sorted(source.glob(_TEMPLATES)), *licence) if path.is_file()]
+
+
+def save_rest_of_tokenizer(source: Path, folder: Path) -> None:
+    """Save what transformers saves of a tokenizer where the folder lacks it; what it has was copied, and stays.
+
+    Args:
+        source: A folder with a tokenizer.
+        folder: Where to.
+    """
+    from transformers import AutoTokenizer
+
+    if has_tokenizer_code(source):
+        # Not to be run here; its files are copied.
+        return
+    with TemporaryDirectory() as made:
+        # It was loaded for its text. What cannot be saved is there as it was in the source.
+        try:
+            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(made)
+        except MemoryError:
+            raise
+        except Exception:
+            return
+        for path in sorted(p for p in Path(made).rglob("*") if p.is_file()):
+            there = folder / path.relative_to(made)
+            if not there.exists():
+                there.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, there)
 
 
 class OutputFolder:
@@ -75,10 +109,7 @@ class OutputFolder:
 
     def __init__(self, out: Path, *, shard_bytes: int = SHARD_BYTES, journal: Journal | None = None) -> None:
         self.out, self._journal = expanded(out).absolute(), journal
-        if self.out.exists():
-            raise OutputError(
-                "the output folder exists already", code="LZ401", where=str(out), fix="remove it, or choose another"
-            )
+        require_new(self.out)
         self.partial = self.out.with_name(f"{self.out.name}.partial-{uuid.uuid4().hex[:8]}")
         if journal is not None:
             assert journal.folder is not None
@@ -87,7 +118,9 @@ class OutputFolder:
             self.partial.mkdir(parents=True, exist_ok=journal is not None)
             # Config and index come last, in a conversion that goes on as well.
             for path in self.partial.iterdir():
-                if not path.name.startswith(_SHARD):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif not path.name.startswith(_SHARD):
                     path.unlink()
         except OSError as error:
             raise OutputError(
@@ -182,13 +215,20 @@ class OutputFolder:
             return
         for path in copied_files(source):
             try:
-                shutil.copyfile(path, self.partial / path.name)
+                there = self.partial / path.relative_to(source)
+                there.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, there)
             except OSError as error:
                 raise self._unwritten("copy the tokenizer", error, path) from error
+        try:
+            save_rest_of_tokenizer(source, self.partial)
+        except OSError as error:
+            raise self._unwritten("write the tokenizer", error, self.partial) from error
 
     def write_text(self, name: str, text: str) -> None:
         try:
-            (self.partial / name).write_text(text, encoding="utf-8")
+            # A name may hold what UTF-8 has not.
+            (self.partial / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise self._unwritten("write", error, self.partial / name) from error
 
@@ -229,14 +269,33 @@ class OutputFolder:
         if self._pending or self._shards:
             self.finish_model(config)
         try:
-            manifest.files = {p.name: sha256(p) for p in sorted(self.partial.iterdir()) if p.name != MANIFEST_NAME}
+            manifest.files = {n: sha256(p) for n, p in self._files().items() if n != MANIFEST_NAME}
             self.write_text(MANIFEST_NAME, manifest.dumps())
             if last is not None:
                 last(self.partial)
-            for path in self.partial.iterdir():
+            for path in sorted(self.partial.rglob("*")):
                 sync(path)
             sync(self.partial)
-            self.partial.rename(self.out)
+            self._rename()
             sync(self.out.parent)
         except OSError as error:
             raise self._unwritten("finish the output", error, self.out) from error
+
+    def _files(self) -> dict[str, Path]:
+        """All files that are written, by their path in the folder."""
+        found = sorted(path for path in self.partial.rglob("*") if path.is_file())
+        return {path.relative_to(self.partial).as_posix(): path for path in found}
+
+    def _rename(self) -> None:
+        try:
+            self.partial.rename(self.out)
+        except OSError as error:
+            if not os.path.lexists(self.out):
+                raise
+            kept = self._journal is not None and self._journal.worth
+            raise OutputError(
+                "something else has been written there meanwhile",
+                code="LZ406",
+                where=str(self.out),
+                fix="move it away, " + ("then go on with --resume" if kept else "or choose another folder"),
+            ) from error

@@ -176,6 +176,12 @@ def _add_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
         getattr(writer, f"add_{name}_token_id")(number)
     if vocab.chat_template is not None:
         writer.add_chat_template(vocab.chat_template)
+    # ``add_chat_template`` takes several, and lists their names in an order that changes.
+    keys = gguf_module().Keys.Tokenizer
+    for name, template in vocab.named_templates.items():
+        writer.add_string(keys.CHAT_TEMPLATE_N.format(name=name), template)
+    if vocab.named_templates:
+        writer.add_array(keys.CHAT_TEMPLATES, list(vocab.named_templates))
 
 
 def check_portable(checkpoint: Checkpoint) -> None:

@@ -13,7 +13,7 @@ from latentize.checkpoint import Checkpoint, open_checkpoint
 from latentize.errors import CheckpointError
 from latentize.formats.gguf import check_portable, gguf_tensors
 from latentize.formats.gguf_types import BLOCK, GgufTensor, gguf_module, rounded
-from latentize.formats.gguf_vocab import read_vocab
+from latentize.formats.gguf_vocab import Vocab, read_vocab
 
 __all__ = ["check_gguf", "read_gguf"]
 
@@ -21,6 +21,8 @@ __all__ = ["check_gguf", "read_gguf"]
 # of fp16's smallest number, 127 times.
 _Q8_ERROR = 0.5 / 127 + 2.0**-11
 _Q8_SMALLEST = 127 * 2.0**-25
+# What GGUF calls them.
+_ID_NAMES = {"unk": "unknown", "pad": "padding"}
 
 
 def read_gguf(path: Path) -> Any:
@@ -80,8 +82,16 @@ def _expected_keys(checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer.ggml.tokens": vocab.tokens,
         "tokenizer.ggml.token_type": vocab.types,
         "tokenizer.ggml.merges": vocab.merges,
-        **{f"tokenizer.ggml.{name}_token_id": number for name, number in vocab.special.items()},
+        **{f"tokenizer.ggml.{_ID_NAMES.get(name, name)}_token_id": n for name, n in vocab.special.items()},
+        **_expected_templates(vocab),
     }
+
+
+def _expected_templates(vocab: Vocab) -> dict[str, Any]:
+    keys: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in vocab.named_templates.items()}
+    if vocab.named_templates:
+        keys["tokenizer.chat_templates"] = list(vocab.named_templates)
+    return keys if vocab.chat_template is None else {**keys, "tokenizer.chat_template": vocab.chat_template}
 
 
 def _same(found: Any, wanted: Any) -> bool:

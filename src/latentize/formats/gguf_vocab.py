@@ -40,9 +40,11 @@ class Vocab:
         tokens: By id, as many as the model has embeddings.
         types: GGUF's type of each.
         merges: Two pieces with a space between, in the order of their rank.
-        special: ``bos``, ``eos``, ``unk``, ``pad`` → id, where there is one.
+        special: ``bos``, ``eos``, ``eot``, ``eom``, ``unk``, ``pad`` → id, where there is one; at ``eos``, ``eot`` and
+            ``eom`` a text ends.
         add_bos: Whether texts begin with the bos token.
-        chat_template: Jinja, if there is one.
+        chat_template: Jinja, if there is one; the default one of several.
+        named_templates: Others by name, of letters, digits and ``_``.
         notes: What llama.cpp does differently.
     """
 
@@ -53,6 +55,7 @@ class Vocab:
     special: dict[str, int]
     add_bos: bool
     chat_template: str | None = None
+    named_templates: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -107,6 +110,48 @@ def _special_ids(tokenizer: Any) -> dict[str, int]:
     return {name: number for name, number in found.items() if number is not None}
 
 
+def _ends(folder: Path, special: dict[str, int], count: int) -> tuple[dict[str, int], list[str]]:
+    """Tokens that end a text beside the tokenizer's own: ids by GGUF's names, and what it has no name for."""
+    ids: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
+        try:
+            entries = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        told = entries.get("eos_token_id") if isinstance(entries, dict) else None
+        ids += told if isinstance(told, list) else [told]
+    known = [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count]
+    names = [name for name in ("eos", "eot", "eom") if name not in special]
+    more = [i for i in dict.fromkeys(known) if i != special.get("eos")]
+    notes = (
+        [] if len(more) <= len(names) else [f"a GGUF file has no place for more ends of a text: {more[len(names) :]}"]
+    )
+    return dict(zip(names, more, strict=False)), notes
+
+
+def _templates(tokenizer: Any) -> tuple[str | None, dict[str, str], list[str]]:
+    """The default chat template, others by GGUF's name, and what is left out, in sentences."""
+    told = tokenizer.chat_template
+    templates = told if isinstance(told, dict) else {"default": told}
+    default, named, notes = None, {}, []
+    for name, template in templates.items():
+        # As llama.cpp's converter names them.
+        short = "".join(c if c.isascii() and c.isalnum() else "_" for c in str(name))
+        if not isinstance(template, str) or not short:
+            continue
+        if not _is_text(template) or short in named:
+            notes.append(f"the chat template '{name}' is left out: another has its name, or it is not UTF-8")
+        elif name == "default":
+            default = template
+        else:
+            named[short] = template
+    return default, named, notes
+
+
+def _is_text(text: str) -> bool:
+    return text == text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _tokens(tokenizer: Any, entries: dict[str, Any], count: int, folder: Path) -> tuple[list[str], list[int]]:
     """Tokens and their types by id; ids that the tokenizer does not use are padding."""
     tokens, types = [f"[PAD{number}]" for number in range(count)], [UNUSED] * count
@@ -154,14 +199,19 @@ def read_vocab(folder: Path, vocab_size: int) -> Vocab:
         notes.append(
             f"llama.cpp skips the tokenizer's normalizer ({normalizer['type']}): unusual Unicode is cut otherwise"
         )
+    special = _special_ids(tokenizer)
+    ends, left = _ends(folder, special, vocab_size)
+    default, named, unnamed = _templates(tokenizer)
+    notes += [*left, *unnamed]
     first = tokenizer("a")["input_ids"][0]
     return Vocab(
         pre=name,
         tokens=tokens,
         types=types,
         merges=[f"{left} {right}" for left, right in pairs],
-        special=_special_ids(tokenizer),
+        special={**special, **ends},
         add_bos=tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id,
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        chat_template=default,
+        named_templates=named,
         notes=notes,
     )
