@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ def shapes() -> dict[str, Path]:
 def _config_file(model: str) -> Path:
     """The ``config.json``, or the GGUF file, that ``model`` means; from the hub nothing else is downloaded."""
     path = expanded(model)
-    if path.is_file():
+    # ``os.path`` says no to names that are too long; ``pathlib`` raises.
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         return only_gguf(path) or path / "config.json"
     if model in shapes():
         return shapes()[model]

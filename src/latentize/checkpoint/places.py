@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,9 +57,22 @@ def require_folder(out: Path) -> Path:
         OutputError: nothing can be made there.
     """
     parent = _nearest(out)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir() or not _can_write(parent):
         raise OutputError("the output folder cannot be made there", code="LZ402", where=str(parent), fix=_CHOOSE)
     return parent
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether something can be made in a folder; what a file system allows is known only once it was tried."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    trial = folder / f".latentize-{uuid.uuid4().hex[:8]}"
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def _nearest(out: Path) -> Path:
@@ -76,7 +90,7 @@ def require_file(path: Path) -> None:
         reason = "there is no such folder"
     elif os.path.isdir(path):
         reason = "a folder has its name"
-    elif not os.access(path.parent, os.W_OK | os.X_OK) or (os.path.lexists(path) and not os.access(path, os.W_OK)):
+    elif not _can_write(path.parent) or (os.path.lexists(path) and not os.access(path, os.W_OK)):
         reason = "it cannot be written"
     elif len(os.fsencode(path.name)) + _LONGER > os.pathconf(path.parent, "PC_NAME_MAX"):
         reason = "its name is too long"

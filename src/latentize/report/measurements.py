@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ MEASUREMENTS_NAME = "measurements.jsonl"
 
 def is_output(folder: Path) -> bool:
     """Whether latentize has written it."""
-    return (folder / MANIFEST_NAME).is_file()
+    # ``os.path`` says no to names that are too long; ``pathlib`` raises.
+    return os.path.isfile(folder / MANIFEST_NAME)
 
 
 def record(folder: Path, kind: str, result: dict[str, Any]) -> None:
