@@ -335,12 +335,15 @@ def generate(
     from latentize.runtime.cache import LatentCache, cache_formats
     from latentize.runtime.generate import generate as run
     from latentize.runtime.load import load_model
+    from latentize.runtime.settings import without_guesses
 
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
     notes: list[str] = []
     loaded = load_model(folder, dtype=_torch_dtype(dtype), device=device, notes=notes)
     prompt = without_surrogates(prompt)
+    if window is not None:
+        notes += without_guesses(loaded)
     streamer, beams = None, (loaded.generation_config.num_beams or 1) > 1
     if stream and not beams:
         from transformers import TextStreamer

@@ -48,7 +48,7 @@ NEUTRAL = {"eos_token_id": 0}
         ({"num_return_sequences": 3}, "one continuation"),
         ({"num_beams": 1000}, "no sense"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive"),
-        ({"prompt_lookup_num_tokens": 3}, "ahead"),
+        ({"prompt_lookup_num_tokens": 10**9}, "no sense"),
         ({"assistant_early_exit": 1}, "ahead"),
         ({"cache_implementation": "static"}, "cache"),
         ({"cache_implementation": "quantized", "cache_config": {"backend": "quanto"}}, "cache"),
@@ -79,6 +79,7 @@ def test_what_cannot_be_had_is_left_out_and_said(
     [
         {"num_beams": 4},
         {"num_beams": 3, "length_penalty": 0},
+        {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2},
         {"repetition_penalty": 3},
         {"suppress_tokens": list(range(100))},
         {"bad_words_ids": [[n] for n in range(1, 60)]},
@@ -102,6 +103,19 @@ def test_what_can_be_had_is_as_transformers_has_it(models: dict[str, Path], kind
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 0}
     wanted = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **entries)
     assert found["text"] == tokenizer.decode(wanted[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("entries", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"repetition_penalty": 1.5}])
+@pytest.mark.parametrize("cache", [{"cache": "int8"}, {"window": 16}, {"window": 16, "cache": "int4"}])
+def test_caches_of_all_kinds(models: dict[str, Path], entries: dict[str, Any], cache: dict[str, Any]) -> None:
+    """A prompt that goes in by parts, too. Wrong guesses cannot be taken back in a window, so there are none."""
+    found = ask(models["converted"], {**NEUTRAL, **entries}, **cache)
+    guesses = "window" in cache and "prompt_lookup_num_tokens" in entries
+    assert [("window" in note and "guess" in note) for note in found["notes"]] == [True] * guesses
+    if "prompt_lookup_num_tokens" in entries:
+        assert found["text"] == ask(models["converted"], NEUTRAL, **cache)["text"]
+    long = api.generate(models["converted"], "ab c " * 500, max_new_tokens=2, **cache)
+    assert long["prompt_tokens"] == 2500 and 1 <= long["tokens"] <= 2
 
 
 def ascii_only(count: int) -> list[int]:
@@ -196,7 +210,7 @@ def test_a_token_without_a_row_is_the_same_error_everywhere(
 
 def test_the_healing_of_a_model_without_a_row(narrow: dict[str, Path], tmp_path: Path) -> None:
     text = documents_of(tmp_path, lambda n: f"{n} \u00fc\u00e4 " * 60)
-    options = {"tokens": 512, "sequence_length": 64, "selection_tokens": 128, "evaluation_tokens": 256}
+    options: dict[str, Any] = {"tokens": 512, "sequence_length": 64, "selection_tokens": 128, "evaluation_tokens": 256}
     with pytest.raises(CheckpointError) as caught:
         api.heal(narrow["converted"], tmp_path / "healed", narrow["source"], data=(text,), **options)
     assert caught.value.code == "LZ117"

@@ -13,7 +13,7 @@ import torch
 from latentize.calibrate.tokens import require_rows
 from latentize.checkpoint import load_config, pretrained
 from latentize.checkpoint.gguf import gguf_ends, is_gguf
-from latentize.errors import CheckpointError
+from latentize.errors import CheckpointError, LatentizeError
 from latentize.runtime.settings import settle, stored_settings
 
 __all__ = ["load_model"]
@@ -56,7 +56,8 @@ def load_model(
         # The bar that transformers shows for a GGUF file knows no setting.
         with redirect_stderr(StringIO()) if is_gguf(path) else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
-    except MemoryError:
+    # So little memory that a library does not fit shows as an import that fails.
+    except (LatentizeError, MemoryError, ImportError):
         raise
     # What an entry that makes no sense raises depends on where it is read.
     except Exception as error:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from latentize.checkpoint.gguf import is_gguf
 
-__all__ = ["NAME", "settle", "stored_settings"]
+__all__ = ["NAME", "settle", "stored_settings", "without_guesses"]
 
 NAME = "generation_config.json"
 # Beams are so many models' caches; long strings to stop at are compared with every token of the vocabulary.
@@ -24,7 +24,7 @@ _SILENT = {
     "max_length", "max_new_tokens", "do_sample", "temperature", "transformers_version", "return_dict_in_generate",
     "output_attentions", "output_hidden_states", "output_scores", "output_logits", "decoder_start_token_id",
     "is_encoder_decoder", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
     "disable_compile", "compile_config", "low_memory", "cache_config", "max_cache_len", "diversity_penalty",
     "prefill_chunk_size", "continuous_batching_config",
 }  # fmt: skip
@@ -38,7 +38,6 @@ _OVERRIDDEN: dict[str, tuple[Any, str]] = {
     "force_words_ids": (None, _HUB),
     "num_beam_groups": (1, _HUB),
     "custom_generate": (None, _HUB),
-    "prompt_lookup_num_tokens": (None, _AHEAD),
     "assistant_early_exit": (None, _AHEAD),
     "assistant_ensemble_weight": (None, _AHEAD),
     "speculation_type": (None, _AHEAD),
@@ -152,6 +151,8 @@ _KEPT: dict[str, _Check] = {
     "num_beams": _count(1, _MOST_BEAMS + 1),
     "early_stopping": lambda value, _: isinstance(value, bool) or value == "never",
     "length_penalty": _number(-1e3, 1e3),
+    "prompt_lookup_num_tokens": _count(1, 65),
+    "max_matching_ngram_size": _count(1, 65),
 }
 # transformers wants these with a point.
 _FLOATS = {"top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "length_penalty"}
@@ -223,6 +224,15 @@ def settle(model: Any, entries: Mapping[str, Any]) -> list[str]:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         model.generation_config = GenerationConfig(**{name: kept[name] for name in ids if name in kept})
     return [f"{NAME}: {note}" for note in notes]
+
+
+def without_guesses(model: Any) -> list[str]:
+    """Guess nothing ahead, for a cache that cannot take back what it has let go of; what is left out, in sentences."""
+    config = model.generation_config
+    if config.prompt_lookup_num_tokens is None:
+        return []
+    config.prompt_lookup_num_tokens = None
+    return [f"{NAME}: prompt_lookup_num_tokens is left out: a window cannot take back a wrong guess"]
 
 
 def _shown(value: Any) -> str:
