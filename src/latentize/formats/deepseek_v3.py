@@ -14,6 +14,8 @@ engines that read only one. Four identities make a converted model fit, exactly 
 
 All factors that meet weights of the source are powers of two, except ``a``; the others meet new weights, which
 are rounded once in any case.
+
+A fifth keeps matrices fit to be quantised, see :mod:`balance`.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
 from latentize.attention.rope import half_to_interleaved
+from latentize.checkpoint import Checkpoint, OutputFolder
 from latentize.convert.pipeline import LayerResult
 from latentize.convert.settings import Setting
 from latentize.families import ModelSpec
 from latentize.families.model import FULL
+from latentize.formats.balance import KEY, Balance, described
 from latentize.formats.base import FormatWriter
 
 __all__ = [
@@ -39,6 +43,7 @@ __all__ = [
     "DELTA_FP16",
     "DeepseekWriter",
     "LatentNorm",
+    "balance_of",
     "decode_attention",
     "encode_attention",
     "portable_reasons",
@@ -50,6 +55,7 @@ EPS = 1e-6
 DELTA, DELTA_FP16 = 2.0**-16, 2.0**-9
 NORM_SHIFT = 2.0**-10
 _ATTENTION = "self_attn."
+_NONE = Balance()
 
 
 def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
@@ -123,36 +129,51 @@ class _Factors:
     o: float
 
 
-def _factors(w: LatentWeights, norm: LatentNorm, stream_scale: float) -> _Factors:
+def _factors(w: LatentWeights, norm: LatentNorm, stream_scale: float, balance: Balance = _NONE) -> _Factors:
     scale = w.softmax_scale * math.sqrt(w.spec.qk_head_dim)
     return _Factors(
-        q=1 / NORM_SHIFT,
-        q_rope=scale / NORM_SHIFT,
+        q=2.0**-balance.k_up / NORM_SHIFT,
+        q_rope=2.0**-balance.k_rope * scale / NORM_SHIFT,
         kv_a=norm.latent / NORM_SHIFT,
-        k_rope=1 / NORM_SHIFT,
-        k_up=scale * norm.up,
-        v_up=norm.up,
-        o=stream_scale,
+        k_rope=2.0**balance.k_rope / NORM_SHIFT,
+        k_up=2.0**balance.k_up * scale * norm.up,
+        v_up=2.0**balance.v_up * norm.up,
+        o=2.0**-balance.v_up * stream_scale,
     )
 
 
-def encode_attention(w: LatentWeights, norm: LatentNorm, stream_scale: float = 1.0) -> dict[str, Tensor]:
+def balance_of(w: LatentWeights, norm: LatentNorm, dtype: torch.dtype) -> Balance:
+    """What makes rows of each matrix of a layer alike in size; nothing where they will be float16."""
+    if dtype == torch.float16:
+        return _NONE
+    f = _factors(w, norm, 1.0)
+    sizes = {"q_nope_HND": f.q, "q_rope_HRD": f.q_rope, "kv_a_rD": f.kv_a, "k_rope_PRD": f.k_rope}
+    sizes |= {"k_up_UNr": f.k_up, "v_up_UVr": f.v_up}
+    return Balance.of({name: (getattr(w, name), factor) for name, factor in sizes.items()})
+
+
+def encode_attention(
+    w: LatentWeights, norm: LatentNorm, stream_scale: float = 1.0, balance: Balance = _NONE
+) -> dict[str, Tensor]:
     """Tensors of ``DeepseekV3Attention``, by name.
 
     Args:
         w: Weights with one roped key and no biases.
         norm: How its latent norm is made linear.
         stream_scale: Factor ``a`` on the residual stream.
+        balance: Factors that make its matrices fit to be quantised.
 
     Returns:
         Tensors in the precision of ``w``. ``input_layernorm`` has to be multiplied by ``NORM_SHIFT`` beside them.
     """
-    return dict(encoded(w, norm, stream_scale))
+    return dict(encoded(w, norm, stream_scale, balance))
 
 
-def encoded(w: LatentWeights, norm: LatentNorm, stream_scale: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+def encoded(
+    w: LatentWeights, norm: LatentNorm, stream_scale: float = 1.0, balance: Balance = _NONE
+) -> Iterator[tuple[str, Tensor]]:
     """The same one by one: each is as large as the weights that it is made of, and in their precision."""
-    f, spec = _factors(w, norm, stream_scale), w.spec
+    f, spec = _factors(w, norm, stream_scale, balance), w.spec
     interleaved = half_to_interleaved(spec.qk_rope_head_dim)
     share = spec.num_heads // spec.up_heads
     q_HdD = w.q_nope_HND.new_empty(spec.num_heads, spec.qk_head_dim, spec.hidden_size)
@@ -173,7 +194,7 @@ def encoded(w: LatentWeights, norm: LatentNorm, stream_scale: float = 1.0) -> It
 
 
 def decode_attention(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LatentWeights:
-    """The inverse of :func:`encode_attention`: the layer with its latent norm taken as linear.
+    """The inverse of :func:`encode_attention`: the layer with its latent norm taken as linear, balanced as it is.
 
     Args:
         tensors: Tensors of ``DeepseekV3Attention``, by name.
@@ -205,6 +226,10 @@ class DeepseekWriter(FormatWriter):
 
     name = "deepseek_v3"
 
+    def __init__(self, folder: OutputFolder, checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> None:
+        super().__init__(folder, checkpoint, spec, dtype)
+        self._balances: dict[int, Balance] = {}
+
     @property
     def stream_scale(self) -> float:
         return math.sqrt(EPS / self.spec.norm_eps)
@@ -217,6 +242,7 @@ class DeepseekWriter(FormatWriter):
     def saved(self, result: LayerResult) -> LatentWeights:
         w = result.latent
         assert w is not None
+        # Without its balance, whose powers of two round nothing.
         f = _factors(w, LatentNorm.stored_as(self.dtype, *result.latent_rms), self.block_scale)
 
         def rounded(t: Tensor, factor: float) -> Tensor:
@@ -240,7 +266,8 @@ class DeepseekWriter(FormatWriter):
         self.folder.make_room(latent.num_heads * latent.qk_head_dim * latent.hidden_size * self.dtype.itemsize)
         prefix = f"model.layers.{result.index}."
         norm = LatentNorm.stored_as(self.dtype, *result.latent_rms)
-        for name, tensor in encoded(result.latent, norm, self.block_scale):
+        balance = self._balances[result.index] = balance_of(result.latent, norm, self.dtype)
+        for name, tensor in encoded(result.latent, norm, self.block_scale, balance):
             self._add(prefix + _ATTENTION + name, tensor)
         for name, tensor in result.source.tensors.items():
             if name.startswith(_ATTENTION):
@@ -304,4 +331,9 @@ class DeepseekWriter(FormatWriter):
             "routed_scaling_factor": 1.0,
             "num_nextn_predict_layers": 0,
             "use_cache": True,
+            **self._exponents(),
         }
+
+    def _exponents(self) -> dict[str, Any]:
+        found = [self._balances[layer] for layer in range(self.spec.layers)]
+        return {} if set(found) == {_NONE} else {KEY: described(found)}

@@ -11,7 +11,8 @@ the key has to be there; no count of experts or of groups of them, since one gro
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from latentize.checkpoint import Checkpoint, open_checkpoint
 from latentize.checkpoint.journal import locked, sync
 from latentize.checkpoint.manifest import sha256
 from latentize.errors import FormatError, OptionError, OutputError
+from latentize.formats.balance import Balance, balances, unbalanced
 from latentize.formats.deepseek_v3 import EPS
 from latentize.formats.gguf_types import BLOCK, TYPES, GgufTensor, check_range, ggml_type, gguf_module, stored
 from latentize.formats.gguf_vocab import Vocab, read_vocab
@@ -95,36 +97,48 @@ def _same(t: Tensor) -> Tensor:
     return t
 
 
+def _plain(inner: str, balance: Balance, config: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """A tensor of a layer in fp16's range, as llama.cpp's caches, kernels and steps of blocks are."""
+    name = f"{inner.removeprefix('self_attn.')}.weight"
+    return partial(unbalanced, name, balance=balance, config=config) if inner.startswith("self_attn.") else _same
+
+
 def gguf_tensors(checkpoint: Checkpoint) -> list[GgufTensor]:
     """All tensors of the file, in its order.
 
     Raises:
         FormatError: the folder has a tensor that the file has no place for.
+        CheckpointError: its config does not say how it is balanced.
     """
-    config = checkpoint.config
+    config, balance = checkpoint.config, balances(checkpoint.config)
     heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
     nope, v_dim = config["qk_nope_head_dim"], config["v_head_dim"]
 
-    def k_up(t: Tensor) -> Tensor:
-        return t.unflatten(0, (heads, nope + v_dim))[:, :nope].transpose(1, 2).contiguous()  # HrN
+    def k_up(t: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        return plain(t).unflatten(0, (heads, nope + v_dim))[:, :nope].transpose(1, 2).contiguous()  # HrN
 
-    def v_up(t: Tensor) -> Tensor:
-        return t.unflatten(0, (heads, nope + v_dim))[:, nope:].contiguous()  # HVr
+    def v_up(t: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        return plain(t).unflatten(0, (heads, nope + v_dim))[:, nope:].contiguous()  # HVr
 
     found: list[GgufTensor] = []
     for source in checkpoint.names():
         stem, _, kind = source.rpartition(".")
-        prefix, name = "", _TOP.get(stem)
+        prefix, name, plain = "", _TOP.get(stem), _same
         if stem.startswith("model.layers."):
             number, _, inner = stem.removeprefix("model.layers.").partition(".")
             prefix, name = f"blk.{number}.", _LAYER.get(inner)
+            plain = _plain(inner, balance[int(number)], config)
             if inner == "self_attn.kv_b_proj" and kind == "weight":
-                found.append(GgufTensor(f"{prefix}attn_k_b.weight", source, (heads, rank, nope), k_up))
-                found.append(GgufTensor(f"{prefix}attn_v_b.weight", source, (heads, v_dim, rank), v_up))
+                found.append(
+                    GgufTensor(f"{prefix}attn_k_b.weight", source, (heads, rank, nope), partial(k_up, plain=plain))
+                )
+                found.append(
+                    GgufTensor(f"{prefix}attn_v_b.weight", source, (heads, v_dim, rank), partial(v_up, plain=plain))
+                )
                 continue
         if name is None or kind != "weight":
             raise FormatError("deepseek2 has no such tensor", where=f"{checkpoint.path}, tensor {source}")
-        found.append(GgufTensor(f"{prefix}{name}.weight", source, checkpoint.shape(source), _same))
+        found.append(GgufTensor(f"{prefix}{name}.weight", source, checkpoint.shape(source), plain))
     return found
 
 

@@ -24,6 +24,7 @@ from latentize.attention.module import LatentAttention, state_dict
 from latentize.calibrate.tokens import Passages
 from latentize.checkpoint import Checkpoint
 from latentize.errors import OptionError
+from latentize.formats.balance import balances
 from latentize.formats.deepseek_v3 import NORM_SHIFT, LatentNorm, decode_attention, encode_attention
 from latentize.heal.recipe import Healing
 from latentize.heal.targets import Targets, head_of, inputs
@@ -168,10 +169,12 @@ class Student(nn.Module):
                 for name, p in layer.self_attn.state_dict().items()
             }
         sizes, found = self._latent_rms(tokens_NT) if self.portable else {}, {}
+        # As the config says, which stays: healing changes no scale by much.
+        kept = balances(self.model.config.to_dict()) if self.portable else []
         for index, layer in enumerate(self.layers):
             w = layer.self_attn.weights()
             if self.portable:
-                tensors = encode_attention(w, LatentNorm.stored_as(dtype, *sizes[index]))
+                tensors = encode_attention(w, LatentNorm.stored_as(dtype, *sizes[index]), balance=kept[index])
             else:
                 tensors = state_dict(_in_full(w, layer.self_attn), layer.self_attn.frequency_table)
             found |= {f"{self.prefix}model.layers.{index}.self_attn.{name}": t for name, t in tensors.items()}
@@ -225,9 +228,9 @@ def _in_full(w: LatentWeights, attention: LatentAttention) -> LatentWeights:
 def _canonical(model: Any) -> None:
     """Put attention in coordinates without hidden factors in the place of transformers'."""
     config = model.config.to_dict()
-    for index, layer in enumerate(model.model.layers):
+    for index, (layer, balance) in enumerate(zip(model.model.layers, balances(config), strict=True)):
         stored = layer.self_attn.state_dict()
-        w = decode_attention(stored, config)
+        w = balance.undone(decode_attention(stored, config))
         inputs = {n: getattr(w, n) * NORM_SHIFT for n in ("q_nope_HND", "q_rope_HRD", "kv_a_rD", "k_rope_PRD")}
         layer.self_attn = LatentAttention.from_weights(replace(w, **inputs), index)
         layer.input_layernorm.weight.div_(NORM_SHIFT)

@@ -20,6 +20,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from latentize.attention.module import LatentAttention
 from latentize.errors import OptionError, UnsupportedModelError
+from latentize.formats.balance import KEY, rebalance, unbalance
 from latentize.runtime.backends import Backend
 from latentize.runtime.cache import LatentCache
 from latentize.runtime.heads import Up, heads
@@ -176,6 +177,8 @@ def accelerate(model: Any, *, backend: str = "auto") -> Any:
             frequencies = partial(getattr, rotary, "inv_freq", None)
         setattr(layer, _BACKEND, chosen)
         hooks.append(layer.register_forward_pre_hook(_announce(frequencies, interleaved), with_kwargs=True))
+    # Roped keys that are tiny are nothing to a cache in fp16, and queries that are huge too much for its kernels.
+    scaled = unbalance(model)
     # Models that were made from one config share it: this one gets its own. Layers that are not latent go on as before.
     mixed = len(layers) < model.config.get_text_config(decoder=True).num_hidden_layers
     before = [(m, m.config) for m in model.modules() if hasattr(m, "config") and not mixed]
@@ -183,14 +186,17 @@ def accelerate(model: Any, *, backend: str = "auto") -> Any:
     for module, config in before:
         module.config = own[id(config)]
         module.config._attn_implementation = _NAME
-    setattr(model, _STATE, (layers, hooks, before))
+        if scaled and hasattr(module.config, KEY):
+            # Saved now, it must not say what is no longer true.
+            delattr(module.config, KEY)
+    setattr(model, _STATE, (layers, hooks, before, scaled))
     model.generate = MethodType(_generate, model)
     return model
 
 
 def backend_of(model: Any) -> Backend:
     """Who decodes an accelerated model, and how often it did."""
-    layers, _, _ = getattr(model, _STATE)
+    layers = getattr(model, _STATE)[0]
     return getattr(layers[0], _BACKEND)
 
 
@@ -198,7 +204,7 @@ def decelerate(model: Any) -> Any:
     """Undo :func:`accelerate`."""
     if not is_accelerated(model):
         return model
-    layers, hooks, before = getattr(model, _STATE)
+    layers, hooks, before, scaled = getattr(model, _STATE)
     for layer in layers:
         delattr(layer, "heads" if isinstance(layer, LatentAttention) else "expand_kv")
         delattr(layer, _BACKEND)
@@ -206,6 +212,8 @@ def decelerate(model: Any) -> Any:
         hook.remove()
     for module, config in before:
         module.config = config
+    if scaled:
+        rebalance(model)
     del model.generate
     delattr(model, _STATE)
     return model

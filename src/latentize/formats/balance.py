@@ -1,0 +1,177 @@
+"""Scales within the attention of a portable checkpoint, for whoever quantises it.
+
+What makes the latent's norm linear leaves rows of ``kv_a_proj_with_mqa`` a million times smaller than those of the
+roped key beside them, and no scale that they share serves both. Three powers of two move along the layer and change
+nothing that it computes:
+
+    roped keys ``2^k``, roped queries ``2^-k``       ``k`` brings roped keys to the latent's rows
+    un-roped keys ``2^u``, un-roped queries ``2^-u``  ``u`` brings un-roped queries to the roped ones
+    values ``2^v``, output projection ``2^-v``        ``v`` brings values to the un-roped keys
+
+The price is paid in activations: roped keys and values are then as small as ``2^-20``, queries as large as ``2^20``,
+which bfloat16 and float32 hold as well as any other number and float16 does not. Weights for float16 are not balanced,
+and what is to run in that range is taken back to where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentize.attention.latent import LatentWeights
+from latentize.errors import CheckpointError
+
+__all__ = ["KEY", "Balance", "balances", "described", "rebalance", "unbalance", "unbalanced"]
+
+# Of config.json: [k, u, v] of every layer. Engines do not know it and need not.
+KEY = "latentize_exponents"
+# Far from the ends of bfloat16's range, and beyond what any model needs; in each of three steps, and together.
+_STEP, _LARGEST = 32, 96
+_MATRICES = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Exponents of two.
+
+    Attributes:
+        k_rope: On roped keys; its inverse is on roped queries.
+        k_up: On un-roped keys; its inverse is on un-roped queries.
+        v_up: On values; its inverse is on the output projection.
+    """
+
+    k_rope: int = 0
+    k_up: int = 0
+    v_up: int = 0
+
+    @classmethod
+    def of(cls, parts: Mapping[str, tuple[Tensor, float]]) -> Balance:
+        """What brings parts that are stored together to one size.
+
+        Rounded up each time: no part is more than twice the other, and activations stay as large as that allows.
+
+        Args:
+            parts: Under their names in :class:`LatentWeights`: the tensor, and a factor that it is stored with.
+        """
+        size = {name: factor * _rms(tensor) for name, (tensor, factor) in parts.items()}
+        k_rope = _exponent(size["kv_a_rD"], size["k_rope_PRD"])
+        k_up = k_rope + _exponent(size["q_nope_HND"], size["q_rope_HRD"])
+        return cls(k_rope, k_up, k_up + _exponent(size["k_up_UNr"], size["v_up_UVr"]))
+
+    def undone(self, w: LatentWeights) -> LatentWeights:
+        """The layer, of which these are factors, without them."""
+        return replace(
+            w,
+            q_nope_HND=w.q_nope_HND * 2.0**self.k_up,
+            q_rope_HRD=w.q_rope_HRD * 2.0**self.k_rope,
+            k_rope_PRD=w.k_rope_PRD * 2.0**-self.k_rope,
+            k_up_UNr=w.k_up_UNr * 2.0**-self.k_up,
+            v_up_UVr=w.v_up_UVr * 2.0**-self.v_up,
+            o_DHV=w.o_DHV * 2.0**self.v_up,
+        )
+
+
+def _rms(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t)) / math.sqrt(max(1, t.numel()))
+
+
+def _exponent(wanted: float, size: float) -> int:
+    """``e`` so that ``size · 2^e`` is ``wanted``, or at most twice it."""
+    ratio = wanted / size if size > 0 else 0.0
+    # A part that is nothing is of any size. Three of these make no more than ``_LARGEST``.
+    return max(-_STEP, min(_STEP, math.ceil(math.log2(ratio)))) if 0 < ratio < math.inf else 0
+
+
+def balances(config: Mapping[str, Any]) -> list[Balance]:
+    """Of every layer, as ``config.json`` has them; none at all where it says nothing.
+
+    Raises:
+        CheckpointError: it does not say three whole numbers for each layer.
+    """
+    layers, found = config["num_hidden_layers"], config.get(KEY)
+    if found is None:
+        return [Balance()] * layers
+    if not isinstance(found, Sequence) or len(found) != layers or not all(_is_balance(entry) for entry in found):
+        raise CheckpointError(
+            f"{KEY} is not three whole numbers from -{_LARGEST} to {_LARGEST} for each of {layers} layers",
+            code="LZ118",
+            where=f"config.json, {KEY}",
+            fix="convert or download again",
+        )
+    return [Balance(*entry) for entry in found]
+
+
+def _is_balance(entry: object) -> bool:
+    return isinstance(entry, Sequence) and len(entry) == 3 and all(type(e) is int and abs(e) <= _LARGEST for e in entry)
+
+
+def described(found: Sequence[Balance]) -> list[list[int]]:
+    """As :func:`balances` reads them."""
+    return [list(astuple(balance)) for balance in found]
+
+
+def unbalanced(name: str, stored: Tensor, balance: Balance, config: Mapping[str, Any]) -> Tensor:
+    """A tensor of ``DeepseekV3Attention`` without the factors; exact in bfloat16 and float32.
+
+    Args:
+        name: Of the tensor within the attention. One that has no factors is given back.
+        stored: As it is in the file.
+        balance: Of its layer.
+        config: ``config.json``.
+    """
+    if balance == Balance():
+        return stored
+    heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
+    k, u, v = 2.0**balance.k_rope, 2.0**balance.k_up, 2.0**balance.v_up
+    if name == "q_proj.weight":
+        return _by_rows(stored.unflatten(0, (heads, -1)), nope, u, k).flatten(0, 1)
+    if name == "kv_a_proj_with_mqa.weight":
+        return _by_rows(stored[None], config["kv_lora_rank"], 1.0, 1 / k)[0]
+    if name == "kv_b_proj.weight":
+        return _by_rows(stored.unflatten(0, (heads, -1)), nope, 1 / u, 1 / v).flatten(0, 1)
+    return stored * v if name == "o_proj.weight" else stored
+
+
+def _by_rows(t_Hdn: Tensor, at: int, first: float, second: float) -> Tensor:
+    return torch.cat([t_Hdn[:, :at] * first, t_Hdn[:, at:] * second], dim=1)
+
+
+@torch.no_grad()
+def unbalance(model: Any) -> bool:
+    """Take the factors out of a loaded portable model, in place: for caches and kernels of a narrower range.
+
+    Returns:
+        Whether there were any. Where somebody has replaced its matrices (quantised, adapted, sharded), they stay.
+    """
+    return _scale(model, 1)
+
+
+@torch.no_grad()
+def rebalance(model: Any) -> None:
+    """Put back what :func:`unbalance` has taken out; to the bit, since they are powers of two."""
+    _scale(model, -1)
+
+
+def _scale(model: Any, sign: int) -> bool:
+    config = model.config.to_dict() if hasattr(model, "config") else {}
+    if config.get(KEY) is None or config.get("model_type") != "deepseek_v3":
+        return False
+    found = [
+        (name, module, Balance(*(sign * e for e in astuple(balance))))
+        for layer, balance in zip(model.base_model.layers, balances(config), strict=True)
+        for name, module in layer.self_attn.named_children()
+        if name in _MATRICES
+    ]
+    dtypes = (torch.bfloat16, torch.float32)
+    if not all(
+        type(m) is nn.Linear and type(m.weight) is nn.Parameter and m.weight.dtype in dtypes for _, m, _ in found
+    ):
+        return False
+    for name, module, balance in found:
+        module.weight.copy_(unbalanced(f"{name}.weight", module.weight, balance, config))
+    return True
