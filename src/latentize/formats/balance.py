@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ __all__ = ["KEY", "Balance", "balances", "described", "rebalance", "unbalance", 
 
 # Of config.json: [k, u, v] of every layer. Engines do not know it and need not.
 KEY = "latentize_exponents"
-# Far from the ends of bfloat16's range, and beyond what any model needs; in each of three steps, and together.
-_STEP, _LARGEST = 32, 96
+# Far from the ends of bfloat16's range, and beyond what any model needs.
+_LARGEST = 80
 _MATRICES = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 
@@ -51,17 +51,16 @@ class Balance:
 
     @classmethod
     def of(cls, parts: Mapping[str, tuple[Tensor, float]]) -> Balance:
-        """What brings parts that are stored together to one size.
-
-        Rounded up each time: no part is more than twice the other, and activations stay as large as that allows.
+        """What brings parts that are stored together to one size: their largest weights, which set the steps of a scale
+        that they share, and within a factor of four the root mean squares of their rows.
 
         Args:
             parts: Under their names in :class:`LatentWeights`: the tensor, and a factor that it is stored with.
         """
-        size = {name: factor * _rms(tensor) for name, (tensor, factor) in parts.items()}
-        k_rope = _exponent(size["kv_a_rD"], size["k_rope_PRD"])
-        k_up = k_rope + _exponent(size["q_nope_HND"], size["q_rope_HRD"])
-        return cls(k_rope, k_up, k_up + _exponent(size["k_up_UNr"], size["v_up_UVr"]))
+        sizes = {name: _Size.of(tensor, factor) for name, (tensor, factor) in parts.items()}
+        k_rope = _exponent(sizes["kv_a_rD"], sizes["k_rope_PRD"])
+        k_up = _exponent(sizes["q_nope_HND"], sizes["q_rope_HRD"], k_rope)
+        return cls(k_rope, k_up, _exponent(sizes["k_up_UNr"], sizes["v_up_UVr"], k_up))
 
     def undone(self, w: LatentWeights) -> LatentWeights:
         """The layer, of which these are factors, without them."""
@@ -76,15 +75,26 @@ class Balance:
         )
 
 
-def _rms(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t)) / math.sqrt(max(1, t.numel()))
+class _Size(NamedTuple):
+    rms: float
+    largest: float
+
+    @classmethod
+    def of(cls, t: Tensor, factor: float) -> _Size:
+        low, high = t.aminmax() if t.numel() else (0.0, 0.0)
+        rms = float(torch.linalg.vector_norm(t)) / math.sqrt(max(1, t.numel()))
+        return cls(rms * factor, max(abs(float(low)), abs(float(high))) * factor)
 
 
-def _exponent(wanted: float, size: float) -> int:
-    """``e`` so that ``size · 2^e`` is ``wanted``, or at most twice it."""
-    ratio = wanted / size if size > 0 else 0.0
-    # A part that is nothing is of any size. Three of these make no more than ``_LARGEST``.
-    return max(-_STEP, min(_STEP, math.ceil(math.log2(ratio)))) if 0 < ratio < math.inf else 0
+def _exponent(wanted: _Size, size: _Size, shift: int = 0) -> int:
+    """``e`` so that ``size · 2^e`` is about ``wanted · 2^shift``."""
+    if not (0 < wanted.rms < math.inf and 0 < size.rms < math.inf):
+        # A part that is nothing is of any size.
+        return shift
+    typical, largest = (round(math.log2(a / b)) for a, b in zip(wanted, size, strict=True))
+    # Largest weights that stand far out of their part must not make the rest of it vanish.
+    found = shift + max(typical - 1, min(typical + 1, largest))
+    return max(-_LARGEST, min(_LARGEST, found))
 
 
 def balances(config: Mapping[str, Any]) -> list[Balance]:

@@ -110,7 +110,8 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[GgufTensor]:
         FormatError: the folder has a tensor that the file has no place for.
         CheckpointError: its config does not say how it is balanced.
     """
-    config, balance = checkpoint.config, balances(checkpoint.config)
+    config = checkpoint.config
+    balance = {str(layer): found for layer, found in enumerate(balances(config))}
     heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
     nope, v_dim = config["qk_nope_head_dim"], config["v_head_dim"]
 
@@ -127,7 +128,7 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[GgufTensor]:
         if stem.startswith("model.layers."):
             number, _, inner = stem.removeprefix("model.layers.").partition(".")
             prefix, name = f"blk.{number}.", _LAYER.get(inner)
-            plain = _plain(inner, balance[int(number)], config)
+            plain = _plain(inner, balance.get(number, Balance()), config)
             if inner == "self_attn.kv_b_proj" and kind == "weight":
                 found.append(
                     GgufTensor(f"{prefix}attn_k_b.weight", source, (heads, rank, nope), partial(k_up, plain=plain))
