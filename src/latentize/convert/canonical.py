@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights
+from latentize.convert.unread import without_unread
 from latentize.families import ModelSpec, Table
 
 __all__ = ["attention_weights", "half_layout", "is_like_llama", "module_tensors", "stacked"]
@@ -54,7 +55,7 @@ def _projections(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Te
 
 
 def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> AttentionWeights:
-    """The attention of a layer out of its tensors (names without the layer's prefix)."""
+    """The attention of a layer out of its tensors (names without the layer's prefix), but for what nothing reads."""
     a, found = spec.attention, _projections(tensors, spec)
     order = half_layout(a.head_dim, a.rope.rotary_dim, interleaved=bool(spec.table.attention.get("interleaved")))
     same = bool((order == torch.arange(a.head_dim)).all())
@@ -76,7 +77,7 @@ def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Attenti
 
     q, k, v = heads("q_proj.weight"), heads("k_proj.weight"), heads("v_proj.weight", turns=False)
     assert q is not None and k is not None and v is not None
-    return AttentionWeights(
+    stored = AttentionWeights(
         q_HdD=q,
         k_GdD=k,
         v_GdD=v,
@@ -88,6 +89,7 @@ def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Attenti
         q_norm_d=norm("q_norm.weight"),
         k_norm_d=norm("k_norm.weight"),
     )
+    return without_unread(stored)
 
 
 def module_tensors(tensors: dict[str, Tensor], spec: ModelSpec, layer: int) -> dict[str, Tensor]:

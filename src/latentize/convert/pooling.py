@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights
+from latentize.convert.unread import living
 
 __all__ = ["pool_heads"]
 
@@ -17,14 +18,23 @@ __all__ = ["pool_heads"]
 def pool_heads(w: AttentionWeights, kv_heads: int) -> AttentionWeights:
     """Mean-pool keys and values of neighbouring kv heads (Ainslie et al., arXiv 2305.13245, section 2.1).
 
+    Heads that are zero have no part in the mean.
+
     Args:
-        w: ``G`` kv heads.
+        w: ``G`` kv heads; of those that are zero the queries, or what reads the values, are zero too, see
+            :mod:`unread`.
         kv_heads: How many are to be left, a divisor of ``G``.
     """
 
-    def pool(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.unflatten(0, (kv_heads, -1)).mean(1)
+    def pooled(t: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        # Each pool is divided by the number of its heads that make anything.
+        living_Gs = living(t, bias).view(kv_heads, -1)
+        shrunk_G = living_Gs.shape[1] / living_Gs.sum(1).clamp_min(1)
 
-    pooled_k, pooled_v = pool(w.k_GdD), pool(w.v_GdD)
-    assert pooled_k is not None and pooled_v is not None
-    return replace(w, k_GdD=pooled_k, v_GdD=pooled_v, k_bias_Gd=pool(w.k_bias_Gd), v_bias_Gd=pool(w.v_bias_Gd))
+        def mean(x: Tensor) -> Tensor:
+            return x.unflatten(0, (kv_heads, -1)).mean(1) * shrunk_G.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+        return mean(t), None if bias is None else mean(bias)
+
+    (k_GdD, k_bias_Gd), (v_GdD, v_bias_Gd) = pooled(w.k_GdD, w.k_bias_Gd), pooled(w.v_GdD, w.v_bias_Gd)
+    return replace(w, k_GdD=k_GdD, v_GdD=v_GdD, k_bias_Gd=k_bias_Gd, v_bias_Gd=v_bias_Gd)

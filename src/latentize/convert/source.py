@@ -215,20 +215,23 @@ class SourceLayer:
             hook.remove()
 
     def with_kv_heads(self, w: AttentionWeights, repeat: int) -> nn.Module:
-        """The layer's attention with other keys and values, each head of ``w`` serving ``repeat`` of its own."""
+        """The layer's attention with the weights of ``w``, each kv head serving ``repeat`` of its own."""
         attention: Any = copy.deepcopy(self.attention)
+        attention.o_proj.weight = nn.Parameter(w.o_DHd.flatten(1), requires_grad=False)
         if hasattr(attention, "qkv_proj"):
             k, v = (t.repeat_interleave(repeat, dim=0).flatten(0, 1) for t in (w.k_GdD, w.v_GdD))
             fused = torch.cat([w.q_HdD.flatten(0, 1), k, v])
             attention.qkv_proj.weight = nn.Parameter(fused, requires_grad=False)
             return attention
-        for name in ("k", "v"):
+        parts = {
+            "q": (w.q_HdD, w.q_bias_Hd, 1), "k": (w.k_GdD, w.k_bias_Gd, repeat), "v": (w.v_GdD, w.v_bias_Gd, repeat)
+        }  # fmt: skip
+        for name, (heads, bias, times) in parts.items():
             projection = getattr(attention, f"{name}_proj")
-            heads = getattr(w, f"{name}_GdD").repeat_interleave(repeat, dim=0)
-            projection.weight = nn.Parameter(heads.flatten(0, 1), requires_grad=False)
-            if projection.bias is not None:
-                bias = getattr(w, f"{name}_bias_Gd").repeat_interleave(repeat, dim=0)
-                projection.bias = nn.Parameter(bias.flatten(), requires_grad=False)
+            weight = heads.repeat_interleave(times, dim=0).flatten(0, 1)
+            projection.weight = nn.Parameter(weight, requires_grad=False)
+            if bias is not None:
+                projection.bias = nn.Parameter(bias.repeat_interleave(times, dim=0).flatten(), requires_grad=False)
         assert isinstance(attention, nn.Module)
         return attention
 

@@ -29,12 +29,14 @@ class PooledWriter(FormatWriter):
         w = result.grouped
         assert w is not None
         self.kv_heads = w.k_GdD.shape[0]
-        k, v = w.k_GdD.flatten(0, 1), w.v_GdD.flatten(0, 1)
-        changed = {"self_attn.k_proj.weight": k, "self_attn.v_proj.weight": v}
+        weights = {"q_proj": w.q_HdD.flatten(0, 1), "k_proj": w.k_GdD.flatten(0, 1), "v_proj": w.v_GdD.flatten(0, 1)}
         if "self_attn.qkv_proj.weight" in result.source.tensors:
-            changed = {"self_attn.qkv_proj.weight": torch.cat([w.q_HdD.flatten(0, 1), k, v])}
-        if w.k_bias_Gd is not None and w.v_bias_Gd is not None:
-            changed |= {"self_attn.k_proj.bias": w.k_bias_Gd.flatten(), "self_attn.v_proj.bias": w.v_bias_Gd.flatten()}
+            weights = {"qkv_proj": torch.cat(list(weights.values()))}
+        # What reads a head that is zero is zero, too: heads that are pooled with it are not.
+        weights["o_proj"] = w.o_DHd.flatten(1)
+        changed = {f"self_attn.{name}.weight": weight for name, weight in weights.items()}
+        biases = {"q_proj": w.q_bias_Hd, "k_proj": w.k_bias_Gd, "v_proj": w.v_bias_Gd}
+        changed |= {f"self_attn.{name}.bias": bias.flatten() for name, bias in biases.items() if bias is not None}
         for name, tensor in (result.source.tensors | changed).items():
             self._add(self.spec.layer_prefix(result.index) + name, tensor)
 
