@@ -1,9 +1,10 @@
 """Sizes layer by layer, for a format that can hold them: values go where losing them costs most.
 
-Each layer is converted alone, in a model that is otherwise the source's. Its price at an equal share is the KL of that
-model's predictions on held-out calibration text; at another rank it changes as the error does that the layer makes in
-the residual stream, after a short refinement. While errors are small prices add up, so the best sizes for a given
-total are those where one value more is worth the same in every layer. Values move between layers until that is so.
+Each layer is converted alone, in a model that is otherwise the source's. Its price at an equal share, or at a smaller
+one where that is exact, is the KL of that model's predictions on held-out calibration text; at another rank it changes
+as the error does that the layer makes in the residual stream, after a short refinement. While errors are small prices
+add up, so the best sizes for a given total are those where one value more is worth the same in every layer. Values
+move between layers until that is so.
 
 N sequences, T tokens, D hidden.
 """
@@ -31,8 +32,11 @@ __all__ = ["STREAM_BYTES", "TRIAL_TOKENS", "TRIED", "allocate", "exchange", "pri
 # Ranks that are tried, and the least and the most that a layer may get, relative to an equal share.
 TRIED = (0.5, 1.0, 1.5)
 _LEAST, _MOST = 0.25, 2.0
-# Steps that a rank is made of, at least, and what a move has to gain: rounding must not decide.
+# Steps that a rank is made of, at least, and what a move has to gain, relative to a sum above one: rounding must not
+# decide.
 _FINENESS, _WORTH = 12, 1e-9
+# Prices that are told apart. What is not a number has overflowed, and costs most.
+_CHEAPEST, _DEAREST = 1e-12, 1e12
 # Held-out tokens that prices are measured on, and a bound on the hidden states of all layers' trials.
 TRIAL_TOKENS, STREAM_BYTES = 2048, 1 << 30
 
@@ -68,7 +72,7 @@ def allocate(
     fitting = min(TRIAL_TOKENS // selection.length, STREAM_BYTES // (4 * selection.length * spec.hidden_size * layers))
     selection = selection[: max(1, fitting)]
     own, reference = source.embed(calibration), source.embed(selection)
-    equal, trials, errors = [], [], []
+    equal, trials, errors, tested = [], [], [], []
     for layer in source.layers():
         for trial in trials:
             layer.run(trial, fast=True)
@@ -85,10 +89,15 @@ def allocate(
         ranks = sorted({_rank(best, share, spec) for share in TRIED} | {best.kv_lora_rank})
         how = short if refines else none
         tried = {rank: alone(layer, text, seen, replace(best, kv_lora_rank=rank), how) for rank in ranks}
-        layer.run(trial, LatentAttention.from_weights(tried[best.kv_lora_rank].weights), fast=True)
+        error = {rank: made.after for rank, made in tried.items()}
+        # Rounding says nothing of what an error costs.
+        wrong_at = [rank for rank in ranks if rank <= best.kv_lora_rank and error[rank] > short.enough]
+        test = max(wrong_at, default=ranks[0])
+        layer.run(trial, LatentAttention.from_weights(tried[test].weights), fast=True)
         equal.append(best)
         trials.append(trial)
-        errors.append({rank: made.after for rank, made in tried.items()})
+        errors.append(error)
+        tested.append(test)
         progress("sizing layers", layer.index + 1, layers)
         del layer, seen, text, tried
     del own
@@ -96,8 +105,9 @@ def allocate(
     tokens_NT, right_NTD = selection.tokens_NT, reference.hidden_NTD
     prices = []
     compared = compare_streams([t.hidden_NTD for t in trials], right_NTD, tokens_NT, logits, vocab_size=vocab)
-    for setting, found, error in zip(equal, compared, errors, strict=True):
-        one = max(found.kl, 0.0) / found.tokens / max(error[setting.kv_lora_rank], 1e-12)
+    for test, found, error in zip(tested, compared, errors, strict=True):
+        # A layer that makes no error costs nothing, whatever rounding has made of its predictions.
+        one = max(found.kl, 0.0) / found.tokens / error[test] if error[test] > short.enough else 0.0
         prices.append({rank: one * wrong for rank, wrong in error.items()})
     bounds = [(_rank(setting, _LEAST, spec), _rank(setting, _MOST, spec)) for setting in equal]
     ranks = exchange([setting.kv_lora_rank for setting in equal], [price(measured) for measured in prices], bounds)
@@ -117,9 +127,10 @@ def price(measured: dict[int, float]) -> Callable[[int], float]:
         measured: KL of the ranks that were tried.
     """
     ranks = sorted(measured)
-    logs, least = [], math.inf
+    logs, least = [], math.log(_DEAREST)
     for rank in ranks:
-        least = min(least, math.log(max(measured[rank], 1e-12)))
+        cost = measured[rank]
+        least = min(least, math.log(max(cost, _CHEAPEST))) if cost < _DEAREST else least
         logs.append(least)
 
     def at(rank: int) -> float:
@@ -127,7 +138,7 @@ def price(measured: dict[int, float]) -> Callable[[int], float]:
             return math.exp(logs[0])
         right = min(max(1, sum(r < rank for r in ranks)), len(ranks) - 1)
         (r0, r1), (l0, l1) = ranks[right - 1 : right + 1], logs[right - 1 : right + 1]
-        return math.exp(l0 + (l1 - l0) * (rank - r0) / (r1 - r0))
+        return math.exp(min(l0 + (l1 - l0) * (rank - r0) / (r1 - r0), 2 * math.log(_DEAREST)))
 
     return at
 
@@ -150,7 +161,9 @@ def exchange(
         loss = {j: at(r - step) - at(r) for j, (r, at, (least, _)) in layers if r - step >= least}
         moves = [(gain[i] - loss[j], i, j) for i in gain for j in loss if i != j]
         worth, to, by = max(moves, default=(0.0, 0, 0))
-        if worth <= _WORTH:
+        total = sum(at(r) for _, (r, at, _) in layers)
+        # What is not a number is no gain.
+        if not worth > _WORTH * max(1.0, total):
             return ranks
         ranks[to] += step
         ranks[by] -= step

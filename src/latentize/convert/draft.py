@@ -6,6 +6,8 @@ N sequences, T tokens, D hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -27,6 +29,7 @@ __all__ = [
     "DraftedLayer",
     "Seen",
     "alone",
+    "naming_layer",
     "observe",
     "refined_layer",
     "stream_error",
@@ -63,6 +66,19 @@ class DraftedLayer(NamedTuple):
     closed: Conversion
     refined: LatentWeights
     news: str = ""
+
+
+@contextmanager
+def naming_layer(index: int) -> Iterator[None]:
+    """Say in which layer arithmetic has left the range of numbers.
+
+    Raises:
+        ArithmeticError: it has.
+    """
+    try:
+        yield
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise ArithmeticError(f"layer {index}: {error}") from error
 
 
 def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int = 0) -> Seen:
@@ -141,8 +157,9 @@ def alone(layer: SourceLayer, text: Stream, seen: Seen, setting: Setting, how: R
         What became of it. An error that is not a number is infinite: what overflows is worse than all that does not.
     """
     assert layer.weights is not None and layer.spec is not None
-    closed = conversion(layer.weights, layer.spec, seen.stats, setting)
-    found = refined_layer(layer, text, seen, closed.weights, how)
+    with naming_layer(layer.index):
+        closed = conversion(layer.weights, layer.spec, seen.stats, setting)
+        found = refined_layer(layer, text, seen, closed.weights, how)
     return found._replace(after=found.after if found.after == found.after else math.inf)
 
 
@@ -171,7 +188,8 @@ class Draft:
             inherited: Relative error of the text as it enters the layer.
         """
         assert layer.weights is not None and layer.spec is not None
-        closed = conversion(layer.weights, layer.spec, seen.stats, setting)
+        with naming_layer(layer.index):
+            closed = conversion(layer.weights, layer.spec, seen.stats, setting)
         if self.refinement is None:
             return DraftedLayer(closed, closed.weights)
         how = self.refinement
@@ -180,7 +198,8 @@ class Draft:
             found = refined_layer(layer, self.text, seen, closed.weights, how, inherited)
             return [found.weights], f"error {found.before:.4f} → {found.after:.4f}"
 
-        (refined,), news = once(make)
+        with naming_layer(layer.index):
+            (refined,), news = once(make)
         return DraftedLayer(closed, refined, news)
 
     def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
@@ -188,8 +207,14 @@ class Draft:
         layer.run(self.text, attention, fast=self.refinement is not None or layer.rough)
 
     def latent_rms(self, layer: SourceLayer, w: LatentWeights) -> tuple[float, float]:
-        """Largest and mean root mean square of a token's latent."""
+        """Largest and mean root mean square of a token's latent.
+
+        Raises:
+            ArithmeticError: they are not finite.
+        """
         down_rD = w.kv_a_rD.float()
         parts = (layer.normalise(h_TD) @ down_rD.T for h_TD in self.text.hidden_NTD)
         squares = torch.cat([c_Tr.square().mean(-1) for c_Tr in parts])
+        if not bool(squares.isfinite().all()):
+            raise ArithmeticError(f"layer {layer.index}: a latent that is not finite")
         return float(squares.max()) ** 0.5, float(squares.mean()) ** 0.5

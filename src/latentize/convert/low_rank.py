@@ -16,6 +16,10 @@ from latentize.linalg import eigh, svd
 __all__ = ["Factors", "balanced_pca", "joint_svd", "key_balance", "split_svd", "whitened_svd"]
 
 
+# A mean norm, relative to that of the other side, which is no more than rounding.
+_NOTHING = 1e-12
+
+
 @dataclass(frozen=True)
 class Factors:
     """``k ≈ k_up down``, ``v ≈ v_up down``.
@@ -60,10 +64,14 @@ def split_svd(k_CD: Tensor, v_ED: Tensor, rank: int) -> Factors:
 
 
 def key_balance(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats) -> float:
-    """``ρ``: mean norm of the key components over that of the value components (TransMLA, section 4.3)."""
+    """``ρ``: mean norm of the key components over that of the value components (TransMLA, section 4.3).
+
+    Where either is nothing there is nothing to balance, and it is one.
+    """
     norm_k = stats.moment_of(k_CD).diagonal().clamp_min(0).sqrt().mean()
     norm_v = stats.moment_of(v_ED).diagonal().clamp_min(0).sqrt().mean()
-    return float(norm_k / norm_v)
+    smaller, larger = sorted((float(norm_k), float(norm_v)))
+    return 1.0 if smaller <= _NOTHING * larger else float(norm_k / norm_v)
 
 
 def balanced_pca(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int) -> Factors:
@@ -81,7 +89,8 @@ def balanced_pca(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int)
 def whitened_svd(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int, *, damping: float = 0.01) -> Factors:
     """SVD of ``W C^{1/2}`` with ``C = E[x xᵀ]`` (CARE, arXiv 2603.17946, section 3).
 
-    Minimises ``E‖(W - up down) x‖²`` over the damped ``C``: ``up = U_r Σ_r``, ``down = V_rᵀ C^{-1/2}``.
+    Minimises ``E‖(W - up down) x‖²`` over the damped ``C``: ``up = U_r Σ_r``, ``down = V_rᵀ C^{-1/2}``. Inputs that
+    are always zero prefer no direction, and ``C`` is taken to be the identity.
 
     Args:
         k_CD, v_ED: The weights ``W``, stacked.
@@ -90,6 +99,8 @@ def whitened_svd(k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, rank: int,
         damping: Added to the diagonal of ``C``, as a fraction of its mean.
     """
     second = stats.second_moment_DD
+    if not bool(second.diagonal().any()):
+        return joint_svd(k_CD, v_ED, rank)
     damped = second.clone()
     damped.diagonal().add_(damping * second.diagonal().mean())
     values, vectors = eigh(damped)

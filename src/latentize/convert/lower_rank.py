@@ -22,6 +22,8 @@ __all__ = ["LatentMoments", "Lowered", "lower"]
 
 # Of the mean eigenvalue, added to what is inverted.
 _DAMPING = 1e-5
+# Energies and roots of what is always zero, which is divided by.
+_LEAST = 1e-200
 # Scales of a latent's directions that keep its norm near the larger one's: steps, and how far they may part.
 _STEPS, _SPREAD = 300, 100.0
 # Of epsilon: below it a latent's own size changes its norm by less than a hundredth.
@@ -123,6 +125,9 @@ def _scales(w_ns: Tensor, y_nr: Tensor, eps: float) -> Tensor:
     f_ns = w_ns.square() / w_ns.shape[1] * weight_n[:, None]
     t_n = wanted_n * weight_n
     all_n = f_ns.sum(-1)
+    if not bool(all_n.any()):
+        # Latents that are zero are so at any scale.
+        return torch.ones_like(f_ns[0])
     single = (all_n @ t_n) / (all_n @ all_n)
     a_s = single.expand(f_ns.shape[1]).clone()
     to_s, gram_ss = f_ns.T @ t_n, f_ns.T @ f_ns
@@ -150,7 +155,7 @@ def lower(tensors: Mapping[str, Tensor], seen: LatentMoments, rank: int, *, scal
     cost_rr = _importance(kv_b_or.unflatten(0, (heads, -1)), o_DHV, seen, scale)
     # Directions that carry most of the cost: a truncated eigendecomposition between roots of the second moment.
     values_r, vectors_rr = eigh(seen.nn_rr / seen.tokens)  # type: ignore[arg-type]
-    root_r = (values_r.clamp_min(0) + _DAMPING * values_r.mean()).sqrt()
+    root_r = (values_r.clamp_min(0) + _DAMPING * values_r.mean()).clamp_min(_LEAST).sqrt()
     root_rr, inverse_rr = (vectors_rr * root_r) @ vectors_rr.T, (vectors_rr / root_r) @ vectors_rr.T
     energy_r, axes_rr = eigh(root_rr @ cost_rr @ root_rr)
     axes_rs = axes_rr[:, :rank]
@@ -164,7 +169,7 @@ def lower(tensors: Mapping[str, Tensor], seen: LatentMoments, rank: int, *, scal
     scales_s = _scales(y_nr @ basis_rs, y_nr, seen.eps).sqrt()
     basis_rs, up_rs = basis_rs * scales_s, up_rs / scales_s
     up_rs, spread = _after_norm(basis_rs, up_rs, y_nr, seen.eps)
-    level = weight_r.square().mean().sqrt()
+    level = weight_r.square().mean().sqrt().clamp_min(_LEAST)
     made = {
         "kv_a_proj_with_mqa.weight": torch.cat([basis_rs.T @ down[:full], down[full:]]),
         "kv_a_layernorm.weight": level.expand(rank).clone(),
@@ -191,6 +196,6 @@ def _after_norm(basis_rs: Tensor, up_rs: Tensor, y_nr: Tensor, eps: float) -> tu
     second_ss = m_ns.T @ m_ns
     rest_rs = n_nr.T @ m_ns - up_rs @ second_ss
     damped_ss = second_ss.clone()
-    damped_ss.diagonal().add_(_DAMPING * second_ss.diagonal().mean())
+    damped_ss.diagonal().add_((_DAMPING * second_ss.diagonal().mean()).clamp_min(_LEAST))
     up_rs = up_rs + torch.linalg.solve(damped_ss, rest_rs, left=False)
     return up_rs, float(ratio_n.std() / ratio_n.mean())

@@ -22,7 +22,7 @@ from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
 from latentize.calibrate.tokens import Passages
 from latentize.checkpoint import Journal
-from latentize.convert.draft import Draft, DraftedLayer, observe, stream_error
+from latentize.convert.draft import Draft, DraftedLayer, naming_layer, observe, stream_error
 from latentize.convert.kept import Made, once
 from latentize.convert.methods import linear_fit
 from latentize.convert.polish import Polish, polish
@@ -259,7 +259,8 @@ class _LayerByLayer:
         if refines:
             stages[CLOSED] = made.closed.weights.to(torch.float32)
         if setting.linear:
-            stages[_LINEAR] = linear_fit(layer.weights, layer.spec, seen.stats).to(torch.float32)
+            with naming_layer(layer.index):
+                stages[_LINEAR] = linear_fit(layer.weights, layer.spec, seen.stats).to(torch.float32)
         return made, stages
 
     def stay(self, layer: SourceLayer) -> None:

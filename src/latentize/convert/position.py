@@ -40,6 +40,8 @@ __all__ = [
 
 # Relative to the mean of the diagonal: directions in which inputs hardly vary stay as they are without the fit.
 _FIT_DAMPING = 1e-4
+# The same of inputs that are always zero, which nothing follows from.
+_LEAST_DAMPING = 1e-30
 # Bytes of heads whose energy is measured at once.
 _HEAD_BYTES = 16 << 20
 
@@ -60,7 +62,7 @@ def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights
         stats: Of its inputs, with the cross moments of queries and keys where these are normalised.
     """
     second = stats.second_moment_DD
-    damping = _FIT_DAMPING * second.diagonal().mean()
+    damping = (_FIT_DAMPING * second.diagonal().mean()).clamp_min(_LEAST_DAMPING)
     damped = second + damping * torch.eye(len(second), dtype=second.dtype, device=second.device)
     mean_D = stats.x_D / stats.tokens
 
@@ -71,7 +73,9 @@ def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights
     def fit(w_hdD: Tensor, cross_hdD: Tensor) -> Tensor:
         # What one factor for all tokens of a head leaves over is fitted; there is little of it.
         expected_hdD = w_hdD @ second
-        share_h = (w_hdD * cross_hdD / stats.tokens).sum((1, 2)) / (w_hdD * expected_hdD).sum((1, 2))
+        made_h, energy_h = (w_hdD * cross_hdD / stats.tokens).sum((1, 2)), (w_hdD * expected_hdD).sum((1, 2))
+        # A head that is zero is no multiple of anything.
+        share_h = torch.where(energy_h > 0, made_h / energy_h, 0.0)
         left_hdD = cross_hdD / stats.tokens - share_h[:, None, None] * expected_hdD
         return share_h[:, None, None] * w_hdD + torch.linalg.solve(damped, left_hdD.mT).mT
 
@@ -86,8 +90,9 @@ def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights
     if w.o_bias_D is not None:
         # Probabilities sum to one: the values that come nearest to making it, as a constant of every token.
         o_DGd = w.o_DHd.unflatten(1, (len(v), -1)).sum(2)
-        made_E = torch.linalg.lstsq(o_DGd.flatten(1), w.o_bias_D[:, None]).solution[:, 0]
-        v = v + constant(made_E.view_as(v[..., 0]))
+        # On a CPU, where it need not have full rank: heads may be zero.
+        made_E = torch.linalg.lstsq(o_DGd.flatten(1).cpu(), w.o_bias_D[:, None].cpu()).solution[:, 0]
+        v = v + constant(made_E.to(v.device).view_as(v[..., 0]))
     return AttentionWeights(q, k, v, w.o_DHd)
 
 

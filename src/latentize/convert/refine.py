@@ -193,7 +193,8 @@ def _correction(
         weighted_nI = x_nI / energy_NT[rows].flatten()[:, None]
         gram_II = gram_II + (weighted_nI.T @ x_nI).double()
         cross_ID = cross_ID + (weighted_nI.T @ lacking_BTD.flatten(0, 1)).double()
-    damping = _DAMPING * gram_II.diagonal().mean()
+    # Of inputs that are zero nothing can be made, and nothing is.
+    damping = (_DAMPING * gram_II.diagonal().mean()).clamp_min(1e-30)
     gram_II.diagonal().add_(damping)
     return torch.linalg.solve(gram_II, cross_ID).T.float()
 

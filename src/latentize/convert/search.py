@@ -18,7 +18,7 @@ import torch
 from latentize.attention.module import LatentAttention
 from latentize.calibrate.stats import Needed
 from latentize.calibrate.tokens import Passages
-from latentize.convert.draft import Draft, Seen, alone, observe
+from latentize.convert.draft import Draft, Seen, alone, naming_layer, observe
 from latentize.convert.methods import ladder_costs
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import compare_streams
@@ -204,7 +204,8 @@ def likely_ladders(
     needed = candidates[0].needs(source.spec.attention)
     for layer, _, seen in _some_layers(source, calibration, needed, progress, "choosing the ladder"):
         assert layer.weights is not None and layer.spec is not None
-        found = ladder_costs(layer.weights, layer.spec, seen.stats, list(candidates))
+        with naming_layer(layer.index):
+            found = ladder_costs(layer.weights, layer.spec, seen.stats, list(candidates))
         # Logits of some layers are hundreds of times as large as those of others, and softmax bears as much more.
         mean = max(sum(found) / len(found), 1e-30)
         costs = [cost + one / mean for cost, one in zip(costs, found, strict=True)]

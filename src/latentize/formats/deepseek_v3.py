@@ -109,8 +109,12 @@ class LatentNorm:
 
     @classmethod
     def of(cls, largest_rms: float, mean_rms: float, *, delta: float = DELTA, eps: float = EPS) -> LatentNorm:
-        """From the largest and the mean root mean square of a token's latent."""
-        latent = 2.0 ** math.floor(math.log2(math.sqrt(delta * eps) / largest_rms))
+        """From the largest and the mean root mean square of a token's latent.
+
+        One that is small enough as it is, or zero, stays as it is.
+        """
+        bound = math.sqrt(delta * eps)
+        latent = 2.0 ** math.floor(math.log2(bound / max(largest_rms, bound)))
         restored = math.sqrt(eps) / latent
         weight = 2.0 ** round(math.log2(restored))
         # The norm shrinks a token by 1 / sqrt(1 + mean(y²) / eps); its mean over tokens is made good.

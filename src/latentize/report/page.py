@@ -289,6 +289,10 @@ def _spectra(layers: Sequence[Mapping[str, Any]]) -> str:
         ]
         for i in range(0, len(layers), step)
     }
+    # Of a layer whose keys and values are zero there is nothing to show.
+    series = {name: points for name, points in series.items() if points}
+    if not series:
+        return ""
     title = "Energy of keys and values by direction"
     chart = line_chart(series, title=title, x_label="direction, largest first", legend_below=True, dots=False)
     caption = "What the closed form keeps of each layer; refinement makes more of the same room."
