@@ -96,6 +96,10 @@ class Job(ABC):
         trust = {"trust_remote_code": self.trust_remote_code}
         return SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries, **trust)
 
+    def other_ways(self) -> list[str]:
+        """Options that may help where this conversion leaves the range of numbers."""
+        return ["--fast"] if self.recipe.refines else []
+
     def sequences_to_generate(self, source: SourceModel) -> int:
         """Of the calibration sequences, how many the model will write itself."""
         return 0
@@ -206,7 +210,8 @@ class Job(ABC):
             with OutputFolder(out, journal=journal) as folder:
                 self.writer = self.kind(folder, self.checkpoint, self.spec, self.dtype)
                 progress = self._timed(progress, source)
-                with finite_numbers(), keeping_freed_memory() if self.memory.keeps_freed else contextlib.nullcontext():
+                memory = keeping_freed_memory() if self.memory.keeps_freed else contextlib.nullcontext()
+                with finite_numbers(self.other_ways()), memory:
                     done = self.convert(source, text, journal, progress)
                     report = self._report(done, started)
                 self._write(folder, journal, model, report, request["weights"])

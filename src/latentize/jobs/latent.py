@@ -51,6 +51,9 @@ class LatentJob(Job):
         """Whether every layer may be sized for itself."""
         return sized_one_by_one(self.kind, self.recipe)
 
+    def other_ways(self) -> list[str]:
+        return [*super().other_ways(), "another --method"]
+
     def footprint(self, source: SourceModel) -> Footprint:
         return latent_footprint(
             self.spec,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,15 +104,20 @@ def require_disk(out: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def finite_numbers() -> Iterator[None]:
-    """Arithmetic that leaves the range of numbers is the model's fault, or that of what was done to it."""
+def finite_numbers(others: Sequence[str]) -> Iterator[None]:
+    """Arithmetic that leaves the range of numbers is the model's fault, or that of what was done to it.
+
+    Args:
+        others: Options that do something else than what was asked for.
+    """
+    further = f"; if so, try {', or '.join(others)}" if others else ""
     try:
         yield
     except (ArithmeticError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise NumericsError(
             f"the conversion has left the range of numbers: {error}",
             where="the weights of the model, or the method",
-            fix="does the model itself predict anything? if so, try --fast, or another --method",
+            fix=f"does the model itself predict anything?{further}",
         ) from error
 
 

@@ -36,6 +36,9 @@ class PooledJob(Job):
             )
         return PooledWriter
 
+    def other_ways(self) -> list[str]:
+        return ["--to mla"]
+
     def footprint(self, source: SourceModel) -> Footprint:
         sizes = {"item": self.dtype.itemsize, "narrow": source.autocast}
         return pooled_footprint(self.spec, self.checkpoint, self.recipe, **sizes)
