@@ -59,6 +59,7 @@ CODES: dict[str, tuple[str, str]] = {
     "LZ210": ("a published method that cannot treat qk-norm", "Use --method calibrated."),
     "LZ211": ("encoder-decoder or multimodal", "Only decoders of text can be converted."),
     "LZ212": ("an operation in attention that has no counterpart", "The message says which."),
+    "LZ213": ("a projection whose matrix cannot be read", "Merge or unload the adapter, or decelerate the model."),
     "LZ301": ("an option with an impossible value", "The message says which values there are."),
     "LZ302": ("text that is missing, unreadable or too short", "Give other --data."),
     "LZ303": ("sizes of latent or roped key that are out of bounds", "The message says what would fit."),

@@ -24,6 +24,7 @@ from torch import Tensor
 from latentize.attention.cache import GrowingCache
 from latentize.attention.grouped import attend, capped, head_norm
 from latentize.attention.masks import causal_mask
+from latentize.attention.projections import UpProjections
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.spec import LatentSpec
 
@@ -36,6 +37,7 @@ __all__ = [
     "latent_attention",
     "output",
     "queries",
+    "turned",
 ]
 
 
@@ -93,6 +95,18 @@ class LatentWeights:
             softcap=self.softcap,
         )
 
+    @property
+    def v_up_bias_UV(self) -> None:
+        return None
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.k_up_UNr.requires_grad or self.v_up_UVr.requires_grad
+
+    def up(self, c_B1Sr: Tensor) -> tuple[Tensor, Tensor]:
+        """Un-roped keys ``[B, U, S, N]`` and values ``[B, U, S, V]`` of latents."""
+        return c_B1Sr @ self.k_up_UNr.mT, c_B1Sr @ self.v_up_UVr.mT
+
     def to(self, dtype: torch.dtype) -> LatentWeights:
         """The same weights in another precision; frequencies stay as they are."""
         kept = {"frequencies_PF"}
@@ -118,46 +132,55 @@ def queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tens
     """Un-roped and roped queries, ``[B, H, T, N]`` and ``[B, H, T, R]``."""
     q_nope_BHTN = _project(x_BTD, w.q_nope_HND, w.q_nope_bias_HN)
     q_rope_BHTR = _project(x_BTD, w.q_rope_HRD, w.q_rope_bias_HR)
-    if w.q_norm_R is not None:
-        q_rope_BHTR = head_norm(q_rope_BHTR, w.q_norm_R, w.norm_eps)
-    cos, sin = rope_angles(w.frequencies_PF, positions_BT)
-    share = w.q_rope_HRD.shape[0] // w.k_rope_PRD.shape[0]
-    if cos.shape[1] > 1:
-        cos, sin = cos.repeat_interleave(share, dim=1), sin.repeat_interleave(share, dim=1)
-    return q_nope_BHTN, rotate_half(q_rope_BHTR, cos, sin)
+    return q_nope_BHTN, turned(q_rope_BHTR, w.q_norm_R, w.norm_eps, w.frequencies_PF, positions_BT)
 
 
 def cache_rows(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
     """What is cached of the new tokens: the latent ``[B, 1, T, r]`` and the roped keys ``[B, P, T, R]``."""
     c_B1Tr = torch.nn.functional.linear(x_BTD, w.kv_a_rD)[:, None]
     k_rope_BPTR = _project(x_BTD, w.k_rope_PRD, w.k_rope_bias_PR)
-    if w.k_norm_R is not None:
-        k_rope_BPTR = head_norm(k_rope_BPTR, w.k_norm_R, w.norm_eps)
-    return c_B1Tr, rotate_half(k_rope_BPTR, *rope_angles(w.frequencies_PF, positions_BT))
+    return c_B1Tr, turned(k_rope_BPTR, w.k_norm_R, w.norm_eps, w.frequencies_PF, positions_BT)
 
 
-def expand(c_B1Sr: Tensor, k_rope_BPSR: Tensor, w: LatentWeights) -> tuple[Tensor, Tensor]:
-    """Keys ``[B, H, S, N + R]`` and values ``[B, H, S, V]`` of all heads."""
-    heads = w.q_nope_HND.shape[0]
-    k_nope_BUSN = c_B1Sr @ w.k_up_UNr.mT
-    v_BUSV = c_B1Sr @ w.v_up_UVr.mT
-    share = heads // w.k_up_UNr.shape[0]
+def turned(x_BhTR: Tensor, norm_R: Tensor | None, eps: float, frequencies_PF: Tensor, positions_BT: Tensor) -> Tensor:
+    """Roped queries or keys after their norm, if there is one, and RoPE.
+
+    Args:
+        x_BhTR: Of all query heads, or of all roped keys.
+        norm_R: Weight of an RMSNorm, ``[R]`` or ``[h, R]``.
+        eps: Of that norm.
+        frequencies_PF: Radians per position of each roped key.
+        positions_BT: Of the tokens.
+    """
+    if norm_R is not None:
+        x_BhTR = head_norm(x_BhTR, norm_R, eps)
+    cos, sin = rope_angles(frequencies_PF, positions_BT)
+    if 1 < cos.shape[1] != x_BhTR.shape[1]:
+        share = x_BhTR.shape[1] // cos.shape[1]
+        cos, sin = cos.repeat_interleave(share, dim=1), sin.repeat_interleave(share, dim=1)
+    return rotate_half(x_BhTR, cos, sin)
+
+
+def expand(c_B1Sr: Tensor, k_rope_BPSR: Tensor, w: UpProjections, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys ``[B, H, S, N + R]`` and values ``[B, H, S, V]`` of all ``heads``."""
+    k_nope_BUSN, v_BUSV = w.up(c_B1Sr)
+    share = heads // k_nope_BUSN.shape[1]
     k_nope_BHSN = k_nope_BUSN.repeat_interleave(share, dim=1)
     k_rope_BHSR = k_rope_BPSR.repeat_interleave(heads // k_rope_BPSR.shape[1], dim=1)
     return torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1), v_BUSV.repeat_interleave(share, dim=1)
 
 
 def expanded_heads(
-    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, c_B1Sr: Tensor, k_rope_BPSR: Tensor, allowed: Tensor, w: LatentWeights
+    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, c_B1Sr: Tensor, k_rope_BPSR: Tensor, allowed: Tensor, w: UpProjections
 ) -> Tensor:
     """Heads ``[B, H, T, V]`` by ordinary attention over expanded keys and values."""
-    k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w)
+    k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w, q_nope_BHTN.shape[1])
     q_BHTd = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
     return attend(q_BHTd, k_BHSd, v_BHSV, allowed, w.softmax_scale, w.softcap)
 
 
 def absorbed_heads(
-    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, c_B1Sr: Tensor, k_rope_BPSR: Tensor, allowed: Tensor, w: LatentWeights
+    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, c_B1Sr: Tensor, k_rope_BPSR: Tensor, allowed: Tensor, w: UpProjections
 ) -> Tensor:
     """Heads ``[B, H, T, V]`` by attention in the latent space.
 
@@ -165,7 +188,7 @@ def absorbed_heads(
         q_nope_BHTN, q_rope_BHTR: From :func:`queries`.
         c_B1Sr, k_rope_BPSR: From :func:`cache_rows`, of all tokens so far.
         allowed: Boolean, broadcastable to ``[B, H, T, S]``.
-        w: The weights.
+        w: The weights, or up-projections alone.
     """
     heads, up, ropes = q_nope_BHTN.shape[1], w.k_up_UNr.shape[0], k_rope_BPSR.shape[1]
     # Heads that share a projection or a roped key lie next to each other: (U, s) and (P, H / P).
@@ -174,7 +197,10 @@ def absorbed_heads(
     score_BHTS = capped(w.softmax_scale * (q_latent_BHTr @ c_B1Sr.mT + score_rope.flatten(1, 2)), w.softcap)
     p_BHTS = score_BHTS.masked_fill(~allowed, -torch.inf).softmax(-1)
     summed_BHTr = p_BHTS @ c_B1Sr
-    return (summed_BHTr.unflatten(1, (up, heads // up)) @ w.v_up_UVr[:, None].mT).flatten(1, 2)
+    v_BUsTV = summed_BHTr.unflatten(1, (up, heads // up)) @ w.v_up_UVr[:, None].mT
+    if w.v_up_bias_UV is not None:
+        v_BUsTV = v_BUsTV + w.v_up_bias_UV[:, None, None]
+    return v_BUsTV.flatten(1, 2)
 
 
 def output(heads_BHTV: Tensor, w: LatentWeights) -> Tensor:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentize.attention.grouped import capped
-from latentize.attention.latent import LatentWeights, absorbed_heads, cache_rows, expand, output, queries
+from latentize.attention.latent import LatentWeights, absorbed_heads, expand, turned
+from latentize.attention.projections import UpProjections, affine, matrix, up_projections
+from latentize.errors import OptionError
 from latentize.spec import LatentSpec
 
-__all__ = ["LatentAttention", "causal_blocks", "prefill"]
+__all__ = ["LatentAttention", "causal_blocks", "check_cache", "no_paging", "no_probabilities", "prefill"]
 
 # Training on a CPU attends in so many blocks of queries, while their scores do not exceed so many elements.
 _BLOCKS = 4
@@ -51,18 +53,18 @@ def prefill(
     q_rope_BHTR: Tensor,
     c_B1Sr: Tensor,
     k_rope_BPSR: Tensor,
-    w: LatentWeights,
+    w: UpProjections,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Heads ``[B, H, T, V]`` of many new tokens: expand keys and values, then fused attention.
 
     Args:
         q_nope_BHTN, q_rope_BHTR, c_B1Sr, k_rope_BPSR: As for ``expanded_heads``, its naive twin.
-        w: The weights.
+        w: The weights, or up-projections alone.
         mask: Boolean or additive, broadcastable to ``[B, H, T, S]``; without one attention is causal.
     """
     q_BHTd = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
-    k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w)
+    k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w, q_nope_BHTN.shape[1])
     size, v_size = q_BHTd.shape[-1], v_BHSV.shape[-1]
     if w.softcap:
         return capped_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale, w.softcap, mask)
@@ -197,28 +199,32 @@ class LatentAttention(nn.Module):
         return self._frequencies
 
     def weights(self) -> LatentWeights:
-        """The parameters, as views with named axes; adapters of peft count."""
-        s = self.spec
-        q_HdD = matrix(self.q_proj).unflatten(0, (s.num_heads, s.qk_head_dim))
-        q_bias_Hd = None if self.q_proj.bias is None else self.q_proj.bias.unflatten(0, (s.num_heads, s.qk_head_dim))
-        kv_b_Udr = matrix(self.kv_b_proj).unflatten(0, (s.up_heads, s.qk_nope_head_dim + s.v_head_dim))
-        nope = s.qk_nope_head_dim
-        ropes = (s.rope_heads, s.qk_rope_head_dim)
-        k_bias = self.k_rope_proj.bias
+        """The parameters, as views with named axes; adapters and whatever else wraps a projection count.
+
+        Raises:
+            UnsupportedModelError: LZ213, a projection does not say what it multiplies with.
+        """
+        s, nope = self.spec, self.spec.qk_nope_head_dim
+        heads, ropes = (s.num_heads, s.qk_head_dim), (s.rope_heads, s.qk_rope_head_dim)
+        q, q_bias = affine(self.q_proj, s.hidden_size)
+        k_rope, k_bias = affine(self.k_rope_proj, s.hidden_size)
+        o, o_bias = affine(self.o_proj, s.num_heads * s.v_head_dim)
+        q_HdD, q_bias_Hd = q.unflatten(0, heads), None if q_bias is None else q_bias.unflatten(0, heads)
+        kv_b_Udr = matrix(self.kv_b_proj, s.kv_lora_rank).unflatten(0, (s.up_heads, nope + s.v_head_dim))
         return LatentWeights(
             q_nope_HND=q_HdD[:, :nope],
             q_rope_HRD=q_HdD[:, nope:],
-            kv_a_rD=matrix(self.kv_a_proj),
-            k_rope_PRD=matrix(self.k_rope_proj).unflatten(0, ropes),
+            kv_a_rD=matrix(self.kv_a_proj, s.hidden_size),
+            k_rope_PRD=k_rope.unflatten(0, ropes),
             k_up_UNr=kv_b_Udr[:, :nope],
             v_up_UVr=kv_b_Udr[:, nope:],
-            o_DHV=matrix(self.o_proj).unflatten(1, (s.num_heads, s.v_head_dim)),
+            o_DHV=o.unflatten(1, (s.num_heads, s.v_head_dim)),
             frequencies_PF=self.frequencies(),
             softmax_scale=s.softmax_scale,
             q_nope_bias_HN=None if q_bias_Hd is None else q_bias_Hd[:, :nope],
             q_rope_bias_HR=None if q_bias_Hd is None else q_bias_Hd[:, nope:],
             k_rope_bias_PR=None if k_bias is None else k_bias.unflatten(0, ropes),
-            o_bias_D=self.o_proj.bias,
+            o_bias_D=o_bias,
             q_norm_R=self._norm(self.q_norm),
             k_norm_R=self._norm(self.k_norm),
             norm_eps=self.norm_eps,
@@ -237,7 +243,7 @@ class LatentAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         layer_past: Any = None,
-        **_: Any,
+        **more: Any,
     ) -> tuple[Tensor, None]:
         """Prefill expanded, decode (one new token) absorbed.
 
@@ -247,52 +253,110 @@ class LatentAttention(nn.Module):
             attention_mask: ``None`` (causal), boolean, or additive; ``[B, 1, T, S]``.
             past_key_values: transformers' cache, or one like it.
             layer_past: The same, as GPT-NeoX calls it.
+            more: Of what transformers hands to every layer, ``output_attentions`` and a paged ``cache`` are refused.
 
         Returns:
             ``[B, T, D]`` and, in place of attention weights, ``None``.
+
+        Raises:
+            OptionError: a mask, a cache or a wish that latent attention has no answer to.
+            UnsupportedModelError: LZ213, a projection does not say what it multiplies with.
         """
-        w = self.weights()
+        if more.get("output_attentions"):
+            raise no_probabilities()
+        if more.get("cache") is not None:
+            raise no_paging()
+        if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4):
+            raise _unknown_mask(attention_mask)
         # An empty cache may be false.
         cache = layer_past if past_key_values is None else past_key_values
-        return output(self._read(hidden_states, w, position_ids, attention_mask, cache), w), None
+        heads_BHTV = self._read(hidden_states, position_ids, attention_mask, cache)
+        return self.o_proj(heads_BHTV.transpose(1, 2).flatten(2)), None
 
     def read(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """What all heads read, before the output projection: ``[B, T, H V]``; arguments as for :meth:`forward`."""
-        return self._read(hidden_states, self.weights(), position_ids).transpose(1, 2).flatten(2)
+        return self._read(hidden_states, position_ids).transpose(1, 2).flatten(2)
 
     def _read(
-        self, hidden_states: Tensor, w: LatentWeights, position_ids: Tensor | None, mask: Any = None, cache: Any = None
+        self, hidden_states: Tensor, position_ids: Tensor | None, mask: Tensor | None = None, cache: Any = None
     ) -> Tensor:
-        """``[B, H, T, V]``."""
+        """``[B, H, T, V]``. Projections are called: whatever wraps them has its say."""
+        s, frequencies_PF = self.spec, self.frequencies()
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        q_nope, q_rope = queries(hidden_states, w, position_ids)
-        c, k_rope = cache_rows(hidden_states, w, position_ids)
+        q_BHTd = self.q_proj(hidden_states).unflatten(-1, (-1, s.qk_head_dim)).transpose(1, 2)
+        q_nope, q_rope = q_BHTd.split([s.qk_nope_head_dim, s.qk_rope_head_dim], dim=-1)
+        q_rope = turned(q_rope, self._norm(self.q_norm), self.norm_eps, frequencies_PF, position_ids)
+        k_rope = self.k_rope_proj(hidden_states).unflatten(-1, (-1, s.qk_rope_head_dim)).transpose(1, 2)
+        k_rope = turned(k_rope, self._norm(self.k_norm), self.norm_eps, frequencies_PF, position_ids)
+        c = self.kv_a_proj(hidden_states)[:, None]
+        sizes = (s.kv_lora_rank, s.qk_nope_head_dim, s.v_head_dim)
+        up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c)
         if cache is not None:
+            check_cache(cache, self.layer_idx, c, k_rope)
             c, k_rope = cache.update(c, k_rope, self.layer_idx)
         if mask is None and hidden_states.shape[1] > 1 and isinstance(c, Tensor):
             # A static cache has room beyond what was written.
             written = hidden_states.shape[1] if c.shape[2] == hidden_states.shape[1] else int(position_ids[0, -1]) + 1
             c, k_rope = c[:, :, :written], k_rope[:, :, :written]
-        return self.heads(q_nope, q_rope, c, k_rope, w, mask)
+        return self.heads(q_nope, q_rope, c, k_rope, up, mask)
 
     def heads(
-        self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, w: LatentWeights, mask: Tensor | None
+        self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, up: UpProjections, mask: Tensor | None
     ) -> Tensor:
         """``[B, H, T, V]``: one token after others is decoded absorbed, everything else is expanded."""
         if q_nope.shape[2] == 1 and c.shape[2] > 1:
-            return absorbed_heads(q_nope, q_rope, c, k_rope, _allowed(mask, q_nope), w)
-        return prefill(q_nope, q_rope, c, k_rope, w, mask)
+            return absorbed_heads(q_nope, q_rope, c, k_rope, _allowed(mask, q_nope), up)
+        return prefill(q_nope, q_rope, c, k_rope, up, mask)
 
 
-def matrix(projection: Any) -> Tensor:
-    """What a projection multiplies with, ``[out, in]``: its weight, and low-rank updates that peft has put on it."""
-    weight = projection.weight
-    if getattr(projection, "merged", True) or projection.disable_adapters:
-        return weight
-    for adapter in projection.active_adapters:
-        weight = weight + projection.get_delta_weight(adapter)
-    return weight
+def check_cache(cache: Any, layer_idx: int, c_B1Tr: Tensor, k_rope_BPTR: Tensor) -> None:
+    """Whether latents and roped keys may follow what a cache of transformers holds.
+
+    Raises:
+        OptionError: it holds keys and values of another model, or such as prefix tuning has learnt.
+    """
+    layers = getattr(cache, "layers", ())
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    # Only what lies there: a cache of latents makes these tensors when they are asked for.
+    own = getattr(layer, "__dict__", {})
+    for held, new in ((own.get("keys"), c_B1Tr), (own.get("values"), k_rope_BPTR)):
+        if not isinstance(held, Tensor) or held.ndim != 4 or held.numel() == 0:
+            continue
+        if type(held) is Tensor and (held.shape[1], held.shape[3]) != (new.shape[1], new.shape[3]):
+            raise OptionError(
+                f"the cache holds {held.shape[1]} heads of {held.shape[3]} a token, and latent attention stores "
+                f"{new.shape[1]} of {new.shape[3]}",
+                where="past_key_values",
+                fix="start from an empty cache; prefix tuning learns keys and values, use LoRA or prompt tuning",
+            )
+
+
+def no_probabilities() -> OptionError:
+    """What to raise where somebody asks for attention probabilities."""
+    return OptionError(
+        "latent attention does not return probabilities",
+        where="output_attentions",
+        fix="leave it out; the source has them, and a portable model before `accelerate`, with eager attention",
+    )
+
+
+def no_paging() -> OptionError:
+    """What to raise where somebody asks for continuous batching."""
+    return OptionError(
+        "latent attention has no paged cache for transformers' continuous batching",
+        where="generate_batch",
+        fix="model.generate with padding on the left, or vLLM (docs/engines.md)",
+    )
+
+
+def _unknown_mask(mask: Any) -> OptionError:
+    kind = f"{mask.ndim} axes" if isinstance(mask, Tensor) else f"the type {type(mask).__name__}"
+    return OptionError(
+        f"latent attention takes masks [B, 1, T, S], and this one has {kind}",
+        where="attention_mask",
+        fix="attn_implementation='sdpa' or 'eager' make such masks; flash and flex attention do not",
+    )
 
 
 def _allowed(mask: Tensor | None, like: Tensor) -> Tensor:

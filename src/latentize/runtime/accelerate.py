@@ -9,21 +9,23 @@ Whatever else a family does (query compression, interleaved RoPE, YaRN's factors
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from latentize.attention.module import LatentAttention
+from latentize.attention.module import LatentAttention, check_cache, no_paging, no_probabilities
+from latentize.attention.projections import UpProjections, up_projections
 from latentize.errors import OptionError, UnsupportedModelError
 from latentize.formats.balance import KEY, rebalance, unbalance
 from latentize.runtime.backends import Backend
 from latentize.runtime.cache import LatentCache
-from latentize.runtime.heads import Up, heads
+from latentize.runtime.heads import heads
 from latentize.runtime.static import Room
 
 __all__ = ["accelerate", "backend_of", "decelerate", "has_latents", "is_accelerated", "no_latents"]
@@ -42,14 +44,27 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function, over latents and roped keys instead of keys and values."""
-    assert dropout == 0.0, "dropout belongs to training"
-    nope, v = module.qk_nope_head_dim, module.v_head_dim
-    k_HNr, v_HVr = module.kv_b_proj.weight.unflatten(0, (-1, nope + v)).split([nope, v], dim=1)
+    **more: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function, over latents and roped keys instead of keys and values.
+
+    Raises:
+        OptionError: dropout is asked for.
+    """
+    if not hasattr(module, _BACKEND):
+        # A model made from an accelerated one's config.
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more
+        )
+    if dropout:
+        raise OptionError(
+            f"an accelerated model has no dropout in attention, and is trained with {dropout}",
+            where="config.json, attention_dropout",
+            fix="set it to 0 (every layer has its `attention_dropout`), or latentize.decelerate(model) to train",
+        )
+    nope, sizes = module.qk_nope_head_dim, (module.kv_lora_rank, module.qk_nope_head_dim, module.v_head_dim)
+    up = up_projections(module.kv_b_proj, sizes, scaling, 0.0, query)
     q_nope, q_rope = query[..., :nope], query[..., nope:]
-    up = Up(k_HNr, v_HVr, scaling)
     return heads(q_nope, q_rope, key, value, up, attention_mask, getattr(module, _BACKEND)).transpose(1, 2), None
 
 
@@ -88,24 +103,69 @@ def _as_they_are(_: nn.Module, latent: Any, k_rope: Any) -> tuple[Any, Any]:
 
 
 def _native_heads(
-    module: LatentAttention, q_nope: Tensor, q_rope: Tensor, key: Any, value: Any, w: Any, mask: Any
+    module: LatentAttention, q_nope: Tensor, q_rope: Tensor, c: Any, k_rope: Any, up: UpProjections, mask: Any
 ) -> Tensor:
     """Stands for ``LatentAttention.heads``."""
-    return heads(
-        q_nope, q_rope, key, value, Up(w.k_up_UNr, w.v_up_UVr, w.softmax_scale), mask, getattr(module, _BACKEND)
+    return heads(q_nope, q_rope, c, k_rope, up, mask, getattr(module, _BACKEND))
+
+
+@dataclass
+class _Announce:
+    """Before a layer runs: its attention is ours still, and a :class:`LatentCache`'s rows may stay as they lie.
+
+    Not closures: an accelerated model can be copied and pickled.
+
+    Attributes:
+        rotary: What rotates; of the native format the layers themselves know their frequencies.
+        interleaved: Whether keys are, after RoPE.
+    """
+
+    rotary: nn.Module | None
+    interleaved: bool
+
+    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        native = isinstance(module, LatentAttention)
+        if not native and module.config._attn_implementation != _NAME:
+            raise _owned(f"attn_implementation is '{module.config._attn_implementation}' now")
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        if isinstance(cache, LatentCache):
+            layer: Any = cache.layers[module.layer_idx]
+            frequencies_F = module.frequencies() if native else getattr(self.rotary, "inv_freq", None)
+            layer.attends_rows, layer.frequencies_F, layer.interleaved = True, frequencies_F, self.interleaved
+        elif cache is not None and not native:
+            _check_cache(module, cache)
+
+
+def _check_cache(module: Any, cache: Any) -> None:
+    """A stock layer checks nothing itself."""
+    shapes = ((1, 1, 0, module.kv_lora_rank), (1, 1, 0, module.qk_rope_head_dim))
+    c, k_rope = (torch.empty(shape, device="meta") for shape in shapes)
+    check_cache(cache, module.layer_idx, c, k_rope)
+
+
+def _owned(what: str) -> OptionError:
+    return OptionError(
+        f"an accelerated model attends by latentize's own functions: {what}",
+        where="attn_implementation",
+        fix="latentize.decelerate(model) first",
     )
 
 
-def _announce(frequencies: Callable[[], Tensor | None], interleaved: bool) -> Callable[..., None]:
-    """Before a layer runs, tell a :class:`LatentCache` that its rows may stay as they lie."""
+def _set_attention(self: Any, attn_implementation: Any, *_: Any, **__: Any) -> None:
+    """``set_attn_implementation``: there is one that an accelerated model can have."""
+    if attn_implementation != _NAME:
+        raise _owned(f"'{attn_implementation}' cannot be set")
 
-    def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        if isinstance(cache, LatentCache):
-            layer = cache.layers[module.layer_idx]
-            layer.attends_rows, layer.frequencies_F, layer.interleaved = True, frequencies(), interleaved
 
-    return hook
+def _without_weights(self: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Before an accelerated model runs: attention probabilities are never made."""
+    asked = kwargs.get("output_attentions")
+    if asked if asked is not None else getattr(self.config, "output_attentions", False):
+        raise no_probabilities()
+
+
+def _continuous(self: Any, *_: Any, **__: Any) -> None:
+    raise no_paging()
 
 
 def _is_mla(module: nn.Module) -> bool:
@@ -170,52 +230,74 @@ def accelerate(model: Any, *, backend: str = "auto") -> Any:
     interleaved = getattr(model.config, "model_type", "") == "deepseek_v2"
     for layer in layers:
         if isinstance(layer, LatentAttention):
-            layer.heads = MethodType(_native_heads, layer)
-            frequencies = layer.frequencies
+            layer.heads = partial(_native_heads, layer)
         else:
-            layer.expand_kv = MethodType(_as_they_are, layer)
-            frequencies = partial(getattr, rotary, "inv_freq", None)
+            layer.expand_kv = partial(_as_they_are, layer)
         setattr(layer, _BACKEND, chosen)
-        hooks.append(layer.register_forward_pre_hook(_announce(frequencies, interleaved), with_kwargs=True))
+        hooks.append(layer.register_forward_pre_hook(_Announce(rotary, interleaved), with_kwargs=True))
+    hooks.append(model.register_forward_pre_hook(_without_weights, with_kwargs=True))
     # Roped keys that are tiny are nothing to a cache in fp16, and queries that are huge too much for its kernels.
-    scaled = unbalance(model)
+    exponents = getattr(model.config, KEY, None) if unbalance(model) else None
     # Models that were made from one config share it: this one gets its own. Layers that are not latent go on as before.
     mixed = len(layers) < model.config.get_text_config(decoder=True).num_hidden_layers
-    before = [(m, m.config) for m in model.modules() if hasattr(m, "config") and not mixed]
-    own = {id(config): copy.deepcopy(config) for _, config in before}
-    for module, config in before:
-        module.config = own[id(config)]
-        module.config._attn_implementation = _NAME
-        if scaled and hasattr(module.config, KEY):
+    before = [(m, m.config._attn_implementation) for m in model.modules() if hasattr(m, "config") and not mixed]
+    own = {id(m.config): copy.deepcopy(m.config) for m, _ in before}
+    for module, _ in before:
+        module.config = own[id(module.config)]
+    for config in own.values():
+        config._attn_implementation = _NAME
+        if exponents is not None and hasattr(config, KEY):
             # Saved now, it must not say what is no longer true.
-            delattr(module.config, KEY)
-    setattr(model, _STATE, (layers, hooks, before, scaled))
-    model.generate = MethodType(_generate, model)
+            delattr(config, KEY)
+    setattr(model, _STATE, _State(model, layers, hooks, before, exponents))
+    for name, own_method in _METHODS.items():
+        setattr(model, name, partial(own_method, model))
     return model
+
+
+@dataclass
+class _State:
+    """What :func:`accelerate` has done.
+
+    Attributes:
+        owner: To which model.
+        layers: Its latent layers.
+        hooks: Handles.
+        before: Modules with a config, and what attention it named.
+        exponents: Factors of the weights that were taken out, as the config named them, or ``None``.
+    """
+
+    owner: Any
+    layers: list[Any]
+    hooks: list[Any]
+    before: list[tuple[Any, Any]]
+    exponents: Any = None
 
 
 def backend_of(model: Any) -> Backend:
     """Who decodes an accelerated model, and how often it did."""
-    layers = getattr(model, _STATE)[0]
-    return getattr(layers[0], _BACKEND)
+    return getattr(getattr(model, _STATE).layers[0], _BACKEND)
 
 
 def decelerate(model: Any) -> Any:
-    """Undo :func:`accelerate`."""
+    """Undo :func:`accelerate`; what else was changed since stays."""
     if not is_accelerated(model):
         return model
-    layers, hooks, before, scaled = getattr(model, _STATE)
-    for layer in layers:
+    # Something may have been wrapped around it.
+    state = getattr(model, _STATE)
+    for layer in state.layers:
         delattr(layer, "heads" if isinstance(layer, LatentAttention) else "expand_kv")
         delattr(layer, _BACKEND)
-    for hook in hooks:
+    for hook in state.hooks:
         hook.remove()
-    for module, config in before:
-        module.config = config
-    if scaled:
-        rebalance(model)
-    del model.generate
-    delattr(model, _STATE)
+    for module, implementation in state.before:
+        module.config._attn_implementation = implementation
+        if state.exponents is not None:
+            setattr(module.config, KEY, state.exponents)
+    if state.exponents is not None:
+        rebalance(state.owner)
+    for name in (*_METHODS, _STATE):
+        delattr(state.owner, name)
     return model
 
 
@@ -226,3 +308,11 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not asked and configured is None and kwargs.get("use_cache", True):
         kwargs["past_key_values"] = LatentCache(self.config)
     return type(self).generate(self, *args, **kwargs)
+
+
+# What an accelerated instance has of its own.
+_METHODS = {
+    "generate": _generate,
+    "set_attn_implementation": _set_attention,
+    "init_continuous_batching": _continuous,
+}

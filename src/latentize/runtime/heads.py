@@ -6,13 +6,14 @@ N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, d = r + P R.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentize.attention.latent import expand
+from latentize.attention.projections import Up, UpProjections
 from latentize.runtime.absorbed import additive, attend_rows, fused_attention, has_fused, merge
 from latentize.runtime.backends import TORCH, Backend
 from latentize.runtime.layer import Rows
@@ -25,26 +26,12 @@ _ABSORBED = 16
 _EXPANDED = 4096
 
 
-@dataclass(frozen=True)
-class Up:
-    """Up-projections of a layer.
-
-    Attributes:
-        k_UNr, v_UVr: ``W_UK`` and ``W_UV``.
-        scale: Factor on the logits.
-    """
-
-    k_UNr: Tensor
-    v_UVr: Tensor
-    scale: float
-
-
 def heads(
     q_nope_BHTN: Tensor,
     q_rope_BHTR: Tensor,
     key: Tensor | Rows,
     value: Tensor | Rows,
-    up: Up,
+    up: UpProjections,
     mask: Tensor | None,
     backend: Backend = TORCH,
 ) -> Tensor:
@@ -69,15 +56,15 @@ def decode(
     q_rope_BHTR: Tensor,
     key: Tensor | Rows,
     value: Tensor | Rows,
-    up: Up,
+    up: UpProjections,
     mask: Tensor | None,
     backend: Backend = TORCH,
 ) -> Tensor:
     """Few new tokens: queries go into the latent space, sums of latents come out of it. As :func:`heads`."""
     count = q_nope_BHTN.shape[1]
-    shared, roped = len(up.k_UNr), _roped_keys(value)
+    shared, roped = len(up.k_up_UNr), _roped_keys(value)
     turn_rr = key.rotation_rr if isinstance(key, Rows) else None
-    q_latent_BHTr = (q_nope_BHTN.unflatten(1, (shared, -1)) @ up.k_UNr[:, None]).flatten(1, 2)
+    q_latent_BHTr = (q_nope_BHTN.unflatten(1, (shared, -1)) @ up.k_up_UNr[:, None]).flatten(1, 2)
     if turn_rr is not None:
         q_latent_BHTr = q_latent_BHTr @ turn_rr
     if roped > 1:
@@ -85,17 +72,25 @@ def decode(
         own_HP = torch.eye(roped, dtype=q_rope_BHTR.dtype, device=q_rope_BHTR.device)
         own_HP = own_HP.repeat_interleave(count // roped, dim=0)
         q_rope_BHTR = (q_rope_BHTR[..., None, :] * own_HP[:, None, :, None]).flatten(-2)
-    summed_BHTr = backend.attend(q_latent_BHTr, q_rope_BHTR, key, value, up.scale, mask)
+    summed_BHTr = backend.attend(q_latent_BHTr, q_rope_BHTR, key, value, up.softmax_scale, mask)
     if summed_BHTr is None:
         q_BHTd, mask = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), _seen(key, mask, q_nope_BHTN)
-        summed_BHTr = attend_rows(q_BHTd, _blocks(key, value), up.scale, mask, size=up.k_UNr.shape[2])
+        summed_BHTr = attend_rows(q_BHTd, _blocks(key, value), up.softmax_scale, mask, size=up.k_up_UNr.shape[2])
     if turn_rr is not None:
         summed_BHTr = summed_BHTr @ turn_rr.mT
-    return (summed_BHTr.unflatten(1, (shared, -1)) @ up.v_UVr[:, None].mT).flatten(1, 2)
+    v_BUsTV = summed_BHTr.unflatten(1, (shared, -1)) @ up.v_up_UVr[:, None].mT
+    if up.v_up_bias_UV is not None:
+        v_BUsTV = v_BUsTV + up.v_up_bias_UV[:, None, None]
+    return v_BUsTV.flatten(1, 2)
 
 
 def prefill(
-    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, key: Tensor | Rows, value: Tensor | Rows, up: Up, mask: Tensor | None
+    q_nope_BHTN: Tensor,
+    q_rope_BHTR: Tensor,
+    key: Tensor | Rows,
+    value: Tensor | Rows,
+    up: UpProjections,
+    mask: Tensor | None,
 ) -> Tensor:
     """Many new tokens: keys and values are expanded, so many at a time. As :func:`heads`."""
     c_B1Sr, k_rope_BPSR = key.tensors() if isinstance(key, Rows) else (key, value)
@@ -103,22 +98,25 @@ def prefill(
     assert isinstance(c_B1Sr, Tensor) and isinstance(k_rope_BPSR, Tensor)
     q_BHTd, length = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1), c_B1Sr.shape[2]
     new = q_BHTd.shape[2]
-    if q_BHTd.device.type != "cpu" or q_BHTd.requires_grad or not has_fused():
-        k_BHSd, v_BHSV = _expand(c_B1Sr, k_rope_BPSR, up, q_BHTd.shape[1])
+    learns = torch.is_grad_enabled() and (q_BHTd.requires_grad or c_B1Sr.requires_grad or up.requires_grad)
+    if q_BHTd.device.type != "cpu" or learns or not has_fused():
+        k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, up, q_BHTd.shape[1])
         if mask is None and new < length:
             mask = torch.ones(new, length, dtype=torch.bool, device=q_BHTd.device).tril(length - new)
         causal = mask is None and new > 1
-        return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSV, attn_mask=mask, is_causal=causal, scale=up.scale)
+        return F.scaled_dot_product_attention(
+            q_BHTd, k_BHSd, v_BHSV, attn_mask=mask, is_causal=causal, scale=up.softmax_scale
+        )
     # Without a mask the new tokens see all earlier ones, and each other in order.
     past = length - new if mask is None else length
     borders = [*range(0, past, _EXPANDED), past]
     parts = []
     for start, stop in pairwise(borders):
-        k_BHsd, v_BHsV = _expand(c_B1Sr[:, :, start:stop], k_rope_BPSR[:, :, start:stop], up, q_BHTd.shape[1])
-        parts.append(_fused(q_BHTd, k_BHsd, v_BHsV, up.scale, None if mask is None else mask[..., start:stop]))
+        k_BHsd, v_BHsV = expand(c_B1Sr[:, :, start:stop], k_rope_BPSR[:, :, start:stop], up, q_BHTd.shape[1])
+        parts.append(_fused(q_BHTd, k_BHsd, v_BHsV, up.softmax_scale, None if mask is None else mask[..., start:stop]))
     if mask is None:
-        k_BHTd, v_BHTV = _expand(c_B1Sr[:, :, past:], k_rope_BPSR[:, :, past:], up, q_BHTd.shape[1])
-        parts.append(_fused(q_BHTd, k_BHTd, v_BHTV, up.scale, None, causal=True))
+        k_BHTd, v_BHTV = expand(c_B1Sr[:, :, past:], k_rope_BPSR[:, :, past:], up, q_BHTd.shape[1])
+        parts.append(_fused(q_BHTd, k_BHTd, v_BHTV, up.softmax_scale, None, causal=True))
     return merge(parts)[0]
 
 
@@ -132,14 +130,6 @@ def _fused(
     q, k, v = F.pad(q_BHTd, (0, padded - size)), F.pad(k_BHsd, (0, padded - size)), F.pad(v_BHsV, (0, padded - v_size))
     out, lse = fused_attention(q, k, v, scale, None if mask is None else additive(mask, q.dtype), causal=causal)
     return out[..., :v_size], lse
-
-
-def _expand(c_B1sr: Tensor, k_rope_BPsR: Tensor, up: Up, heads: int) -> tuple[Tensor, Tensor]:
-    """Keys ``[B, H, s, N + R]`` and values ``[B, H, s, V]``."""
-    share = heads // len(up.k_UNr)
-    k_nope_BHsN = (c_B1sr @ up.k_UNr.mT).repeat_interleave(share, dim=1)
-    k_rope_BHsR = k_rope_BPsR.repeat_interleave(heads // k_rope_BPsR.shape[1], dim=1)
-    return torch.cat([k_nope_BHsN, k_rope_BHsR], dim=-1), (c_B1sr @ up.v_UVr.mT).repeat_interleave(share, dim=1)
 
 
 def _roped_keys(value: Tensor | Rows) -> int:
