@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from latentize.attention.latent import LatentWeights
-from latentize.attention.module import LatentAttention, state_dict
+from latentize.attention.module import LatentAttention, no_paging, no_probabilities, state_dict
 from latentize.convert.pipeline import LayerResult
+from latentize.errors import OptionError
 from latentize.families import model_spec
 from latentize.formats.base import FormatWriter
 from latentize.spec import LatentSpec
@@ -35,6 +36,12 @@ _SHARED = (
     "pad_token_id",
     "tie_word_embeddings",
 )
+
+
+# Those of them that a loaded model's methods change.
+_CHANGING = ("vocab_size", "tie_word_embeddings")
+# Entries that say what a call returns.
+_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
 
 
 class LatentizeConfig(PreTrainedConfig):
@@ -90,14 +97,20 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = LatentizeConfig
     base_model_prefix = "source"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
 
     def __init__(self, config: LatentizeConfig) -> None:
+        # LatentAttention takes any mask or none, as SDPA does; bent logits of kept layers have no fused form.
+        spec = model_spec(config.source_config)
+        self._attention = ("eager",) if spec.additive_masks else ("sdpa", "eager")
         super().__init__(config)
         source_config = AutoConfig.for_model(**config.source_config)
-        # LatentAttention takes any mask or none, as SDPA does.
-        spec = model_spec(config.source_config)
-        source_config._attn_implementation = "eager" if spec.additive_masks else "sdpa"
+        source_config._attn_implementation = config._attn_implementation
+        for key in _CHANGING:
+            if key not in config.source_config:
+                # The family's default, not that of any config.
+                setattr(config, key, getattr(source_config, key))
         self.source = AutoModelForCausalLM.from_config(source_config, dtype=config.dtype)
         table = tuple(config.frequency_table)
         name = spec.module("attention")
@@ -105,6 +118,30 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
             if entry is not None:
                 setattr(layer, name, _empty_attention(entry, index, table))
         self.post_init()
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False
+    ) -> str:
+        """Which attention the layers that stay as they were have, and what masks all get.
+
+        Raises:
+            OptionError: one whose masks latent attention does not read, or that would leave out what the source does.
+        """
+        possible = self._attention
+        # "latentize" is what `accelerate` sets; a model made from an accelerated one's config is not accelerated.
+        if attn_implementation in (None, "latentize") or (is_init_check and attn_implementation == "sdpa"):
+            return possible[0]
+        if attn_implementation not in possible:
+            raise OptionError(
+                f"the native format has no attention '{attn_implementation}'",
+                where="attn_implementation",
+                fix=f"{' or '.join(possible)}; what attends to latents is latentize's own in any case",
+            )
+        return attn_implementation
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
 
     def get_input_embeddings(self) -> nn.Module:
         return self.source.get_input_embeddings()
@@ -118,9 +155,73 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.source.set_output_embeddings(new_embeddings)
 
-    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As the source's ``forward``."""
-        return self.source(input_ids=input_ids, **kwargs)
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any model; the source's config follows."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self._follow()
+        return embeddings
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any model; ``config.tie_word_embeddings`` decides."""
+        self._follow()
+        return super().tie_weights(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any model."""
+        self._follow()
+        return super().save_pretrained(*args, **kwargs)
+
+    def _follow(self) -> None:
+        """What may change after loading stands in the source's config, too."""
+        changed = {key: getattr(self.config, key) for key in _CHANGING}
+        self.config.source_config = {**self.config.source_config, **changed}
+        for key, value in changed.items():
+            setattr(self.source.config, key, value)
+        if hasattr(self.source, "vocab_size"):
+            self.source.vocab_size = changed["vocab_size"]
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Raises:
+        OptionError: there is no paged cache of latents.
+        """
+        raise no_paging()
+
+    # The names that transformers and peft look for in a signature.
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As the source's ``forward``; what this model's own config says about outputs counts.
+
+        Raises:
+            OptionError: attention probabilities are asked for.
+        """
+        given: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        for name in _OUTPUTS:
+            if given.get(name) is None:
+                given[name] = getattr(self.config, name, None)
+        if given.pop("output_attentions"):
+            raise no_probabilities()
+        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:
+            given["logits_to_keep"] = logits_to_keep
+        # A family of somebody else's may not know all of them.
+        return self.source(input_ids=input_ids, **{name: value for name, value in given.items() if value is not None})
 
 
 def register() -> None:
