@@ -29,7 +29,7 @@ from latentize.errors import CheckpointError
 __all__ = ["KEY", "Balance", "balances", "described", "rebalance", "unbalance", "unbalanced"]
 
 # Of config.json: [k, u, v] of every layer. Engines do not know it and need not.
-KEY = "latentize_exponents"
+KEY = "mla_scale_exponents"
 # Far from the ends of bfloat16's range, and beyond what any model needs.
 _LARGEST = 80
 _MATRICES = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
