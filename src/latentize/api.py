@@ -16,6 +16,7 @@ from latentize.checkpoint.opening import load_config
 from latentize.convert.progress import Progress, silent
 from latentize.errors import CheckpointError, ConfigError, OptionError, OutputError
 from latentize.families import ModelSpec, is_latent, model_spec, require_supported
+from latentize.families.stored import match_tensors
 from latentize.jobs import Job, LatentJob, LowerJob, PooledJob
 from latentize.paths import expanded
 from latentize.recipe import Recipe
@@ -47,15 +48,8 @@ def open_source(model: str | Path, *, trust_remote_code: bool = False) -> tuple[
 def checked_spec(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> ModelSpec:
     """The shape of an opened checkpoint, once its tensors are those of its family; raises as :func:`open_source`."""
     spec = _asked(checkpoint, trust_remote_code=trust_remote_code)
-    if (stored := checkpoint.count(spec.table.layer_prefix)) != spec.layers:
-        raise CheckpointError(
-            f"{checkpoint.config_path.name} says {spec.layers} layers, the files have {stored}",
-            code="LZ110",
-            where=f"{checkpoint.config_path}, num_hidden_layers",
-            fix="take all files from where the model was published",
-        )
+    match_tensors(checkpoint, spec)
     head_name, embedding_name = (spec.module(role) + ".weight" for role in ("head", "embedding"))
-    checkpoint.check_tensors(spec.tensor_shapes(), ignore=[head_name] if spec.tied else [])
     if spec.tied and head_name in checkpoint:
         head, embedding = checkpoint.load(head_name), checkpoint.load(embedding_name)
         if head.shape != embedding.shape or not torch.equal(head, embedding):

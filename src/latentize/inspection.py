@@ -16,6 +16,7 @@ from latentize.checkpoint.gguf import is_gguf, only_gguf
 from latentize.devices import Machine, machine_of
 from latentize.errors import CheckpointError, ConfigError, LatentizeError, OptionError, UnsupportedModelError
 from latentize.families import LatentModel, ModelSpec, is_latent, latent_model, model_spec
+from latentize.families.stored import match_tensors
 from latentize.paths import expanded
 from latentize.recipe import parse_keep
 
@@ -169,7 +170,7 @@ def inspect(model: str) -> dict[str, Any]:
     if is_latent(checkpoint.config):
         return _inspect_latent(checkpoint)
     spec = model_spec(checkpoint.config)
-    checkpoint.check_tensors(spec.tensor_shapes(), ignore=[spec.module("head") + ".weight"] if spec.tied else [])
+    match_tensors(checkpoint, spec)
     methods = []
     for method in ("calibrated", "transmla", "care", "mha2mla"):
         try:

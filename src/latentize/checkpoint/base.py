@@ -11,9 +11,23 @@ from typing import Any
 
 from latentize.errors import CheckpointError
 
-__all__ = ["Checkpoint", "filled", "is_finite", "opened"]
+__all__ = ["DEQUANTISE", "Checkpoint", "filled", "is_finite", "opened"]
 
 _CHECKED_AT_ONCE = 1 << 22
+DEQUANTISE = "convert from an unquantised checkpoint (bf16, fp16 or fp32)"
+SAVE_AGAIN = "load the model with transformers, and save it with save_pretrained"
+# How the last parts of names tell what quantised the weights. Scales of one value come with several.
+_QUANTISED = {
+    "GPTQ or AWQ": ("qweight", "qzeros", "g_idx"),
+    "bitsandbytes": ("SCB", "weight_format", "absmax", "quant_map", "nested_absmax", "nested_quant_map"),
+    "compressed-tensors": ("weight_packed", "weight_shape", "weight_zero_point", "weight_global_scale"),
+    "fp8": ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale", "k_scale", "v_scale"),
+    "HQQ": ("W_q",),
+    "quanto": ("_data", "_scale", "_shift", "_packed"),
+    "AQLM": ("codes", "codebooks"),
+    "EETQ": ("weight_scales",),
+}
+_QUANTISED_BY = {ending: kind for kind, endings in _QUANTISED.items() for ending in endings}
 
 
 def is_finite(tensor: Any) -> bool:
@@ -98,6 +112,38 @@ class Checkpoint(ABC):
     def where(self, name: str) -> str:
         """File and tensor, for a message."""
 
+    def rename(self, names: Mapping[str, str | None]) -> None:
+        """Call tensors what transformers calls them. Those of a GGUF file are called so already.
+
+        Args:
+            names: What it is for every tensor that is stored under another name, or ``None`` for one that the model
+                has no use for.
+        """
+        assert not names
+
+    def stored_as(self, name: str) -> str:
+        """What the files call a tensor."""
+        return name
+
+    def check_stored(self, expected: Iterable[str] = ()) -> None:
+        """Refuse weights that are quantised, or in a precision that is not read.
+
+        Args:
+            expected: Names that are no sign of it.
+
+        Raises:
+            CheckpointError: they are.
+        """
+        known = set(expected)
+        for name in self.names():
+            last = name.rpartition(".")[2]
+            kind = _QUANTISED_BY.get(last) or ("bitsandbytes" if last.startswith("bitsandbytes__") else "")
+            if kind and name not in known:
+                raise CheckpointError(
+                    f"the weights are quantised ({kind})", code="LZ204", where=self.where(name), fix=DEQUANTISE
+                )
+            self.dtype(name)
+
     @abstractmethod
     def load(self, name: str) -> Any:
         """One tensor.
@@ -130,26 +176,33 @@ class Checkpoint(ABC):
         Raises:
             CheckpointError: a tensor is missing, unexpected, or of another shape.
         """
+        skipped = set(ignore)
         for name, shape in expected.items():
             if name not in self:
-                raise self.missing(name)
+                odd = (n for n in self.names() if n not in expected and n not in skipped)
+                raise self.missing(name, instead=next(odd, ""))
             if self.shape(name) != shape:
                 raise CheckpointError(
                     f"the tensor is {list(self.shape(name))}, {self.config_path.name} implies {list(shape)}",
                     code="LZ109",
                     where=self.where(name),
                 )
-        skipped = set(ignore)
         for name in self.names():
-            # Some old Llama checkpoints store the RoPE table; it is derived, not learned.
-            if name not in expected and name not in skipped and not name.endswith("rotary_emb.inv_freq"):
+            if name not in expected and name not in skipped:
                 raise CheckpointError(
                     "a tensor that the architecture does not have", code="LZ111", where=self.where(name)
                 )
 
-    def missing(self, name: str) -> CheckpointError:
-        """The error that there is no such tensor."""
+    def missing(self, name: str, *, instead: str = "") -> CheckpointError:
+        """The error that there is no such tensor.
+
+        Args:
+            name: Of the tensor.
+            instead: One that should not be there, if there is one: names may be those of another program.
+        """
         fix = "are all files of the model there?"
+        if instead:
+            fix += f" if its tensors are named otherwise ({instead}), {SAVE_AGAIN}"
         return CheckpointError("a tensor is missing", code="LZ111", where=f"{self.path}, tensor {name}", fix=fix)
 
     def checked(self, name: str, tensor: Any) -> Any:

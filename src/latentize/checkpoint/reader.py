@@ -7,12 +7,12 @@ no path leaves the folder. Weights are read when they are asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from latentize.checkpoint.base import Checkpoint, filled, opened
+from latentize.checkpoint.base import DEQUANTISE, Checkpoint, filled, opened
 from latentize.errors import CheckpointError, ConfigError
 
 __all__ = ["SafetensorsCheckpoint"]
@@ -23,8 +23,21 @@ _HEADER_CAP = 100_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What of a folder is read, or copied.
 _READ = (".json", ".safetensors", ".model", ".txt", ".jinja", ".md", "LICENSE", "LICENCE", "NOTICE")
-# Integers are index tables (the native format has one); what is quantised comes in other types.
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
+# Integers are index tables (the native format has one); what is quantised comes in other types, masks do too.
+_ITEM_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I32": 32, "I64": 64}
+_OTHER_BITS = {
+    **{"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "U32": 32, "U64": 64, "C64": 64},
+    **{
+        "F8_E4M3": 8,
+        "F8_E5M2": 8,
+        "F8_E4M3FNUZ": 8,
+        "F8_E5M2FNUZ": 8,
+        "F8_E8M0": 8,
+        "F6_E2M3": 6,
+        "F6_E3M2": 6,
+        "F4": 4,
+    },
+}
 _TORCH_NAMES = {
     "F64": "float64",
     "F32": "float32",
@@ -93,6 +106,10 @@ def _malformed(where: str) -> CheckpointError:
     return CheckpointError("the header entry is malformed", code="LZ105", where=where, fix="download the file again")
 
 
+def _unread(dtype: str, where: str) -> CheckpointError:
+    return CheckpointError(f"the weights are stored as {dtype}", code="LZ204", where=where, fix=DEQUANTISE)
+
+
 def _check_entry(path: Path, name: str, entry: Any, data_bytes: int) -> None:
     where = f"{path}, tensor {name}"
     try:
@@ -102,17 +119,13 @@ def _check_entry(path: Path, name: str, entry: Any, data_bytes: int) -> None:
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers):
         raise _malformed(where)
-    if dtype not in _ITEM_BYTES:
-        raise CheckpointError(
-            f"the weights are stored as {dtype}",
-            code="LZ204",
-            where=where,
-            fix="convert from an unquantised checkpoint (bf16, fp16 or fp32)",
-        )
+    bits = {**_ITEM_BITS, **_OTHER_BITS}.get(dtype)
+    if bits is None:
+        raise _unread(dtype, where)
     count = 1
     for n in shape:
         count *= n
-    if end < begin or end - begin != count * _ITEM_BYTES[dtype]:
+    if end < begin or 8 * (end - begin) != count * bits:
         raise CheckpointError("shape and size of the tensor disagree", code="LZ105", where=where)
     if end > data_bytes:
         raise CheckpointError("the file is truncated", code="LZ103", where=where, fix="download the file again")
@@ -138,6 +151,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = _read_json(self.config_path, ConfigError, "LZ102")
         self._file_of: dict[str, Path] = {}
         self._entry: dict[str, dict[str, Any]] = {}
+        self._stored_as: dict[str, str] = {}
         self._data_start: dict[Path, int] = {}
         for path, expected in self._shards().items():
             self._data_start[path], header = _read_header(path)
@@ -235,14 +249,27 @@ class SafetensorsCheckpoint(Checkpoint):
         return tuple(self._entry[name]["shape"])
 
     def dtype(self, name: str) -> str:
-        return _TORCH_NAMES[self._entry[name]["dtype"]]
+        stored = self._entry[name]["dtype"]
+        if stored not in _TORCH_NAMES:
+            raise _unread(stored, self.where(name))
+        return _TORCH_NAMES[stored]
+
+    def rename(self, names: Mapping[str, str | None]) -> None:
+        for old, new in names.items():
+            path, entry = self._file_of.pop(old), self._entry.pop(old)
+            if new is not None:
+                self._file_of[new], self._entry[new], self._stored_as[new] = path, entry, old
+
+    def stored_as(self, name: str) -> str:
+        return self._stored_as.get(name, name)
 
     def size(self, name: str) -> int:
         begin, end = self._entry[name]["data_offsets"]
         return end - begin
 
     def where(self, name: str) -> str:
-        return f"{self._file_of[name]}, tensor {name}"
+        stored = self.stored_as(name)
+        return f"{self._file_of[name]}, tensor {stored}" + (f" ({name})" if stored != name else "")
 
     def load(self, name: str) -> Any:
         if name not in self:
@@ -272,6 +299,6 @@ class SafetensorsCheckpoint(Checkpoint):
     def _tensor(self, name: str, buffer: bytearray, shape: list[int]) -> Any:
         import torch
 
-        dtype = getattr(torch, _TORCH_NAMES[self._entry[name]["dtype"]])
+        dtype = getattr(torch, self.dtype(name))
         tensor = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
         return self.checked(name, tensor.view(shape))

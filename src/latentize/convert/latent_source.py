@@ -71,6 +71,7 @@ def check_latent(checkpoint: Checkpoint, model: LatentModel) -> None:
             where="config.json, quantization_config",
             fix="use the unquantised checkpoint",
         )
+    checkpoint.check_stored()
     # Further layers predict several tokens at once; transformers does not run them.
     if (stored := checkpoint.count(_LAYER_PREFIX)) < model.layers:
         raise CheckpointError(

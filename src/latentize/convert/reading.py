@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +225,8 @@ class _Proof:
         checkpoint, spec = self.source.checkpoint, self.source.spec
         prefix = spec.layer_prefix(ours.index)
         if self.files:
-            stored = _tensors(self.files, prefix)
-            stored = {name: t for name, t in stored.items() if prefix + name in checkpoint and "rotary_emb" not in name}
+            names = [n for n in checkpoint.names() if n.startswith(prefix) and "rotary_emb" not in n]
+            stored = _tensors(self.files, {checkpoint.stored_as(n): n.removeprefix(prefix) for n in names})
             found = module_tensors(stored, spec, ours.index)
             for name, tensor in found.items():
                 if name not in ours.tensors or not torch.equal(tensor, ours.tensors[name].cpu()):
@@ -321,15 +321,19 @@ def _near(a: float, b: float) -> bool:
     return abs(a - b) <= _EXACT * max(abs(a), abs(b))
 
 
-def _tensors(files: Sequence[Path], prefix: str) -> dict[str, Tensor]:
-    """All tensors of a layer; of one that is in several files the last counts, as for transformers."""
+def _tensors(files: Sequence[Path], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Some tensors; of one that is in several files the last counts, as for transformers.
+
+    Args:
+        files: Where they are.
+        names: What files call them → what they are called here.
+    """
     from safetensors import safe_open
 
     found: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (it is no dictionary)
-            found |= {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            found |= {names[name]: file.get_tensor(name) for name in names.keys() & set(file.keys())}
     return found
 
 

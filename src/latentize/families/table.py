@@ -117,6 +117,8 @@ class Table:
             where the attention counts what rotates by itself; ``another_with`` has keys that make it another
             architecture.
         top_tensors: Tensor → symbolic shape, outside the layers.
+        ignored_tensors: Regular expressions: what transformers ignores in files, as it is derived.
+        renamed_tensors: Part of a name that transformers reads, too → the part that the tables here have.
         layer_prefix: With ``{layer}``.
         layer_tensors: Tensor of a layer, without prefix → symbolic shape.
         optional_layer_tensors: The same with ``{"shape": …, "when": config key}``.
@@ -150,6 +152,8 @@ class Table:
     multipliers: Mapping[str, Any] = field(default_factory=dict)
     logit_softcap: str = ""
     modules: Mapping[str, str] = field(default_factory=dict)
+    ignored_tensors: Sequence[str] = ()
+    renamed_tensors: Mapping[str, str] = field(default_factory=dict)
     norm_eps: str = "rms_norm_eps"
     norm_offset: float = 0.0
     layer_kinds: Mapping[str, Any] = field(default_factory=dict)
