@@ -683,8 +683,23 @@ def _notes_on_stderr() -> Iterator[None]:
         yield
 
 
+# What decides how threads wait for each other, of GNU's OpenMP and of LLVM's and Intel's.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def _wait_passively() -> None:
+    """Threads that wait for others sleep, unless the environment says how they should wait.
+
+    By default they spin, and where another program has the processor that the others need they take what is left of it.
+    OpenMP reads this once, when torch is imported.
+    """
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def main() -> None:
     """Entry point: user errors end with status 2 and no traceback."""
+    _wait_passively()
     for stream in (sys.stdout, sys.stderr):
         # A name may hold what the terminal has no letters for.
         if isinstance(stream, io.TextIOWrapper):

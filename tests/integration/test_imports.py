@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from tests.common import pico_config, run_python
 
 import latentize
@@ -69,3 +70,40 @@ def test_public_names() -> None:
     assert callable(latentize.convert)
     assert callable(latentize.evaluate)
     assert callable(latentize.verify)
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [
+        ({}, "PASSIVE"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        ({"GOMP_SPINCOUNT": "77"}, None),
+        ({"KMP_BLOCKTIME": "5"}, None),
+    ],
+)
+def test_threads_wait_passively_unless_told_otherwise(given: dict[str, str], policy: str | None) -> None:
+    """It is said before torch, and OpenMP with it, is loaded: neither reads it later."""
+    code = """
+import os, sys
+from latentize.cli import main
+sys.argv = ["latentize", "--version"]
+assert "torch" not in sys.modules
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+assert "torch" not in sys.modules
+print(os.environ.get("OMP_WAIT_POLICY"))
+import torch
+"""
+    # What the tests themselves were started with is not meant.
+    unset = (
+        "import os\nfor name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'):\n    os.environ.pop(name, 0)\n"
+    )
+    setting = f"os.environ.update({given!r})\n"
+    done = run_python(unset + setting + code, env={"OMP_DISPLAY_ENV": "TRUE"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(policy)
+    # OpenMP says what it has read, where it is GNU's or LLVM's.
+    if policy is not None and "OMP_WAIT_POLICY" in done.stderr:
+        assert f"'{policy}'" in done.stderr.split("OMP_WAIT_POLICY", 1)[1].splitlines()[0]
