@@ -198,6 +198,11 @@ def _limits(recipe: Recipe, report: dict[str, Any], notes: list[str]) -> list[st
             f"The text is {report['calibration_text']}, a narrow diet: for a general model calibrate on text like your "
             f"own (`--data`)."
         )
+    if report["format"] == "deepseek_v3" and recipe.to == "mla" and recipe.dtype != "float16":
+        found.append(
+            "Runs in bfloat16 and float32, with a cache in one of these: roped keys are too small for float16, and for "
+            "fp8 without scales. For those convert with `--dtype float16`."
+        )
     if recipe.to != "mla":
         found.append("Heads were averaged, nothing was trained afterwards: expect to train it before it is of use.")
     return found
