@@ -47,7 +47,10 @@ def as_read(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
     if not table.fields:
         read = {**table.config_defaults, **table.implied, **config}
     else:
-        read = {name: default for name, (_, default) in table.fields.items()}
+        # What the table itself names is read: a class may be another's with entries of its own.
+        named = [*table.attention.values(), *table.multipliers.values(), table.logit_softcap, table.norm_eps]
+        read = {name: config[name] for name in config if name in named}
+        read |= {name: default for name, (_, default) in table.fields.items()}
         read |= {name: config.get(name, value) for name, value in table.implied.items()}
         read |= {name: config[name] for name in table.fields if name in config}
         read |= {name: config[other] for other, name in table.aliases.items() if other in config}
