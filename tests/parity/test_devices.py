@@ -82,6 +82,8 @@ ON_PURPOSE = {
     "convert/canonical.py: attention_weights": "row numbers, compared with others of their kind",
     "convert/canonical.py: half_layout": "row numbers of weights",
     "convert/descent.py: batches": "numbers of sequences, in an order that no device changes",
+    "convert/reading.py: _check_turning": "the proof runs where transformers loads, on the CPU",
+    "convert/reading.py: _stream": "positions of a short text, moved at once",
     "convert/position.py: ladder": "moved by methods.py",
     "convert/refine.py: descend": "numbers of sequences",
     "healing.py: look": "sums of what was brought back",
