@@ -124,7 +124,7 @@ def test_an_accelerated_model_keeps_its_attention(pair: Pair, name: str) -> None
 
 def test_masks_of_other_attention_are_refused(pair: Pair) -> None:
     if not pair.kind.startswith("native"):
-        pytest.skip("transformers' own layers read them")
+        pytest.skip("2026-11-27: a portable model's own layers are transformers', which read such masks")
     attention = pair.model().source.model.layers[1].self_attn
     for mask in (torch.ones(2, 4), object()):
         with pytest.raises(LatentizeError, match="attn_implementation"):
