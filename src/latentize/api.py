@@ -335,7 +335,9 @@ def generate(
     tokenizer = load_tokenizer(folder)
     notes: list[str] = []
     loaded = load_model(folder, dtype=_torch_dtype(dtype), device=device, notes=notes)
-    prompt = without_surrogates(prompt)
+    text = without_surrogates(prompt)
+    if text != prompt:
+        notes.append("what is not UTF-8 in the prompt is read as U+FFFD")
     if window is not None:
         notes += without_guesses(loaded)
     streamer, beams = None, (loaded.generation_config.num_beams or 1) > 1
@@ -349,10 +351,10 @@ def generate(
         options["cache"] = LatentCache(accelerate(loaded).config, window=window, **cache_formats(cache))
     elif cache is not None or window is not None:
         raise no_latents("--cache, --window")
-    result = vars(run(loaded, tokenizer, prompt, **options))
+    result = vars(run(loaded, tokenizer, text, **options))
     if stream and beams:
         # Which beam is the likeliest is known in the end.
-        print(prompt + result["text"])
+        print(text + result["text"])
     return {**result, "notes": notes}
 
 

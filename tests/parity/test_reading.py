@@ -65,6 +65,10 @@ def test_a_wrong_number_is_noticed(tmp_path: Path, family: str, wrong: str) -> N
     assert caught.value.code == "LZ122"
 
 
+# Parts of the names of what stands where an MLP does.
+MLPS = ("mlp", "feed_forward", "block_sparse_moe")
+
+
 def turned(t: Tensor) -> Tensor:
     """Heads in another order, or values of a vector."""
     return t.roll(16, 0)
@@ -81,7 +85,7 @@ def test_a_wrong_tensor_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "norm": (layer + spec.module("input_norm") + ".weight", layer + "post_attention_layernorm.weight"),
         "heads": tuple(f"{layer}{spec.module('attention')}.{spec.module(p)}.weight" for p in ("o_proj",)),
         "bias": tuple(n for n in checkpoint.names() if n.startswith(layer) and n.endswith("bias"))[:1],
-        "MLP": tuple(n for n in checkpoint.names() if n.startswith(layer) and ("mlp" in n or "feed_forward" in n))[:1],
+        "MLP": tuple(n for n in checkpoint.names() if n.startswith(layer) and any(p in n for p in MLPS))[:1],
         "another layer": tuple(n for n in checkpoint.names() if n.startswith(layer)),
     }
     names = [name for name in endings[part] if name in checkpoint]

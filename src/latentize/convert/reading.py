@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class _Proof:
         layers, config.num_hidden_layers = config.num_hidden_layers, 0
         trust = {"trust_remote_code": trust_remote_code}
         if checkpoint.quantization is None:
-            with _files_that_are_opened(self.files), _quietly():
+            with _files_that_are_opened(self.files), _without_threads(), _quietly():
                 named: dict[str, Any] = {**pretrained(checkpoint.path), **trust}
                 top = AutoModelForCausalLM.from_pretrained(config=config, dtype="auto", **named)
         else:
@@ -356,6 +357,21 @@ def _files_that_are_opened(files: list[Path]) -> Iterator[None]:
         yield
     finally:
         modeling_utils.safe_open = original
+
+
+@contextlib.contextmanager
+def _without_threads() -> Iterator[None]:
+    """transformers loads on this thread alone: each of its four would keep address space for a heap of its own."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def generate(
         cache: Instead of the one that transformers makes.
 
     Raises:
-        OptionError: the prompt is no text, or has no tokens and the tokenizer none to begin a text with.
+        OptionError: the prompt has no tokens, and the tokenizer none to begin a text with.
         ConfigError: transformers cannot generate with the model's own settings.
     """
     ids_1T = prompt_tokens(tokenizer, prompt).to(model.device)
@@ -101,10 +101,8 @@ def prompt_tokens(tokenizer: Any, prompt: str) -> torch.Tensor:
     """A prompt's token ids ``[1, T]``; an empty one is the token that begins a text, or else the one that ends it.
 
     Raises:
-        OptionError: it is no text, or there is no such token.
+        OptionError: it is empty, and there is no such token.
     """
-    if not prompt.isascii() and prompt != prompt.encode("utf-8", "replace").decode("utf-8"):
-        raise OptionError("the prompt is not UTF-8", where="PROMPT", fix="give it in that encoding")
     ids = tokenizer(prompt, verbose=False)["input_ids"]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if not ids and first is None:
