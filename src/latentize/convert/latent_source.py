@@ -194,6 +194,9 @@ class LatentSource(SourceModel):
                     "a tensor is missing, or is another than config.json implies", "LZ111", checkpoint, odd[0][0]
                 )
 
+    def module_tensors(self, stored: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        return fuse_experts(stored)
+
     def layers(self) -> Iterator[LatentLayer]:
         """The decoder layers in order; for memory, let go of one before asking for the next."""
         for index, empty in enumerate(self._skeleton.model.layers):

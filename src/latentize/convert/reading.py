@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from latentize.attention.grouped import grouped_attention
 from latentize.calibrate.tokens import Passages
 from latentize.checkpoint.opening import load_config, pretrained
-from latentize.convert.canonical import module_tensors
 from latentize.convert.progress import Progress, silent
 from latentize.convert.source import SourceLayer, SourceModel, Stream
 from latentize.errors import CheckpointError
+from latentize.families import LatentModel
 from latentize.families.model import FULL
 
 __all__ = ["PROVED_TOKENS", "TOLERANCE", "prove"]
@@ -168,18 +168,23 @@ class _Proof:
         checkpoint, count = self.source.checkpoint, len(theirs_VD)
         if checkpoint.shape(name) != tuple(theirs_VD.shape):
             raise _differs(f"the shape of '{name}'", checkpoint.where(name))
+        # Some of its models empty the row of padding when they are loaded, which is nothing that is read.
+        padding = getattr(self.top.config, "pad_token_id", None)
+        emptied = padding is not None and 0 <= padding < count and not theirs_VD[padding].any()
         for start in range(0, count, _ROWS_AT_ONCE):
             rows = range(start, min(start + _ROWS_AT_ONCE, count))
-            ours = checkpoint.load_rows(name, rows)
             # Where files mix precisions, transformers loads all in one.
-            if not torch.equal(ours.to(theirs_VD.dtype), theirs_VD[rows.start : rows.stop]):
+            ours_VD = checkpoint.load_rows(name, rows).to(theirs_VD.dtype)
+            if emptied and padding in rows:
+                ours_VD[padding - start] = 0
+            if not torch.equal(ours_VD, theirs_VD[rows.start : rows.stop]):
                 raise _differs(f"'{name}'", checkpoint.where(name))
 
     def _check_turning(self, body: Any) -> None:
         """Frequencies of the layers that are converted, and whether transformers scales what is rotated."""
         spec = self.source.spec
         rotary = getattr(body, "rotary_emb", None)
-        if rotary is None:
+        if rotary is None or isinstance(spec, LatentModel):
             return
         buffers = dict(rotary.named_buffers())
         theirs = buffers.get(f"{FULL}_inv_freq", buffers.get("inv_freq"))
@@ -228,11 +233,15 @@ class _Proof:
         if self.files:
             names = [n for n in checkpoint.names() if n.startswith(prefix) and "rotary_emb" not in n]
             stored = _tensors(self.files, {checkpoint.stored_as(n): n.removeprefix(prefix) for n in names})
-            found = module_tensors(stored, spec, ours.index)
+            found = self.source.module_tensors(stored, ours.index)
+            # A layer that is written as it was stored is held as it was stored.
+            same = ours.tensors.keys() == found.keys()
+            held = ours.tensors if same else self.source.module_tensors(ours.tensors, ours.index)
             for name, tensor in found.items():
-                if name not in ours.tensors or not torch.equal(tensor, ours.tensors[name].cpu()):
+                if name not in held or not torch.equal(tensor, held[name].cpu()):
                     raise _differs(f"'{prefix}{name}'", str(checkpoint.path))
         else:
+            # No quantised model has latents.
             found = ours.tensors
         filled = copy.deepcopy(layer)
         filled.load_state_dict({n: t.to("cpu", torch.float32) for n, t in found.items()}, strict=True, assign=True)
@@ -241,6 +250,9 @@ class _Proof:
     def _check_numbers(self, theirs: nn.Module, ours: SourceLayer) -> None:
         """Epsilons, and the factor on logits."""
         spec, where = self.source.spec, f"{self.source.checkpoint.config_path}, layer {ours.index}"
+        if isinstance(spec, LatentModel):
+            # What its layers do is not written again: they run as transformers' own, numbers and all.
+            return
         for name, module in theirs.named_modules():
             eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
             if eps is not None and "norm" in name and not _near(eps, spec.norm_eps):

@@ -318,7 +318,7 @@ class SourceModel:
             prefix = self.spec.layer_prefix(index)
             names = [n for n in self.checkpoint.names() if n.startswith(prefix) and "rotary_emb" not in n]
             stored = {name.removeprefix(prefix): self.checkpoint.load(name) for name in names}
-            stored = module_tensors(stored, spec, index)
+            stored = self.module_tensors(stored, index)
             module = copy.deepcopy(empty)
             wide = {name: self._running(name, t) for name, t in stored.items()}
             module.load_state_dict(wide, strict=True, assign=True)
@@ -346,6 +346,10 @@ class SourceModel:
             del layer
             if self.large:
                 give_back_freed_memory()
+
+    def module_tensors(self, stored: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """Tensors of a layer as transformers' module has them, of those that files have; all without its prefix."""
+        return module_tensors(stored, self.spec, index)
 
     def skeleton_layers(self) -> list[nn.Module]:
         """transformers' layers, without memory."""

@@ -115,9 +115,6 @@ class LowerJob(Job):
     def open(self, device: str) -> SourceModel:
         return LatentSource(self.checkpoint, self.model, device)
 
-    def prove(self, source: SourceModel, text: Text, progress: Progress) -> None:
-        """Layers are run as transformers' own; there is no second reading to compare with."""
-
     def footprint(self, source: SourceModel) -> None:
         """Not known."""
 
