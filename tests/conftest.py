@@ -1,4 +1,7 @@
-"""Every test starts from the same random state, hypothesis from the same examples; models are made once."""
+"""Every test starts from the same random state, hypothesis from the same examples; models are made once.
+
+``HYPOTHESIS_PROFILE=many`` draws 500 examples, others at every run.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=60)
-settings.load_profile("reproducible")
+settings.register_profile("many", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 
 @pytest.fixture(autouse=True)

@@ -236,7 +236,7 @@ ROPE = st.dictionaries(
 VALUES = PLAIN | ROPE | st.lists(PLAIN, max_size=3)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(family=st.sampled_from(FAMILIES), changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
 def test_any_config_is_read_or_refused(family: str, changes: dict[str, Any]) -> None:
     """Never a traceback, and what is read, transformers reads alike if it does."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.common import SMALL, call_cli, last_json, pico, text_file
 
@@ -239,14 +239,12 @@ TOKENIZER = (
 
 
 @given(st.data(), st.sampled_from([0.0, 0.8]))
-@settings(max_examples=60)
 def test_no_setting_ends_in_a_traceback(models: dict[str, Path], data: Any, temperature: float) -> None:
     entries = data.draw(st.dictionaries(st.sampled_from(names()), VALUES, max_size=4))
     refused_or_done(lambda: ask(models["converted"], entries, max_new_tokens=3, temperature=temperature))
 
 
 @given(st.dictionaries(st.sampled_from(TOKENIZER), VALUES, min_size=1, max_size=2))
-@settings(max_examples=60)
 @example({"model_input_names": ["token_type_ids"]})
 @example({"model_max_length": "many"})
 @example({"eos_token": 5})

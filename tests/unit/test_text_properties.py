@@ -30,7 +30,7 @@ SUFFIXES = [".txt", ".md", ".jsonl", ".parquet", "", ".gz", ".txt.gz", ".jsonl.z
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "cp1252", "gb18030"]
 PARTS = [Part("calibration", 2048, 1), Part("heldout", 512)]
 # Files that are written, and no two examples share them.
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
