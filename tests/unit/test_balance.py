@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import latentize
-from latentize.attention.latent import LatentWeights
+from latentize.attention.latent import LatentWeights, latent_attention
 from latentize.errors import CheckpointError
-from latentize.formats.balance import KEY, Balance, balances, rebalance, unbalance, unbalanced
+from latentize.formats.balance import KEY, Balance, balances, rebalance, spread, unbalance, unbalanced
 from latentize.formats.deepseek_v3 import LatentNorm, balance_of, decode_attention, encode_attention
 from latentize.formats.gguf import write_gguf
 
@@ -257,3 +257,38 @@ def test_healing_sees_what_it_saw_before(folders: tuple[Path, Path], train: str)
     for name, tensor in written[0].items():
         inner = name.partition(".self_attn.")[2]
         assert torch.equal(unbalanced(inner, written[1][name].float(), ODD, config), tensor.float()), name
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_random_axes_change_nothing(shared: bool) -> None:
+    w = latent_weights(torch.float64)
+    w = replace(w, q_nope_bias_HN=torch.randn(w.q_nope_HND.shape[:2], dtype=torch.float64))
+    if shared:
+        w = replace(w, k_up_UNr=w.k_up_UNr[::2], v_up_UVr=w.v_up_UVr[::2])
+    x_BTD = torch.randn(2, 9, w.spec.hidden_size, dtype=torch.float64)
+    made = spread(w, 3)
+    for absorb in (False, True):
+        expected = latent_attention(x_BTD, w, absorb=absorb)
+        torch.testing.assert_close(latent_attention(x_BTD, made, absorb=absorb), expected, rtol=1e-10, atol=1e-12)
+    for name in ("q_nope_HND", "kv_a_rD", "k_up_UNr", "v_up_UVr", "o_DHV"):
+        assert not torch.allclose(getattr(made, name), getattr(w, name)), name
+    for name in ("q_rope_HRD", "k_rope_PRD"):
+        assert getattr(made, name) is getattr(w, name), name
+    assert torch.equal(spread(w, 3).kv_a_rD, made.kv_a_rD) and not torch.equal(spread(w, 4).kv_a_rD, made.kv_a_rD)
+
+
+def test_random_axes_spread_what_stands_out() -> None:
+    """Latents in order of what they hold, as conversion makes them, and one dimension of a head that is larger."""
+    w = latent_weights(torch.float64)
+    falling = torch.logspace(0, -3, len(w.kv_a_rD), dtype=torch.float64)
+    w = replace(w, kv_a_rD=w.kv_a_rD * falling[:, None], k_up_UNr=w.k_up_UNr * falling)
+    w.k_up_UNr[:, 0] *= 30
+    made = spread(w, 0)
+
+    def steepness(t: Tensor) -> float:
+        """Largest by typical weight."""
+        return float(t.abs().amax() / t.square().mean().sqrt())
+
+    assert steepness(made.k_up_UNr) < 0.6 * steepness(w.k_up_UNr)
+    rows = made.kv_a_rD.norm(dim=1)
+    assert rows.max() < 10 * rows.min() and steepness(made.kv_a_rD) < steepness(w.kv_a_rD)

@@ -92,6 +92,10 @@ class LayerResult:
 class Sink(Protocol):
     """Takes the layers as they are made: a writer of some format."""
 
+    def oriented(self, w: LatentWeights, index: int) -> LatentWeights:
+        """The same layer in the axes that it is to be written in, where it computes the same in any."""
+        ...
+
     def saved(self, result: LayerResult) -> LatentWeights:
         """The weights of ``result`` as they will be when they are loaded again, in float32."""
         ...
@@ -318,6 +322,7 @@ def _made(
     layer: SourceLayer, final: LatentWeights, stages: dict[str, LatentWeights], draft: Draft, sink: Sink
 ) -> MadeLayer:
     """The layer as it is saved."""
+    final = sink.oriented(final, layer.index)
     result = LayerResult(layer.index, layer, latent=final, latent_rms=draft.latent_rms(layer, final))
     attention = LatentAttention.from_weights(sink.saved(result))
     return MadeLayer(result, attention, {name: LatentAttention.from_weights(w) for name, w in stages.items()})

@@ -1,4 +1,4 @@
-"""Scales within the attention of a portable checkpoint, for whoever quantises it.
+"""Scales and axes within the attention of a portable checkpoint, for whoever quantises it.
 
 What makes the latent's norm linear leaves rows of ``kv_a_proj_with_mqa`` a million times smaller than those of the
 roped key beside them, and no scale that they share serves both. Three powers of two move along the layer and change
@@ -11,6 +11,10 @@ nothing that it computes:
 The price is paid in activations: roped keys and values are then as small as ``2^-20``, queries as large as ``2^20``,
 which bfloat16 and float32 hold as well as any other number and float16 does not. Weights for float16 are not balanced,
 and what is to run in that range is taken back to where it was.
+
+Axes are as free as scales: latents, the un-roped part of each head and its values may be rotated, and the matrix that
+reads them rotated back. In random axes no weight stands out of its block (QuIP#, Tseng et al., arXiv 2402.04396,
+section 3; QuaRot, Ashkboos et al., arXiv 2404.00456), which costs nothing when the model runs.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from torch import Tensor, nn
 from latentize.attention.latent import LatentWeights
 from latentize.errors import CheckpointError
 
-__all__ = ["KEY", "Balance", "balances", "described", "rebalance", "unbalance", "unbalanced"]
+__all__ = ["KEY", "Balance", "balances", "described", "rebalance", "spread", "unbalance", "unbalanced"]
 
 # Of config.json: [k, u, v] of every layer. Engines do not know it and need not.
 KEY = "mla_scale_exponents"
@@ -73,6 +77,38 @@ class Balance:
             v_up_UVr=w.v_up_UVr * 2.0**-self.v_up,
             o_DHV=w.o_DHV * 2.0**self.v_up,
         )
+
+
+def spread(w: LatentWeights, seed: int) -> LatentWeights:
+    """The same layer in random orthonormal axes, but for what RoPE turns.
+
+    Args:
+        w: Weights, in float64: rotating them rounds nothing that matters.
+        seed: Of the axes.
+    """
+    g, s = torch.Generator().manual_seed(seed), w.spec
+    latent_rr = _rotation(s.kv_lora_rank, g).to(w.kv_a_rD)
+    nope_UNN, value_UVV = (
+        torch.stack([_rotation(size, g) for _ in range(s.up_heads)]).to(w.kv_a_rD)
+        for size in (s.qk_nope_head_dim, s.v_head_dim)
+    )
+    share = s.num_heads // s.up_heads
+    bias_HN = w.q_nope_bias_HN
+    return replace(
+        w,
+        q_nope_HND=(nope_UNN[:, None] @ w.q_nope_HND.unflatten(0, (-1, share))).flatten(0, 1),
+        q_nope_bias_HN=None if bias_HN is None else (bias_HN.unflatten(0, (-1, share)) @ nope_UNN.mT).flatten(0, 1),
+        kv_a_rD=latent_rr @ w.kv_a_rD,
+        k_up_UNr=nope_UNN @ w.k_up_UNr @ latent_rr.T,
+        v_up_UVr=value_UVV @ w.v_up_UVr @ latent_rr.T,
+        o_DHV=torch.einsum("dusv,uwv->dusw", w.o_DHV.unflatten(1, (-1, share)), value_UVV).flatten(1, 2),
+    )
+
+
+def _rotation(size: int, g: torch.Generator) -> Tensor:
+    """Orthonormal rows, evenly distributed (Mezzadri, arXiv math-ph/0609050), in float64."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64))
+    return q * r.diagonal().sign()
 
 
 class _Size(NamedTuple):

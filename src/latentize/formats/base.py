@@ -41,6 +41,10 @@ class FormatWriter(ABC):
         # Base of the roped key's frequencies; a method may choose another.
         self.rope_theta = spec.attention.rope.theta
 
+    def oriented(self, w: LatentWeights, index: int) -> LatentWeights:
+        """As they come: axes of a latent in order of what they hold."""
+        return w
+
     @abstractmethod
     def saved(self, result: LayerResult) -> LatentWeights: ...
 

@@ -15,7 +15,7 @@ engines that read only one. Four identities make a converted model fit, exactly 
 All factors that meet weights of the source are powers of two, except ``a``; the others meet new weights, which
 are rounded once in any case.
 
-A fifth keeps matrices fit to be quantised, see :mod:`balance`.
+Two more keep matrices fit to be quantised, see :mod:`balance`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from latentize.convert.pipeline import LayerResult
 from latentize.convert.settings import Setting
 from latentize.families import ModelSpec
 from latentize.families.model import FULL
-from latentize.formats.balance import KEY, Balance, described
+from latentize.formats.balance import KEY, Balance, described, spread
 from latentize.formats.base import FormatWriter
 
 __all__ = [
@@ -242,6 +242,9 @@ class DeepseekWriter(FormatWriter):
     def block_scale(self) -> float:
         """Factor on what attention and MLP add to the residual stream, the source's own included."""
         return self.stream_scale * self.spec.residual_scale
+
+    def oriented(self, w: LatentWeights, index: int) -> LatentWeights:
+        return spread(w, seed=index)
 
     def saved(self, result: LayerResult) -> LatentWeights:
         w = result.latent
