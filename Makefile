@@ -35,7 +35,7 @@ demo: $(RUN) ## convert, check, heal and measure the bundled model; prints where
 
 # One thread each, or the processes fight over the cores.
 test: $(DEV) ## all tests that need no GPU, engine or network
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # pyright runs on node. Without one on the machine it would fetch it from nodejs.org; the index has it too.
 check: $(DEV) ## lint, formatting, types, import order
