@@ -55,12 +55,12 @@ def case_id(case: tuple[str, int, dict[str, Any], str, str]) -> str:
     return f"{family}{kv_heads}-{'-'.join(recipe.values())}-{asked}"
 
 
-# With half of it what fits the text begins to cost more than it repairs.
-LABOUR: dict[str, Any] = {**SMALL, "fast": False, "tokens": 8192}
+LABOUR: dict[str, Any] = {**SMALL, "fast": False, "tokens": 4096}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("form", ["deepseek_v3", "native"])
+@pytest.mark.parametrize(
+    ("family", "form"), [("llama", "deepseek_v3"), ("llama", "native"), ("qwen2", "deepseek_v3"), ("qwen3", "native")]
+)
 def test_refinement_and_polish_lose_less(
     source: Callable[..., Path], text: str, tmp_path: Path, family: str, form: str
 ) -> None:
@@ -68,7 +68,9 @@ def test_refinement_and_polish_lose_less(
     model, kl = source(family, 2), {}
     for fast in (True, False):
         out = tmp_path / str(fast)
-        report = latentize.convert(model, out, keep="25%", format=form, data=(text,), **{**LABOUR, "fast": fast})
+        # On half of the text what fits it alone costs about what it repairs.
+        how = {**LABOUR, "fast": fast, "tokens": 8192}
+        report = latentize.convert(model, out, keep="25%", format=form, data=(text,), **how)
         measured = quality_of_files(out, model, text)
         for name, value in measured.items():
             assert report[name] == pytest.approx(value, rel=STREAM), name
