@@ -5,6 +5,8 @@ output head and the embedding stay, as in most of them. Activations and the cach
 docs/formats.md.
 
     python benchmarks/quantised_checkpoint.py build/quantised --json benchmarks/results/quantised-checkpoint.json
+    python benchmarks/quantised_checkpoint.py build/quantised-smollm2 --source SMOLLM2 --calibration VALIDATION \
+        --text TEST --tokens 4096
 
 llama.cpp's formats are put on what the GGUF export makes of a portable folder, the others on what the folder holds.
 """
@@ -217,15 +219,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where converted models go; what is there already stays")
     parser.add_argument("--source", type=Path, default=SOURCE)
     parser.add_argument("--keep", default="50%")
+    parser.add_argument("--calibration", help="text that is converted with; by default that of `convert`")
+    parser.add_argument("--text", help="text that is measured on; by default held-out modules of the standard library")
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    held = pack(load_tokenizer(args.source), documents((), "heldout"), tokens=args.tokens, sequence_length=512).long()
+    text = documents((args.text,), "all") if args.text else documents((), "heldout")
+    held = pack(load_tokenizer(args.source), text, tokens=args.tokens, sequence_length=512).long()
+    calibration = (args.calibration,) if args.calibration else ()
     found = {}
     for name in ("source", "native", "deepseek_v3"):
         folder = args.source if name == "source" else args.folder / name
         if not folder.exists():
-            latentize.convert(args.source, folder, keep=args.keep, format=name, fast=True)
+            latentize.convert(args.source, folder, keep=args.keep, format=name, fast=True, data=calibration)
         print(name, flush=True)
         found[name] = all_rows(folder, held)
     print(table(found))

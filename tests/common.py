@@ -319,7 +319,7 @@ def run_cli(
     *args: object, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "latentize.cli", *map(str, args)]
+    command = [sys.executable, "-m", "latentize", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=_environment(env), timeout=600)
 
 

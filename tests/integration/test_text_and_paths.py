@@ -161,7 +161,7 @@ def test_standard_input(source: Callable[..., Path], text: str, capsys: pytest.C
     """What comes by a pipe, compressed, is what is in the file."""
     command = ("eval", source(), *QUICK, "--json", "--data")
     content = gzip.compress(Path(text).read_bytes())
-    piped = [sys.executable, "-m", "latentize.cli", *map(str, command), "-"]
+    piped = [sys.executable, "-m", "latentize", *map(str, command), "-"]
     done = subprocess.run(piped, input=content, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found, expected = last_json(done.stdout.decode()), last_json(call_cli(capsys, *command, text).stdout)
