@@ -69,6 +69,7 @@ def test_layers_are_counted_as_they_run(source: Callable[..., Path], monkeypatch
     """In a large model the MLP stays as it is stored; so the bytes that are loaded are those that are counted."""
     from latentize.footprint import _Shapes
 
+    monkeypatch.setattr("latentize.convert.source.multiplies_bfloat16", lambda _: True)
     for stored, limit in ((torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 1 << 40)):
         monkeypatch.setattr("latentize.convert.source._LARGE", limit)
         checkpoint, spec = open_source(source("llama", 2) if stored == torch.float32 else half(source))

@@ -55,7 +55,7 @@ def effort_of(recipe: Recipe, spec: ModelSpec, *, large: bool) -> Effort:
     if not polish:
         return Effort(refinement)
     whole = sum(map(math.prod, spec.tensor_shapes().values()))
-    at_once = max(1, _GRAPH_BYTES // graph_bytes(spec, narrow=large))
+    at_once = max(1, _GRAPH_BYTES // graph_bytes(spec, narrow=False))
     how = Polish(seed=recipe.seed, at_once=at_once).suited(length)
     return Effort(refinement, _affordable(how, recipe, whole, _POLISHED_ROUNDS))
 

@@ -83,8 +83,8 @@ def forecast(spec: ModelSpec, recipe: Recipe, rates: Rates, *, fast: bool) -> Fo
     common: dict[str, Any] = {
         "written": sequences_to_generate(recipe, large=large) * recipe.sequence_length,
         "one_by_one": sized_one_by_one(kind, recipe),
-        "narrow": large,
-        "fast": fast or large,
+        "narrow": large and fast,
+        "fast": fast,
     }
     memory = latent_footprint(spec, stored, recipe, candidates, effort, item=_STORED, **common)
     work = latent_work(spec, recipe, candidates, effort, **common)
