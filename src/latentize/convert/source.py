@@ -31,8 +31,8 @@ from latentize.spec import AttentionSpec
 
 __all__ = ["MULTIPLIED", "VOCAB_AT_ONCE", "SourceLayer", "SourceModel", "Stream", "is_large", "tokens_at_once"]
 
-# From so many parameters on, layers multiply in bfloat16 where that is faster: in float32 it would take hours. A CPU that
-# only emulates bfloat16 would take days: 0.7 instead of 63 · 10⁹ multiplications and additions a second were measured.
+# From so many parameters on, layers multiply in bfloat16 where that is faster: in float32 it would take hours. On a CPU
+# that only emulates bfloat16 it would take days: 0.7 instead of 63 · 10⁹ operations a second were measured.
 _LARGE = 200_000_000
 # Sequences that go through a layer at once: tokens, and bytes of an activation of its MLP.
 _TOKENS_AT_ONCE, _ACTIVATION_BYTES = 2048, 16 << 20
