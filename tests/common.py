@@ -240,6 +240,13 @@ def portable(
     return folder
 
 
+def mutants(**options: Any) -> Any:
+    """Settings of hypothesis for damage of what users have: quick to draw, so more of it."""
+    from hypothesis import settings
+
+    return settings(max_examples=max(150, settings().max_examples), **options)
+
+
 def pico(
     tmp_path: Path,
     family: str = "llama",

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from tests.common import FAMILIES, FP32, LLAMA3_SCALING, pico_config
+from tests.common import FAMILIES, FP32, LLAMA3_SCALING, mutants, pico_config
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
@@ -236,7 +236,7 @@ ROPE = st.dictionaries(
 VALUES = PLAIN | ROPE | st.lists(PLAIN, max_size=3)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@mutants(suppress_health_check=[HealthCheck.too_slow])
 @given(family=st.sampled_from(FAMILIES), changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
 def test_any_config_is_read_or_refused(family: str, changes: dict[str, Any]) -> None:
     """Never a traceback, and what is read, transformers reads alike if it does."""

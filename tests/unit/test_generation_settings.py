@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.common import SMALL, call_cli, last_json, pico, text_file
+from tests.common import SMALL, call_cli, last_json, mutants, pico, text_file
 
 from latentize import api
 from latentize.calibrate.tokenizer import load_tokenizer
@@ -238,12 +238,14 @@ TOKENIZER = (
 )  # fmt: skip
 
 
+@mutants()
 @given(st.data(), st.sampled_from([0.0, 0.8]))
 def test_no_setting_ends_in_a_traceback(models: dict[str, Path], data: Any, temperature: float) -> None:
     entries = data.draw(st.dictionaries(st.sampled_from(names()), VALUES, max_size=4))
     refused_or_done(lambda: ask(models["converted"], entries, max_new_tokens=3, temperature=temperature))
 
 
+@mutants()
 @given(st.dictionaries(st.sampled_from(TOKENIZER), VALUES, min_size=1, max_size=2))
 @example({"model_input_names": ["token_type_ids"]})
 @example({"model_max_length": "many"})

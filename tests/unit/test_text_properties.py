@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from tests.common import byte_tokenizer
+from tests.common import byte_tokenizer, mutants
 
 from latentize.calibrate.drawing import Part, draw, draw_all
 from latentize.calibrate.text import TextWarning
@@ -30,7 +30,7 @@ SUFFIXES = [".txt", ".md", ".jsonl", ".parquet", "", ".gz", ".txt.gz", ".jsonl.z
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "cp1252", "gb18030"]
 PARTS = [Part("calibration", 2048, 1), Part("heldout", 512)]
 # Files that are written, and no two examples share them.
-FEW = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = mutants(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
