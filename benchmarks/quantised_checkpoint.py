@@ -30,6 +30,7 @@ from latentize.calibrate.tokens import pack
 from latentize.formats.balance import unbalance
 
 SOURCE = Path(__file__).parents[1] / "models" / "tiny-llama-gqa"
+MODELS = ("source", "native", "deepseek_v3")
 FP8, INT8 = 448.0, 127.0
 # The sixteen values of NormalFloat4 (Dettmers et al., arXiv 2305.14314, appendix E).
 _NF4 = (
@@ -218,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where converted models go; what is there already stays")
     parser.add_argument("--source", type=Path, default=SOURCE)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, help="which of them")
     parser.add_argument("--keep", default="50%")
     parser.add_argument("--calibration", help="text that is converted with; by default that of `convert`")
     parser.add_argument("--text", help="text that is measured on; by default held-out modules of the standard library")
@@ -228,7 +230,7 @@ def main() -> None:
     held = pack(load_tokenizer(args.source), text, tokens=args.tokens, sequence_length=512).long()
     calibration = (args.calibration,) if args.calibration else ()
     found = {}
-    for name in ("source", "native", "deepseek_v3"):
+    for name in args.models:
         folder = args.source if name == "source" else args.folder / name
         if not folder.exists():
             latentize.convert(args.source, folder, keep=args.keep, format=name, fast=True, data=calibration)

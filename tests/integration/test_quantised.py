@@ -22,11 +22,10 @@ KINDS = (
     *("fp8 by tensor", "fp8 by 128 x 128", "fp8 by channel"),
     *("int8 by tensor", "int8 by channel", "nf4", "q8_0", "q4_K"),
 )
-# What conversion costs above the source may grow by so much when both are quantised; nf4 grows it to 1.15 on this text,
-# and to 1.22 on more (docs/formats.md).
-GROWS = {**dict.fromkeys(KINDS, 1.2), "nf4": 1.3}
+# What conversion costs above the source may grow by so much when both are quantised.
+GROWS = 1.2
 # Times what the source's own predictions move, as KL: keys and values come of two matrices, the source's of one.
-MOVES = 3.0
+MOVES = 2.5
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,7 @@ def test_quantising_costs_little_more_than_it_costs_the_source(
     source, portable = found("source", kind), found("portable", kind)
     excess = portable["none"]["loss"] - source["none"]["loss"]
     assert 0.05 < excess < 0.5, "the conversion itself"
-    assert portable[kind]["loss"] - source[kind]["loss"] <= GROWS[kind] * excess
+    assert portable[kind]["loss"] - source[kind]["loss"] <= GROWS * excess
     assert portable[kind]["kl"] <= MOVES * source[kind]["kl"]
 
 

@@ -292,3 +292,39 @@ def test_random_axes_spread_what_stands_out() -> None:
     assert steepness(made.k_up_UNr) < 0.6 * steepness(w.k_up_UNr)
     rows = made.kv_a_rD.norm(dim=1)
     assert rows.max() < 10 * rows.min() and steepness(made.kv_a_rD) < steepness(w.kv_a_rD)
+
+
+def test_latents_are_balanced() -> None:
+    """Neither the matrix that makes them nor those that read them hold more of what their product does."""
+    w = latent_weights(torch.float64)
+    w = replace(w, kv_a_rD=w.kv_a_rD * torch.logspace(0, -3, len(w.kv_a_rD), dtype=torch.float64)[:, None])
+    made = spread(w, 0)
+
+    def product(w: LatentWeights) -> float:
+        ups = (t.norm() / t0.norm() for t, t0 in ((w.k_up_UNr, made.k_up_UNr), (w.v_up_UVr, made.v_up_UVr)))
+        return float(sum(ups) * w.kv_a_rD.norm())
+
+    assert product(made) < product(w)
+    nuclear = torch.linalg.svdvals(
+        torch.cat([(t / t.norm()).flatten(0, 1) for t in (w.k_up_UNr, w.v_up_UVr)]) @ w.kv_a_rD
+    )
+    up = torch.cat(
+        [(t / o.norm()).flatten(0, 1) for t, o in ((made.k_up_UNr, w.k_up_UNr), (made.v_up_UVr, w.v_up_UVr))]
+    )
+    assert float(up.norm() * made.kv_a_rD.norm()) == pytest.approx(float(nuclear.sum()))
+
+
+@pytest.mark.parametrize("part", ["kv_a_rD", "k_up_UNr", "v_up_UVr", "two latents alike", "more latents than inputs"])
+def test_degenerate_layers_have_axes_too(part: str) -> None:
+    w = latent_weights(torch.float64)
+    if part == "two latents alike":
+        w.kv_a_rD[1] = w.kv_a_rD[0]
+    elif part == "more latents than inputs":
+        few = w.spec.kv_lora_rank // 2
+        w = replace(w, **{n: getattr(w, n)[..., :few] for n in ("q_nope_HND", "q_rope_HRD", "kv_a_rD", "k_rope_PRD")})
+        w = replace(w, o_DHV=w.o_DHV[:few])
+    else:
+        w = replace(w, **{part: torch.zeros_like(getattr(w, part))})
+    x_BTD = torch.randn(2, 9, w.spec.hidden_size, dtype=torch.float64)
+    made = latent_attention(x_BTD, spread(w, 0), absorb=True)
+    torch.testing.assert_close(made, latent_attention(x_BTD, w, absorb=True), rtol=1e-8, atol=1e-10)

@@ -12,9 +12,11 @@ The price is paid in activations: roped keys and values are then as small as ``2
 which bfloat16 and float32 hold as well as any other number and float16 does not. Weights for float16 are not balanced,
 and what is to run in that range is taken back to where it was.
 
-Axes are as free as scales: latents, the un-roped part of each head and its values may be rotated, and the matrix that
-reads them rotated back. In random axes no weight stands out of its block (QuIP#, Tseng et al., arXiv 2402.04396,
-section 3; QuaRot, Ashkboos et al., arXiv 2404.00456), which costs nothing when the model runs.
+Axes are as free as scales: the un-roped part of each head and its values may be rotated, latents changed by any matrix
+that has an inverse, and the matrix that reads them changed back. It costs nothing when the model runs. In random axes
+no weight stands out of its block (QuIP#, Tseng et al., arXiv 2402.04396, section 3; QuaRot, Ashkboos et al., arXiv
+2404.00456). The latents' own are balanced first: with singular values shared out evenly between the matrix that makes
+latents and those that read them, the product of the two matrices' norms, and so what rounding either adds, is least.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ __all__ = ["KEY", "Balance", "balances", "described", "rebalance", "spread", "un
 KEY = "mla_scale_exponents"
 # Far from the ends of bfloat16's range, and beyond what any model needs.
 _LARGEST = 80
+# Singular values that are nothing beside the largest.
+_NOTHING = 1e-10
 _MATRICES = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 
@@ -80,14 +84,16 @@ class Balance:
 
 
 def spread(w: LatentWeights, seed: int) -> LatentWeights:
-    """The same layer in random orthonormal axes, but for what RoPE turns.
+    """The same layer in random axes, but for what RoPE turns; those of latents balanced.
 
     Args:
-        w: Weights, in float64: rotating them rounds nothing that matters.
+        w: Weights, in float64: changing their axes rounds nothing that matters.
         seed: Of the axes.
     """
     g, s = torch.Generator().manual_seed(seed), w.spec
     latent_rr = _rotation(s.kv_lora_rank, g).to(w.kv_a_rD)
+    change_rr, back_rr = _balancing(w)
+    change_rr, back_rr = latent_rr @ change_rr, back_rr @ latent_rr.T
     nope_UNN, value_UVV = (
         torch.stack([_rotation(size, g) for _ in range(s.up_heads)]).to(w.kv_a_rD)
         for size in (s.qk_nope_head_dim, s.v_head_dim)
@@ -98,11 +104,35 @@ def spread(w: LatentWeights, seed: int) -> LatentWeights:
         w,
         q_nope_HND=(nope_UNN[:, None] @ w.q_nope_HND.unflatten(0, (-1, share))).flatten(0, 1),
         q_nope_bias_HN=None if bias_HN is None else (bias_HN.unflatten(0, (-1, share)) @ nope_UNN.mT).flatten(0, 1),
-        kv_a_rD=latent_rr @ w.kv_a_rD,
-        k_up_UNr=nope_UNN @ w.k_up_UNr @ latent_rr.T,
-        v_up_UVr=value_UVV @ w.v_up_UVr @ latent_rr.T,
+        kv_a_rD=change_rr @ w.kv_a_rD,
+        k_up_UNr=nope_UNN @ w.k_up_UNr @ back_rr,
+        v_up_UVr=value_UVV @ w.v_up_UVr @ back_rr,
         o_DHV=torch.einsum("dusv,uwv->dusw", w.o_DHV.unflatten(1, (-1, share)), value_UVV).flatten(1, 2),
     )
+
+
+def _balancing(w: LatentWeights) -> tuple[Tensor, Tensor]:
+    """A change of a latent's axes, and what undoes it in the matrices that read latents.
+
+    Keys and values count alike, whatever their size. Latents that nothing reads, or that are always zero, become zero.
+    """
+    parts = (part.flatten(0, 1).double() for part in (w.k_up_UNr, w.v_up_UVr))
+    up_nr = torch.cat([part / part.norm().clamp_min(torch.finfo(part.dtype).tiny) for part in parts])
+    # U diag(s) Vᵀ of up · down, of which only what the two triangles have is needed.
+    up_qr = torch.linalg.qr(up_nr, mode="r").R
+    down_qr = torch.linalg.qr(w.kv_a_rD.double().T, mode="r").R
+    u, s_q, vh = torch.linalg.svd(up_qr @ down_qr.T, full_matrices=False)
+    there_q = s_q > _NOTHING * s_q.amax()
+    root_q = torch.where(there_q, s_q, 1.0).rsqrt() * there_q
+    change_qr, back_rq = root_q[:, None] * (u.T @ up_qr), down_qr.T @ vh.T * root_q
+    missing = len(w.kv_a_rD) - len(s_q)
+    change_rr, back_rr = (
+        nn.functional.pad(t, p) for t, p in ((change_qr, (0, 0, 0, missing)), (back_rq, (0, missing)))
+    )
+    # Latents stay about as large as they were.
+    size = float(w.kv_a_rD.norm() / (change_rr @ w.kv_a_rD.double()).norm())
+    size = size if 0 < size < math.inf else 1.0
+    return (size * change_rr).to(w.kv_a_rD), (back_rr / size).to(w.kv_a_rD)
 
 
 def _rotation(size: int, g: torch.Generator) -> Tensor:
