@@ -46,7 +46,7 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(bench: Any, portable: Path) -> Callable[[str, str], dict[str, dict[str, float]]]:
-    tokens_NT = pack(load_tokenizer(MODEL), documents((), "heldout"), tokens=2048, sequence_length=256).long()
+    tokens_NT = pack(load_tokenizer(MODEL), documents((), "heldout"), tokens=8192, sequence_length=512).long()
 
     @cache
     def model(name: str, exported: bool) -> Any:

@@ -86,6 +86,9 @@ class Balance:
 def spread(w: LatentWeights, seed: int) -> LatentWeights:
     """The same layer in random axes, but for what RoPE turns; those of latents balanced.
 
+    Query heads that share a key have axes of their own afterwards, and rounding makes errors of its own in each: what
+    they add up to is less than that of one error that they share.
+
     Args:
         w: Weights, in float64: changing their axes rounds nothing that matters.
         seed: Of the axes.
@@ -94,20 +97,19 @@ def spread(w: LatentWeights, seed: int) -> LatentWeights:
     latent_rr = _rotation(s.kv_lora_rank, g).to(w.kv_a_rD)
     change_rr, back_rr = _balancing(w)
     change_rr, back_rr = latent_rr @ change_rr, back_rr @ latent_rr.T
-    nope_UNN, value_UVV = (
-        torch.stack([_rotation(size, g) for _ in range(s.up_heads)]).to(w.kv_a_rD)
+    nope_HNN, value_HVV = (
+        torch.stack([_rotation(size, g) for _ in range(s.num_heads)]).to(w.kv_a_rD)
         for size in (s.qk_nope_head_dim, s.v_head_dim)
     )
-    share = s.num_heads // s.up_heads
-    bias_HN = w.q_nope_bias_HN
+    share, bias_HN = s.num_heads // s.up_heads, w.q_nope_bias_HN
     return replace(
         w,
-        q_nope_HND=(nope_UNN[:, None] @ w.q_nope_HND.unflatten(0, (-1, share))).flatten(0, 1),
-        q_nope_bias_HN=None if bias_HN is None else (bias_HN.unflatten(0, (-1, share)) @ nope_UNN.mT).flatten(0, 1),
+        q_nope_HND=nope_HNN @ w.q_nope_HND,
+        q_nope_bias_HN=None if bias_HN is None else torch.einsum("hmn,hn->hm", nope_HNN, bias_HN),
         kv_a_rD=change_rr @ w.kv_a_rD,
-        k_up_UNr=nope_UNN @ w.k_up_UNr @ back_rr,
-        v_up_UVr=value_UVV @ w.v_up_UVr @ back_rr,
-        o_DHV=torch.einsum("dusv,uwv->dusw", w.o_DHV.unflatten(1, (-1, share)), value_UVV).flatten(1, 2),
+        k_up_UNr=nope_HNN @ (w.k_up_UNr @ back_rr).repeat_interleave(share, dim=0),
+        v_up_UVr=value_HVV @ (w.v_up_UVr @ back_rr).repeat_interleave(share, dim=0),
+        o_DHV=torch.einsum("dhv,hwv->dhw", w.o_DHV, value_HVV),
     )
 
 
