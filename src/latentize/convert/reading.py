@@ -169,13 +169,13 @@ class _Proof:
         if checkpoint.shape(name) != tuple(theirs_VD.shape):
             raise _differs(f"the shape of '{name}'", checkpoint.where(name))
         # Some of its models empty the row of padding when they are loaded, which is nothing that is read.
-        padding = getattr(self.top.config, "pad_token_id", None)
-        emptied = padding is not None and 0 <= padding < count and not theirs_VD[padding].any()
+        said = getattr(self.top.config, "pad_token_id", None)
+        padding = said if isinstance(said, int) and 0 <= said < count and not theirs_VD[said].any() else -1
         for start in range(0, count, _ROWS_AT_ONCE):
             rows = range(start, min(start + _ROWS_AT_ONCE, count))
             # Where files mix precisions, transformers loads all in one.
             ours_VD = checkpoint.load_rows(name, rows).to(theirs_VD.dtype)
-            if emptied and padding in rows:
+            if padding in rows:
                 ours_VD[padding - start] = 0
             if not torch.equal(ours_VD, theirs_VD[rows.start : rows.stop]):
                 raise _differs(f"'{name}'", checkpoint.where(name))
