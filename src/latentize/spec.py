@@ -62,7 +62,7 @@ class RopeSpec:
         raise UnsupportedModelError(
             f"RoPE scaling of type '{self.rope_type}' is not supported",
             code="LZ208",
-            where="config.json, rope_parameters",
+            where="config.json, rope_scaling or rope_parameters",
             fix="supported are default, linear and llama3",
         )
 

@@ -174,7 +174,7 @@ def _check_rope_type(table: Table, kind: Any) -> None:
     if not isinstance(kind, str) or (allowed and kind not in allowed):
         raise ConfigError(
             f"RoPE of type {kind!r} is none that '{table.model_type}' has",
-            where="config.json, rope_parameters",
+            where="config.json, rope_scaling or rope_parameters",
             fix=f"it has {' and '.join(allowed)}" if allowed else "",
         )
 

@@ -300,7 +300,7 @@ def _rope(config: Mapping[str, Any], rope: int) -> RopeSpec:
         theta = float(entries.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"the entries of RoPE make no sense: {error}", where="config.json, rope_parameters"
+            f"the entries of RoPE make no sense: {error}", where="config.json, rope_scaling or rope_parameters"
         ) from error
     return RopeSpec(
         theta=theta, rotary_dim=rope, scaling={} if entries.get("rope_type", "default") == "default" else entries
