@@ -247,7 +247,9 @@ def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
         reason = "its frequencies should be positive numbers"
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__} {error}"
-    raise ConfigError(f"the entries of RoPE make no sense: {reason}", where="config.json, rope_scaling or rope_parameters")
+    raise ConfigError(
+        f"the entries of RoPE make no sense: {reason}", where="config.json, rope_scaling or rope_parameters"
+    )
 
 
 def require_supported(config: Mapping[str, Any], *, trust_remote_code: bool = False) -> Table:
