@@ -203,7 +203,7 @@ class LatentSource(SourceModel):
             prefix = _LAYER_PREFIX.format(layer=index)
             stored = {n.removeprefix(prefix): self.checkpoint.load(n) for n in layer_names(self.checkpoint, index)}
             module = copy.deepcopy(empty)
-            wide = {name: t.to(self.device, torch.float32) for name, t in fuse_experts(stored).items()}
+            wide = {name: t.to(self.device, torch.float32) for name, t in self.module_tensors(stored, index).items()}
             module.load_state_dict(wide, strict=True, assign=True)
             layer = LatentLayer(
                 index=index,
