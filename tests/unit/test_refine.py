@@ -199,6 +199,32 @@ def test_a_step_of_muon_is_relative_to_the_matrix(shape: tuple[int, int], scale:
     assert float(moved.min()) > 0.5 and float(moved.max()) < 1.5
 
 
+@pytest.mark.parametrize("shape", [(48, 48), (96, 24), (24, 96)])
+@pytest.mark.parametrize(("narrow", "tolerance"), [(True, 0.0), (False, 0.05)])
+def test_a_step_of_muon_is_that_of_torch(shape: tuple[int, int], narrow: bool, tolerance: float) -> None:
+    """Bit for bit in bfloat16, and by its rounding in float32, which is taken where bfloat16 is emulated."""
+    schedule = Schedule(steps=8, tokens=48, rate=0.1, warmup=1)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    reference = torch.optim.Muon([theirs], momentum=0.9, weight_decay=0.0)
+    descent = Muon([ours], schedule)
+    # torch enlarges the steps of tall matrices; here all have the size that is asked for.
+    (size,) = (group["size"] for optimiser in descent.optimisers for group in optimiser.param_groups)
+    size /= max(1.0, shape[0] / shape[1]) ** 0.5
+    start = ours.detach().clone()
+    with patch("latentize.convert.descent.multiplies_bfloat16", return_value=narrow):
+        for step in range(schedule.steps):
+            gradient = torch.randn(shape)
+            reference.param_groups[0]["lr"] = schedule.rate * schedule.factor(step) * size
+            theirs.grad = gradient.clone()
+            reference.step()
+            descent.step((ours * gradient).sum())
+    with torch.no_grad():
+        assert float((ours - theirs).norm()) <= tolerance * float((theirs - start).norm())
+    if not narrow:
+        assert not torch.equal(ours, theirs), "both are bfloat16"
+
+
 def test_a_gradient_may_be_given_from_outside() -> None:
     weight, x = torch.randn(4, 4), torch.randn(3, 4)
     one, two = (torch.nn.Parameter(weight.clone()) for _ in range(2))
