@@ -17,6 +17,7 @@ from latentize.calibrate.text import documents
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import pack
 from latentize.convert.polish import Polish
+from latentize.convert.refine import Refinement
 from latentize.convert.rope_split import Selection
 from latentize.errors import CheckpointError, DataError, FormatError, LatentizeError, OptionError, OutputError
 from latentize.errors import UnsupportedModelError as Unsupported
@@ -104,7 +105,7 @@ def test_the_same_seed_gives_the_same_bytes_after_refinement(
     source: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A few steps show it as well as many.
-    monkeypatch.setattr(effort, "_BEFORE_POLISH", 24)
+    monkeypatch.setattr(effort, "Refinement", functools.partial(Refinement, steps=24))
     monkeypatch.setattr(effort, "Polish", functools.partial(Polish, steps=24))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         latentize.convert(source("llama", 2), tmp_path / name, keep="50%", seed=seed, data=(text,), **LABOUR)

@@ -57,7 +57,7 @@ class Refinement(Schedule):
         enough: Relative error at which nothing is left to gain.
     """
 
-    steps: int = 280
+    steps: int = 420
     rate: float = 0.12
     adam: float = 2.4
     probe: int = 4096
