@@ -274,7 +274,8 @@ def _documents_of(source: str, tell: Callable[[str], None]) -> Iterator[str | Ch
             opened = Source.of(path)
         yield from _read(opened, _kind(path), tell)
     elif there or _is_path(source):
-        raise DataError("no such text file", where=source, fix="check the path given with --data")
+        wrong = "neither a file, a folder nor a pipe" if there else "no such text file"
+        raise DataError(wrong, where=source, fix="check the path given with --data")
     else:
         yield from _hub_documents(source)
 
