@@ -186,9 +186,9 @@ class _Orthogonal(torch.optim.Optimizer):
                 gradient, state = parameter.grad, self.state[parameter]
                 if gradient is None:
                     continue
-                if "velocity" not in state:
-                    state["velocity"] = torch.zeros_like(gradient)
-                velocity = state["velocity"].lerp_(gradient, 1 - _MOMENTUM)
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                velocity = state["momentum_buffer"].lerp_(gradient, 1 - _MOMENTUM)
                 parameter.add_(_orthogonal(gradient.lerp(velocity, _MOMENTUM)), alpha=-group["lr"])
 
 

@@ -22,8 +22,8 @@ _How = TypeVar("_How", bound=Schedule)
 # on text of its kind, and on other text two thirds of the loss are gone.
 _SELF_GENERATED = 0.25
 # Multiplications and additions of refining all layers, and of a polish, unless rounds of the text are more: each is
-# then about five minutes on two cores. The second round of refinement takes a fifth off the divergence, and so does the
-# second doubling; twice the text would do no more, and had to be written and taken through all layers.
+# then about five minutes on two cores. The second round of refinement takes a fifth off the divergence, two more an
+# eighth; twice the text would do no more, and had to be written and taken through all layers.
 _FLOP = 2e13
 _REFINED_ROUNDS, _POLISHED_ROUNDS = 3.0, 0.25
 # What a backward pass through the whole model may keep at once, unless it is a single sequence.
