@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentize.convert.allocate import exchange, price
+from latentize.convert.allocate import exchange, price, where_exact
 
 FREE = (0, 1000)
 
@@ -37,6 +37,45 @@ def test_a_price_never_rises() -> None:
 
 def test_one_measurement_is_the_price_everywhere() -> None:
     assert price({8: 0.3})(100) == pytest.approx(0.3)
+
+
+def test_a_price_has_a_floor() -> None:
+    """Nothing is gained by values beyond those that lose nothing."""
+    at = price({15: 0.4, 16: 0.0})
+    assert at(16) == pytest.approx(1e-12)
+    assert at(40) == at(16)
+
+
+@pytest.mark.parametrize("needed", [7, 8, 14, 15, 27, 28, 42])
+def test_where_a_layer_becomes_exact_is_found(needed: int) -> None:
+    """What bfloat16 rounds of text has no price, and is as large at one rank as at another."""
+    asked = []
+
+    def measure(rank: int) -> float:
+        asked.append(rank)
+        return 0.0 if rank >= needed else 1e-3 + (needed - rank) * 1e-2
+
+    error = where_exact({rank: measure(rank) + 2e-5 for rank in (14, 28, 42)}, measure, least=7)
+    assert next(rank for rank, wrong in error.items() if wrong == 0.0) == needed
+    assert list(error) == sorted(error)
+    if needed > 7:
+        assert error[needed - 1] == pytest.approx(0.011, rel=0.01)
+        at = price(error)
+        assert at(needed) < at(needed - 1) / 1e6
+    assert len(asked) <= 3 + 1 + 6, "by halves"
+
+
+def test_a_layer_that_always_loses_is_not_measured_again() -> None:
+    def measure(rank: int) -> float:
+        raise AssertionError(rank)
+
+    for tried in ({14: 0.1, 28: 0.01, 42: 2e-3}, {14: 1.0, 28: math.inf}, {14: 1.0, 28: math.nan}):
+        assert where_exact(tried, measure, least=7) is tried
+
+
+def test_a_small_error_is_an_error() -> None:
+    tried = {14: 1e-3, 28: 1e-4, 42: 2e-5}
+    assert where_exact(tried, lambda rank: tried[rank], least=7) is tried
 
 
 def test_equal_layers_keep_equal_ranks() -> None:

@@ -135,6 +135,34 @@ def test_what_fits_is_exact(kind: str, tmp_path: Path, text: str) -> None:
         assert report["keep"] <= 0.5
 
 
+@pytest.fixture(params=[False, True], ids=["float32", "bfloat16"])
+def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Text is followed in bfloat16, as where the machine multiplies that faster, or it is not."""
+    monkeypatch.setattr("latentize.convert.source.multiplies_bfloat16", lambda kind: request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_layer_keeps_the_values_that_make_it_exact(tmp_path: Path, text: str) -> None:
+    """The second needs all of its values, the first those that the few tokens of the text span."""
+    source = saved(tmp_path / "source", zeros("k"))
+    report = converted(source, tmp_path / "out", text, format="native")
+    ranks = [layer["kv_lora_rank"] for layer in report["layers"]]
+    assert ranks[0] >= 16
+    assert ranks[1] >= 32
+    assert abs(report["kl"]) < 1e-7
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("way", ["native", "deepseek_v3"])
+def test_refinement_leaves_what_is_exact(way: str, tmp_path: Path, text: str) -> None:
+    """What bfloat16 rounds is no error that steps could repair."""
+    source = saved(tmp_path / "source", duplicated)
+    options = {**WAYS[way], "fast": False, "keep": None, "kv_lora_rank": 16, "qk_rope_head_dim": 16}
+    report = converted(source, tmp_path / "out", text, **options)
+    assert abs(report["kl"]) < 1e-7
+
+
 @pytest.mark.parametrize("way", ALL)
 @pytest.mark.parametrize("projection", ["k", "v"])
 def test_a_layer_of_nothing_beside_one_that_is_whole(

@@ -14,20 +14,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from latentize.attention.module import LatentAttention
 from latentize.calibrate.tokens import Passages
-from latentize.convert.draft import alone, observe
+from latentize.convert.draft import Seen, alone, is_exact, observe
+from latentize.convert.methods import conversion
 from latentize.convert.progress import Progress, silent
 from latentize.convert.quality import compare_streams
+from latentize.convert.refine import Refinement
 from latentize.convert.search import SEARCH_TOKENS, short_refinement
 from latentize.convert.settings import Setting
-from latentize.convert.source import SourceModel
+from latentize.convert.source import SourceLayer, SourceModel, Stream
 from latentize.spec import AttentionSpec
 
-__all__ = ["STREAM_BYTES", "TRIAL_TOKENS", "TRIED", "allocate", "exchange", "price"]
+__all__ = ["STREAM_BYTES", "TRIAL_TOKENS", "TRIED", "allocate", "exchange", "price", "where_exact"]
 
 # Ranks that are tried, and the least and the most that a layer may get, relative to an equal share.
 TRIED = (0.5, 1.0, 1.5)
@@ -37,6 +40,8 @@ _LEAST, _MOST = 0.25, 2.0
 _FINENESS, _WORTH = 12, 1e-9
 # Prices that are told apart. What is not a number has overflowed, and costs most.
 _CHEAPEST, _DEAREST = 1e-12, 1e12
+# Relative error of a layer that may be rounding, where text is followed in bfloat16.
+_MAY_BE_ROUNDING = 1e-3
 # Held-out tokens that prices are measured on, and a bound on the hidden states of all layers' trials.
 TRIAL_TOKENS, STREAM_BYTES = 2048, 1 << 30
 
@@ -90,6 +95,8 @@ def allocate(
         how = short if refines else none
         tried = {rank: alone(layer, text, seen, replace(best, kv_lora_rank=rank), how) for rank in ranks}
         error = {rank: made.after for rank, made in tried.items()}
+        exactly = partial(_closed_form, layer, text, seen, best)
+        error = where_exact(error, exactly, _rank(best, _LEAST, spec))
         # Rounding says nothing of what an error costs.
         wrong_at = [rank for rank in ranks if rank <= best.kv_lora_rank and error[rank] > short.enough]
         test = max(wrong_at, default=ranks[0])
@@ -114,6 +121,40 @@ def allocate(
     return [replace(setting, kv_lora_rank=rank) for setting, rank in zip(equal, ranks, strict=True)], prices
 
 
+def _closed_form(layer: SourceLayer, text: Stream, seen: Seen, setting: Setting, rank: int) -> float:
+    """The error of a layer in closed form at a rank; zero where it is only rounding."""
+    setting = replace(setting, kv_lora_rank=rank)
+    assert layer.weights is not None and layer.spec is not None
+    if is_exact(layer, text, conversion(layer.weights, layer.spec, seen.stats, setting).weights):
+        return 0.0
+    return alone(layer, text, seen, setting, Refinement(steps=0)).after
+
+
+def where_exact(error: dict[int, float], measure: Callable[[int], float], least: int) -> dict[int, float]:
+    """Errors by rank, of a layer that becomes exact: with the least rank that loses nothing and others below it.
+
+    Between a rank that loses something and one that does not, the logarithm of the error is not straight but falls to
+    rounding at once. A layer that is given fewer values than that, as the line would have it, is no longer exact.
+
+    Args:
+        error: Errors of the ranks that were tried.
+        measure: The error at any rank, zero where it is only rounding.
+        least: The least rank that a layer may get.
+
+    Returns:
+        The same errors where none of them is rounding.
+    """
+    exact, wrong = max(error), least - 1
+    if not error[exact] <= _MAY_BE_ROUNDING or measure(exact) > 0:
+        return error
+    found = {}
+    while exact - wrong > 1:
+        middle = (exact + wrong) // 2
+        found[middle] = measure(middle)
+        exact, wrong = (exact, middle) if found[middle] > 0 else (middle, wrong)
+    return {rank: 0.0 if rank >= exact else at for rank, at in sorted({**found, exact: 0.0, **error}.items())}
+
+
 def _rank(setting: Setting, share: float, spec: AttentionSpec) -> int:
     """This share of a setting's rank, as far as there is something to compress."""
     most = min(spec.cache_values - setting.qk_rope_head_dim, spec.hidden_size)
@@ -121,7 +162,7 @@ def _rank(setting: Setting, share: float, spec: AttentionSpec) -> int:
 
 
 def price(measured: dict[int, float]) -> Callable[[int], float]:
-    """KL by rank: its logarithm is straight between measured ranks and beyond them, and never rises.
+    """KL by rank: its logarithm is straight between measured ranks and beyond them, never rises, and has a floor.
 
     Args:
         measured: KL of the ranks that were tried.
@@ -138,7 +179,8 @@ def price(measured: dict[int, float]) -> Callable[[int], float]:
             return math.exp(logs[0])
         right = min(max(1, sum(r < rank for r in ranks)), len(ranks) - 1)
         (r0, r1), (l0, l1) = ranks[right - 1 : right + 1], logs[right - 1 : right + 1]
-        return math.exp(min(l0 + (l1 - l0) * (rank - r0) / (r1 - r0), 2 * math.log(_DEAREST)))
+        line = l0 + (l1 - l0) * (rank - r0) / (r1 - r0)
+        return math.exp(min(max(line, math.log(_CHEAPEST)), 2 * math.log(_DEAREST)))
 
     return at
 

@@ -54,15 +54,14 @@ class Refinement(Schedule):
 
     Attributes:
         probe: Tokens that are not learnt from and tell whether it helped; at most an eighth of all.
-        enough: Relative error at which nothing is left to gain. Rounding leaves up to 3e-6 of what is exact, where text
-            is followed in bfloat16.
+        enough: Relative error at which nothing is left to gain.
     """
 
     steps: int = 420
     rate: float = 0.12
     adam: float = 2.4
     probe: int = 4096
-    enough: float = 1e-5
+    enough: float = 1e-6
 
 
 class Refined(NamedTuple):
