@@ -90,6 +90,11 @@ class Terms:
             agree_n=log_p_nV.argmax(-1) == log_r_nV.argmax(-1),
         )
 
+    @classmethod
+    def cat(cls, parts: Sequence[Terms]) -> Terms:
+        """Those of several batches, in order."""
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
     def sum(self) -> Quality:
         return Quality(
             tokens=len(self.nll_n),

@@ -17,6 +17,8 @@ __all__ = ["Confidence", "Evaluation", "Positions"]
 
 _NEAR = 5
 _CONFIDENCE_BINS = 15
+# Of the logits that are looked at together.
+_LOGIT_BYTES = 1 << 23
 # The last one begins at 2**31 tokens of context.
 _POSITION_BINS = 32
 
@@ -114,22 +116,25 @@ class Evaluation:
     @classmethod
     def of(cls, logits_BTV: Tensor, reference_BTV: Tensor | None, targets_BT: Tensor) -> Evaluation:
         """Of a batch of whole sequences: the prediction at ``T = 0`` was made after one token."""
-        targets_n = targets_BT.flatten()
-        log_p_nV = logits_BTV.flatten(0, 1).float().log_softmax(-1)
-        log_r_nV = None if reference_BTV is None else reference_BTV.flatten(0, 1).float().log_softmax(-1)
-        terms = Terms.of(log_p_nV, log_r_nV, targets_n)
-        near = 0
-        if log_r_nV is not None:
-            five_n5 = log_p_nV.topk(min(_NEAR, log_p_nV.shape[1])).indices
-            near = int((five_n5 == log_r_nV.argmax(-1, keepdim=True)).any(-1).sum())
-        return cls(
-            compared=log_r_nV is not None,
-            quality=terms.sum(),
-            near=near,
-            confidence=Confidence.of(log_p_nV, targets_n),
-            reference_confidence=Confidence() if log_r_nV is None else Confidence.of(log_r_nV, targets_n),
-            positions=Positions.of(terms, targets_BT.shape[1]),
-        )
+        compared = reference_BTV is not None
+        predictions = logits_BTV.flatten(0, 1), targets_BT.flatten()
+        if compared:
+            predictions = *predictions, reference_BTV.flatten(0, 1)
+        # A few passes over what the processor's cache holds, not over what the memory does.
+        few = max(1, _LOGIT_BYTES // (4 * logits_BTV.shape[-1]))
+        near, sure, reference_sure, terms = 0, Confidence(), Confidence(), []
+        for logits_nV, targets_n, *reference in zip(*(p.split(few) for p in predictions), strict=True):
+            log_p_nV = logits_nV.float().log_softmax(-1)
+            log_r_nV = reference[0].float().log_softmax(-1) if compared else None
+            terms.append(Terms.of(log_p_nV, log_r_nV, targets_n))
+            sure += Confidence.of(log_p_nV, targets_n)
+            if log_r_nV is not None:
+                five_n5 = log_p_nV.topk(min(_NEAR, log_p_nV.shape[1])).indices
+                near += int((five_n5 == log_r_nV.argmax(-1, keepdim=True)).any(-1).sum())
+                reference_sure += Confidence.of(log_r_nV, targets_n)
+        whole = Terms.cat(terms)
+        positions = Positions.of(whole, targets_BT.shape[1])
+        return cls(compared, whole.sum(), near, sure, reference_sure, positions)
 
     def __add__(self, other: Evaluation) -> Evaluation:
         assert self.compared == other.compared

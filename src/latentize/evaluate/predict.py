@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentize.runtime.accelerate import accelerate, has_latents, no_latents
 from latentize.runtime.cache import LatentCache, cache_formats
+from latentize.runtime.fused import fuse
 
 __all__ = ["Predict", "longest_context", "predictor"]
 
@@ -36,6 +37,8 @@ def predictor(model: Any, *, cache: str | None = None, window: int | None = None
         raise no_latents("--cache" if formats else "--window")
     if stored:
         accelerate(model)
+    else:
+        fuse(model)
 
     @torch.no_grad()
     def predict(tokens_BT: Tensor, count: int) -> Tensor:

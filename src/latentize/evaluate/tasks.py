@@ -20,6 +20,7 @@ from latentize.errors import DataError, OptionError
 from latentize.evaluate.paired import DRAWS, Aggregate, Interval, around, of_difference, of_score
 from latentize.evaluate.predict import longest_context
 from latentize.paths import expanded
+from latentize.runtime.fused import fuse
 from latentize.runtime.load import load_model
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _answered(folder: Path, tasks: list[Any], dtype: torch.dtype, device: str, o
     import lm_eval
     from lm_eval.models import huggingface
 
-    model = load_model(folder, dtype=dtype, device=device)
+    model = fuse(load_model(folder, dtype=dtype, device=device))
     # Their decorators hide what they take.
     wrap: Any = huggingface.HFLM
     run: Any = lm_eval.simple_evaluate
