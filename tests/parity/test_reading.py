@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from latentize.checkpoint import Checkpoint, open_checkpoint
 from latentize.convert.latent_source import LatentSource
 from latentize.convert.reading import prove
 from latentize.convert.source import SourceModel
-from latentize.errors import CheckpointError
+from latentize.errors import CheckpointError, LatentizeError
 from latentize.families import ModelSpec, latent_model
 
 TOKENS = torch.arange(48) % 40 + 3
@@ -116,6 +117,16 @@ def test_wrong_heads_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "attention_weights", wrong)
     with pytest.raises(CheckpointError, match="attention"):
         prove(SourceModel(*opened(tmp_path, family)), TOKENS)
+
+
+@pytest.mark.parametrize("entry", [{"dtype": 5}, {"dtype": "float99"}, {"torch_dtype": []}, {"dtype": {"": "int8"}}])
+def test_what_transformers_cannot_load_is_refused(tmp_path: Path, entry: dict[str, Any]) -> None:
+    folder = pico(tmp_path, "llama", 2)
+    path = folder / "config.json"
+    stated = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("dtype", "torch_dtype")}
+    path.write_text(json.dumps({**stated, **entry}))
+    with pytest.raises(LatentizeError, match="transformers (cannot load the model|refuses the config): "):
+        prove(SourceModel(*open_source(folder)), TOKENS)
 
 
 def test_nothing_is_written_of_what_is_read_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

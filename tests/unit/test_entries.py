@@ -103,6 +103,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "activation unknown": {"hidden_act": "nope"},
     "other names": {"n_head": 8, "n_embd": 128, "num_heads": 2},
     "logits": {"logits_scaling": 2.0},
+    "more heads than the hidden size": {"num_attention_heads": 65, "num_key_value_heads": 65},
+    "more heads than the hidden size, a share of each": {
+        **OLD,
+        "num_attention_heads": 65,
+        "partial_rotary_factor": 0.5,
+    },
+    **{f"{n} heads": {"num_attention_heads": n, "num_key_value_heads": n} for n in (3, 5)},
+    "old scaling false": {"rope_scaling": False},
+    "old scaling of a list": {"rope_scaling": []},
+    "old partial infinite": {**OLD, "partial_rotary_factor": math.inf},
+    "head_dim infinite": {"head_dim": math.inf},
+    "head_dim an object": {"head_dim": {"rope_type": None}},
+    "hidden size of 400 digits": {"hidden_size": 10**400},
+    "epsilons of 400 digits": {"rms_norm_eps": 10**400, "layer_norm_eps": 10**400, "norm_eps": 10**400},
 }
 
 
@@ -225,8 +239,12 @@ def test_activations_are_known() -> None:
     assert set(ACT2FN) <= ACTIVATIONS
 
 
-KEYS = sorted({key for changes in VARIANTS.values() for key in changes} | {"hidden_size", "num_attention_heads"})
-NUMBERS = st.integers(-3, 300) | st.floats(allow_nan=False) | st.sampled_from([0.5, 1e-6, 1e4, 1 << 40])
+# Whatever any family has a field for; the sizes of attention more often.
+KEYS = [
+    *sorted({key for changes in VARIANTS.values() for key in changes} | {"hidden_size", "num_attention_heads"}),
+    *sorted({name for family in FAMILIES for name in families()[family].fields}),
+]
+NUMBERS = st.integers(-3, 300) | st.floats() | st.sampled_from([0.5, 1e-6, 1e4, 1 << 40, 10**400])
 PLAIN = st.none() | st.booleans() | NUMBERS | st.text(max_size=8)
 ROPE = st.dictionaries(
     st.sampled_from([*LLAMA3, "rope_theta", "type", "partial_rotary_factor", "full_attention"]),

@@ -27,7 +27,7 @@ from latentize.calibrate.tokens import Passages
 from latentize.checkpoint.opening import load_config, pretrained
 from latentize.convert.progress import Progress, silent
 from latentize.convert.source import SourceLayer, SourceModel, Stream
-from latentize.errors import CheckpointError
+from latentize.errors import CheckpointError, LatentizeError
 from latentize.families import LatentModel
 from latentize.families.model import FULL
 
@@ -100,9 +100,18 @@ class _Proof:
         layers, config.num_hidden_layers = config.num_hidden_layers, 0
         trust = {"trust_remote_code": trust_remote_code}
         if checkpoint.quantization is None:
-            with _files_that_are_opened(self.files), _without_threads(), _quietly():
-                named: dict[str, Any] = {**pretrained(checkpoint.path), **trust}
-                top = AutoModelForCausalLM.from_pretrained(config=config, dtype="auto", **named)
+            named: dict[str, Any] = {**pretrained(checkpoint.path), **trust}
+            try:
+                with _files_that_are_opened(self.files), _without_threads(), _quietly():
+                    top = AutoModelForCausalLM.from_pretrained(config=config, dtype="auto", **named)
+            except (LatentizeError, MemoryError, ImportError):
+                raise
+            # What an entry that makes no sense raises depends on where it is read.
+            except Exception as error:
+                reason = (str(error) or repr(error)).splitlines()[0]
+                raise CheckpointError(
+                    f"transformers cannot load the model: {reason}", where=str(checkpoint.config_path)
+                ) from error
         else:
             # Reading a GGUF file for it would dequantise all of it.
             top = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **trust)

@@ -8,6 +8,7 @@ each other (:mod:`latentize.convert.reading`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,8 @@ def as_read(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
         read |= {name: config[other] for other, name in table.aliases.items() if other in config}
         for name, (types, _) in table.fields.items():
             _check(name, read[name], types)
+        for name, value in read.items():
+            _finite(name, value)
         for name, types in _OF_ALL.items():
             _check(name, config.get(name), types)
         for name in ("hidden_act", "hidden_activation"):
@@ -88,6 +91,13 @@ def _check(name: str, value: Any, types: str) -> None:
         raise ConfigError(f"'{name}' should be of type {known}, is {value!r}", where=f"config.json, {name}")
 
 
+def _finite(name: str, value: Any) -> None:
+    """JSON has whole numbers of any size, and Python writes infinities into it: nothing can be computed with those."""
+    number = isinstance(value, int | float)
+    if number and not -sys.float_info.max <= value <= sys.float_info.max:
+        raise ConfigError(f"'{name}' is no number to compute with", where=f"config.json, {name}")
+
+
 def _is(value: Any, kind: str) -> bool:
     if kind == "None":
         return value is None
@@ -109,9 +119,16 @@ def _head_dim(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) 
         )
     hidden, heads = read.get("hidden_size"), read.get("num_attention_heads")
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (hidden, heads))
+    if table.attention.get("heads_divide") and whole and hidden % heads:  # type: ignore[operator]
+        raise ConfigError(
+            f"the hidden size {hidden} is not a multiple of {heads} heads, as it has to be in this architecture",
+            code="LZ121",
+            where="config.json, num_attention_heads",
+        )
     derived = hidden // heads if whole else None  # type: ignore[operator]
     found = derived if rule == "derived" or stated is None or (rule == "true" and stated == 0) else stated
-    if table.attention.get("heads_fill") and whole and found and found * heads != hidden:
+    number = isinstance(found, int | float)
+    if table.attention.get("heads_fill") and whole and number and found and found * heads != hidden:
         raise ConfigError(
             f"{heads} heads of {found} are not the hidden size {hidden}, as they are in this architecture",
             code="LZ121",
@@ -160,11 +177,18 @@ def _stretch(table: Table, entries: dict[str, Any], stated: Any, head_dim: Any) 
     share = entries.get("partial_rotary_factor", 1.0)
     if not isinstance(head_dim, int) or not isinstance(share, int | float):
         return
-    entries["partial_rotary_factor"] = share * stated / head_dim
-    turned = int(stated * share)
-    if table.attention.get("rotary") == "own" and turned + turned % 2 != int(head_dim * share):
+    try:
+        entries["partial_rotary_factor"] = share * stated / head_dim
+        turned, own = int(stated * share), int(head_dim * share)
+    except (ArithmeticError, ValueError) as error:
         raise ConfigError(
-            f"RoPE would turn {turned} dimensions of heads that have {int(head_dim * share)} for it",
+            f"RoPE on {share} of heads of {stated}, where heads have {head_dim}, makes no sense",
+            code="LZ121",
+            where="config.json, head_dim or partial_rotary_factor",
+        ) from error
+    if table.attention.get("rotary") == "own" and turned + turned % 2 != own:
+        raise ConfigError(
+            f"RoPE would turn {turned} dimensions of heads that have {own} for it",
             where="config.json, head_dim",
         )
 
@@ -194,4 +218,7 @@ def _of_kind(kind: str, scaling: Any, given: Any) -> dict[str, Any]:
             where="config.json, rope_scaling",
             fix="leave one of the two out",
         )
-    return {**inner, **scaling}
+    if isinstance(scaling, int | float):
+        raise ConfigError(f"'rope_scaling' should be an object, is {scaling!r}", where="config.json, rope_scaling")
+    # What is empty may be a list.
+    return {**inner, **dict(scaling)}

@@ -298,7 +298,7 @@ def _rope(config: Mapping[str, Any], rope: int) -> RopeSpec:
         if "type" in entries:
             entries.setdefault("rope_type", entries.pop("type"))
         theta = float(entries.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"the entries of RoPE make no sense: {error}", where="config.json, rope_scaling or rope_parameters"
         ) from error
