@@ -125,7 +125,7 @@ def test_what_transformers_cannot_load_is_refused(tmp_path: Path, entry: dict[st
     path = folder / "config.json"
     stated = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("dtype", "torch_dtype")}
     path.write_text(json.dumps({**stated, **entry}))
-    with pytest.raises(LatentizeError, match="transformers (cannot load the model|refuses the config): "):
+    with pytest.raises(LatentizeError, match=r"transformers (cannot load the model|refuses the config): "):
         prove(SourceModel(*open_source(folder)), TOKENS)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from latentize.errors import ConfigError
 from latentize.families.table import Table
@@ -117,18 +117,20 @@ def _head_dim(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) 
             where="config.json, head_dim",
             fix="leave it out, or state the size of a head",
         )
-    hidden, heads = read.get("hidden_size"), read.get("num_attention_heads")
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (hidden, heads))
-    if table.attention.get("heads_divide") and whole and hidden % heads:  # type: ignore[operator]
+    sizes = [read.get("hidden_size"), read.get("num_attention_heads")]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+        # Whoever makes use of them says so.
+        return None if rule == "derived" else stated
+    hidden, heads = cast("list[int]", sizes)
+    if table.attention.get("heads_divide") and hidden % heads:
         raise ConfigError(
             f"the hidden size {hidden} is not a multiple of {heads} heads, as it has to be in this architecture",
             code="LZ121",
             where="config.json, num_attention_heads",
         )
-    derived = hidden // heads if whole else None  # type: ignore[operator]
-    found = derived if rule == "derived" or stated is None or (rule == "true" and stated == 0) else stated
-    number = isinstance(found, int | float)
-    if table.attention.get("heads_fill") and whole and number and found and found * heads != hidden:
+    derived = rule == "derived" or stated is None or (rule == "true" and stated == 0)
+    found = hidden // heads if derived else stated
+    if table.attention.get("heads_fill") and isinstance(found, int | float) and found and found * heads != hidden:
         raise ConfigError(
             f"{heads} heads of {found} are not the hidden size {hidden}, as they are in this architecture",
             code="LZ121",
