@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from latentize.checkpoint.base import Checkpoint
 from latentize.checkpoint.gguf import GgufCheckpoint, gguf_config, is_gguf
 from latentize.checkpoint.reader import SafetensorsCheckpoint
+from latentize.errors import CheckpointError, LatentizeError
 
-__all__ = ["load_config", "open_checkpoint", "pretrained"]
+__all__ = ["load_config", "loading", "open_checkpoint", "pretrained"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -34,6 +37,27 @@ def pretrained(path: Path) -> dict[str, Any]:
     if is_gguf(path):
         return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
     return {"pretrained_model_name_or_path": path, "local_files_only": True}
+
+
+@contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """While transformers loads a model: whatever it raises becomes an error of ours.
+
+    Args:
+        path: Of the model.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    try:
+        yield
+    # So little memory that a library does not fit shows as an import that fails.
+    except (LatentizeError, MemoryError, ImportError):
+        raise
+    # What an entry that makes no sense raises depends on where it is read.
+    except Exception as error:
+        reason = str(error) or repr(error)
+        raise CheckpointError(f"transformers cannot load the model: {reason}", where=str(path)) from error
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:

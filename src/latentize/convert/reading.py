@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from latentize.attention.grouped import grouped_attention
 from latentize.calibrate.tokens import Passages
-from latentize.checkpoint.opening import load_config, pretrained
+from latentize.checkpoint.opening import load_config, loading, pretrained
 from latentize.convert.progress import Progress, silent
 from latentize.convert.source import SourceLayer, SourceModel, Stream
-from latentize.errors import CheckpointError, LatentizeError
+from latentize.errors import CheckpointError
 from latentize.families import LatentModel
 from latentize.families.model import FULL
 
@@ -101,17 +101,8 @@ class _Proof:
         trust = {"trust_remote_code": trust_remote_code}
         if checkpoint.quantization is None:
             named: dict[str, Any] = {**pretrained(checkpoint.path), **trust}
-            try:
-                with _files_that_are_opened(self.files), _without_threads(), _quietly():
-                    top = AutoModelForCausalLM.from_pretrained(config=config, dtype="auto", **named)
-            except (LatentizeError, MemoryError, ImportError):
-                raise
-            # What an entry that makes no sense raises depends on where it is read.
-            except Exception as error:
-                reason = (str(error) or repr(error)).splitlines()[0]
-                raise CheckpointError(
-                    f"transformers cannot load the model: {reason}", where=str(checkpoint.config_path)
-                ) from error
+            with loading(checkpoint.path), _files_that_are_opened(self.files), _without_threads(), _quietly():
+                top = AutoModelForCausalLM.from_pretrained(config=config, dtype="auto", **named)
         else:
             # Reading a GGUF file for it would dequantise all of it.
             top = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **trust)

@@ -1,7 +1,7 @@
 """Fused attention for heads whose keys and values differ in size, as those of latent attention do.
 
-PyTorch's fused operator on a CPU wants equal sizes, and leaves others to plain products: the whole square of scores,
-and three to four times the time. Values that are filled up with zeros, and cut again, are the same attention.
+PyTorch's fused operator on a CPU wants equal sizes, and leaves others to plain products over all scores.
+Values that are filled up with zeros, and cut again, are the same attention.
 """
 
 from __future__ import annotations

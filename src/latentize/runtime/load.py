@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from latentize.calibrate.tokens import require_rows
-from latentize.checkpoint import load_config, pretrained
+from latentize.checkpoint import load_config, loading, pretrained
 from latentize.checkpoint.gguf import gguf_ends, is_gguf
-from latentize.errors import CheckpointError, LatentizeError
+from latentize.errors import CheckpointError
 from latentize.runtime.settings import settle, stored_settings
 
 __all__ = ["load_model"]
@@ -52,17 +52,9 @@ def load_model(
     if settings is not None:
         # Not to be read by transformers, which refuses what it does not understand.
         options["generation_config"] = GenerationConfig()
-    try:
-        # The bar that transformers shows for a GGUF file knows no setting.
-        with redirect_stderr(StringIO()) if is_gguf(path) else nullcontext():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
-    # So little memory that a library does not fit shows as an import that fails.
-    except (LatentizeError, MemoryError, ImportError):
-        raise
-    # What an entry that makes no sense raises depends on where it is read.
-    except Exception as error:
-        reason = str(error) or repr(error)
-        raise CheckpointError(f"transformers cannot load the model: {reason}", where=str(path)) from error
+    # The bar that transformers shows for a GGUF file knows no setting.
+    with loading(path), redirect_stderr(StringIO()) if is_gguf(path) else nullcontext():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         odd = sorted(str(k) for k in info.get(kind, ()))
