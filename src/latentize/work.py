@@ -147,12 +147,18 @@ class _Counter:
         # Logits are drawn from in float32.
         return forward + Work(moved=tokens * (_REWRITTEN * cached + 4 * _PASSES * self.spec.vocab_size))
 
-    def latent(self, setting: Setting) -> list[tuple[int, int]]:
-        """Shapes of a converted layer's matrices, every head with up-projections of its own."""
+    def latent(self, setting: Setting) -> list[tuple[int, int, int]]:
+        """Shapes of a converted layer's matrices, a stack of those of the heads: every head has its own."""
         a, rank, rope = self.spec.attention, setting.kv_lora_rank, setting.qk_rope_head_dim
-        inside = a.num_heads * a.head_dim
-        rows = (inside + a.num_heads * rope, rank, setting.rope_heads * rope, inside)
-        return [*((n, a.hidden_size) for n in rows if n), (2 * inside, rank)]
+        heads, each, hidden = a.num_heads, a.head_dim, a.hidden_size
+        stacks = [
+            (heads, each + rope, hidden),
+            (1, rank, hidden),
+            (setting.rope_heads, rope, hidden),
+            (heads, 2 * each, rank),
+            (heads, hidden, each),
+        ]
+        return [stack for stack in stacks if math.prod(stack)]
 
     def orthogonalised(self, setting: Setting, how: Schedule) -> Work:
         """All steps of Muon on a layer, where it is taken."""

@@ -12,11 +12,13 @@ from tests.unit.layers import attention_spec, inputs, random_attention, stats_of
 
 from latentize.attention.grouped import grouped_attention
 from latentize.attention.latent import LatentWeights
-from latentize.convert.descent import Adam, Muon, Schedule, descent
+from latentize.attention.module import LatentAttention
+from latentize.convert.descent import Adam, Heads, Muon, Schedule, descent
 from latentize.convert.methods import convert_layer
-from latentize.convert.refine import Refinement, descend, expand_heads, token_energy
+from latentize.convert.refine import Refinement, descend, expand_heads, stacked_heads, token_energy
 from latentize.convert.refine import refine as refine_relative
 from latentize.convert.settings import Setting
+from latentize.spec import LatentSpec
 
 HOW = Refinement(steps=30, tokens=96)
 ONE_STEP = Schedule(steps=1, rate=0.1, warmup=1)
@@ -167,11 +169,51 @@ def test_long_sequences_take_the_same_text_in_fewer_steps(length: int, tokens: i
 
 @pytest.mark.parametrize(("width", "kind"), [(128, Muon), (256, Muon), (1024, Adam), (2048, Adam), (4096, Adam)])
 def test_what_costs_more_than_it_gains_is_not_orthogonalised(width: int, kind: type) -> None:
-    """Orthogonalising grows with the cube of the width, what a step multiplies with its square."""
+    """Orthogonalising whole matrices grows with the cube of the width, what a step multiplies with its square."""
     with torch.device("meta"):
         shapes = [torch.nn.Parameter(torch.empty(2 * width, width)), torch.nn.Parameter(torch.empty(width, width))]
     with patch.object(Muon, "_optimisers", list), patch.object(Adam, "_optimisers", list):
         assert type(descent(shapes, Refinement().suited(512))) is kind
+
+
+@pytest.mark.parametrize("width", [128, 576, 1024, 2048, 4096])
+def test_heads_are_orthogonalised_at_any_width(width: int) -> None:
+    """Heads become more with the width, not larger."""
+    spec = LatentSpec(
+        hidden_size=width, num_heads=max(2, width // 128), kv_lora_rank=min(512, width // 4), qk_rope_head_dim=64,
+        qk_nope_head_dim=128, v_head_dim=128, rope_heads=1, up_heads=max(2, width // 128), softmax_scale=1.0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        attention = LatentAttention(spec)
+    parameters = list(attention.parameters())
+    with patch.object(Muon, "_optimisers", list), patch.object(Adam, "_optimisers", list):
+        assert type(descent(parameters, Refinement().suited(512), heads=stacked_heads(attention))) is Muon
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_every_head_takes_a_step_of_its_own(axis: int) -> None:
+    """A head with hardly any gradient moves as far as the others, as if it were alone."""
+    heads, shape = Heads(3, axis), [24, 10]
+    shape[axis] *= 3
+    start = torch.randn(shape)
+    gradient = heads.join(heads.stack(torch.randn(shape)) * torch.tensor([1.0, 1e-3, 1e2])[:, None, None])
+    parameter = torch.nn.Parameter(start.clone())
+    Muon([parameter], ONE_STEP, heads=[heads]).step((parameter * gradient).sum())
+    moved = heads.stack(parameter.detach() - start)
+    size = heads.stack(start).norm() / 30**0.5
+    for step, alone in zip(moved, heads.stack(gradient), strict=True):
+        u, _, v = torch.linalg.svd(alone, full_matrices=False)
+        assert relative_error(step, -0.1 * size * u @ v) < 0.3
+    values = torch.linalg.svdvals(moved) / (0.1 * size)
+    assert float(values.min()) > 0.5 and float(values.max()) < 1.5
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_stack_of_heads_joins_to_what_it_was(axis: int) -> None:
+    matrix, heads = torch.arange(96.0).view(8, 12), Heads(4, axis)
+    assert heads.stack(matrix).shape == ((4, 2, 12), (4, 8, 3))[axis]
+    assert torch.equal(heads.stack(matrix)[1], matrix[2:4] if axis == 0 else matrix[:, 3:6])
+    assert torch.equal(heads.join(heads.stack(matrix)), matrix)
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (24, 6), (6, 24), (7,)])

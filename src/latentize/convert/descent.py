@@ -3,31 +3,59 @@
 Every step is relative to each tensor: ``rate`` times the root mean square singular value of a matrix in all directions
 alike (Muon), or times the root mean square of its entries (Adam). So one rate serves tensors of any scale, and those of
 a factorisation, whose scales are arbitrary.
+
+Projections of several heads are as many matrices to Muon. That repairs as much, and its work grows with the square of
+the width, as that of a step does: heads become more, not larger.
+
+K matrices in a stack, m rows, n columns.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from latentize.machine import multiplies_bfloat16
 
-__all__ = ["Adam", "Decay", "Descent", "Muon", "Schedule", "descent", "orthogonalising"]
+__all__ = ["WHOLE", "Adam", "Decay", "Descent", "Heads", "Muon", "Schedule", "descent", "orthogonalising"]
 
 _BETAS, _MOMENTUM = (0.9, 0.99), 0.9
 # Newton and Schulz' iteration as Muon has it: the quintic that leads small singular values up fastest.
 _QUINTIC, _SMALLEST_NORM = (3.4445, -4.7750, 2.0315), 1e-7
 # Products in which Muon orthogonalises a matrix, by Newton and Schulz' iteration, and the share of a step's own
-# multiplications that this may come to: it grows with the cube of the width, a step with its square. Counted so it
-# looks dearer than it is: a share of one is measured as half of a step, whose attention is not counted.
+# multiplications that this may come to. Counted so it looks dearer than it is: a share of one is measured as half of a
+# step, whose attention is not counted.
 _ITERATIONS, _SHARE = 5, 1.2
 Decay = Literal["linear", "cosine", "1-sqrt"]
+
+
+class Heads(NamedTuple):
+    """How many matrices of the same shape a projection is.
+
+    Attributes:
+        count: How many, ``K``.
+        axis: 0 where they lie below each other (what heads read), 1 where side by side (what is read from heads).
+    """
+
+    count: int = 1
+    axis: int = 0
+
+    def stack(self, matrix: Tensor) -> Tensor:
+        """The matrices, ``[K, m, n]``: a view."""
+        return matrix.unflatten(self.axis, (self.count, -1)).movedim(self.axis, 0)
+
+    def join(self, stack_Kmn: Tensor) -> Tensor:
+        """The projection again."""
+        return stack_Kmn.movedim(0, self.axis).flatten(self.axis, self.axis + 1)
+
+
+WHOLE = Heads()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +129,7 @@ class Descent(ABC):
         parameters: What to train.
         schedule: How large each step is.
         shares: Of that, the part that each parameter takes; by default all take whole steps.
+        heads: What each parameter consists of; by default each is one matrix.
 
     Attributes:
         taken: Steps so far.
@@ -108,9 +137,14 @@ class Descent(ABC):
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], schedule: Schedule, shares: Sequence[float] | None = None
+        self,
+        parameters: Sequence[nn.Parameter],
+        schedule: Schedule,
+        shares: Sequence[float] | None = None,
+        heads: Sequence[Heads] | None = None,
     ) -> None:
         self.parameters = [p for p in parameters if p.numel()]
+        self._heads = {} if heads is None else {id(p): each for p, each in zip(parameters, heads, strict=True)}
         self._schedule, self.taken = schedule, 0
         self.optimisers = self._optimisers()
         if shares is not None:
@@ -155,14 +189,14 @@ class Adam(Descent):
 
 
 class Muon(Descent):
-    """Muon (Jordan et al., 2024) for matrices, Adam for the few vectors."""
+    """Muon (Jordan et al., 2024) for matrices, those of each head by themselves; Adam for the few vectors."""
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
-        matrices = [_by_directions(p) for p in self.parameters if p.ndim == 2]
+        matrices = [_by_directions(p, self._heads.get(id(p), WHOLE)) for p in self.parameters if p.ndim == 2]
         vectors = [_by_entries(p) for p in self.parameters if p.ndim != 2]
         found: list[torch.optim.Optimizer] = []
         if matrices:
-            found.append(_Orthogonal(matrices))
+            found.append(_Orthogonal(matrices, self._heads))
         if vectors:
             found.append(torch.optim.Adam(vectors, lr=0.0, betas=(0.9, 0.95)))
         return found
@@ -175,8 +209,10 @@ class _Orthogonal(torch.optim.Optimizer):
     long as float32, which is taken there instead.
     """
 
-    def __init__(self, groups: list[dict]) -> None:
+    def __init__(self, groups: list[dict], heads: Mapping[int, Heads]) -> None:
         super().__init__(groups, {"lr": 0.0})
+        # Not in the groups: those are kept on the disk, and heads are known from the model.
+        self._heads = heads
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -189,24 +225,37 @@ class _Orthogonal(torch.optim.Optimizer):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 velocity = state["momentum_buffer"].lerp_(gradient, 1 - _MOMENTUM)
-                parameter.add_(_orthogonal(gradient.lerp(velocity, _MOMENTUM)), alpha=-group["lr"])
+                step = _orthogonal(gradient.lerp(velocity, _MOMENTUM), self._heads.get(id(parameter), WHOLE))
+                parameter.add_(step, alpha=-group["lr"])
 
 
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """Nearly the orthogonal factor of a polar decomposition: singular values between about 0.7 and 1.2."""
+def _orthogonal(matrix: Tensor, heads: Heads = WHOLE) -> Tensor:
+    """Nearly the orthogonal factors of polar decompositions: singular values between about 0.7 and 1.2."""
+    if heads.count > 1:
+        return heads.join(_polar(heads.stack(matrix), torch.baddbmm))
+    return _polar(matrix, torch.addmm)
+
+
+def _polar(matrix: Tensor, multiply_add: Callable[..., Tensor]) -> Tensor:
+    """Of one matrix, or of each in a stack."""
     a, b, c = _QUINTIC
-    tall = matrix.shape[0] > matrix.shape[1]
+    tall = matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if tall else matrix
     wide = wide.to(torch.bfloat16 if multiplies_bfloat16(matrix.device.type) else torch.float32)
     # The spectral norm is at most 1 from here on.
-    wide = wide / wide.norm().clamp(min=_SMALLEST_NORM)
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=_SMALLEST_NORM)
     for _ in range(_ITERATIONS):
         gram = wide @ wide.mT
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+        wide = multiply_add(wide, multiply_add(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide.mT if tall else wide
 
 
-def descent(parameters: Sequence[nn.Parameter], schedule: Schedule, shares: Sequence[float] | None = None) -> Descent:
+def descent(
+    parameters: Sequence[nn.Parameter],
+    schedule: Schedule,
+    shares: Sequence[float] | None = None,
+    heads: Sequence[Heads] | None = None,
+) -> Descent:
     """Muon where orthogonalising costs little beside what a step multiplies, Adam elsewhere.
 
     Muon repairs more where much is to be repaired, and as much where little is.
@@ -214,22 +263,24 @@ def descent(parameters: Sequence[nn.Parameter], schedule: Schedule, shares: Sequ
     Args:
         parameters: What to train, each a factor in every token of a step.
         schedule: Its steps.
-        shares: As for :class:`Descent`.
+        shares, heads: As for :class:`Descent`.
     """
-    flop = orthogonalising([tuple(p.shape) for p in parameters if p.ndim == 2], schedule.tokens)
-    return (Adam if flop is None else Muon)(parameters, schedule, shares)
+    of_each = [WHOLE] * len(parameters) if heads is None else heads
+    stacks = [each.stack(p).shape for p, each in zip(parameters, of_each, strict=True) if p.ndim == 2]
+    flop = orthogonalising([(k, m, n) for k, m, n in stacks], schedule.tokens)
+    return (Adam if flop is None else Muon)(parameters, schedule, shares, heads)
 
 
-def orthogonalising(shapes: Sequence[tuple[int, ...]], tokens: int) -> int | None:
+def orthogonalising(shapes: Sequence[tuple[int, int, int]], tokens: int) -> int | None:
     """Multiplications and additions of a step of Muon, or ``None`` where Adam is taken instead.
 
     Args:
-        shapes: Of the matrices.
+        shapes: Of the matrices, ``(K, m, n)``.
         tokens: Of a step, each multiplied with all of them.
     """
-    sides = [sorted(shape) for shape in shapes]
-    flop = _ITERATIONS * sum(4 * m * m * n + 2 * m**3 for m, n in sides)
-    return flop if flop <= _SHARE * 6 * tokens * sum(m * n for m, n in sides) else None
+    sides = [(count, *sorted(shape)) for count, *shape in shapes]
+    flop = _ITERATIONS * sum(k * (4 * m * m * n + 2 * m**3) for k, m, n in sides)
+    return flop if flop <= _SHARE * 6 * tokens * sum(k * m * n for k, m, n in sides) else None
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
@@ -242,6 +293,7 @@ def _by_entries(parameter: nn.Parameter) -> dict:
     return {"params": [parameter], "size": float(_whole(parameter).square().mean().sqrt())}
 
 
-def _by_directions(parameter: nn.Parameter) -> dict:
-    p = _whole(parameter)
-    return {"params": [parameter], "size": float(p.norm()) / min(p.shape) ** 0.5}
+def _by_directions(parameter: nn.Parameter, heads: Heads) -> dict:
+    stack_Kmn = heads.stack(_whole(parameter))
+    directions = heads.count * min(stack_Kmn.shape[1:])
+    return {"params": [parameter], "size": float(stack_Kmn.norm()) / directions**0.5}

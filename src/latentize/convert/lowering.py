@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latentize.calibrate.tokens import Passages
 from latentize.checkpoint import Journal
+from latentize.convert.descent import WHOLE, Heads
 from latentize.convert.draft import stream_error
 from latentize.convert.latent_source import ATTENTION, LatentLayer, LatentSource
 from latentize.convert.lower_rank import LatentMoments, Lowered, lower
@@ -25,7 +26,8 @@ __all__ = ["LoweredLayer", "lower_model"]
 
 _DOWN, _NORM, _UP = "kv_a_proj_with_mqa.weight", "kv_a_layernorm.weight", "kv_b_proj.weight"
 # What is trained beside the two projections of the latent.
-_AROUND = ("q_proj.weight", "q_b_proj.weight", "o_proj.weight")
+_OUT = "o_proj.weight"
+_AROUND = ("q_proj.weight", "q_b_proj.weight", _OUT)
 
 
 @dataclass
@@ -165,7 +167,9 @@ def _refine(
 
     target_NTD = residual_NTD - hidden_NTD
     energy_NT = token_energy(residual_NTD, hidden_NTD)
-    options = {"inherited": inherited, "autocast": layer.fast_matmul}
+    several = {name: Heads(attention.num_heads, axis=int(name == _OUT)) for name in (_UP, *_AROUND)}
+    heads = [several.get(name, WHOLE) for name in parameters]
+    options = {"inherited": inherited, "autocast": layer.fast_matmul, "heads": heads}
     before, after = descend(list(parameters.values()), made, target_NTD, energy_NT, how, **options)
     if not after < before:
         return start

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from latentize.attention.latent import LatentWeights
 from latentize.attention.module import LatentAttention
-from latentize.convert.descent import Schedule, descent
+from latentize.convert.descent import WHOLE, Heads, Schedule, descent
 
 __all__ = [
     "SOLVED_TOKENS",
@@ -33,6 +33,7 @@ __all__ = [
     "expand_heads",
     "refine",
     "refined",
+    "stacked_heads",
     "token_energy",
     "trainable",
 ]
@@ -58,8 +59,8 @@ class Refinement(Schedule):
     """
 
     steps: int = 420
-    rate: float = 0.12
-    adam: float = 2.4
+    rate: float = 0.085
+    adam: float = 3.4
     probe: int = 4096
     enough: float = 1e-6
 
@@ -88,6 +89,18 @@ def expand_heads(w: LatentWeights) -> LatentWeights:
 def trainable(w: LatentWeights) -> LatentAttention:
     """A float32 module that starts at ``w`` and shares nothing with it."""
     return copy.deepcopy(LatentAttention.from_weights(w.to(torch.float32))).requires_grad_(True)
+
+
+def stacked_heads(attention: LatentAttention) -> list[Heads]:
+    """What each of its parameters consists of."""
+    s = attention.spec
+    several = {
+        "q_proj.weight": Heads(s.num_heads),
+        "k_rope_proj.weight": Heads(s.rope_heads),
+        "kv_b_proj.weight": Heads(s.up_heads),
+        "o_proj.weight": Heads(s.num_heads, axis=1),
+    }
+    return [several.get(name, WHOLE) for name, _ in attention.named_parameters()]
 
 
 def refined(attention: LatentAttention, start: LatentWeights) -> LatentWeights:
@@ -151,7 +164,7 @@ def refine(
         return added(made_BTD.float())
 
     parameters = list(attention.parameters())
-    options: dict[str, Any] = {"inherited": inherited, "autocast": autocast}
+    options: dict[str, Any] = {"inherited": inherited, "autocast": autocast, "heads": stacked_heads(attention)}
     before, after = descend(parameters, made, target_NTD, energy_NT, how, **options)
     if not after < before:
         return Refined(start, before, before)
@@ -213,6 +226,7 @@ def descend(
     *,
     inherited: float = 0.0,
     autocast: bool = False,
+    heads: Sequence[Heads] | None = None,
 ) -> tuple[float, float]:
     """Train parameters in place so that ``made`` comes near the target, each token relative to its energy.
 
@@ -224,6 +238,7 @@ def descend(
         how: Steps and rates.
         inherited: Relative error that was there before.
         autocast: Multiply in bfloat16.
+        heads: What each parameter consists of; by default each is one matrix.
 
     Returns:
         Mean relative error of tokens that are not learnt from, before and after; twice the same where no step was
@@ -253,7 +268,7 @@ def descend(
         return before, before
     # A step is as large as there is something to repair: one that suits a bad start would ruin a good one.
     own = min(1.0, max(before - inherited, _LEAST_OWN * before))
-    steps = descent(parameters, replace(how, rate=how.rate * own**0.5))
+    steps = descent(parameters, replace(how, rate=how.rate * own**0.5), heads=heads)
     for step, rows in enumerate(how.batches(learnt, length)):
         with torch.enable_grad():
             loss = error(rows)
