@@ -22,8 +22,10 @@ from latentize.spec import LatentSpec
 
 __all__ = ["LatentAttention", "causal_blocks", "check_cache", "no_paging", "no_probabilities", "prefill"]
 
-# Training on a CPU attends in so many blocks of queries, while their scores do not exceed so many elements.
+# Training on a CPU attends in so many blocks of queries, while their scores do not exceed so many elements. In float32
+# that pays with so many tokens at most.
 _BLOCKS = 4
+_WIDE_TOKENS = 1024
 # Queries whose bent logits exist at once.
 _CAPPED = 256
 _SCORES = 1 << 27
@@ -33,7 +35,8 @@ def causal_blocks(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, scale: float) 
     """Causal attention by plain matrix products, ``[B, H, T, V]``, each block of queries on the keys up to its end.
 
     On a CPU with bfloat16 matrix units it is twice as fast as the fused operator to train through (whose backward pass
-    takes six times its forward pass), for memory in proportion to ``T²``. Scores are rounded to the inputs' precision.
+    takes six times its forward pass), for memory in proportion to ``T²``; in float32 half as fast again at 512 tokens,
+    and slower from some 1,500 on. Scores are rounded to the inputs' precision.
     """
     lead, tokens = q_BHTd.shape[:2], q_BHTd.shape[2]
     q_nTd, k_nTd, v_nTV = (q_BHTd * scale).flatten(0, 1), k_BHTd.flatten(0, 1), v_BHTV.flatten(0, 1)
@@ -114,7 +117,8 @@ def _trains_in_blocks(q_BHTd: Tensor, k_BHSd: Tensor) -> bool:
     square = q_BHTd.shape[2] == k_BHSd.shape[2]
     scores = q_BHTd.shape[:3].numel() * k_BHSd.shape[2]
     narrow = q_BHTd.dtype == k_BHSd.dtype == torch.bfloat16
-    return q_BHTd.requires_grad and narrow and square and scores <= _SCORES and q_BHTd.device.type == "cpu"
+    pays = narrow or q_BHTd.shape[2] <= _WIDE_TOKENS
+    return q_BHTd.requires_grad and pays and square and scores <= _SCORES and q_BHTd.device.type == "cpu"
 
 
 class LatentAttention(nn.Module):

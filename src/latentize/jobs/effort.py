@@ -25,7 +25,7 @@ _SELF_GENERATED = 0.25
 # then about five minutes on two cores. The second round of refinement takes a fifth off the divergence, two more an
 # eighth; twice the text would do no more, and had to be written and taken through all layers.
 _FLOP = 2e13
-_REFINED_ROUNDS, _POLISHED_ROUNDS = 3.0, 0.25
+_REFINED_ROUNDS, _POLISHED_ROUNDS = 2.0, 0.25
 # What a backward pass through the whole model may keep at once, unless it is a single sequence.
 _GRAPH_BYTES = 3 << 28
 # Rounds of refinement at most: more of them on a short text learn it by heart. A polish keeps the best that it saw.
