@@ -1,6 +1,6 @@
 """How refinement is best done: one layer of a model, refined by several optimisers.
 
-    python benchmarks/refinement.py MODEL TEXT [--layer 8] [--sizes 144,48] [--tokens 65536] [--rounds 3]
+    python benchmarks/refinement.py MODEL TEXT [--layer 8] [--sizes 144,48] [--tokens 65536] [--rounds 2,3]
 
 The layer stands in the source's own stream, so that nothing but its refinement differs. Each optimiser takes steps of
 several sizes; shown are the mean relative error of the residual stream after the attention, on calibration text that
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import platform
@@ -58,9 +59,10 @@ def measured(args: argparse.Namespace) -> list[dict]:
     seen = observe(layer, text.clone(), setting.needs(layer.spec), residual=len(text))
     rows_made = []
     for name, (share, by_heads) in OPTIMISERS.items():
-        for factor in map(float, args.factors.split(",")):
+        pairs = itertools.product(map(float, args.rounds.split(",")), map(float, args.factors.split(",")))
+        for rounds, factor in pairs:
             how = Refinement().suited(LENGTH)
-            steps = round(args.rounds * args.tokens / how.tokens)
+            steps = round(rounds * args.tokens / how.tokens)
             how = replace(how, rate=factor * how.rate, steps=steps)
             began = time.perf_counter()
             with (
@@ -83,14 +85,15 @@ def main() -> None:
     parser.add_argument("--sizes", default="144,48", help="latent and roped key")
     parser.add_argument("--stride", type=float, default=1.0, help="of the ladder of frequencies")
     parser.add_argument("--tokens", type=int, default=65_536)
-    parser.add_argument("--rounds", type=float, default=3.0, help="of the text")
+    parser.add_argument("--rounds", default="2,3", help="of the text")
     parser.add_argument("--factors", default="0.7,1,1.4", help="on the rate")
     args = parser.parse_args()
     rows = measured(args)
     file = ROOT / "benchmarks" / "results" / f"refinement-{Path(args.model).name}.json"
     facts = {"latentize": latentize.__version__, "torch": torch.__version__, "machine": platform.processor()}
     said = {"date": datetime.date.today().isoformat(), "threads": torch.get_num_threads(), **facts}
-    file.write_text(json.dumps({**said, **vars(args), "rows": rows}, indent=1) + "\n")
+    names = {"model": Path(args.model).name, "text": Path(args.text).name}
+    file.write_text(json.dumps({**said, **vars(args), **names, "rows": rows}, indent=1) + "\n")
     print("\n| optimiser | rate | steps | seconds | closed form | refined |\n|---|---|---|---|---|---|")
     for row in rows:
         shown = (row["optimiser"], f"{row['rate']:.3f}", row["steps"], row["seconds"])

@@ -23,9 +23,9 @@ from latentize.spec import LatentSpec
 __all__ = ["LatentAttention", "causal_blocks", "check_cache", "no_paging", "no_probabilities", "prefill"]
 
 # Training on a CPU attends in so many blocks of queries, while their scores do not exceed so many elements. In float32
-# that pays with so many tokens at most.
+# that pays with so many tokens at most, and fewer scores may be kept: a whole model that learns keeps all layers'.
 _BLOCKS = 4
-_WIDE_TOKENS = 1024
+_WIDE_TOKENS, _WIDE_SCORES = 1024, 1 << 23
 # Queries whose bent logits exist at once.
 _CAPPED = 256
 _SCORES = 1 << 27
@@ -117,8 +117,8 @@ def _trains_in_blocks(q_BHTd: Tensor, k_BHSd: Tensor) -> bool:
     square = q_BHTd.shape[2] == k_BHSd.shape[2]
     scores = q_BHTd.shape[:3].numel() * k_BHSd.shape[2]
     narrow = q_BHTd.dtype == k_BHSd.dtype == torch.bfloat16
-    pays = narrow or q_BHTd.shape[2] <= _WIDE_TOKENS
-    return q_BHTd.requires_grad and pays and square and scores <= _SCORES and q_BHTd.device.type == "cpu"
+    few = scores <= _SCORES if narrow else q_BHTd.shape[2] <= _WIDE_TOKENS and scores <= _WIDE_SCORES
+    return q_BHTd.requires_grad and few and square and q_BHTd.device.type == "cpu"
 
 
 class LatentAttention(nn.Module):

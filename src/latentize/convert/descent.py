@@ -229,7 +229,7 @@ class _Orthogonal(torch.optim.Optimizer):
                 parameter.add_(step, alpha=-group["lr"])
 
 
-def _orthogonal(matrix: Tensor, heads: Heads = WHOLE) -> Tensor:
+def _orthogonal(matrix: Tensor, heads: Heads) -> Tensor:
     """Nearly the orthogonal factors of polar decompositions: singular values between about 0.7 and 1.2."""
     if heads.count > 1:
         return heads.join(_polar(heads.stack(matrix), torch.baddbmm))
