@@ -160,12 +160,9 @@ class _Counter:
         ]
         return [stack for stack in stacks if math.prod(stack)]
 
-    def orthogonalised(self, setting: Setting, how: Schedule, *, by_heads: bool) -> Work:
+    def orthogonalised(self, setting: Setting, how: Schedule) -> Work:
         """All steps of Muon on a layer, where it is taken."""
-        stacks = self.latent(setting)
-        # Heads lie below each other, but for those of the output projection, the last.
-        whole = [(1, k * m, n) for k, m, n in stacks[:-1]] + [(1, m, k * n) for k, m, n in stacks[-1:]]
-        flop = orthogonalising(stacks if by_heads else whole, how.tokens) or 0
+        flop = orthogonalising(self.latent(setting), how.tokens) or 0
         return self.products(how.steps * flop, 0.0, fast=True)
 
     def attention(self, tokens: float, setting: Setting, passes: int) -> Work:
@@ -202,7 +199,7 @@ class _Counter:
     def refined(self, setting: Setting, how: Schedule, tokens: float) -> Work:
         """One layer: the steps, and then the output projection."""
         work = self.attention(how.steps * self.whole(how.tokens), setting, 3)
-        work += self.orthogonalised(setting, how, by_heads=True)
+        work += self.orthogonalised(setting, how)
         solved = min(tokens, SOLVED_TOKENS)
         read = self.spec.attention.num_heads * self.spec.attention.head_dim
         return work + self.attention(solved, setting, 1) + Work(wide=2 * solved * read**2, double=read**3)
@@ -268,7 +265,7 @@ def _polished(of: _Counter, setting: Setting, how: Schedule, selection: int, loo
     """Forward, and back through everything; the gradients of attention's matrices."""
     tokens = how.steps * of.whole(how.tokens)
     layer = 2 * of.forward(tokens, fast=True) + of.attention(tokens, setting, 1)
-    layer += of.orthogonalised(setting, how, by_heads=False)
+    layer += of.orthogonalised(setting, how)
     # On the way back operators read what they made on the way there, too.
     layer += Work(moved=2 * tokens * of.activations())
     # Logits of both, and the way back from one.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from latentize.api import open_source
-from latentize.convert.search import choose, choose_by_layers, likely_ladders, looked_at
+from latentize.convert.search import choose, choose_by_layers, likely_ladders, looked_at, most_promising
 from latentize.convert.settings import Setting, settings
 from latentize.convert.source import SourceModel
 from latentize.jobs import draw_text
@@ -36,13 +37,29 @@ def test_each_size_has_its_cheapest_ladders_the_fastest_frequencies_and_the_wide
 
 
 @pytest.mark.parametrize("refines", [False, True])
-def test_of_those_that_cost_layers_least_the_best_predictor_is_taken(model, refines: bool) -> None:
+def test_of_those_that_cost_layers_least_one_of_the_best_predictors_is_taken(model, refines: bool) -> None:
     source, ladders, text = model
     best, scores = choose_by_layers(source, ladders, text.calibration, text.selection, refines)
     sizes = {setting.kv_lora_rank for setting, _ in scores}
     assert len(sizes) <= 3 <= len(scores) <= 6
-    assert best == min(scores, key=lambda pair: pair[1])[0]
+    assert best == most_promising(scores, share=0.05 if refines else 0.0)
     assert all(0 < kl < 1 for _, kl in scores)
+
+
+def test_of_settings_that_are_as_good_the_largest_latent_is_taken() -> None:
+    def compared(*rows: tuple[int, float, float]) -> list[tuple[Setting, float]]:
+        return [(Setting("calibrated", rank, 192 - rank, stride=stride), kl) for rank, stride, kl in rows]
+
+    def sizes(share: float, *rows: tuple[int, float, float]) -> tuple[int, float | None]:
+        taken = most_promising(compared(*rows), share=share)
+        return taken.kv_lora_rank, taken.stride
+
+    rows = (136, 1.0, 0.0351), (136, 1.14, 0.0559), (128, 1.0, 0.0393), (144, 1.0, 0.0353), (144, 1.33, 0.0362)
+    assert sizes(0.0, *rows) == (136, 1.0)
+    assert sizes(0.05, *rows) == (144, 1.0), "as good, and of its ladders the better"
+    assert sizes(0.001, *rows) == (136, 1.0), "not as good"
+    assert sizes(0.05, (136, 1.0, -1e-9), (144, 1.0, 0.1)) == (136, 1.0), "rounding may leave less than nothing"
+    assert sizes(0.05, (136, 1.0, math.inf), (144, 1.0, math.inf)) == (144, 1.0)
 
 
 def test_what_costs_layers_least_is_nearest_to_the_source(model) -> None:

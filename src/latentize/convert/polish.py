@@ -19,7 +19,7 @@ from latentize.attention.latent import LatentWeights
 from latentize.calibrate.tokens import Passages
 from latentize.convert.descent import Schedule, descent
 from latentize.convert.draft import stream_error
-from latentize.convert.refine import refined, trainable
+from latentize.convert.refine import refined, stacked_heads, trainable
 from latentize.convert.source import SourceModel, Stream
 
 __all__ = ["Polish", "divergence", "polish"]
@@ -44,7 +44,7 @@ class Polish(Schedule):
 
     steps: int = 450
     rate: float = 0.014
-    adam: float = 0.15
+    adam: float = 3.0
     looks: int = 5
     at_once: int = 1 << 20
     enough: float = 1e-6
@@ -123,6 +123,7 @@ def polish(
     parameters = [p for a in attentions for p in a.parameters()]
     usual = max(sum(wrong) / len(wrong), 1e-30)
     shares = [(error / usual) ** 0.5 for error, a in zip(wrong, attentions, strict=True) for _ in a.parameters()]
+    heads = [each for a in attentions for each in stacked_heads(a)]
     size = how.sequences(text.length)
 
     def run(stream: Stream) -> Tensor:
@@ -149,7 +150,7 @@ def polish(
     fast = torch.autocast(teacher_NTD.device.type, torch.bfloat16, enabled=source.fast_matmul)
     with fast:
         best, kept = look(), [p.detach().clone() for p in parameters]
-    steps = descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5), shares)
+    steps = descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5), shares, heads)
     for step, rows in enumerate(how.batches(len(text), text.length)):
         value = 0.0
         for part in rows.split(max(1, how.at_once // text.length)):
