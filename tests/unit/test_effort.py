@@ -7,17 +7,24 @@ from typing import Any
 
 import pytest
 
+from latentize.convert.pipeline import Effort
 from latentize.convert.polish import Polish
+from latentize.families import ModelSpec
 from latentize.inspection import read_spec
 from latentize.jobs.effort import effort_of
 from latentize.recipe import Recipe
 
-BUNDLED = Path(__file__).parents[2] / "models" / "tiny-llama-gqa"
+BUNDLED = str(Path(__file__).parents[2] / "models" / "tiny-llama-gqa")
 
 
-def polish(model: str | Path, **entries: Any) -> Polish | None:
-    recipe = Recipe.build(**{"keep": "50%", "polish": True, **entries})
-    return effort_of(recipe, read_spec(model), large=False).polish  # type: ignore[arg-type]
+def effort(model: str, *, large: bool = False, **entries: Any) -> Effort:
+    spec = read_spec(model)
+    assert isinstance(spec, ModelSpec)
+    return effort_of(Recipe.build(**{"keep": "50%", **entries}), spec, large=large)
+
+
+def polish(model: str, **entries: Any) -> Polish | None:
+    return effort(model, polish=True, **entries).polish
 
 
 def test_the_more_parameters_the_smaller_and_fewer_the_steps_of_a_polish() -> None:
@@ -36,7 +43,7 @@ def test_a_step_of_longer_sequences_is_larger() -> None:
     assert long.tokens == 2 * short.tokens and long.rate == pytest.approx(2**0.5 * short.rate)
 
 
-def test_what_is_not_refined_is_not_polished() -> None:
-    assert polish(BUNDLED, fast=True, polish=False) is None
-    assert effort_of(Recipe.build(keep="50%", fast=True), read_spec(BUNDLED), large=False).refinement is None
-    assert effort_of(Recipe.build(keep="50%"), read_spec("llama-3-8b"), large=True).polish is None
+def test_what_is_not_refined_is_not_polished_nor_what_is_large() -> None:
+    assert effort(BUNDLED, fast=True) == Effort()
+    assert effort("llama-3-8b", large=True).polish is None
+    assert effort("llama-3-8b", large=True, polish=True).polish is not None

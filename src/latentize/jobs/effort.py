@@ -26,9 +26,9 @@ _SELF_GENERATED = 0.25
 # eighth; twice the text would do no more, and had to be written and taken through all layers.
 _FLOP = 2e13
 _REFINED_ROUNDS, _POLISHED_ROUNDS = 2.0, 0.25
-# Size of a polish's steps: the more parameters learn from a step's tokens, the more of its gradient is noise. Chosen at
-# 5 and at 135 million parameters.
-_POLISHED_RATE, _POLISHED_PARAMETERS = 0.014, 7e6
+# Parameters of a model up to which a polish takes whole steps; those of larger ones are smaller in proportion, for the
+# more parameters learn from a step's tokens, the more of its gradient is noise. Chosen at 5 and at 135 million.
+_WHOLE_STEPS = 7e6
 # What a backward pass through the whole model may keep at once, unless it is a single sequence.
 _GRAPH_BYTES = 3 << 28
 # Rounds of refinement at most: more of them on a short text learn it by heart. A polish keeps the best that it saw.
@@ -57,7 +57,7 @@ def effort_of(recipe: Recipe, spec: ModelSpec, *, large: bool) -> Effort:
         return Effort(refinement)
     whole = sum(map(math.prod, spec.tensor_shapes().values()))
     at_once = max(1, _GRAPH_BYTES // graph_bytes(spec, narrow=False))
-    rate = _POLISHED_RATE * min(1.0, _POLISHED_PARAMETERS / whole)
+    rate = Polish.rate * min(1.0, _WHOLE_STEPS / whole)
     how = Polish(seed=recipe.seed, at_once=at_once, rate=rate).suited(length)
     return Effort(refinement, _affordable(how, recipe, whole, _POLISHED_ROUNDS))
 
