@@ -57,8 +57,8 @@ def effort_of(recipe: Recipe, spec: ModelSpec, *, large: bool) -> Effort:
         return Effort(refinement)
     whole = sum(map(math.prod, spec.tensor_shapes().values()))
     at_once = max(1, _GRAPH_BYTES // graph_bytes(spec, narrow=False))
-    rate = Polish.rate * min(1.0, _WHOLE_STEPS / whole)
-    how = Polish(seed=recipe.seed, at_once=at_once, rate=rate).suited(length)
+    how = Polish(seed=recipe.seed, at_once=at_once).suited(length)
+    how = replace(how, rate=how.rate * min(1.0, _WHOLE_STEPS / whole))
     return Effort(refinement, _affordable(how, recipe, whole, _POLISHED_ROUNDS))
 
 
