@@ -235,6 +235,10 @@ def convert(
         str | None,
         typer.Option(help="Share of them that the model writes itself. Default: 25% where the model is small."),
     ] = None,
+    restyled: Annotated[
+        str | None,
+        typer.Option(help="Share of them that is text in other styles. Default: 25%; none if nothing is refined."),
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. Default: 512.")] = None,
     context: SpreadOver = None,
     dtype: Annotated[
@@ -268,6 +272,7 @@ def convert(
         "data": tuple(data) if data else None,
         "tokens": tokens,
         "self_generated": self_generated,
+        "restyled": restyled,
         "sequence_length": sequence_length,
         "context": context,
         "dtype": dtype,

@@ -59,7 +59,7 @@ def run(model: Path, dtype: str) -> dict[str, float]:
     import torch
 
     names = [str(TASKS / f"stdlib_{name}.yaml") for name in ("next_line", "text")]
-    found = run_tasks(model, tasks=names, batch_size=8, dtype=getattr(torch, dtype))
+    found = run_tasks(model, tasks=names, batch_size=8, dtype=getattr(torch, dtype), limit=len(texts()))
     rows = {row["metric"]: row for row in found["rows"]}
     bits = rows["bits_per_byte"]["value"] * sum(len(text.encode()) for text in texts())
     right = {name: round(rows[name]["value"] * rows[name]["examples"]) for name in ("acc", "acc_norm")}

@@ -94,7 +94,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """What knows all tasks that are named; lm-eval's own, thousands of files, only if one of them is."""
+    """What knows all tasks that are named; lm-eval's own, thousands of files, only if one of them may be."""
     from lm_eval.tasks import TaskManager
 
     include_path = None if include_path is None else expanded(include_path)
@@ -103,7 +103,12 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManag
     paths = [_file(name) for name in names if _is_path(name)]
     folders: list[str | Path] = [path if path.is_dir() else path.parent for path in paths]
     folders += [] if include_path is None else [include_path.resolve()]
-    return TaskManager(include_path=list(dict.fromkeys(folders)) or None, include_defaults=len(paths) < len(names))
+    places = list(dict.fromkeys(folders))
+    own = TaskManager(include_path=places or None, include_defaults=False) if places else None
+    # A group of the user's may have tasks of lm-eval.
+    if own is not None and all(_is_path(name) or name in own.all_subtasks for name in names):
+        return own
+    return TaskManager(include_path=places or None, include_defaults=True)
 
 
 def _is_path(name: str) -> bool:

@@ -62,6 +62,7 @@ class Job(ABC):
         notes: What the report has to say in words.
         scores: What was compared to choose settings.
         self_generated: Of the calibration sequences, how many the model writes itself.
+        restyled: Calibration tokens that are the user's text in another style.
         memory: What the process is expected to take.
         proved: Largest relative error of the source as it is read, against transformers; ``None`` where it is not told.
     """
@@ -73,7 +74,7 @@ class Job(ABC):
         self.trust_remote_code = trust_remote_code
         self.dtype = getattr(torch, recipe.dtype)
         self.settings: list[Setting] = []
-        self.self_generated = 0
+        self.self_generated, self.restyled = 0, 0
         self.notes: list[str] = [] if checkpoint.quantization is None else [checkpoint.quantization_note]
         self.scores: list[dict[str, Any]] = []
         self.kind: type[FormatWriter] = self.choose_kind()
@@ -204,6 +205,7 @@ class Job(ABC):
             for part in (text.calibration, text.selection, text.evaluation):
                 require_rows(part.tokens_NT, self.spec.vocab_size, self.checkpoint.path)
             self.notes += text.notes
+            self.restyled = text.restyled
             self.proved = self.prove(source, text, progress)
             request = self.request(model, text)
             journal.begin(request)
@@ -270,6 +272,7 @@ class Job(ABC):
             "calibration_tokens": done.calibration_tokens,
             "calibration_text": describe(self.recipe.data),
             "self_generated_tokens": self.self_generated * self.recipe.sequence_length,
+            "restyled_tokens": self.restyled,
             "reading_error": self.proved,
             "seconds": round(time.time() - started, 2),
             "peak_rss_bytes": peak_rss_bytes(),

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from latentize.calibrate.drawing import Part, draw
+from latentize.calibrate.restyled import restyled
 from latentize.calibrate.text import ALONE, warn
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import Passages
 from latentize.recipe import Recipe
 
-__all__ = ["Text", "draw_text", "mixed", "spread_over"]
+__all__ = ["Text", "draw_text", "mixed", "sequences_to_restyle", "spread_over"]
+
+# Share of the calibration text that is the user's in other styles.
+_RESTYLED = 0.25
 
 
 @dataclass
@@ -26,12 +30,14 @@ class Text:
         calibration: For statistics, and to learn from.
         selection: For choices.
         evaluation: For the numbers that are reported.
+        restyled: Tokens of the first that are the user's text in another style.
         notes: What the report has to say of them.
     """
 
     calibration: Passages
     selection: Passages
     evaluation: Passages
+    restyled: int = 0
     notes: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
@@ -74,13 +80,23 @@ def draw_text(
         notes.append(ALONE)
         warn(ALONE)
     selection, calibration = rows[: held or 1], rows[held : held + wanted]
+    styled = restyled(tokenizer, calibration, sequences=sequences_to_restyle(recipe), seed=recipe.seed)
     context = spread_over(recipe, context)
     return Text(
-        calibration=Passages.spread(calibration, context, seed=recipe.seed),
+        calibration=Passages.spread(styled, context, seed=recipe.seed),
         selection=Passages.spread(selection, context, seed=recipe.seed + 1),
         evaluation=Passages.contiguous(held_out),
+        restyled=int((styled != calibration).any(1).sum()) * length,
         notes=notes,
     )
+
+
+def sequences_to_restyle(recipe: Recipe) -> int:
+    """Of the calibration sequences, how many are text in other styles."""
+    share = recipe.restyled
+    if share is None:
+        share = _RESTYLED if recipe.refines else 0.0
+    return round(share * (recipe.calibration_tokens // recipe.sequence_length))
 
 
 def spread_over(recipe: Recipe, context: int) -> int:

@@ -54,6 +54,8 @@ def calibration_text(entries: Mapping[str, Any]) -> str:
     """What a conversion learnt from, in words; ``entries`` are its measurements."""
     own = entries.get("self_generated_tokens", 0)
     more = f", {own:,} of them written by the model itself" if own else ""
+    if styled := entries.get("restyled_tokens", 0):
+        more += f", {styled:,} {'' if own else 'of them '}in other styles"
     return f"{entries['calibration_tokens']:,} tokens of {entries['calibration_text']}{more}"
 
 
