@@ -19,7 +19,7 @@ from tests.common import BF16, FP32, STREAM, call_cli, last_json
 
 from latentize.api import convert, evaluate
 from latentize.errors import DataError, OptionError
-from latentize.evaluate.tasks import run_tasks
+from latentize.evaluate.tasks import _manager, run_tasks
 
 ROOT = Path(__file__).parents[2]
 MODEL, TASKS = ROOT / "models" / "tiny-llama-gqa", ROOT / "examples" / "tasks"
@@ -155,6 +155,7 @@ def picos(source: Callable[..., Path], text: str, tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize("name", ["deepseek_v3", "native"])
 def test_tasks_that_generate(picos: dict[str, Path], name: str, tmp_path: Path) -> None:
     write_task(tmp_path / "mine")
+    assert "hellaswag" not in _manager(["two_words"], tmp_path / "mine").task_index, "lm-eval's own need not be read"
     found = run_tasks(picos[name], picos["source"], tasks=["two_words"], include_path=tmp_path / "mine")
     (row,) = found["rows"]
     assert (row["metric"], row["examples"]) == ("exact_match", 2)
@@ -216,7 +217,7 @@ def _margins(model: Path) -> float:
     from lm_eval.models.huggingface import HFLM
 
     from latentize.calibrate.tokenizer import load_tokenizer
-    from latentize.evaluate.tasks import _load, _manager
+    from latentize.evaluate.tasks import _load
     from latentize.runtime.load import load_model
 
     name = str(TASKS / "stdlib_next_line.yaml")

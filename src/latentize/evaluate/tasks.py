@@ -104,10 +104,11 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManag
     folders: list[str | Path] = [path if path.is_dir() else path.parent for path in paths]
     folders += [] if include_path is None else [include_path.resolve()]
     places = list(dict.fromkeys(folders))
-    own = TaskManager(include_path=places or None, include_defaults=False) if places else None
-    # A group of the user's may have tasks of lm-eval.
-    if own is not None and all(_is_path(name) or name in own.all_subtasks for name in names):
-        return own
+    if places:
+        own = TaskManager(include_path=places, include_defaults=False)
+        # A group of the user's that is named may have tasks of lm-eval.
+        if all(_is_path(name) or name in own.all_subtasks for name in names):
+            return own
     return TaskManager(include_path=places or None, include_defaults=True)
 
 

@@ -16,7 +16,7 @@ from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import Passages
 from latentize.recipe import Recipe
 
-__all__ = ["Text", "draw_text", "mixed", "sequences_to_restyle", "spread_over"]
+__all__ = ["Text", "draw_text", "mixed", "spread_over"]
 
 # Share of the calibration text that is the user's in other styles.
 _RESTYLED = 0.25
@@ -80,7 +80,7 @@ def draw_text(
         notes.append(ALONE)
         warn(ALONE)
     selection, calibration = rows[: held or 1], rows[held : held + wanted]
-    styled = restyled(tokenizer, calibration, sequences=sequences_to_restyle(recipe), seed=recipe.seed)
+    styled = restyled(tokenizer, calibration, sequences=_sequences_to_restyle(recipe), seed=recipe.seed)
     context = spread_over(recipe, context)
     return Text(
         calibration=Passages.spread(styled, context, seed=recipe.seed),
@@ -91,7 +91,7 @@ def draw_text(
     )
 
 
-def sequences_to_restyle(recipe: Recipe) -> int:
+def _sequences_to_restyle(recipe: Recipe) -> int:
     """Of the calibration sequences, how many are text in other styles."""
     share = recipe.restyled
     if share is None:
