@@ -229,11 +229,11 @@ def convert(
     svd: Annotated[str | None, typer.Option(help="mha2mla: joint or split. Default: joint.")] = None,
     data: Data = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Calibration tokens. Default: 131072; 32768 if nothing is refined.")
+        int | None, typer.Option(help="Calibration tokens of your text. Default: 131072; 32768 if nothing is refined.")
     ] = None,
     self_generated: Annotated[
         str | None,
-        typer.Option(help="Share of them that the model writes itself. Default: 25% where the model is small."),
+        typer.Option(help="So many more that the model writes itself. Default: 50% of them where the model is small."),
     ] = None,
     restyled: Annotated[
         str | None,

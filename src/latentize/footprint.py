@@ -235,10 +235,11 @@ def latent_footprint(
     """
     of = _Shapes(spec, checkpoint, recipe, item, narrow, fast)
     refines = effort.refinement is not None
-    calibration = of.stream(recipe.calibration_tokens)
+    tokens = recipe.calibration_tokens + written
+    calibration = of.stream(tokens)
     widest = max(settings, key=lambda setting: of.latent(setting, 1))
     layer = max(of.layers())
-    drafted = of.stream(min(recipe.calibration_tokens, REFINED_TOKENS if refines else RMS_TOKENS))
+    drafted = of.stream(min(tokens, REFINED_TOKENS if refines else RMS_TOKENS))
     own = calibration + drafted
     # The source, the result, and what a layer was on its way.
     texts = of.stream(recipe.held_out_tokens) * (2 + refines + widest.linear)

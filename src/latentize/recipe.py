@@ -49,9 +49,9 @@ class Recipe(BaseModel):
         damping: ``care``: fraction of the mean diagonal added to the input covariance.
         data: Text files or hub data sets; without any, the Python standard library's text.
         dtype: Precision that weights are saved in; ``float16`` also for what is to run in it.
-        tokens: Calibration tokens; by default 131,072 where layers are refined and 32,768 where not.
-        self_generated: ``calibrated``: share of them that the model writes itself. The whole model has to be in memory
-            for it; by default a quarter where that is small and layers are refined, else none.
+        tokens: Calibration tokens of the user's text; by default 131,072 where layers are refined and 32,768 where not.
+        self_generated: ``calibrated``: how many the model writes itself beside them, as a share of them. The whole
+            model has to be in memory for it; by default a half where that is small and layers are refined, else none.
         restyled: ``calibrated``: share of them that are the user's text in other styles (lower case, spaces around
             marks, no marks, a line for each sentence); by default a quarter where layers are refined, else none.
         sequence_length: Tokens per calibration sequence.
@@ -135,7 +135,7 @@ class Recipe(BaseModel):
 
     @property
     def calibration_tokens(self) -> int:
-        """Calibration tokens, the default filled in."""
+        """Calibration tokens of the user's text, the default filled in."""
         if self.tokens is not None:
             return self.tokens
         return _TOKENS_REFINED if self.refines else _TOKENS_CLOSED

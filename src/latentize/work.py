@@ -230,7 +230,7 @@ def latent_work(
     """
     of = _Counter(spec, recipe, fast, narrow)
     layers, converted, length = spec.layers, len(spec.converted), recipe.sequence_length
-    tokens, evaluated = of.whole(recipe.calibration_tokens), of.whole(recipe.held_out_tokens)
+    tokens, evaluated = of.whole(recipe.calibration_tokens + written), of.whole(recipe.held_out_tokens)
     setting, refinement, rough = settings[0], effort.refinement, recipe.hurries
     distances = setting.needs(spec.attention).distances
     stages: dict[str, Work] = {}

@@ -114,14 +114,13 @@ REFINED = {**SMALL, "fast": False, "polish": False, "kv_lora_rank": 24, "qk_rope
 
 
 @pytest.mark.parametrize(("share", "own"), [("50%", 1024), (0, 0), (1.0, 2048)])
-def test_a_share_of_the_calibration_text(
+def test_text_of_its_own_beside_the_users(
     source: Callable[..., Path], text: str, tmp_path: Path, share: str | float, own: int
 ) -> None:
     options = {**REFINED, "tokens": 2048, "sequence_length": 64, "self_generated": share}
     report = latentize.convert(source(), tmp_path / "out", data=(text,), **options)
     assert report["self_generated_tokens"] == own
-    # One sequence of a user's text is there in any case.
-    assert report["calibration_tokens"] == max(2048, own + 64)
+    assert report["calibration_tokens"] == 2048 + own
     card = (tmp_path / "out" / "README.md").read_text()
     assert (f"{own:,} of them" in card) == bool(own)
 

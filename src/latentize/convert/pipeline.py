@@ -54,7 +54,7 @@ MASSIVE = 20.0
 # Calibration tokens that tell how large latents get.
 RMS_TOKENS = 16_384
 # Calibration tokens that layers are refined on, at most: a second stream of them goes through every layer.
-REFINED_TOKENS = 131_072
+REFINED_TOKENS = 196_608
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ __all__ = ["effort_of", "sequences_to_generate"]
 
 _How = TypeVar("_How", bound=Schedule)
 
-# Share of the calibration text that a small model writes itself: with a quarter less of a user's text nothing is lost
-# on text of its kind, and on other text two thirds of the loss are gone.
-_SELF_GENERATED = 0.25
+# What a small model writes itself beside a user's text, relative to that. It takes two thirds off the loss on other
+# text, and a tenth off the loss on the user's kind: there is less to learn by heart.
+_SELF_GENERATED = 0.5
 # Multiplications and additions of refining all layers, and of a polish, unless rounds of the text are more: each is
 # then about five minutes on two cores. The second round of refinement takes a fifth off the divergence, two more an
 # eighth; twice the text would do no more, and had to be written and taken through all layers.
@@ -78,7 +78,7 @@ def _affordable(how: _How, recipe: Recipe, parameters: int, rounds: float) -> _H
 
 
 def sequences_to_generate(recipe: Recipe, *, large: bool) -> int:
-    """Of the calibration sequences, how many the model writes itself.
+    """How many calibration sequences the model writes itself beside the user's.
 
     Args:
         recipe: What is to be done.

@@ -61,7 +61,7 @@ class Job(ABC):
         settings: Of every layer, once they are chosen.
         notes: What the report has to say in words.
         scores: What was compared to choose settings.
-        self_generated: Of the calibration sequences, how many the model writes itself.
+        self_generated: How many calibration sequences the model writes itself beside the user's.
         restyled: Calibration tokens that are the user's text in another style.
         memory: What the process is expected to take.
         proved: Largest relative error of the source as it is read, against transformers; ``None`` where it is not told.
@@ -102,7 +102,7 @@ class Job(ABC):
         return ["--fast"] if self.recipe.refines else []
 
     def sequences_to_generate(self, source: SourceModel) -> int:
-        """Of the calibration sequences, how many the model will write itself."""
+        """How many calibration sequences the model will write itself beside the user's."""
         return 0
 
     @abstractmethod
@@ -200,8 +200,7 @@ class Job(ABC):
             self._check_room(out)
             self._check_memory(source)
             self.self_generated = self.sequences_to_generate(source)
-            own = {"self_generated": self.self_generated}
-            text = draw_text(self.checkpoint.path, self.recipe, self.spec.max_positions, **own, **trust)
+            text = draw_text(self.checkpoint.path, self.recipe, self.spec.max_positions, **trust)
             for part in (text.calibration, text.selection, text.evaluation):
                 require_rows(part.tokens_NT, self.spec.vocab_size, self.checkpoint.path)
             self.notes += text.notes

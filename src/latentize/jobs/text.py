@@ -49,9 +49,7 @@ class Text:
         return found.hexdigest()
 
 
-def draw_text(
-    folder: Path, recipe: Recipe, context: int, *, self_generated: int = 0, trust_remote_code: bool = False
-) -> Text:
+def draw_text(folder: Path, recipe: Recipe, context: int, *, trust_remote_code: bool = False) -> Text:
     """The text of a recipe, in the tokens of the model in ``folder``.
 
     What is learnt from, and what choices are made on, is spread over a context; what is reported is as it is written.
@@ -60,7 +58,6 @@ def draw_text(
         folder: With the tokenizer.
         recipe: Says how much.
         context: Positions that the model is made for.
-        self_generated: Of the calibration sequences, how many the model will write itself; they are not drawn here.
         trust_remote_code: Whether code of the tokenizer may be run.
 
     Raises:
@@ -68,7 +65,7 @@ def draw_text(
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     length, notes = recipe.sequence_length, []
-    wanted = max(1, recipe.calibration_tokens // length - self_generated)
+    wanted = max(1, recipe.calibration_tokens // length)
     parts = [
         Part("calibration", wanted * length + recipe.selection_tokens, recipe.seed),
         Part("heldout", recipe.held_out_tokens),

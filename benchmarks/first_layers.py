@@ -1,0 +1,138 @@
+"""What a change of the method is worth: the first layers of a model converted, all others the source's.
+
+    python benchmarks/first_layers.py MODEL TEXT --on NAME=FILE [--on NAME=FILE] [--layers 6] [--sizes 144,48] \\
+        [--rounds 2] [--factors 1] [--tokens 131072] [--self-generated 50%] [--restyled 25%] [--length 512]
+
+A fifth of a conversion's time shows most of what the whole shows. Layers are refined as a conversion refines them, on
+``TEXT``; excess loss and KL from the source, in nats per token, are of the texts of ``--on``, in contexts of 2,048
+tokens. Text that the model writes is kept beside the results of the last run (``--own FILE``), so that runs compare.
+Prints a row of a Markdown table for each factor of the rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from latentize.api import open_source
+from latentize.attention.module import LatentAttention
+from latentize.calibrate.drawing import Part, draw
+from latentize.calibrate.self_generated import self_generated
+from latentize.calibrate.tokenizer import load_tokenizer
+from latentize.calibrate.tokens import Passages
+from latentize.convert.draft import Draft, observe, stream_error
+from latentize.convert.quality import compare_streams
+from latentize.convert.refine import Refinement
+from latentize.convert.settings import Setting
+from latentize.convert.source import SourceModel, Stream
+from latentize.jobs.text import draw_text, mixed, spread_over
+from latentize.recipe import Recipe
+from latentize.runtime.load import load_model
+
+CONTEXT = 2048
+
+
+def calibration(args: argparse.Namespace, source: SourceModel, recipe: Recipe) -> Passages:
+    """The text of a conversion."""
+    own = round((recipe.self_generated or 0) * (recipe.calibration_tokens // recipe.sequence_length))
+    folder = source.checkpoint.path
+    text = draw_text(folder, recipe, source.spec.max_positions).calibration
+    if not own:
+        return text
+    kept = Path(args.own)
+    if not kept.exists():
+        dtype = torch.bfloat16 if source.fast_matmul else torch.float32
+        model, tokenizer = load_model(folder, dtype=dtype), load_tokenizer(folder)
+        torch.save(self_generated(model, tokenizer, sequences=own, length=recipe.sequence_length), kept)
+    own_NT = torch.load(kept)[:own]
+    assert own_NT.shape == (own, recipe.sequence_length), f"{kept} is of another run"
+    return mixed(text, own_NT, spread_over(recipe, source.spec.max_positions), seed=recipe.seed)
+
+
+def taken_through(
+    source: SourceModel, text: Passages, setting: Setting, how: Refinement, count: int, measured: list[Stream]
+) -> tuple[float, float]:
+    """Convert the first layers and take ``measured`` through them; seconds, and the error that is left of the text."""
+    began, own = time.perf_counter(), source.embed(text)
+    draft = Draft(how, own)
+    for layer in source.layers():
+        if layer.index == count:
+            break
+        assert layer.spec is not None
+        inherited = stream_error(draft.text, own)
+        seen = observe(layer, own, setting.needs(layer.spec), residual=len(own))
+        weights = draft.convert(layer, seen, setting, inherited=inherited).refined
+        attention = LatentAttention.from_weights(weights.to(torch.bfloat16).to(torch.float32))
+        draft.advance(layer, attention)
+        for stream in measured:
+            layer.run(stream, attention)
+        del layer, seen
+    return time.perf_counter() - began, stream_error(draft.text, own)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("text")
+    parser.add_argument("--on", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--sizes", default="144,48")
+    parser.add_argument("--stride", type=float, default=1.0)
+    parser.add_argument("--rounds", type=float, default=2.0)
+    parser.add_argument("--steps", type=int, help="instead of rounds")
+    parser.add_argument("--step-tokens", type=int)
+    parser.add_argument("--factors", default="1", help="of the rate")
+    parser.add_argument("--tokens", type=int, default=131_072)
+    parser.add_argument("--self-generated", default="50%")
+    parser.add_argument("--restyled", default="25%")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--context", type=int, default=32_768)
+    parser.add_argument("--measured", type=int, default=8192, help="tokens of each text")
+    parser.add_argument("--own", default="own.pt", help="where text of the model's own is kept")
+    args = parser.parse_args()
+    checkpoint, spec = open_source(args.model)
+    source, tokenizer = SourceModel(checkpoint, spec), load_tokenizer(checkpoint.path)
+    recipe = Recipe.build(
+        keep=0.5,
+        data=(args.text,),
+        tokens=args.tokens,
+        self_generated=args.self_generated,
+        restyled=args.restyled,
+        sequence_length=args.length,
+        context=args.context,
+    )
+    text = calibration(args, source, recipe)
+    setting = Setting("calibrated", *map(int, args.sizes.split(",")), stride=args.stride)
+    names = [pair.partition("=")[0] for pair in args.on]
+    tokens = [
+        draw(tokenizer, (pair.partition("=")[2],), [Part("all", args.measured)], sequence_length=CONTEXT)[0]
+        for pair in args.on
+    ]
+    print(f"| steps | rate | seconds | error | {' | '.join(f'{name}: excess, KL' for name in names)} |")
+    for factor in map(float, args.factors.split(",")):
+        how = Refinement(seed=recipe.seed).suited(args.length)
+        if args.step_tokens:
+            how = replace(how, tokens=args.step_tokens)
+        steps = args.steps or round(args.rounds * args.tokens / how.tokens)
+        how = replace(how, rate=factor * how.rate, steps=steps)
+        made = [source.embed(Passages.contiguous(rows)) for rows in tokens]
+        reference = [stream.clone() for stream in made]
+        seconds, error = taken_through(source, text, setting, how, args.layers, made)
+        for layer in source.layers():
+            for stream in (*reference, *(made if layer.index >= args.layers else ())):
+                layer.run(stream)
+        found = [
+            compare_streams([m.hidden_NTD], r.hidden_NTD, t, source.head(), vocab_size=spec.vocab_size)[0]
+            for m, r, t in zip(made, reference, tokens, strict=True)
+        ]
+        cells = " | ".join(f"{quality.excess:.4f}, {quality.kl / quality.tokens:.4f}" for quality in found)
+        print(f"| {steps} | {how.rate:.3g} | {seconds:.0f} | {error:.4f} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
