@@ -18,12 +18,12 @@ __all__ = ["effort_of", "sequences_to_generate"]
 
 _How = TypeVar("_How", bound=Schedule)
 
-# What a small model writes itself beside a user's text, relative to that. It takes two thirds off the loss on other
-# text, and a tenth off the loss on the user's kind: there is less to learn by heart.
+# What a small model writes itself beside a user's text, relative to that. A quarter takes two thirds off the loss on
+# text of other kinds, and a half another twentieth.
 _SELF_GENERATED = 0.5
 # Multiplications and additions of refining all layers, and of a polish, unless rounds of the text are more: each is
-# then about five minutes on two cores. The second round of refinement takes a fifth off the divergence, two more an
-# eighth; twice the text would do no more, and had to be written and taken through all layers.
+# then about five minutes on two cores. Rounds are of the user's text. The second of refinement takes a fifth off the
+# divergence, two more an eighth.
 _FLOP = 2e13
 _REFINED_ROUNDS, _POLISHED_ROUNDS = 2.0, 0.25
 # Parameters of a model up to which a polish takes whole steps; those of larger ones are smaller in proportion, for the
