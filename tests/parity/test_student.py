@@ -106,7 +106,8 @@ def test_fresh_adapters_change_nothing_and_learnt_ones_are_merged(converted: Cal
     }
     with torch.no_grad():
         for parameter in learning.values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            # Twice as much makes logits so large that on some machines rounding alone comes to FP32.
+            parameter.add_(0.05 * torch.randn_like(parameter))
     assert relative_error(predictions(student, tokens), predictions(whole, tokens)) > 1e-3
     reloaded = load_model(folder)
     reloaded.load_state_dict(dict(student.stored(open_checkpoint(folder), tokens)), strict=True)

@@ -35,11 +35,18 @@ def test_hidden_states_of_the_text_are_counted_once_or_four_times(predicted: Cal
     """Once where it is only looked at; four times where layers are refined on it, which is on the first part."""
     for few, many, more, part, entries in (
         (1 << 20, 1 << 21, 1, "converting layers", {"fast": True}),
-        (1 << 14, 1 << 15, 4, "refining layers", {"polish": False}),
-        (1 << 20, 1 << 21, 1, "refining layers", {"polish": False}),
+        (1 << 14, 1 << 15, 4, "refining layers", {"polish": False, "self_generated": 0}),
+        (1 << 20, 1 << 21, 1, "refining layers", {"polish": False, "self_generated": 0}),
     ):
         sizes = [predicted(tokens=n, **entries, **SIZES).stretches[part] for n in (few, many)]
         assert sizes[1] - sizes[0] == more * 4 * 64 * (many - few)
+
+
+def test_text_of_the_models_own_is_counted_beside_the_users(predicted: Callable[..., Footprint]) -> None:
+    options: dict[str, Any] = {"tokens": 1 << 15, "polish": False, **SIZES}
+    without, beside = (predicted(self_generated=share, **options).stretches["refining layers"] for share in (0, 0.5))
+    more = predicted(self_generated=0, **{**options, "tokens": 3 << 14}).stretches["refining layers"]
+    assert beside == more > without
 
 
 def test_what_is_done_more_takes_more(predicted: Callable[..., Footprint]) -> None:

@@ -62,7 +62,7 @@ REFINED: dict[str, Any] = {**SMALL, "fast": False, "polish": False, "kv_lora_ran
 def test_a_quarter_where_layers_are_refined(
     source: Callable[..., Path], text: str, tmp_path: Path, entries: dict[str, Any], some: bool
 ) -> None:
-    options = {**REFINED, "tokens": 2048, "sequence_length": 64, **entries}
+    options = {**REFINED, "tokens": 2048, "sequence_length": 64, "self_generated": 0, **entries}
     report = latentize.convert(source(), tmp_path / "out", data=(text,), **options)
     assert report["restyled_tokens"] in (range(64, 512 + 1) if some else (0,))
     assert report["calibration_tokens"] == 2048
