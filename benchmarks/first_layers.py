@@ -3,9 +3,10 @@
     python benchmarks/first_layers.py MODEL TEXT --on NAME=FILE [--on NAME=FILE] [--layers 6] [--sizes 144,48] \\
         [--rounds 2] [--factors 1] [--tokens 131072] [--self-generated 50%] [--restyled 25%] [--length 512]
 
-A fifth of a conversion's time shows most of what the whole shows. Layers are refined as a conversion refines them, on
-``TEXT``; excess loss and KL from the source, in nats per token, are of the texts of ``--on``, in contexts of 2,048
-tokens. Text that the model writes is kept beside the results of the last run (``--own FILE``), so that runs compare.
+In a fifth of a conversion's time it shows which ideas deserve a whole one; what they gain there may be less. Layers are
+refined as a conversion refines them, on ``TEXT``; excess loss and KL from the source, in nats per token, are of the
+texts of ``--on``, in contexts of 2,048 tokens. Text that the model writes is kept in a file (``--own``), so that runs
+compare.
 Prints a row of a Markdown table for each factor of the rate.
 """
 
