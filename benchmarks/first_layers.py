@@ -6,8 +6,7 @@
 In a fifth of a conversion's time it shows which ideas deserve a whole one; what they gain there may be less. Layers are
 refined as a conversion refines them, on ``TEXT``; excess loss and KL from the source, in nats per token, are of the
 texts of ``--on``, in contexts of 2,048 tokens. Text that the model writes is kept in a file (``--own``), so that runs
-compare.
-Prints a row of a Markdown table for each factor of the rate.
+compare. Prints a row of a Markdown table for each factor of the rate.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from latentize.convert.quality import compare_streams
 from latentize.convert.refine import Refinement
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceModel, Stream
+from latentize.jobs.effort import sequences_to_generate
 from latentize.jobs.text import draw_text, mixed, spread_over
 from latentize.recipe import Recipe
 from latentize.runtime.load import load_model
@@ -39,8 +39,7 @@ CONTEXT = 2048
 
 def calibration(args: argparse.Namespace, source: SourceModel, recipe: Recipe) -> Passages:
     """The text of a conversion."""
-    own = round((recipe.self_generated or 0) * (recipe.calibration_tokens // recipe.sequence_length))
-    folder = source.checkpoint.path
+    own, folder = sequences_to_generate(recipe, large=False), source.checkpoint.path
     text = draw_text(folder, recipe, source.spec.max_positions).calibration
     if not own:
         return text
@@ -108,13 +107,17 @@ def main() -> None:
         context=args.context,
     )
     text = calibration(args, source, recipe)
-    setting = Setting("calibrated", *map(int, args.sizes.split(",")), stride=args.stride)
-    names = [pair.partition("=")[0] for pair in args.on]
+    rank, rope = map(int, args.sizes.split(","))
+    setting = Setting("calibrated", rank, rope, stride=args.stride)
+    files = dict(pair.split("=", 1) for pair in args.on)
     tokens = [
-        draw(tokenizer, (pair.partition("=")[2],), [Part("all", args.measured)], sequence_length=CONTEXT)[0]
-        for pair in args.on
+        draw(tokenizer, (file,), [Part("all", args.measured)], sequence_length=CONTEXT)[0] for file in files.values()
     ]
-    print(f"| steps | rate | seconds | error | {' | '.join(f'{name}: excess, KL' for name in names)} |")
+    reference = [source.embed(Passages.contiguous(rows)) for rows in tokens]
+    for layer in source.layers():
+        for stream in reference:
+            layer.run(stream)
+    print(f"| steps | rate | seconds | error | {' | '.join(f'{name}: excess, KL' for name in files)} |")
     for factor in map(float, args.factors.split(",")):
         how = Refinement(seed=recipe.seed).suited(args.length)
         if args.step_tokens:
@@ -122,10 +125,9 @@ def main() -> None:
         steps = args.steps or round(args.rounds * args.tokens / how.tokens)
         how = replace(how, rate=factor * how.rate, steps=steps)
         made = [source.embed(Passages.contiguous(rows)) for rows in tokens]
-        reference = [stream.clone() for stream in made]
         seconds, error = taken_through(source, text, setting, how, args.layers, made)
         for layer in source.layers():
-            for stream in (*reference, *(made if layer.index >= args.layers else ())):
+            for stream in made if layer.index >= args.layers else ():
                 layer.run(stream)
         found = [
             compare_streams([m.hidden_NTD], r.hidden_NTD, t, source.head(), vocab_size=spec.vocab_size)[0]

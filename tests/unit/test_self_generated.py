@@ -113,9 +113,9 @@ def test_a_model_with_its_cache_draws_as_one_that_reads_all_again(source: Callab
 REFINED = {**SMALL, "fast": False, "polish": False, "kv_lora_rank": 24, "qk_rope_head_dim": 8}
 
 
-@pytest.mark.parametrize(("share", "own"), [("50%", 1024), (0, 0), (1.0, 2048)])
+@pytest.mark.parametrize(("share", "own"), [(None, 1024), ("25%", 512), (0, 0), (1.0, 2048)])
 def test_text_of_its_own_beside_the_users(
-    source: Callable[..., Path], text: str, tmp_path: Path, share: str | float, own: int
+    source: Callable[..., Path], text: str, tmp_path: Path, share: str | float | None, own: int
 ) -> None:
     options = {**REFINED, "tokens": 2048, "sequence_length": 64, "self_generated": share}
     report = latentize.convert(source(), tmp_path / "out", data=(text,), **options)

@@ -31,6 +31,11 @@ def test_more_text_takes_longer_and_closed_forms_less() -> None:
     assert set(fast) < {*default, "polishing"}
 
 
+def test_text_of_the_models_own_goes_through_all_layers_too() -> None:
+    without, beside = (seconds(self_generated=share, polish=True)["refining layers"] for share in (0, 0.5))
+    assert without < beside < 1.5 * without, "the steps stay as many"
+
+
 def test_stages_are_those_of_the_recipe() -> None:
     sized = {"kv_lora_rank": 448, "qk_rope_head_dim": 64}
     assert "comparing the best settings" in seconds() and "sizing layers" in seconds(format="native")
