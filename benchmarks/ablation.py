@@ -27,11 +27,11 @@ import torch
 from torch import nn
 
 import latentize
+from latentize.calibrate import drawing
 from latentize.convert import descent, draft, methods, polish, position, refine, search, settings
 from latentize.convert.low_rank import joint_svd
 from latentize.convert.rope_split import rorope
-from latentize.jobs import latent
-from latentize.jobs import text as drawn
+from latentize.jobs import latent, text
 
 ROOT = Path(__file__).resolve().parents[1]
 Part = Callable[[], AbstractContextManager[Any]]
@@ -166,20 +166,25 @@ def one_rate() -> AbstractContextManager[Any]:
     """One rate for all layers, that of a model whose closed form is at an error of 0.14."""
     original = refine.descent
 
-    def steps(parameters: Any, schedule: Any) -> Any:
-        return original(parameters, replace(schedule, rate=0.045))
+    def steps(parameters: Any, schedule: Any, **options: Any) -> Any:
+        return original(parameters, replace(schedule, rate=0.045), **options)
 
     return patch.object(refine, "descent", steps)
 
 
 def one_passage() -> AbstractContextManager[Any]:
     """Calibration text as one long passage instead of from all over the documents."""
-    original = drawn.pack
+    original = drawing.pack
 
     def passage(tokenizer: Any, documents: Iterator[str], **options: Any) -> Any:
         return original(tokenizer, documents, **{**options, "pool": 4 * options["tokens"]})
 
-    return patch.object(drawn, "pack", passage)
+    return patch.object(drawing, "pack", passage)
+
+
+def without(share: str) -> Part:
+    """None of a kind of calibration text."""
+    return lambda: patch.object(text, share, 0.0)
 
 
 PARTS: dict[str, Part] = {
@@ -199,6 +204,9 @@ PARTS: dict[str, Part] = {
     "polish": no_polish,
     "Muon: Adam": adam,
     "text from all over: one passage": one_passage,
+    "text of the model's own": without("_SELF_GENERATED"),
+    "text in other styles": without("_RESTYLED"),
+    "passages that are read twice": without("_REPEATED"),
 }
 
 

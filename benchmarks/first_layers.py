@@ -1,7 +1,8 @@
 """What a change of the method is worth: the first layers of a model converted, all others the source's.
 
     python benchmarks/first_layers.py MODEL TEXT --on NAME=FILE [--on NAME=FILE] [--layers 6] [--sizes 144,48] \\
-        [--rounds 2] [--factors 1] [--tokens 131072] [--self-generated 50%] [--restyled 25%] [--length 512]
+        [--rounds 2] [--factors 1] [--tokens 131072] [--self-generated 50%] [--restyled 25%] [--repeated 25%] \\
+        [--length 512]
 
 In a fifth of a conversion's time it shows which ideas deserve a whole one; what they gain there may be less. Layers are
 refined as a conversion refines them, on ``TEXT``; excess loss and KL from the source, in nats per token, are of the
@@ -29,8 +30,7 @@ from latentize.convert.quality import compare_streams
 from latentize.convert.refine import Refinement
 from latentize.convert.settings import Setting
 from latentize.convert.source import SourceModel, Stream
-from latentize.jobs.effort import sequences_to_generate
-from latentize.jobs.text import draw_text, mixed, spread_over
+from latentize.jobs.text import draw_text, mixed, sequences_to_generate, spread_over
 from latentize.recipe import Recipe
 from latentize.runtime.load import load_model
 
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--self-generated", default="50%")
     parser.add_argument("--restyled", default="25%")
+    parser.add_argument("--repeated", default="25%")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--context", type=int, default=32_768)
     parser.add_argument("--measured", type=int, default=8192, help="tokens of each text")
@@ -103,6 +104,7 @@ def main() -> None:
         tokens=args.tokens,
         self_generated=args.self_generated,
         restyled=args.restyled,
+        repeated=args.repeated,
         sequence_length=args.length,
         context=args.context,
     )

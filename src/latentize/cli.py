@@ -239,6 +239,10 @@ def convert(
         str | None,
         typer.Option(help="Share of them that is text in other styles. Default: 25%; none if nothing is refined."),
     ] = None,
+    repeated: Annotated[
+        str | None,
+        typer.Option(help="Share of them where a passage is read twice. Default: 25%; none if nothing is refined."),
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. Default: 512.")] = None,
     context: SpreadOver = None,
     dtype: Annotated[
@@ -273,6 +277,7 @@ def convert(
         "tokens": tokens,
         "self_generated": self_generated,
         "restyled": restyled,
+        "repeated": repeated,
         "sequence_length": sequence_length,
         "context": context,
         "dtype": dtype,

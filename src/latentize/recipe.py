@@ -54,6 +54,8 @@ class Recipe(BaseModel):
             model has to be in memory for it; by default a half where that is small and layers are refined, else none.
         restyled: ``calibrated``: share of them that are the user's text in other styles (lower case, spaces around
             marks, no marks, a line for each sentence); by default a quarter where layers are refined, else none.
+        repeated: ``calibrated``: share of them in sequences that end in a passage of theirs once more, without which
+            what copies from far back is unlearnt; by default a quarter where layers are refined, else none.
         sequence_length: Tokens per calibration sequence.
         context: Positions that calibration sequences are spread over, at most; never more than the model's own.
         selection_tokens: Tokens of held-out calibration text that candidates are compared on.
@@ -82,13 +84,14 @@ class Recipe(BaseModel):
     tokens: int | None = Field(None, gt=0)
     self_generated: float | None = Field(None, ge=0, le=1)
     restyled: float | None = Field(None, ge=0, le=1)
+    repeated: float | None = Field(None, ge=0, le=1)
     sequence_length: int = Field(512, gt=1)
     context: int = Field(32_768, gt=1)
     selection_tokens: int = Field(4_096, gt=0)
     evaluation_tokens: int | None = Field(None, gt=0)
     seed: int = 0
 
-    @field_validator("keep", "self_generated", "restyled", mode="before")
+    @field_validator("keep", "self_generated", "restyled", "repeated", mode="before")
     @classmethod
     def _percent(cls, value: Any) -> Any:
         return parse_keep(value)
@@ -114,6 +117,8 @@ class Recipe(BaseModel):
             raise ValueError("only the calibrated method learns from text that the model writes")
         if self.restyled and (self.method != "calibrated" or self.to != "mla"):
             raise ValueError("only the calibrated method learns from text in other styles")
+        if self.repeated and (self.method != "calibrated" or self.to != "mla"):
+            raise ValueError("only the calibrated method learns from text that is said twice")
         if self.qk_rope_head_dim is not None and self.qk_rope_head_dim % 2:
             raise ValueError("qk_rope_head_dim should be even: RoPE rotates pairs")
         return self

@@ -75,6 +75,7 @@ class Watched(TorchFunctionMode):
 # What is made on the CPU because it stays there, or is moved: each with the reason.
 ON_PURPOSE = {
     "attention/rope.py: half_to_interleaved": "row numbers of weights that are written",
+    "calibrate/repeated.py: repeated": "the text",
     "calibrate/restyled.py: restyled": "the text",
     "calibrate/self_generated.py: self_generated": "the text: drawn here, continued where the model is",
     "calibrate/tokens.py: contiguous": "the text, moved as passages",

@@ -14,13 +14,10 @@ from latentize.families import ModelSpec
 from latentize.footprint import graph_bytes
 from latentize.recipe import Recipe
 
-__all__ = ["effort_of", "sequences_to_generate"]
+__all__ = ["effort_of"]
 
 _How = TypeVar("_How", bound=Schedule)
 
-# What a small model writes itself beside a user's text, relative to that. A quarter takes two thirds off the loss on
-# text of other kinds, and a half another twentieth.
-_SELF_GENERATED = 0.5
 # Multiplications and additions of refining all layers, and of a polish, unless rounds of the text are more: each is
 # then about five minutes on two cores. Rounds are of the user's text. The second of refinement takes a fifth off the
 # divergence, two more an eighth.
@@ -75,16 +72,3 @@ def _affordable(how: _How, recipe: Recipe, parameters: int, rounds: float) -> _H
     a_step = 6 * how.tokens * parameters
     least = math.ceil(rounds * recipe.calibration_tokens / how.tokens)
     return replace(how, steps=min(how.steps, max(least, round(_FLOP / a_step))))
-
-
-def sequences_to_generate(recipe: Recipe, *, large: bool) -> int:
-    """How many calibration sequences the model writes itself beside the user's.
-
-    Args:
-        recipe: What is to be done.
-        large: Whether the whole model should not be in memory for it without being asked to.
-    """
-    share = recipe.self_generated
-    if share is None:
-        share = _SELF_GENERATED if recipe.refines and not large else 0.0
-    return round(share * (recipe.calibration_tokens // recipe.sequence_length))

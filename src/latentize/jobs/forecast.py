@@ -12,9 +12,10 @@ from latentize.convert.source import is_large
 from latentize.devices import Machine
 from latentize.families import ModelSpec
 from latentize.footprint import latent_footprint
-from latentize.jobs.effort import effort_of, sequences_to_generate
+from latentize.jobs.effort import effort_of
 from latentize.jobs.latent import format_of, sized_one_by_one
 from latentize.jobs.limits import expected_peak
+from latentize.jobs.text import sequences_to_generate
 from latentize.recipe import Recipe
 from latentize.work import Rates, latent_work
 

@@ -62,7 +62,8 @@ class Job(ABC):
         notes: What the report has to say in words.
         scores: What was compared to choose settings.
         self_generated: How many calibration sequences the model writes itself beside the user's.
-        restyled: Calibration tokens that are the user's text in another style.
+        restyled, repeated: Calibration tokens that are the user's text in another style, and of sequences that say
+            something twice.
         memory: What the process is expected to take.
         proved: Largest relative error of the source as it is read, against transformers; ``None`` where it is not told.
     """
@@ -74,7 +75,7 @@ class Job(ABC):
         self.trust_remote_code = trust_remote_code
         self.dtype = getattr(torch, recipe.dtype)
         self.settings: list[Setting] = []
-        self.self_generated, self.restyled = 0, 0
+        self.self_generated, self.restyled, self.repeated = 0, 0, 0
         self.notes: list[str] = [] if checkpoint.quantization is None else [checkpoint.quantization_note]
         self.scores: list[dict[str, Any]] = []
         self.kind: type[FormatWriter] = self.choose_kind()
@@ -204,7 +205,7 @@ class Job(ABC):
             for part in (text.calibration, text.selection, text.evaluation):
                 require_rows(part.tokens_NT, self.spec.vocab_size, self.checkpoint.path)
             self.notes += text.notes
-            self.restyled = text.restyled
+            self.restyled, self.repeated = text.restyled, text.repeated
             self.proved = self.prove(source, text, progress)
             request = self.request(model, text)
             journal.begin(request)
@@ -272,6 +273,7 @@ class Job(ABC):
             "calibration_text": describe(self.recipe.data),
             "self_generated_tokens": self.self_generated * self.recipe.sequence_length,
             "restyled_tokens": self.restyled,
+            "repeated_tokens": self.repeated,
             "reading_error": self.proved,
             "seconds": round(time.time() - started, 2),
             "peak_rss_bytes": peak_rss_bytes(),

@@ -23,9 +23,9 @@ from latentize.families.model import FULL
 from latentize.footprint import Footprint, latent_footprint
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
-from latentize.jobs.effort import effort_of, sequences_to_generate
+from latentize.jobs.effort import effort_of
 from latentize.jobs.job import Job
-from latentize.jobs.text import Text, mixed, spread_over
+from latentize.jobs.text import Text, mixed, sequences_to_generate, spread_over
 from latentize.recipe import Recipe
 from latentize.runtime.load import load_model
 from latentize.spec import mean_over_layers

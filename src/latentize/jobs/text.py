@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from latentize.calibrate.drawing import Part, draw
+from latentize.calibrate.repeated import repeated
 from latentize.calibrate.restyled import restyled
 from latentize.calibrate.text import ALONE, warn
 from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import Passages
+from latentize.calibrate.tokens import Passages, leading_tokens
 from latentize.recipe import Recipe
 
-__all__ = ["Text", "draw_text", "mixed", "spread_over"]
+__all__ = ["Text", "draw_text", "mixed", "sequences_to_generate", "spread_over"]
 
-# Share of the calibration text that is the user's in other styles.
-_RESTYLED = 0.25
+# Relative to a user's text, where layers are refined: what of it is read in other styles, what of it says something
+# twice, and what a small model writes itself beside it.
+_RESTYLED, _REPEATED, _SELF_GENERATED = 0.25, 0.25, 0.5
 
 
 @dataclass
@@ -30,7 +32,8 @@ class Text:
         calibration: For statistics, and to learn from.
         selection: For choices.
         evaluation: For the numbers that are reported.
-        restyled: Tokens of the first that are the user's text in another style.
+        restyled, repeated: Tokens of the first that are the user's text in another style, and of sequences that say
+            something twice.
         notes: What the report has to say of them.
     """
 
@@ -38,6 +41,7 @@ class Text:
     selection: Passages
     evaluation: Passages
     restyled: int = 0
+    repeated: int = 0
     notes: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
@@ -77,23 +81,46 @@ def draw_text(folder: Path, recipe: Recipe, context: int, *, trust_remote_code: 
         notes.append(ALONE)
         warn(ALONE)
     selection, calibration = rows[: held or 1], rows[held : held + wanted]
-    styled = restyled(tokenizer, calibration, sequences=_sequences_to_restyle(recipe), seed=recipe.seed)
-    context = spread_over(recipe, context)
+    styled = restyled(
+        tokenizer, calibration, sequences=_sequences(recipe, recipe.restyled, _RESTYLED), seed=recipe.seed
+    )
+    context, lead = spread_over(recipe, context), len(leading_tokens(tokenizer))
+    twice = _sequences(recipe, recipe.repeated, _REPEATED)
+    learnt = repeated(styled, sequences=twice, lead=lead, seed=recipe.seed)
+    # Choices are made by text of the same kinds, but for its styles.
+    alike = round(twice / wanted * len(selection))
+    selection = repeated(selection, sequences=alike, lead=lead, seed=recipe.seed)
     return Text(
-        calibration=Passages.spread(styled, context, seed=recipe.seed),
+        calibration=Passages.spread(learnt, context, seed=recipe.seed),
         selection=Passages.spread(selection, context, seed=recipe.seed + 1),
         evaluation=Passages.contiguous(held_out),
         restyled=int((styled != calibration).any(1).sum()) * length,
+        repeated=int((learnt != styled).any(1).sum()) * length,
         notes=notes,
     )
 
 
-def _sequences_to_restyle(recipe: Recipe) -> int:
-    """Of the calibration sequences, how many are text in other styles."""
-    share = recipe.restyled
+def _sequences(recipe: Recipe, share: float | None, usual: float) -> int:
+    """So many as are a share of the user's.
+
+    Args:
+        recipe: What is to be done.
+        share: Asked for; ``None`` where nothing is.
+        usual: Taken then, where layers are refined.
+    """
     if share is None:
-        share = _RESTYLED if recipe.refines else 0.0
+        share = usual if recipe.refines else 0.0
     return round(share * (recipe.calibration_tokens // recipe.sequence_length))
+
+
+def sequences_to_generate(recipe: Recipe, *, large: bool) -> int:
+    """How many calibration sequences the model writes itself beside the user's.
+
+    Args:
+        recipe: What is to be done.
+        large: Whether the whole model should not be in memory for it without being asked to.
+    """
+    return _sequences(recipe, recipe.self_generated, 0.0 if large else _SELF_GENERATED)
 
 
 def spread_over(recipe: Recipe, context: int) -> int:

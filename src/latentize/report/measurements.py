@@ -16,6 +16,12 @@ from latentize.errors import CheckpointError
 __all__ = ["MEASUREMENTS_NAME", "calibration_text", "is_output", "measured", "record", "require_record"]
 
 MEASUREMENTS_NAME = "measurements.jsonl"
+# Entries that count calibration tokens of a kind, and what that is.
+_KINDS = {
+    "self_generated_tokens": "written by the model itself",
+    "restyled_tokens": "in other styles",
+    "repeated_tokens": "where a passage is read twice",
+}
 
 
 def is_output(folder: Path) -> bool:
@@ -52,11 +58,13 @@ def require_record(folder: Path) -> None:
 
 def calibration_text(entries: Mapping[str, Any]) -> str:
     """What a conversion learnt from, in words; ``entries`` are its measurements."""
-    own = entries.get("self_generated_tokens", 0)
-    more = f", {own:,} of them written by the model itself" if own else ""
-    if styled := entries.get("restyled_tokens", 0):
-        more += f", {styled:,} {'' if own else 'of them '}in other styles"
-    return f"{entries['calibration_tokens']:,} tokens of {entries['calibration_text']}{more}"
+    told = f"{entries['calibration_tokens']:,} tokens of {entries['calibration_text']}"
+    of_them = " of them"
+    for name, what in _KINDS.items():
+        if tokens := entries.get(name, 0):
+            told += f", {tokens:,}{of_them} {what}"
+            of_them = ""
+    return told
 
 
 def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -1,0 +1,81 @@
+"""Calibration text that says something twice: a passage of a sequence at its end again, and nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.common import SMALL
+
+import latentize
+from latentize.calibrate.repeated import repeated
+from latentize.errors import OptionError
+
+
+def distinct(count: int, length: int) -> torch.Tensor:
+    """No token twice, so that what is found twice was put there."""
+    return torch.arange(count * length).view(count, length)
+
+
+def said_twice(row_T: torch.Tensor) -> int:
+    """Tokens of the passage at the end that is there twice."""
+    again = [t for t in range(len(row_T)) if row_T[t] in row_T[:t]]
+    assert again == list(range(len(row_T) - len(again), len(row_T))), "all at the end"
+    if again:
+        start = int((row_T == row_T[again[0]]).nonzero()[0])
+        assert torch.equal(row_T[start : start + len(again)], row_T[again[0] :])
+        assert start + len(again) <= again[0], "the two do not overlap"
+    return len(again)
+
+
+@pytest.mark.parametrize("lead", [0, 2])
+def test_passages_of_some_sequences(lead: int) -> None:
+    drawn_NT = distinct(40, 64)
+    made_NT = repeated(drawn_NT, sequences=10, lead=lead, seed=3)
+    changed = (made_NT != drawn_NT).any(1)
+    assert int(changed.sum()) == 10 and torch.equal(drawn_NT, distinct(40, 64))
+    assert torch.equal(made_NT[:, :lead], drawn_NT[:, :lead])
+    lengths = [said_twice(row_T) for row_T in made_NT]
+    assert [bool(length) for length in lengths] == changed.tolist()
+    assert all(7 <= length <= 24 for length in lengths if length) and len(set(lengths)) > 5
+    assert lead == 0 or not any(int(token) in row_T[lead:] for row_T in made_NT for token in row_T[:lead])
+
+
+def test_the_seed_draws() -> None:
+    drawn_NT = distinct(40, 64)
+    made_NT = repeated(drawn_NT, sequences=10, seed=3)
+    assert torch.equal(repeated(drawn_NT, sequences=10, seed=3), made_NT)
+    assert not torch.equal(repeated(drawn_NT, sequences=10, seed=4), made_NT)
+
+
+@pytest.mark.parametrize(("length", "sequences"), [(64, 0), (4, 3)])
+def test_nothing_where_nothing_is_asked_for_or_nothing_fits(length: int, sequences: int) -> None:
+    assert torch.equal(repeated(distinct(3, length), sequences=sequences), distinct(3, length))
+
+
+def test_all_of_them() -> None:
+    assert all(said_twice(row_T) for row_T in repeated(distinct(5, 64), sequences=9))
+
+
+REFINED: dict[str, Any] = {**SMALL, "fast": False, "polish": False, "kv_lora_rank": 24, "qk_rope_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("entries", "tokens"), [({}, 512), ({"repeated": "50%"}, 1024), ({"repeated": 0}, 0), ({"fast": True}, 0)]
+)
+def test_a_quarter_where_layers_are_refined(
+    source: Callable[..., Path], text: str, tmp_path: Path, entries: dict[str, Any], tokens: int
+) -> None:
+    options = {**REFINED, "tokens": 2048, "sequence_length": 64, "self_generated": 0, "restyled": 0, **entries}
+    report = latentize.convert(source(), tmp_path / "out", data=(text,), **options)
+    assert report["repeated_tokens"] == tokens and report["calibration_tokens"] == 2048
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (f"{tokens:,} of them where a passage is read twice" in card) == bool(tokens)
+
+
+def test_only_the_calibrated_method_takes_it(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="calibrated method learns from text that is said twice"):
+        latentize.convert(source(), tmp_path / "out", data=(text,), method="care", repeated=0.5)
