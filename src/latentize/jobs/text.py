@@ -21,7 +21,7 @@ __all__ = ["Text", "draw_text", "mixed", "sequences_to_generate", "spread_over"]
 
 # Relative to a user's text, where layers are refined: what of it is read in other styles, what of it says something
 # twice, and what a small model writes itself beside it.
-_RESTYLED, _REPEATED, _SELF_GENERATED = 0.25, 0.25, 0.5
+_RESTYLED, _REPEATED, _SELF_GENERATED = 0.25, 0.5, 0.5
 
 
 @dataclass
