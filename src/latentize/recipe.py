@@ -118,7 +118,7 @@ class Recipe(BaseModel):
         if self.restyled and (self.method != "calibrated" or self.to != "mla"):
             raise ValueError("only the calibrated method learns from text in other styles")
         if self.repeated and (self.method != "calibrated" or self.to != "mla"):
-            raise ValueError("only the calibrated method learns from text that is said twice")
+            raise ValueError("only the calibrated method learns from text that is read twice")
         if self.qk_rope_head_dim is not None and self.qk_rope_head_dim % 2:
             raise ValueError("qk_rope_head_dim should be even: RoPE rotates pairs")
         return self

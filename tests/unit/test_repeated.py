@@ -1,4 +1,4 @@
-"""Calibration text that says something twice: a passage of a sequence at its end again, and nothing else changes."""
+"""Calibration text in which a passage is read twice: at the end of its sequence again, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from tests.common import SMALL
 import latentize
 from latentize.calibrate.repeated import repeated
 from latentize.errors import OptionError
+from latentize.jobs.text import draw_text
+from latentize.recipe import Recipe
 
 
 def distinct(count: int, length: int) -> torch.Tensor:
@@ -20,7 +22,7 @@ def distinct(count: int, length: int) -> torch.Tensor:
     return torch.arange(count * length).view(count, length)
 
 
-def said_twice(row_T: torch.Tensor) -> int:
+def read_twice(row_T: torch.Tensor) -> int:
     """Tokens of the passage at the end that is there twice."""
     again = [t for t in range(len(row_T)) if row_T[t] in row_T[:t]]
     assert again == list(range(len(row_T) - len(again), len(row_T))), "all at the end"
@@ -38,7 +40,7 @@ def test_passages_of_some_sequences(lead: int) -> None:
     changed = (made_NT != drawn_NT).any(1)
     assert int(changed.sum()) == 10 and torch.equal(drawn_NT, distinct(40, 64))
     assert torch.equal(made_NT[:, :lead], drawn_NT[:, :lead])
-    lengths = [said_twice(row_T) for row_T in made_NT]
+    lengths = [read_twice(row_T) for row_T in made_NT]
     assert [bool(length) for length in lengths] == changed.tolist()
     assert all(7 <= length <= 24 for length in lengths if length) and len(set(lengths)) > 5
     assert lead == 0 or not any(int(token) in row_T[lead:] for row_T in made_NT for token in row_T[:lead])
@@ -57,7 +59,7 @@ def test_nothing_where_nothing_is_asked_for_or_nothing_fits(length: int, sequenc
 
 
 def test_all_of_them() -> None:
-    assert all(said_twice(row_T) for row_T in repeated(distinct(5, 64), sequences=9))
+    assert all(read_twice(row_T) for row_T in repeated(distinct(5, 64), sequences=9))
 
 
 REFINED: dict[str, Any] = {**SMALL, "fast": False, "polish": False, "kv_lora_rank": 24, "qk_rope_head_dim": 8}
@@ -76,6 +78,16 @@ def test_a_half_where_layers_are_refined(
     assert (f"{tokens:,} of them where a passage is read twice" in card) == bool(tokens)
 
 
+def test_other_styles_and_passages_are_drawn_apart(source: Callable[..., Path], text: str) -> None:
+    def tokens(**shares: float) -> torch.Tensor:
+        entries = {**REFINED, "data": (text,), "tokens": 2048, "sequence_length": 64, "restyled": 0, "repeated": 0}
+        return draw_text(source(), Recipe.build(**{**entries, **shares}), 512).calibration.tokens_NT
+
+    plain_NT = tokens()
+    styled, twice = ((tokens(**shares) != plain_NT).any(1) for shares in ({"restyled": 0.5}, {"repeated": 0.5}))
+    assert len({(bool(a), bool(b)) for a, b in zip(styled, twice, strict=True)}) == 4
+
+
 def test_only_the_calibrated_method_takes_it(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="calibrated method learns from text that is said twice"):
+    with pytest.raises(OptionError, match="calibrated method learns from text that is read twice"):
         latentize.convert(source(), tmp_path / "out", data=(text,), method="care", repeated=0.5)

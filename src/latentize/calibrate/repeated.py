@@ -1,20 +1,19 @@
-"""Calibration text in which something is said twice, as in long contexts.
+"""Calibration text in which a passage is read twice, as happens in long contexts.
 
-Some heads look for the last time that the present token was read and copy what followed then (induction heads, Olsson
-et al., arXiv 2209.11895). Ordinary text of a few hundred tokens seldom asks for that, so that what is learnt from it
-alone unlearns it: such a head then attends to nothing in particular, and long contexts lose what they are good for.
+Some heads look for the last time that the present token was read, and copy what followed (induction heads, Olsson et
+al., arXiv 2209.11895). Plain text of a few hundred tokens seldom asks for that. A layer that is refined on it alone
+unlearns to copy, and the model no longer finds what stands far back in a long context.
 """
 
 from __future__ import annotations
 
 import random
 
-import torch
 from torch import Tensor
 
 __all__ = ["repeated"]
 
-# A passage that is said twice, as a share of a sequence.
+# Length of a passage, as a share of a sequence.
 _SHORTEST, _LONGEST = 1 / 8, 3 / 8
 
 
@@ -24,7 +23,7 @@ def repeated(tokens_NT: Tensor, *, sequences: int, lead: int = 0, seed: int = 0)
     Args:
         tokens_NT: Sequences of text, int64.
         sequences: How many, at most all.
-        lead: Tokens at the beginning of each that are not of the text, and not said again.
+        lead: Tokens at the beginning of each that are not of the text, and are not read again.
         seed: Draws which sequences, and which passages.
 
     Returns:
@@ -35,8 +34,7 @@ def repeated(tokens_NT: Tensor, *, sequences: int, lead: int = 0, seed: int = 0)
     longest = int(body * _LONGEST)
     if longest < 2:
         return result_NT
-    order = torch.randperm(len(tokens_NT), generator=torch.Generator().manual_seed(seed))
-    for number in order[:sequences].tolist():
+    for number in draw.sample(range(len(tokens_NT)), min(sequences, len(tokens_NT))):
         row_T = result_NT[number, lead:]
         length = draw.randint(max(2, int(body * _SHORTEST)), longest)
         start = draw.randint(0, body - 2 * length)

@@ -62,8 +62,8 @@ class Job(ABC):
         notes: What the report has to say in words.
         scores: What was compared to choose settings.
         self_generated: How many calibration sequences the model writes itself beside the user's.
-        restyled, repeated: Calibration tokens that are the user's text in another style, and of sequences that say
-            something twice.
+        restyled, repeated: Calibration tokens that are the user's text in another style, and that are in sequences
+            where a passage is read twice.
         memory: What the process is expected to take.
         proved: Largest relative error of the source as it is read, against transformers; ``None`` where it is not told.
     """

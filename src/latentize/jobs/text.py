@@ -19,8 +19,8 @@ from latentize.recipe import Recipe
 
 __all__ = ["Text", "draw_text", "mixed", "sequences_to_generate", "spread_over"]
 
-# Relative to a user's text, where layers are refined: what of it is read in other styles, what of it says something
-# twice, and what a small model writes itself beside it.
+# Relative to a user's text, where layers are refined: what of it is read in other styles, in what of it a passage is
+# read twice, and what a small model writes itself beside it.
 _RESTYLED, _REPEATED, _SELF_GENERATED = 0.25, 0.5, 0.5
 
 
@@ -32,8 +32,8 @@ class Text:
         calibration: For statistics, and to learn from.
         selection: For choices.
         evaluation: For the numbers that are reported.
-        restyled, repeated: Tokens of the first that are the user's text in another style, and of sequences that say
-            something twice.
+        restyled, repeated: Tokens of the first that are the user's text in another style, and that are in sequences
+            where a passage is read twice.
         notes: What the report has to say of them.
     """
 
@@ -81,15 +81,13 @@ def draw_text(folder: Path, recipe: Recipe, context: int, *, trust_remote_code: 
         notes.append(ALONE)
         warn(ALONE)
     selection, calibration = rows[: held or 1], rows[held : held + wanted]
-    styled = restyled(
-        tokenizer, calibration, sequences=_sequences(recipe, recipe.restyled, _RESTYLED), seed=recipe.seed
-    )
     context, lead = spread_over(recipe, context), len(leading_tokens(tokenizer))
-    twice = _sequences(recipe, recipe.repeated, _REPEATED)
-    learnt = repeated(styled, sequences=twice, lead=lead, seed=recipe.seed)
-    # Choices are made by text of the same kinds, but for its styles.
-    alike = round(twice / wanted * len(selection))
-    selection = repeated(selection, sequences=alike, lead=lead, seed=recipe.seed)
+    some = round(_share(recipe, recipe.restyled, _RESTYLED) * len(calibration))
+    styled = restyled(tokenizer, calibration, sequences=some, seed=recipe.seed)
+    learnt, selection = (
+        repeated(rows, sequences=round(_share(recipe, recipe.repeated, _REPEATED) * len(rows)), lead=lead, seed=seed)
+        for rows, seed in ((styled, recipe.seed), (selection, recipe.seed + 1))
+    )
     return Text(
         calibration=Passages.spread(learnt, context, seed=recipe.seed),
         selection=Passages.spread(selection, context, seed=recipe.seed + 1),
@@ -100,17 +98,11 @@ def draw_text(folder: Path, recipe: Recipe, context: int, *, trust_remote_code: 
     )
 
 
-def _sequences(recipe: Recipe, share: float | None, usual: float) -> int:
-    """So many as are a share of the user's.
-
-    Args:
-        recipe: What is to be done.
-        share: Asked for; ``None`` where nothing is.
-        usual: Taken then, where layers are refined.
-    """
-    if share is None:
-        share = usual if recipe.refines else 0.0
-    return round(share * (recipe.calibration_tokens // recipe.sequence_length))
+def _share(recipe: Recipe, asked: float | None, usual: float) -> float:
+    """What is asked for; without that the usual, where layers are refined."""
+    if asked is not None:
+        return asked
+    return usual if recipe.refines else 0.0
 
 
 def sequences_to_generate(recipe: Recipe, *, large: bool) -> int:
@@ -120,7 +112,8 @@ def sequences_to_generate(recipe: Recipe, *, large: bool) -> int:
         recipe: What is to be done.
         large: Whether the whole model should not be in memory for it without being asked to.
     """
-    return _sequences(recipe, recipe.self_generated, 0.0 if large else _SELF_GENERATED)
+    share = _share(recipe, recipe.self_generated, 0.0 if large else _SELF_GENERATED)
+    return round(share * (recipe.calibration_tokens // recipe.sequence_length))
 
 
 def spread_over(recipe: Recipe, context: int) -> int:
