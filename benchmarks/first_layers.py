@@ -1,7 +1,7 @@
 """What a change of the method is worth: the first layers of a model converted, all others the source's.
 
     python benchmarks/first_layers.py MODEL TEXT --on NAME=FILE [--on NAME=FILE] [--layers 6] [--sizes 144,48] \\
-        [--rounds 2] [--factors 1] [--tokens 131072] [--self-generated 50%] [--restyled 25%] [--repeated 50%] \\
+        [--rounds 2] [--factors 1] [--tokens 131072] [--self-generated 50%] [--restyled 25%] [--repeated 37.5%] \\
         [--length 512]
 
 In a fifth of a conversion's time it shows which ideas deserve a whole one; what they gain there may be less. Layers are
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--self-generated", default="50%")
     parser.add_argument("--restyled", default="25%")
-    parser.add_argument("--repeated", default="50%")
+    parser.add_argument("--repeated", default="37.5%")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--context", type=int, default=32_768)
     parser.add_argument("--measured", type=int, default=8192, help="tokens of each text")

@@ -241,7 +241,7 @@ def convert(
     ] = None,
     repeated: Annotated[
         str | None,
-        typer.Option(help="Share of them where a passage is read twice. Default: 50%; none if nothing is refined."),
+        typer.Option(help="Share of them where a passage is read twice. Default: 37.5%; none if nothing is refined."),
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per calibration sequence. Default: 512.")] = None,
     context: SpreadOver = None,

@@ -55,7 +55,7 @@ class Recipe(BaseModel):
         restyled: ``calibrated``: share of them that are the user's text in other styles (lower case, spaces around
             marks, no marks, a line for each sentence); by default a quarter where layers are refined, else none.
         repeated: ``calibrated``: share of them in sequences that end in a passage of theirs once more, without which
-            what copies from far back is unlearnt; by default a half where layers are refined, else none.
+            what copies from far back is unlearnt; by default three eighths where layers are refined, else none.
         sequence_length: Tokens per calibration sequence.
         context: Positions that calibration sequences are spread over, at most; never more than the model's own.
         selection_tokens: Tokens of held-out calibration text that candidates are compared on.

@@ -66,9 +66,9 @@ REFINED: dict[str, Any] = {**SMALL, "fast": False, "polish": False, "kv_lora_ran
 
 
 @pytest.mark.parametrize(
-    ("entries", "tokens"), [({}, 1024), ({"repeated": "25%"}, 512), ({"repeated": 0}, 0), ({"fast": True}, 0)]
+    ("entries", "tokens"), [({}, 768), ({"repeated": "25%"}, 512), ({"repeated": 0}, 0), ({"fast": True}, 0)]
 )
-def test_a_half_where_layers_are_refined(
+def test_three_eighths_where_layers_are_refined(
     source: Callable[..., Path], text: str, tmp_path: Path, entries: dict[str, Any], tokens: int
 ) -> None:
     options = {**REFINED, "tokens": 2048, "sequence_length": 64, "self_generated": 0, "restyled": 0, **entries}

@@ -95,7 +95,7 @@ class LatentJob(Job):
             self.notes.append(
                 f"{kept} of {self.spec.layers} layers stay as they are ({named}); cached values are those of the others"
             )
-        texts = (text.calibration, text.selection, text.evaluation)
+        texts = (text.calibration, text.polishing, text.evaluation)
         return convert_latent(source, self.settings, self.writer, *texts, effort, progress, journal)
 
     def sequences_to_generate(self, source: SourceModel) -> int:

@@ -21,16 +21,18 @@ __all__ = ["Text", "draw_text", "mixed", "sequences_to_generate", "spread_over"]
 
 # Relative to a user's text, where layers are refined: what of it is read in other styles, in what of it a passage is
 # read twice, and what a small model writes itself beside it.
-_RESTYLED, _REPEATED, _SELF_GENERATED = 0.25, 0.5, 0.5
+_RESTYLED, _REPEATED, _SELF_GENERATED = 0.25, 0.375, 0.5
 
 
 @dataclass
 class Text:
-    """Three disjoint sets of tokens.
+    """Disjoint sets of tokens, but for two that differ in little.
 
     Attributes:
         calibration: For statistics, and to learn from.
-        selection: For choices.
+        selection: For choices of settings.
+        polishing: For the choice of what a polish has made: the same, with passages read twice. Settings are not chosen
+            by those, for what copies well before it has learnt to does not do so afterwards.
         evaluation: For the numbers that are reported.
         restyled, repeated: Tokens of the first that are the user's text in another style, and that are in sequences
             where a passage is read twice.
@@ -39,6 +41,7 @@ class Text:
 
     calibration: Passages
     selection: Passages
+    polishing: Passages
     evaluation: Passages
     restyled: int = 0
     repeated: int = 0
@@ -46,7 +49,8 @@ class Text:
 
     def digest(self) -> str:
         """Of all tokens and positions."""
-        parts = (t for p in (self.calibration, self.selection, self.evaluation) for t in (p.tokens_NT, p.positions_NT))
+        sets = (self.calibration, self.selection, self.polishing, self.evaluation)
+        parts = (t for p in sets for t in (p.tokens_NT, p.positions_NT))
         found = hashlib.sha256()
         for part in parts:
             found.update(str(tuple(part.shape)).encode() + part.to(torch.int64).contiguous().numpy().tobytes())
@@ -84,13 +88,14 @@ def draw_text(folder: Path, recipe: Recipe, context: int, *, trust_remote_code: 
     context, lead = spread_over(recipe, context), len(leading_tokens(tokenizer))
     some = round(_share(recipe, recipe.restyled, _RESTYLED) * len(calibration))
     styled = restyled(tokenizer, calibration, sequences=some, seed=recipe.seed)
-    learnt, selection = (
+    learnt, polishing = (
         repeated(rows, sequences=round(_share(recipe, recipe.repeated, _REPEATED) * len(rows)), lead=lead, seed=seed)
         for rows, seed in ((styled, recipe.seed), (selection, recipe.seed + 1))
     )
     return Text(
         calibration=Passages.spread(learnt, context, seed=recipe.seed),
         selection=Passages.spread(selection, context, seed=recipe.seed + 1),
+        polishing=Passages.spread(polishing, context, seed=recipe.seed + 1),
         evaluation=Passages.contiguous(held_out),
         restyled=int((styled != calibration).any(1).sum()) * length,
         repeated=int((learnt != styled).any(1).sum()) * length,
