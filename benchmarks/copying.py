@@ -59,7 +59,8 @@ def main() -> None:
     source, made = SourceModel(*open_source(args.source)), open_checkpoint(args.converted)
     converted = LatentSource(made, latent_model(made.config))
     every = range(source.spec.layers)
-    rows = [every[start : start + args.group] for start in every[:: args.group]] + [every]
+    groups = [every[start : start + args.group] for start in every[:: args.group]]
+    rows = [*groups, every] if len(groups) > 1 else groups
     texts = [contexts(source.checkpoint.path, args.text, args.passage, gap, args.samples) for gap in args.between]
     own = [source.embed(Passages.contiguous(tokens_NT)) for tokens_NT in texts]
     streams = [[stream.clone() for stream in own] for _ in rows]
