@@ -23,7 +23,7 @@ from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.calibrate.tokens import Passages
 from latentize.checkpoint.opening import open_checkpoint
 from latentize.convert.latent_source import LatentSource
-from latentize.convert.quality import Quality, compare_logits
+from latentize.convert.quality import Quality, compare_streams
 from latentize.convert.source import SourceModel, Stream
 from latentize.families.latent import latent_model
 
@@ -38,11 +38,8 @@ def contexts(folder: Path, text: str, passage: int, between: int, samples: int) 
 
 def second_reading(source: SourceModel, made: Stream, own: Stream, tokens_NT: Tensor, passage: int) -> Quality:
     """Predictions of the passage at the end, but for its first token, which nothing foretells."""
-    head, total = source.head(), Quality()
-    for rows in zip(made.hidden_NTD, own.hidden_NTD, tokens_NT, strict=True):
-        predicting, reference, read = (row[-passage:] for row in rows)
-        total += compare_logits(head(predicting[:-1]), head(reference[:-1]), read[1:])
-    return total
+    predicting, reference, read = (x[:, -passage:] for x in (made.hidden_NTD, own.hidden_NTD, tokens_NT))
+    return compare_streams([predicting], reference, read, source.head(), vocab_size=source.spec.vocab_size)[0]
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """What a change of the method is worth: the first layers of a model converted, all others the source's.
 
     python benchmarks/first_layers.py MODEL TEXT --on NAME=FILE [--on NAME=FILE] [--layers 6] [--sizes 144,48] \\
-        [--rounds 2] [--factors 1] [--tokens 131072] [--self-generated 50%] [--restyled 25%] [--repeated 37.5%] \\
-        [--length 512]
+        [--rounds 2] [--factors 1] [--tokens 131072] [--self-generated SHARE] [--restyled SHARE] \\
+        [--repeated SHARE] [--length 512]
 
 In a fifth of a conversion's time it shows which ideas deserve a whole one; what they gain there may be less. Layers are
 refined as a conversion refines them, on ``TEXT``; excess loss and KL from the source, in nats per token, are of the
@@ -88,9 +88,9 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int)
     parser.add_argument("--factors", default="1", help="of the rate")
     parser.add_argument("--tokens", type=int, default=131_072)
-    parser.add_argument("--self-generated", default="50%")
-    parser.add_argument("--restyled", default="25%")
-    parser.add_argument("--repeated", default="37.5%")
+    parser.add_argument("--self-generated", help="by default as in a conversion, as the next two")
+    parser.add_argument("--restyled")
+    parser.add_argument("--repeated")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--context", type=int, default=32_768)
     parser.add_argument("--measured", type=int, default=8192, help="tokens of each text")

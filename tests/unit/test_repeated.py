@@ -13,6 +13,7 @@ from tests.common import SMALL
 import latentize
 from latentize.calibrate.repeated import repeated
 from latentize.errors import OptionError
+from latentize.jobs import latent
 from latentize.jobs.text import draw_text
 from latentize.recipe import Recipe
 
@@ -91,3 +92,33 @@ def test_other_styles_and_passages_are_drawn_apart(source: Callable[..., Path], 
 def test_only_the_calibrated_method_takes_it(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="calibrated method learns from text that is read twice"):
         latentize.convert(source(), tmp_path / "out", data=(text,), method="care", repeated=0.5)
+
+
+def test_sizes_are_chosen_by_plain_text_and_a_polish_is_not(
+    source: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    for name, at in (("choose_by_layers", 3), ("convert_latent", 4)):
+        original = getattr(latent, name)
+
+        def spy(*args: Any, name: str = name, at: int = at, original: Any = original) -> Any:
+            seen[name] = args[at].tokens_NT
+            return original(*args)
+
+        monkeypatch.setattr(latent, name, spy)
+    options = {**REFINED, "keep": 0.5, "kv_lora_rank": None, "qk_rope_head_dim": None, "repeated": 1, "restyled": 0}
+    entries = {**options, "tokens": 2048, "sequence_length": 64, "self_generated": 0, "data": (text,)}
+    latentize.convert(source(), tmp_path / "out", **entries)
+    drawn = draw_text(source(), Recipe.build(**entries), 512)
+    assert torch.equal(seen["choose_by_layers"], drawn.selection.tokens_NT)
+    assert torch.equal(seen["convert_latent"], drawn.polishing.tokens_NT)
+    assert (drawn.selection.tokens_NT != drawn.polishing.tokens_NT).any(1).all()
+
+
+def test_a_share_is_of_the_text_that_there_is(source: Callable[..., Path], tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("".join(f"Line {n} is not line {n * n}.\n" for n in range(120)))
+    entries = {**REFINED, "data": (str(short),), "tokens": 1 << 17, "sequence_length": 64, "selection_tokens": 64}
+    drawn = draw_text(source(), Recipe.build(**entries), 512)
+    count = len(drawn.calibration)
+    assert count < 500 and drawn.repeated == round(0.375 * count) * 64
