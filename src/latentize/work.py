@@ -18,7 +18,7 @@ from latentize.convert.allocate import TRIAL_TOKENS, TRIED
 from latentize.convert.descent import Schedule, orthogonalising
 from latentize.convert.draft import DISTANCE_TOKENS, START_TOKENS
 from latentize.convert.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
-from latentize.convert.refine import SOLVED_TOKENS
+from latentize.convert.refine import solved_tokens
 from latentize.convert.search import FINALISTS, LADDERS, SEARCH_TOKENS, looked_at, short_refinement
 from latentize.convert.settings import Setting
 from latentize.families import ModelSpec
@@ -200,7 +200,7 @@ class _Counter:
         """One layer: the steps, and then the output projection."""
         work = self.attention(how.steps * self.whole(how.tokens), setting, 3)
         work += self.orthogonalised(setting, how)
-        solved = min(tokens, SOLVED_TOKENS)
+        solved = min(tokens, solved_tokens(how))
         read = self.spec.attention.num_heads * self.spec.attention.head_dim
         return work + self.attention(solved, setting, 1) + Work(wide=2 * solved * read**2, double=read**3)
 

@@ -307,6 +307,22 @@ def test_the_output_projection_is_solved_for(job, factor: float) -> None:
     assert solved.after < 0.05 * stepped.after
 
 
+@pytest.mark.parametrize(("steps", "sequences"), [(1, 2), (2, 4), (30, 11)])
+def test_it_is_solved_for_on_as_much_text_as_the_steps_read(job, steps: int, sequences: int) -> None:
+    """Two sequences at least, and none of those that tell whether it helped: the last of twelve."""
+    start, x, target = job
+    seen: set[int] = set()
+
+    def read(rows: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            seen.update(rows.tolist())
+        return x[rows]
+
+    with patch("latentize.convert.refine._SOLVED_TOKENS", 48):
+        refine(start, read, target, replace(HOW, steps=steps, tokens=48, rate=1e-3, warmup=1))
+    assert seen == {*range(sequences), 11}
+
+
 @pytest.mark.parametrize("kind", [Adam, Muon])
 def test_shares_of_a_step(kind: type[Adam | Muon]) -> None:
     """Half a step where half is asked for, none where nothing is."""

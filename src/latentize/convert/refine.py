@@ -26,13 +26,13 @@ from latentize.attention.module import LatentAttention
 from latentize.convert.descent import WHOLE, Heads, Schedule, descent
 
 __all__ = [
-    "SOLVED_TOKENS",
     "Refined",
     "Refinement",
     "descend",
     "expand_heads",
     "refine",
     "refined",
+    "solved_tokens",
     "stacked_heads",
     "token_energy",
     "trainable",
@@ -40,8 +40,8 @@ __all__ = [
 
 # Share of the median energy that a token is taken to have at least: one of nothing would weigh more than all others.
 _LEAST_ENERGY = 1e-3
-# Tokens that the output projection is solved on at most, and what is added to the diagonal, relative to its mean.
-SOLVED_TOKENS, _DAMPING = 32_768, 1e-2
+# Tokens that suffice to solve for the output projection, and what is added to the diagonal, relative to its mean.
+_SOLVED_TOKENS, _DAMPING = 32_768, 1e-2
 # Share of an error that a layer is taken to have made itself at least.
 _LEAST_OWN = 0.1
 
@@ -76,6 +76,14 @@ class Refined(NamedTuple):
     weights: LatentWeights
     before: float
     after: float
+
+
+def solved_tokens(how: Schedule) -> int:
+    """On how many tokens, at most, the output projection is solved for: as many as the steps read.
+
+    On few it learns them by heart, which adds up over the layers; and steps are what costs, not solving.
+    """
+    return max(_SOLVED_TOKENS, how.steps * how.tokens)
 
 
 def expand_heads(w: LatentWeights) -> LatentWeights:
@@ -181,7 +189,7 @@ def refine(
 
     with torch.no_grad():
         count, length = target_NTD.shape[:2]
-        rows = torch.arange(min(_learnt(count, length, how), max(1, SOLVED_TOKENS // length)))
+        rows = torch.arange(min(_learnt(count, length, how), max(1, solved_tokens(how) // length)))
         attention.o_proj.weight += _correction(read, rows.split(how.sequences(length)), energy_NT, autocast)
     solved = descend(parameters, made, target_NTD, energy_NT, replace(how, steps=0), **options)[1]
     return Refined(refined(attention, w), before, solved) if solved < after else found
