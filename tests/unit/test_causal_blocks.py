@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from latentize.attention.module import causal_blocks, prefill
+from latentize.attention.blocks import causal_blocks
+from latentize.attention.module import prefill
 from latentize.attention.projections import Up
 
 
@@ -25,6 +26,18 @@ def test_values_and_gradients_against_pytorch(tokens: int) -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def _calls_blocks(dtype: torch.dtype, heads: int, tokens: int, *, learns: bool, fast: bool = False) -> bool:
+    q = torch.randn(1, heads, tokens, 4, dtype=dtype, requires_grad=learns)
+    rope, latent = torch.randn(1, heads, tokens, 2, dtype=dtype), torch.randn(1, 1, tokens, 4, dtype=dtype)
+    up = Up(torch.randn(heads, 4, 4, dtype=dtype), torch.randn(heads, 4, 4, dtype=dtype), 0.5)
+    with (
+        patch("latentize.attention.module.causal_blocks", wraps=causal_blocks) as blocks,
+        torch.autocast("cpu", torch.bfloat16, enabled=fast),
+    ):
+        prefill(q, rope, latent, rope[:, :1], up)
+    return blocks.called
+
+
 @pytest.mark.parametrize(
     ("dtype", "heads", "tokens", "expected"),
     [
@@ -34,14 +47,19 @@ def test_values_and_gradients_against_pytorch(tokens: int) -> None:
         (torch.bfloat16, 2, 1025, True),
     ],
 )
-@pytest.mark.parametrize("learns", [True, False])
-def test_when_training_attends_in_blocks(
-    dtype: torch.dtype, heads: int, tokens: int, expected: bool, learns: bool
-) -> None:
-    """In float32 in short sequences and for few scores only, as all layers that learn keep theirs; else never."""
-    q = torch.randn(1, heads, tokens, 4, dtype=dtype, requires_grad=learns)
-    rope, latent = torch.randn(1, heads, tokens, 2, dtype=dtype), torch.randn(1, 1, tokens, 4, dtype=dtype)
-    up = Up(torch.randn(heads, 4, 4, dtype=dtype), torch.randn(heads, 4, 4, dtype=dtype), 0.5)
-    with patch("latentize.attention.module.causal_blocks", wraps=causal_blocks) as blocks:
-        prefill(q, rope, latent, rope[:, :1], up)
-    assert blocks.called == (expected and learns)
+def test_when_training_attends_in_blocks(dtype: torch.dtype, heads: int, tokens: int, expected: bool) -> None:
+    """In float32 in short sequences and for few scores only, as all layers that learn keep theirs."""
+    assert _calls_blocks(dtype, heads, tokens, learns=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "fast", "expected"),
+    [
+        (torch.float32, 36, False, True),
+        (torch.bfloat16, 2, False, False),
+        (torch.bfloat16, 2, True, True),
+    ],
+)
+def test_when_anything_else_attends_in_blocks(dtype: torch.dtype, heads: int, fast: bool, expected: bool) -> None:
+    """Scores are of one block at a time; they are rounded to bfloat16 only where somebody asked for speed."""
+    assert _calls_blocks(dtype, heads, 512, learns=False, fast=fast) == expected

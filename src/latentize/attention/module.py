@@ -14,41 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentize.attention.blocks import causal_blocks, suit_blocks
 from latentize.attention.grouped import capped
 from latentize.attention.latent import LatentWeights, absorbed_heads, expand, turned
 from latentize.attention.projections import UpProjections, affine, matrix, up_projections
 from latentize.errors import OptionError
 from latentize.spec import LatentSpec
 
-__all__ = ["LatentAttention", "causal_blocks", "check_cache", "no_paging", "no_probabilities", "prefill"]
+__all__ = ["LatentAttention", "check_cache", "no_paging", "no_probabilities", "prefill"]
 
-# Training on a CPU attends in so many blocks of queries, while their scores do not exceed so many elements. In float32
-# that pays with so many tokens at most, and fewer scores may be kept: a whole model that learns keeps all layers'.
-_BLOCKS = 4
-_WIDE_TOKENS, _WIDE_SCORES = 1024, 1 << 23
 # Queries whose bent logits exist at once.
 _CAPPED = 256
-_SCORES = 1 << 27
-
-
-def causal_blocks(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, scale: float) -> Tensor:
-    """Causal attention by plain matrix products, ``[B, H, T, V]``, each block of queries on the keys up to its end.
-
-    On a CPU with bfloat16 matrix units it is twice as fast as the fused operator to train through (whose backward pass
-    takes six times its forward pass), for memory in proportion to ``T²``; in float32 half as fast again at 512 tokens,
-    and slower from some 1,500 on. Scores are rounded to the inputs' precision.
-    """
-    lead, tokens = q_BHTd.shape[:2], q_BHTd.shape[2]
-    q_nTd, k_nTd, v_nTV = (q_BHTd * scale).flatten(0, 1), k_BHTd.flatten(0, 1), v_BHTV.flatten(0, 1)
-    size = -(-tokens // _BLOCKS)
-    later = torch.full((size, size), -torch.inf, dtype=q_nTd.dtype, device=q_nTd.device).triu(1)
-    heads = []
-    for start in range(0, tokens, size):
-        end = min(start + size, tokens)
-        mask = F.pad(later[: end - start, : end - start], (start, 0))
-        score_ntS = q_nTd[:, start:end] @ k_nTd[:, :end].mT + mask
-        heads.append(score_ntS.softmax(-1) @ v_nTV[:, :end])
-    return torch.cat(heads, dim=1).unflatten(0, lead)
 
 
 def prefill(
@@ -71,7 +47,7 @@ def prefill(
     size, v_size = q_BHTd.shape[-1], v_BHSV.shape[-1]
     if w.softcap:
         return capped_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale, w.softcap, mask)
-    if mask is None and _trains_in_blocks(q_BHTd, k_BHSd):
+    if mask is None and q_BHTd.dtype == k_BHSd.dtype and suit_blocks(q_BHTd, k_BHSd.shape[2]):
         return causal_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale)
     if mask is None and q_BHTd.shape[2] != k_BHSd.shape[2]:
         tokens, keys = q_BHTd.shape[2], k_BHSd.shape[2]
@@ -111,14 +87,6 @@ def capped_blocks(
         score_BHtS = score_BHtS.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else score_BHtS + part
         heads.append(score_BHtS.softmax(-1) @ v_BHSV)
     return torch.cat(heads, dim=2)
-
-
-def _trains_in_blocks(q_BHTd: Tensor, k_BHSd: Tensor) -> bool:
-    square = q_BHTd.shape[2] == k_BHSd.shape[2]
-    scores = q_BHTd.shape[:3].numel() * k_BHSd.shape[2]
-    narrow = q_BHTd.dtype == k_BHSd.dtype == torch.bfloat16
-    few = scores <= _SCORES if narrow else q_BHTd.shape[2] <= _WIDE_TOKENS and scores <= _WIDE_SCORES
-    return q_BHTd.requires_grad and few and square and q_BHTd.device.type == "cpu"
 
 
 class LatentAttention(nn.Module):

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from latentize.attention.blocks import causal_blocks, suit_blocks
 from latentize.families import ModelSpec
 from latentize.machine import multiplies_bfloat16
 from latentize.work import Rates
@@ -40,7 +41,15 @@ def _measured(hidden: int, intermediate: int, heads: int, head_dim: int, device:
     narrow = product(torch.bfloat16) if multiplies_bfloat16(torch.device(device).type) else wide
     dtype = torch.bfloat16 if narrow > wide else torch.float32
     q, k, v = (torch.ones(1, heads, _LENGTH, head_dim, dtype=dtype, device=device) for _ in range(3))
-    attended = _seconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), device)
+
+    def attend() -> torch.Tensor:
+        if suit_blocks(q, _LENGTH):
+            return causal_blocks(q, k, v, head_dim**-0.5)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    # Rounded scores are for what is asked to be fast.
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=narrow > wide):
+        attended = _seconds(attend, device)
     a, b = (torch.ones(_COPIED // 4, device=device) for _ in range(2))
     return Rates(
         narrow,
