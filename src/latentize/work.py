@@ -244,7 +244,7 @@ def latent_work(
     drafted = min(tokens, REFINED_TOKENS if refinement else RMS_TOKENS)
     if refinement is not None:
         made += of.refined(setting, refinement, drafted)
-    made += of.forward(drafted, fast=refinement is not None or rough)
+    made += of.forward(drafted, fast=True)
     # Source, result, and what a layer was on its way.
     measured = (2 + setting.linear) * (layers * of.forward(evaluated, fast=False) + of.head(evaluated))
     if refinement is not None:
@@ -257,7 +257,7 @@ def latent_work(
         of, setting, effort.polish, of.whole(recipe.selection_tokens), effort.polish.looks + 2
     )
     few = of.whole(max(length, RMS_TOKENS))
-    stages["converting layers"] = measured + layers * of.forward(min(few, tokens), fast=rough)
+    stages["converting layers"] = measured + layers * of.forward(min(few, tokens), fast=True)
     return stages
 
 

@@ -228,7 +228,8 @@ class Draft:
 
     def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
         """Take the calibration text through the converted layer, or one that stays."""
-        layer.run(self.text, attention, fast=self.refinement is not None or layer.rough)
+        # It is learnt from in bfloat16 anyway; and how large latents get needs no last digits.
+        layer.run(self.text, attention, fast=True)
 
     def latent_rms(self, layer: SourceLayer, w: LatentWeights) -> tuple[float, float]:
         """Largest and mean root mean square of a token's latent.
