@@ -13,6 +13,7 @@ from tests.common import SMALL, byte_tokenizer
 from torch import Tensor
 
 import latentize
+from latentize.calibrate.attending import NAME, attending, cache_of
 from latentize.calibrate.self_generated import self_generated
 from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.errors import OptionError
@@ -22,7 +23,8 @@ from latentize.runtime.load import load_model
 class Chain:
     """A model whose next token depends on the last alone, by a table of probabilities; it counts what it is asked."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), None
+    modules = staticmethod(list)
 
     def __init__(self, next_VV: Tensor) -> None:
         self.next_VV, self.asked = next_VV, 0
@@ -99,7 +101,8 @@ def test_a_model_with_its_cache_draws_as_one_that_reads_all_again(source: Callab
     drawn_NT = self_generated(model, tokenizer, sequences=2, length=60)
 
     class Forgetful:
-        device = model.device
+        device, config = model.device, None
+        modules = staticmethod(list)
         get_output_embeddings = staticmethod(model.get_output_embeddings)
 
         def __call__(self, read_BT: Tensor, *, past_key_values: Tensor | None, use_cache: bool) -> Any:
@@ -108,6 +111,24 @@ def test_a_model_with_its_cache_draws_as_one_that_reads_all_again(source: Callab
 
     again_NT = self_generated(Forgetful(), tokenizer, sequences=2, length=60)
     assert float((drawn_NT == again_NT).float().mean()) > 0.95, "but for draws that fall between two roundings"
+
+
+@pytest.mark.parametrize(("family", "grows"), [("llama", True), ("qwen2", True), ("lfm2", False), ("gemma3_text", False)])
+def test_room_is_set_aside_where_a_cache_is_keys_and_values_of_all_tokens(
+    source: Callable[..., Path], family: str, grows: bool
+) -> None:
+    assert (cache_of(load_model(source(family)), 10) is not None) == grows
+
+
+def test_a_model_attends_as_before_once_the_text_is_written(source: Callable[..., Path]) -> None:
+    folder = source()
+    model = load_model(folder)
+    self_generated(model, load_tokenizer(folder), sequences=1, length=20)
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="interrupted"), attending(model):
+        assert model.config._attn_implementation == NAME
+        raise ValueError("interrupted")
+    assert model.config._attn_implementation == "sdpa"
 
 
 REFINED = {**SMALL, "fast": False, "polish": False, "kv_lora_rank": 24, "qk_rope_head_dim": 8}

@@ -28,7 +28,7 @@ def _predicted(folder: Path, tokens_NT: Tensor, *, fast: bool = False, blocks: b
     # As on a machine that is faster in bfloat16.
     model.fast_matmul = True
     text = model.embed(Passages(tokens_NT, positions_NT))
-    module = "latentize.convert.source"
+    module = "latentize.calibrate.attending"
     with (
         patch(f"{module}.causal_blocks", wraps=causal_blocks) as called,
         patch(f"{module}.suit_blocks", side_effect=lambda *args: blocks and suit_blocks(*args)),

@@ -58,7 +58,7 @@ class Refinement(Schedule):
         enough: Relative error at which nothing is left to gain.
     """
 
-    steps: int = 420
+    steps: int = 512
     rate: float = 0.085
     adam: float = 3.4
     probe: int = 4096

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentize.attention.blocks import causal_blocks, suit_blocks
 from latentize.attention.grouped import AttentionWeights, capped
 from latentize.attention.masks import causal_mask
 from latentize.calibrate.tokens import Passages, Placed, require_rows
@@ -40,30 +39,6 @@ _TOKENS_AT_ONCE, _ACTIVATION_BYTES = 2048, 16 << 20
 # Tensors of a layer that it does nothing with but to multiply by them.
 MULTIPLIED = tuple(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down", "gate_up"))
 VOCAB_AT_ONCE = 16_384
-# What transformers calls the attention of a source's layers.
-_ATTENTION = "latentize_causal"
-
-
-def _attention() -> str:
-    """transformers' name for the attention of a source: fused, or in blocks where those are faster."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
-    ) -> tuple[Tensor, None]:
-        causal = more.get("is_causal") is not False and more.get("position_bias") is None
-        kind = query.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-        q_BHTd, k_BGTd, v_BGTV = (x.to(dtype) for x in (query, key, value))
-        if attention_mask is not None or not causal or not suit_blocks(q_BHTd, key.shape[2]):
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-        share, scale = query.shape[1] // key.shape[1], more.get("scaling") or query.shape[-1] ** -0.5
-        k_BHTd, v_BHTV = (x.repeat_interleave(share, dim=1) for x in (k_BGTd, v_BGTV))
-        return causal_blocks(q_BHTd, k_BHTd, v_BHTV, scale).transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(_ATTENTION, attend)
-    return _ATTENTION
 
 
 def is_large(parameters: int) -> bool:
@@ -302,6 +277,8 @@ class SourceModel:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         from transformers import AutoModelForCausalLM
 
+        from latentize.calibrate.attending import NAME
+
         self.checkpoint, self.spec, self.device, self.rough = checkpoint, spec, device, rough
         self.large = is_large(sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()))
         self.fast_matmul = multiplies_bfloat16(torch.device(device).type)
@@ -310,7 +287,7 @@ class SourceModel:
             trust = {"trust_remote_code": trust_remote_code}
             config = load_config(checkpoint.path, **trust)
             # No fused attention bends logits.
-            config._attn_implementation = "eager" if spec.additive_masks else _attention()
+            config._attn_implementation = "eager" if spec.additive_masks else NAME
             with torch.device("meta"):
                 self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust).eval()
             self._body = self._skeleton.base_model

@@ -22,7 +22,7 @@ _How = TypeVar("_How", bound=Schedule)
 # then about five minutes on two cores. Rounds are of the user's text. The second of refinement takes a fifth off the
 # divergence, two more an eighth.
 _FLOP = 2e13
-_REFINED_ROUNDS, _POLISHED_ROUNDS = 3.0, 0.5
+_REFINED_ROUNDS, _POLISHED_ROUNDS = 4.0, 0.25
 # Parameters of a model up to which a polish takes whole steps; those of larger ones are smaller in proportion, for the
 # more parameters learn from a step's tokens, the more of its gradient is noise. Chosen at 5 and at 135 million.
 _WHOLE_STEPS = 7e6
