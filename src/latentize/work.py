@@ -304,7 +304,7 @@ def _choice(
         stages["choosing the ladder"] = text + some * of.closed()
     likely = sum(min(count, LADDERS + 2) for count in by_size.values())
     stages["comparing settings"] = text + some * likely * probed
-    finalists = sum(sorted((min(count, 2) for count in by_size.values()), reverse=True)[:FINALISTS])
+    finalists = sum(sorted((min(count, 1 + refines) for count in by_size.values()), reverse=True)[:FINALISTS])
     predicted = layers * of.forward(selection, fast=True) + of.head(selection, fast=True)
     stages["comparing the best settings"] = text + predicted + finalists * (predicted + some * tried)
     return stages

@@ -113,7 +113,9 @@ def test_a_model_with_its_cache_draws_as_one_that_reads_all_again(source: Callab
     assert float((drawn_NT == again_NT).float().mean()) > 0.95, "but for draws that fall between two roundings"
 
 
-@pytest.mark.parametrize(("family", "grows"), [("llama", True), ("qwen2", True), ("lfm2", False), ("gemma3_text", False)])
+@pytest.mark.parametrize(
+    ("family", "grows"), [("llama", True), ("qwen2", True), ("lfm2", False), ("gemma3_text", False)]
+)
 def test_room_is_set_aside_where_a_cache_is_keys_and_values_of_all_tokens(
     source: Callable[..., Path], family: str, grows: bool
 ) -> None:

@@ -96,7 +96,7 @@ def choose_by_layers(
     short = short_refinement(calibration.length)
     scored = _errors(source, candidates, calibration, replace(short, steps=0), progress, "comparing settings")
     how = short if refines else replace(short, steps=0)
-    compared = _compared(source, _finalists(scored), calibration, selection, how, progress)
+    compared = _compared(source, _finalists(scored, refines), calibration, selection, how, progress)
     return most_promising(compared, share=_AS_GOOD if refines else 0.0), compared
 
 
@@ -162,8 +162,8 @@ def _divergences(
     return [(setting, kl if kl == kl else math.inf) for setting, kl in zip(candidates, found, strict=True)]
 
 
-def _finalists(scored: Sequence[tuple[Setting, float]]) -> list[Setting]:
-    """The best two sizes and the next that ropes less, of each the best ladder and the widest.
+def _finalists(scored: Sequence[tuple[Setting, float]], refines: bool) -> list[Setting]:
+    """The best two sizes and the next that ropes less; of each the best ladder, and the widest if layers are refined.
 
     Refinement makes most of a latent that is a little larger, and of a ladder that reaches every frequency.
     """
@@ -174,9 +174,8 @@ def _finalists(scored: Sequence[tuple[Setting, float]]) -> list[Setting]:
     best, others = sizes[: FINALISTS - 1], sizes[FINALISTS - 1 :]
     ropes_less = [size for size in others if size[1] < min(rope for _, rope in best)]
     best += [max(ropes_less, key=lambda size: size[1])] if ropes_less else others[:1]
-    return [
-        s for of_size in map(found.__getitem__, best) for s in dict.fromkeys((of_size[0], max(of_size, key=_width)))
-    ]
+    chosen = [(found[size][0], max(found[size], key=_width)) for size in best]
+    return [s for pair in chosen for s in dict.fromkeys(pair[: 1 + refines])]
 
 
 def _width(setting: Setting) -> float:

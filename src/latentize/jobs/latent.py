@@ -26,6 +26,7 @@ from latentize.formats.native import NativeWriter
 from latentize.jobs.effort import effort_of
 from latentize.jobs.job import Job
 from latentize.jobs.text import Text, mixed, sequences_to_generate, spread_over
+from latentize.machine import give_back_freed_memory
 from latentize.recipe import Recipe
 from latentize.runtime.load import load_model
 from latentize.spec import mean_over_layers
@@ -84,7 +85,10 @@ class LatentJob(Job):
         effort = effort_of(self.recipe, self.spec, large=source.large)
         if self.self_generated:
             text = self._with_its_own(source, text, journal, progress)
+            # A cache and a search hold memory in other sizes than streams of text, which find no room between.
+            give_back_freed_memory()
         self.settings, self.scores = self._chosen(source, text, journal, progress)
+        give_back_freed_memory()
         first = self.settings[0]
         if not isinstance(self.writer, NativeWriter):
             self.writer.rope_theta = first.rope_theta(self.spec.attention)
