@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from latentize.attention.blocks import causal_blocks, suit_blocks
 
-__all__ = ["NAME", "attending", "cache_of"]
+__all__ = ["NAME", "attend_faster", "attending", "cache_of"]
 
 # What transformers calls it.
 NAME = "latentize_causal"
@@ -50,13 +50,25 @@ AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-@contextmanager
-def attending(model: Any) -> Iterator[None]:
-    """Let a model that uses PyTorch's fused attention use this one meanwhile."""
+def attend_faster(model: Any) -> list[Any]:
+    """Let a model that uses PyTorch's fused attention use this one.
+
+    It is told once the model is made: code that comes with a checkpoint may know but transformers' own names then.
+
+    Returns:
+        The configs that say so now.
+    """
     configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
     fused = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == "sdpa"]
     for config in fused:
         config._attn_implementation = NAME
+    return fused
+
+
+@contextmanager
+def attending(model: Any) -> Iterator[None]:
+    """Let it do so meanwhile."""
+    fused = attend_faster(model)
     try:
         yield
     finally:

@@ -277,7 +277,7 @@ class SourceModel:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         from transformers import AutoModelForCausalLM
 
-        from latentize.calibrate.attending import NAME
+        from latentize.calibrate.attending import attend_faster
 
         self.checkpoint, self.spec, self.device, self.rough = checkpoint, spec, device, rough
         self.large = is_large(sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()))
@@ -287,9 +287,10 @@ class SourceModel:
             trust = {"trust_remote_code": trust_remote_code}
             config = load_config(checkpoint.path, **trust)
             # No fused attention bends logits.
-            config._attn_implementation = "eager" if spec.additive_masks else NAME
+            config._attn_implementation = "eager" if spec.additive_masks else "sdpa"
             with torch.device("meta"):
                 self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust).eval()
+            attend_faster(self._skeleton)
             self._body = self._skeleton.base_model
             self._rotary = type(self._body.rotary_emb)(config).to(device) if hasattr(self._body, "rotary_emb") else None
         # Entries that the family's table does not read may be anything.
