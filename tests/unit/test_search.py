@@ -42,6 +42,7 @@ def test_of_those_that_cost_layers_least_one_of_the_best_predictors_is_taken(mod
     best, scores = choose_by_layers(source, ladders, text.calibration, text.selection, refines)
     sizes = {setting.kv_lora_rank for setting, _ in scores}
     assert len(sizes) <= 3 <= len(scores) <= 6
+    assert (len(scores) > len(sizes)) == refines, "the widest ladders, too, which refinement makes most of"
     assert best == most_promising(scores, share=0.05 if refines else 0.0)
     assert all(0 < kl < 1 for _, kl in scores)
 
