@@ -127,8 +127,9 @@ def test_a_model_attends_as_before_once_the_text_is_written(source: Callable[...
     model = load_model(folder)
     self_generated(model, load_tokenizer(folder), sequences=1, length=20)
     assert model.config._attn_implementation == "sdpa"
-    with pytest.raises(ValueError, match="interrupted"), attending(model):
+    with attending(model):
         assert model.config._attn_implementation == NAME
+    with pytest.raises(ValueError, match="interrupted"), attending(model):
         raise ValueError("interrupted")
     assert model.config._attn_implementation == "sdpa"
 

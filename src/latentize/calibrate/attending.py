@@ -105,5 +105,5 @@ def cache_of(model: Any, tokens: int) -> DynamicCache | None:
     cache = DynamicCache(config=model.config)
     if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
-    cache.layers = [_Roomy(tokens) for _ in cache.layers]
+    cache.layers[:] = [_Roomy(tokens) for _ in cache.layers]
     return cache
