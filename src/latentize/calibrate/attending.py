@@ -32,10 +32,11 @@ def _attend(
     kind, tokens, keys = query.device.type, query.shape[2], key.shape[2]
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     plain = attention_mask is None and more.get("is_causal") is not False and more.get("position_bias") is None
-    one, blocks = kind == "cpu" and tokens == 1, suit_blocks(query.to(dtype), keys)
+    q_BHTd = query.to(dtype)
+    one, blocks = kind == "cpu" and tokens == 1, suit_blocks(q_BHTd, keys)
     if not plain or not (one or blocks):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-    q_BHTd, k_BGSd, v_BGSV = (x.to(dtype) for x in (query, key, value))
+    k_BGSd, v_BGSV = key.to(dtype), value.to(dtype)
     share, scale = query.shape[1] // key.shape[1], more.get("scaling") or query.shape[-1] ** -0.5
     if one:
         # Heads that share keys are rows of one product.

@@ -18,9 +18,9 @@ __all__ = ["effort_of"]
 
 _How = TypeVar("_How", bound=Schedule)
 
-# Multiplications and additions of refining all layers, and of a polish, unless rounds of the text are more: each is
-# then about five minutes on two cores. Rounds are of the user's text. The second of refinement takes a fifth off the
-# divergence, two more an eighth.
+# Multiplications and additions of refining all layers, and of a polish, unless rounds of the text are more. Rounds are
+# of the user's text. On a real model the second of refinement takes a fifth off the divergence, the third a tenth, the
+# fourth a twentieth.
 _FLOP = 2e13
 _REFINED_ROUNDS, _POLISHED_ROUNDS = 4.0, 0.25
 # Parameters of a model up to which a polish takes whole steps; those of larger ones are smaller in proportion, for the
