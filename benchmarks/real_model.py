@@ -6,8 +6,9 @@
 
 The model is a folder, a hub name or a GGUF file; a text is a file or the name of a hub data set. All rows of one
 budget are evaluated together, beside their source, on the same tokens. Writes
-``benchmarks/results/real-model-<model>.json``, where rows that are not made again stay, and prints Markdown. Converted
-models are kept in ``--outputs``, and what is there already is only evaluated.
+``benchmarks/results/real-model-<model>.json``, where rows that are not made again stay, as does what the same model did
+on other texts, and prints Markdown. Converted models are kept in ``--outputs``, and what is there already is only
+evaluated.
 """
 
 from __future__ import annotations
@@ -71,16 +72,20 @@ def evaluated(
     return found
 
 
+def cell(text: dict[str, float] | None) -> str:
+    """What the table says of a row on one text."""
+    if text is None:
+        return "not measured"
+    return f"{text['reference_perplexity']:.2f} → {text['perplexity']:.2f}, {text['excess_loss']:.4f}, {text['kl']:.4f}"
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     texts = list(dict.fromkeys(name for row in rows for name in row["texts"]))
     head = " | ".join(f"{name}: perplexity, excess, KL" for name in texts)
     lines = [f"| keep | method | format | sizes | minutes | {head} |", "|---" * (5 + len(texts)) + "|"]
     for row in rows:
         sizes = f"{row['kv_lora_rank']:g} + {row['qk_rope_head_dim']:g}"
-        cells = [
-            f"{t['reference_perplexity']:.2f} → {t['perplexity']:.2f}, {t['excess_loss']:.4f}, {t['kl']:.4f}"
-            for t in (row["texts"][name] for name in texts)
-        ]
+        cells = [cell(row["texts"].get(name)) for name in texts]
         minutes = f"{row['seconds'] / 60:.1f}"
         lines.append(
             f"| {row['keep']} | {row['method']} | {row['format']} | {sizes} | {minutes} | {' | '.join(cells)} |"
@@ -118,7 +123,11 @@ def main() -> None:
         for (name, (_, facts)), texts in zip(made.items(), found, strict=True):
             row = {"method": name, "keep": keep, **{key: facts[key] for key in KEPT}, "texts": texts}
             row["date"] = datetime.date.today().isoformat()
-            rows = [r for r in rows if (r["method"], r["keep"]) != (name, keep)] + [row]
+            before = [r for r in rows if (r["method"], r["keep"]) == (name, keep)]
+            # What the same model did on other texts stays; what an earlier one did does not.
+            if before and all(before[0][key] == row[key] for key in KEPT):
+                row["texts"] = {**before[0]["texts"], **texts}
+            rows = [r for r in rows if r not in before] + [row]
         rows.sort(key=lambda r: (-float(r["keep"].strip("%")), list(ROWS).index(r["method"])))
         machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         settings = {"calibration_tokens": args.calibration, "sequence_length": args.length, "machine": machine}
