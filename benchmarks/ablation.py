@@ -27,11 +27,14 @@ import torch
 from torch import nn
 
 import latentize
-from latentize.calibrate import drawing
-from latentize.convert import descent, draft, methods, polish, position, refine, search, settings
-from latentize.convert.low_rank import joint_svd
-from latentize.convert.rope_split import rorope
-from latentize.jobs import latent, text
+from latentize.conversion import draft, latent, search
+from latentize.conversion import texts as text
+from latentize.methods import closed_form as methods
+from latentize.methods import position, settings
+from latentize.methods.low_rank import joint_svd
+from latentize.methods.rope_split import rorope
+from latentize.text import drawing
+from latentize.training import descent, polish, refine
 
 ROOT = Path(__file__).resolve().parents[1]
 Part = Callable[[], AbstractContextManager[Any]]

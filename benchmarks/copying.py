@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from latentize.api import open_source
-from latentize.calibrate.drawing import draw_all
-from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import Passages
 from latentize.checkpoint.opening import open_checkpoint
-from latentize.convert.latent_source import LatentSource
-from latentize.convert.quality import Quality, compare_streams
-from latentize.convert.source import SourceModel, Stream
+from latentize.evaluation.losses import Quality, compare_streams
 from latentize.families.latent import latent_model
+from latentize.modeling.latent_source import LatentSource
+from latentize.modeling.source import SourceModel, Stream
+from latentize.text.drawing import draw_all
+from latentize.text.tokenizer import load_tokenizer
+from latentize.text.tokens import Passages
 
 
 def contexts(folder: Path, text: str, passage: int, between: int, samples: int) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 
 import latentize
 from latentize.engines.run import engine_python
-from latentize.runtime.load import load_model
+from latentize.modeling.load import load_model
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "models" / "tiny-llama-gqa"

@@ -26,7 +26,7 @@ from methods import BUDGETS, ROOT, ROWS
 import latentize
 from latentize.api import compare
 from latentize.errors import OptionError
-from latentize.evaluate.grouped import SINKS
+from latentize.evaluation.grouped import SINKS
 from latentize.report.pareto import pareto_chart
 
 OURS = "calibrated"

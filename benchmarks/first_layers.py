@@ -20,19 +20,20 @@ from pathlib import Path
 import torch
 
 from latentize.api import open_source
-from latentize.attention.module import LatentAttention
-from latentize.calibrate.drawing import Part, draw
-from latentize.calibrate.self_generated import self_generated
-from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import Passages
-from latentize.convert.draft import Draft, observe, stream_error
-from latentize.convert.quality import compare_streams
-from latentize.convert.refine import Refinement
-from latentize.convert.settings import Setting
-from latentize.convert.source import SourceModel, Stream
-from latentize.jobs.text import draw_text, mixed, sequences_to_generate, spread_over
+from latentize.conversion.draft import Draft, observe
+from latentize.conversion.self_generated import self_generated
+from latentize.conversion.texts import draw_text, mixed, sequences_to_generate, spread_over
+from latentize.evaluation.losses import compare_streams
+from latentize.methods.settings import Setting
+from latentize.modeling.attention import LatentAttention
+from latentize.modeling.load import load_model
+from latentize.modeling.source import SourceModel, Stream
 from latentize.recipe import Recipe
-from latentize.runtime.load import load_model
+from latentize.text.drawing import Part, draw
+from latentize.text.tokenizer import load_tokenizer
+from latentize.text.tokens import Passages
+from latentize.training.refine import Refinement
+from latentize.training.relative import stream_error
 
 CONTEXT = 2048
 

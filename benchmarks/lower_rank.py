@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 import latentize
-from latentize.calibrate.text import documents
-from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
-from latentize.runtime.load import load_model
+from latentize.modeling.load import load_model
+from latentize.text.documents import documents
+from latentize.text.tokenizer import load_tokenizer
+from latentize.text.tokens import pack
 
 SOURCE = Path(__file__).parents[1] / "models" / "tiny-llama-gqa"
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from latentize.demo import bundled_model
+from latentize.cli.demo import bundled_model
 from latentize.families import model_spec
 
 CONFIG = {
@@ -58,7 +58,8 @@ EVALUATION_TOKENS, DRAFT_TOKENS = 1024, 16_384
 OPTIONS = ["--fast", "--kv-lora-rank", "448", "--qk-rope-head-dim", "64"]
 # As the command line; but small models give freed memory back as large ones do, so that what is held counts.
 CONVERT = (
-    "import math; from latentize import cli; from latentize.jobs import limits; limits._ROOM = math.inf; cli.main()"
+    "import math; from latentize import cli; from latentize.conversion import limits; "
+    "limits._ROOM = math.inf; cli.main()"
 )
 MLP = {"hidden_size": 512, "intermediate_size": 16_384, "num_attention_heads": 8, "num_key_value_heads": 2}
 MIDDLE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 4}

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import latentize
-from latentize.calibrate.text import documents
-from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
 from latentize.formats.balance import unbalance
+from latentize.text.documents import documents
+from latentize.text.tokenizer import load_tokenizer
+from latentize.text.tokens import pack
 
 SOURCE = Path(__file__).parents[1] / "models" / "tiny-llama-gqa"
 MODELS = ("source", "native", "deepseek_v3")

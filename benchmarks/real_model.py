@@ -24,13 +24,13 @@ import torch
 
 import latentize
 from latentize.api import resolve
-from latentize.calibrate.text import documents
-from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
 from latentize.errors import LatentizeError
-from latentize.evaluate.predict import predictor
-from latentize.evaluate.quality import measure
-from latentize.runtime.load import load_model
+from latentize.evaluation.predict import predictor
+from latentize.evaluation.quality import measure
+from latentize.modeling.load import load_model
+from latentize.text.documents import documents
+from latentize.text.tokenizer import load_tokenizer
+from latentize.text.tokens import pack
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS: dict[str, dict[str, Any]] = {

@@ -24,14 +24,14 @@ import torch
 
 import latentize
 from latentize.api import open_source
-from latentize.calibrate.drawing import Part, draw
-from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import Passages
-from latentize.convert import descent, refine
-from latentize.convert.draft import alone, observe
-from latentize.convert.refine import Refinement
-from latentize.convert.settings import Setting
-from latentize.convert.source import SourceModel
+from latentize.conversion.draft import alone, observe
+from latentize.methods.settings import Setting
+from latentize.modeling.source import SourceModel
+from latentize.text.drawing import Part, draw
+from latentize.text.tokenizer import load_tokenizer
+from latentize.text.tokens import Passages
+from latentize.training import descent, refine
+from latentize.training.refine import Refinement
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, REACH = 512, 8192

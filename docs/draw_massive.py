@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from latentize.api import open_source
-from latentize.convert.source import SourceModel
-from latentize.jobs import draw_text
+from latentize.conversion.texts import draw_text
+from latentize.modeling.source import SourceModel
 from latentize.recipe import Recipe
 from latentize.report.chart import line_chart
 

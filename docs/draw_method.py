@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from latentize.api import open_source
-from latentize.calibrate.stats import Needed
-from latentize.convert.draft import observe
-from latentize.convert.position import dearest, dropping_cost, key_components, ladder, on_ladder
-from latentize.convert.source import SourceModel
-from latentize.demo import bundled_model
-from latentize.jobs import draw_text
+from latentize.cli.demo import bundled_model
+from latentize.conversion.draft import observe
+from latentize.conversion.texts import draw_text
+from latentize.methods.position import dearest, dropping_cost, key_components, ladder, on_ladder
+from latentize.methods.statistics import Needed
+from latentize.modeling.source import SourceModel
 from latentize.recipe import Recipe
 from latentize.report.chart import line_chart, rope_map
 

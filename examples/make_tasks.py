@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from random import Random
 
-from latentize.calibrate.text import documents
-from latentize.calibrate.tokenizer import load_tokenizer
+from latentize.text.documents import documents
+from latentize.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ROOT / "examples" / "tasks"

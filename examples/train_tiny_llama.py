@@ -28,8 +28,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from latentize.attention.module import causal_blocks
-from latentize.calibrate.text import stdlib_documents
+from latentize.modeling.attention import causal_blocks
+from latentize.text.documents import stdlib_documents
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 END_OF_TEXT = "<|endoftext|>"

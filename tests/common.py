@@ -299,7 +299,7 @@ def random_tokens(batch: int = 2, length: int = 48, seed: int = 0, vocab: int = 
 @torch.no_grad()
 def logits(folder: Path, tokens: Tensor) -> Tensor:
     """Logits of a saved model, loaded as users load it; every weight has to find its place."""
-    from latentize.runtime.load import load_model
+    from latentize.modeling.load import load_model
 
     return load_model(folder)(input_ids=tokens, use_cache=False).logits
 

@@ -23,10 +23,10 @@ from tests.killing import contents
 
 from latentize import api
 from latentize.checkpoint import Journal
-from latentize.convert.pipeline import Effort
-from latentize.convert.refine import Refinement
+from latentize.conversion import latent
+from latentize.conversion.pipeline import Effort
 from latentize.errors import LatentizeError
-from latentize.jobs import latent
+from latentize.training.refine import Refinement
 
 SEPARATE = ["unshare", "--map-root-user", "--mount"]
 RECIPE: dict[str, Any] = {**SMALL, "fast": False, "polish": False, "kv_lora_rank": 24, "qk_rope_head_dim": 8}

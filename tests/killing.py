@@ -25,11 +25,11 @@ from tests.common import SMALL, pico, portable, text_file
 
 from latentize import api
 from latentize.checkpoint import Journal, OutputFolder
-from latentize.convert.pipeline import Effort
-from latentize.convert.polish import Polish
-from latentize.convert.refine import Refinement
+from latentize.conversion import latent
+from latentize.conversion.pipeline import Effort
 from latentize.formats.gguf import write_gguf
-from latentize.jobs import latent
+from latentize.training.polish import Polish
+from latentize.training.refine import Refinement
 
 RECIPE: dict[str, Any] = {**SMALL, "fast": False, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "polish": True}
 

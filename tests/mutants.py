@@ -32,7 +32,7 @@ from latentize import api
 from latentize.checkpoint import Manifest
 from latentize.checkpoint.manifest import sha256
 from latentize.errors import LatentizeError
-from latentize.evaluate.verify import verify
+from latentize.evaluation.verify import verify
 
 INDEX = "model.safetensors.index.json"
 RECIPE: dict[str, Any] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from latentize._registration import install as _install
+from latentize.modeling.registration import install as _install
 
 if TYPE_CHECKING:
     from latentize.api import convert, evaluate, export, heal, verify
@@ -40,7 +40,10 @@ _HOMES = {
     "accelerate": "latentize.runtime.accelerate",
     "decelerate": "latentize.runtime.accelerate",
     "is_accelerated": "latentize.runtime.accelerate",
+    "convert": "latentize.api",
+    "evaluate": "latentize.api",
     "export": "latentize.api",
+    "heal": "latentize.api",
     "register_family": "latentize.families",
     "verify": "latentize.api",
     "Recipe": "latentize.recipe",
@@ -52,8 +55,6 @@ _install()
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name in ("convert", "evaluate", "heal"):  # packages that can be called
-        return import_module(f"latentize.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'latentize' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)

@@ -8,24 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latentize.calibrate.decoding import without_surrogates
-from latentize.calibrate.text import describe, documents
-from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.checkpoint import Checkpoint, Manifest, open_checkpoint, resolve
 from latentize.checkpoint.opening import load_config
-from latentize.convert.progress import Progress, silent
+from latentize.conversion.job import Job
+from latentize.conversion.latent import LatentJob
+from latentize.conversion.lowered import LowerJob
+from latentize.conversion.pooled import PooledJob
 from latentize.errors import CheckpointError, ConfigError, OptionError, OutputError
 from latentize.families import ModelSpec, is_latent, model_spec, require_supported
 from latentize.families.stored import match_tensors
-from latentize.jobs import Job, LatentJob, LowerJob, PooledJob
 from latentize.paths import expanded
+from latentize.progress import Progress, silent
 from latentize.recipe import Recipe
 from latentize.report.measurements import is_output, record, require_record
 from latentize.report.page import require_report as require_report_of
 from latentize.report.page import verdict, write_report
+from latentize.text.decoding import without_surrogates
+from latentize.text.documents import describe, documents
+from latentize.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from latentize.heal.parallel import Parallel
+    from latentize.healing.parallel import Parallel
 
 __all__ = ["convert", "evaluate", "export", "generate", "heal", "open_source", "verify"]
 
@@ -163,7 +166,7 @@ def heal(
         resume: Go on with an unfinished healing of the same ``out``.
         track: ``tensorboard`` or ``trackio``, beside the metrics that are written in any case.
         progress: Told how far it is.
-        **entries: As in :class:`latentize.heal.recipe.Healing`.
+        **entries: As in :class:`latentize.healing.recipe.Healing`.
 
     Returns:
         What ``latentize heal --json`` prints; nothing but on the first of several processes.
@@ -171,10 +174,10 @@ def heal(
     Raises:
         LatentizeError: anything that the user can mend; an unfinished healing stays in ``OUT.healing``.
     """
-    from latentize.heal.loop import Machine
-    from latentize.heal.parallel import Team, together
-    from latentize.heal.recipe import Healing
-    from latentize.healing import heal as run
+    from latentize.healing.loop import Machine
+    from latentize.healing.parallel import Team, together
+    from latentize.healing.recipe import Healing
+    from latentize.healing.run import heal as run
     from latentize.machine import multiplies_bfloat16
 
     healing = Healing.build(**entries)
@@ -224,14 +227,14 @@ def evaluate(
         reference: The source, to compare with.
         dtype: Precision to run in.
         probes: Ask for what lies far back in long contexts, too.
-        lengths, samples: As in :func:`latentize.evaluate.probes.probe`.
+        lengths, samples: As in :func:`latentize.evaluation.probes.probe`.
         tasks: Names of lm-eval's, or paths of YAML.
         task_options: ``include_path``, ``limit``, ``num_fewshot``, ``batch_size``, as in
-            :func:`latentize.evaluate.tasks.run_tasks`.
-        options: As in :func:`latentize.evaluate.quality.evaluate`.
+            :func:`latentize.evaluation.tasks.run_tasks`.
+        options: As in :func:`latentize.evaluation.quality.evaluate`.
     """
-    from latentize.evaluate.probes import probe
-    from latentize.evaluate.quality import evaluate as measure
+    from latentize.evaluation.probes import probe
+    from latentize.evaluation.quality import evaluate as measure
 
     folder, source = resolve(model), None if reference is None else resolve(reference)
     options["dtype"] = _torch_dtype(dtype)
@@ -247,7 +250,7 @@ def evaluate(
 def _tasks(
     folder: Path, source: Path | None, tasks: Sequence[str], own: dict[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from latentize.evaluate.tasks import run_tasks
+    from latentize.evaluation.tasks import run_tasks
 
     for option in ("cache", "window"):
         if options.get(option) is not None:
@@ -275,11 +278,11 @@ def compare(
         models: Folders or hub ids.
         cache: ``LATENT[+ROPE]``: each model also with these formats, and the source with transformers' own.
         dtype: Precision to run in.
-        options: As in :func:`latentize.evaluate.compare.compare`.
+        options: As in :func:`latentize.evaluation.compare.compare`.
     """
-    from latentize.evaluate.compare import compare as run
-    from latentize.evaluate.compare import describe as told
-    from latentize.evaluate.compare import names_of
+    from latentize.evaluation.compare import compare as run
+    from latentize.evaluation.compare import describe as told
+    from latentize.evaluation.compare import names_of
 
     folders = {name: resolve(model) for name, model in zip(names_of(models), models, strict=True)}
     options["dtype"] = _torch_dtype(dtype)
@@ -325,11 +328,11 @@ def generate(
     Raises:
         OptionError: a cache format or a window for a model that has no latents.
     """
+    from latentize.modeling.generation import without_guesses
+    from latentize.modeling.load import load_model
     from latentize.runtime.accelerate import accelerate, has_latents, no_latents
     from latentize.runtime.cache import LatentCache, cache_formats
     from latentize.runtime.generate import generate as run
-    from latentize.runtime.load import load_model
-    from latentize.runtime.settings import without_guesses
 
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
@@ -503,8 +506,8 @@ def verify(
         EngineError: the engine is missing, stops, or computes something else.
         OptionError: no such engine or type; a GGUF file without ``folder``.
     """
-    from latentize.evaluate.verify import TOLERANCE, require
-    from latentize.evaluate.verify import verify as check
+    from latentize.evaluation.verify import TOLERANCE, require
+    from latentize.evaluation.verify import verify as check
 
     path, checked = expanded(out), {}
     if path.is_file():

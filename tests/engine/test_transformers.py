@@ -17,12 +17,12 @@ from tests.engine.conftest import Record
 from torch import Tensor, nn
 
 import latentize
-from latentize.calibrate.text import documents
-from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
 from latentize.errors import EngineError, OptionError
 from latentize.formats.deepseek_v3 import EPS, NORM_SHIFT
-from latentize.runtime.load import load_model
+from latentize.modeling.load import load_model
+from latentize.text.documents import documents
+from latentize.text.tokenizer import load_tokenizer
+from latentize.text.tokens import pack
 
 SHAPES = {
     "random 512 + 64": {"heads": 4, "rank": 512, "rope": 64},

@@ -13,7 +13,7 @@ import yaml
 from tests.common import SMALL, run_python
 
 from latentize.api import convert, heal
-from latentize.card import licence
+from latentize.report.card import licence
 
 KINDS: dict[str, dict[str, Any]] = {
     "portable": {"kv_lora_rank": 24, "qk_rope_head_dim": 8},

@@ -18,8 +18,8 @@ from tests.common import FAMILIES, FP32, ONLY_MHA, SMALL, logits, random_tokens,
 
 import latentize
 from latentize.errors import FormatError
+from latentize.modeling.load import load_model
 from latentize.runtime.cache import LatentCache
-from latentize.runtime.load import load_model
 
 # What the portable format holds exactly, up to compression, or after a linear fit; the rest stays in its own form.
 EXACT = ("granite", "llama", "mistral", "phi3", "smollm3")

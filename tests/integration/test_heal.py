@@ -129,7 +129,8 @@ KILLED = """
 import os, signal, sys, json
 from pathlib import Path
 import latentize
-from latentize.heal import loop, state
+from latentize.healing import loop
+from latentize.healing import state
 model, out, source, options, at = sys.argv[1:6]
 after = int(at)
 take = loop._Run._step

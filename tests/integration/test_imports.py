@@ -43,7 +43,8 @@ for model in ("llama-3-8b", {str(config)!r}):
 
 
 def test_the_modules_below_torch_stay_below() -> None:
-    code = f"import latentize.spec, latentize.errors, latentize.recipe, latentize.families, latentize.plan{HEAVY}"
+    modules = ("attention.spec", "errors", "recipe", "families", "planning.cache_sizes")
+    code = f"import {', '.join('latentize.' + name for name in modules)}{HEAVY}"
     done = run_python(code)
     assert done.returncode == 0, done.stderr
 
@@ -52,7 +53,7 @@ def test_names_that_are_packages_can_be_called_too() -> None:
     """``latentize.convert`` is a function to users, whatever was imported before."""
     code = """
 import latentize
-import latentize.convert.pooling, latentize.evaluate.quality
+import latentize.methods.pooling, latentize.evaluation.quality
 from latentize.errors import LatentizeError
 for call in (lambda: latentize.convert("./nowhere", "out"), lambda: latentize.evaluate("./nowhere")):
     try:

@@ -16,10 +16,10 @@ import pytest
 from tests.common import SMALL, call_cli, last_json, leftovers, pico, run_cli
 
 from latentize import api
-from latentize.card import licence
 from latentize.checkpoint import Journal, OutputFolder, places
 from latentize.checkpoint.manifest import Manifest
 from latentize.errors import LatentizeError, OutputError, ResumeError
+from latentize.report.card import licence
 
 SMALL_EVAL = ("--tokens", 512, "--sequence-length", 64)
 
@@ -195,8 +195,9 @@ def test_an_output_that_cannot_be(
     place: Callable[[Path], Path],
     code: str,
 ) -> None:
-    from latentize import demo, healing
-    from latentize.jobs import job
+    from latentize.cli import demo
+    from latentize.conversion import job
+    from latentize.healing import run as healing
 
     for where, name in ((demo, "evaluate"), (healing, "_text"), (job, "draw_text")):
         monkeypatch.setattr(where, name, lambda *args, **options: pytest.fail("this takes long"))
@@ -291,7 +292,7 @@ def test_a_name_that_was_taken_meanwhile(tmp_path: Path, kind: str) -> None:
 def test_two_healings_to_the_same_place(
     made: Path, source: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentize import healing
+    from latentize.healing import run as healing
 
     options: dict[str, Any] = {"tokens": 512, "sequence_length": 64, "selection_tokens": 128, "data": (text,)}
     out = tmp_path / "healed"

@@ -12,8 +12,8 @@ from tests.common import relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
 
 import latentize
-from latentize.calibrate.text import stdlib_documents
-from latentize.calibrate.tokens import pack
+from latentize.text.documents import stdlib_documents
+from latentize.text.tokens import pack
 
 BUNDLED = Path(__file__).parents[2] / "models" / "tiny-llama-gqa"
 PROMPT, NEW = 2000, 256

@@ -15,11 +15,11 @@ from tests.latent_models import MIXTURES, mixture, saved
 
 import latentize
 from latentize.checkpoint import Manifest, open_checkpoint
-from latentize.convert.lower_rank import LatentMoments, lower
-from latentize.convert.refine import Refinement
+from latentize.conversion import lowered
 from latentize.errors import LatentizeError
-from latentize.jobs import lowered
-from latentize.runtime.load import load_model
+from latentize.methods.lower_rank import LatentMoments, lower
+from latentize.modeling.load import load_model
+from latentize.training.refine import Refinement
 
 LOWER: dict[str, Any] = {k: v for k, v in SMALL.items() if k != "dtype"}
 
@@ -162,7 +162,7 @@ def test_directions_that_no_latent_has_cost_nothing() -> None:
 
 @torch.no_grad()
 def test_fitted_scales_keep_the_norm_nearer_than_one_scale() -> None:
-    from latentize.convert.lower_rank import _scales
+    from latentize.methods.lower_rank import _scales
 
     generator = torch.Generator().manual_seed(0)
     size_r = torch.linspace(0.2, 3.0, 24, dtype=torch.float64)

@@ -16,17 +16,17 @@ ARGUMENTS = ("--fast", "--tokens", 2048, "--sequence-length", 2048, "--kv-lora-r
 # As the command line does, with so much of the need as address space beyond what the process has after its imports.
 LIMITED = """
 import resource, sys
-import latentize.jobs.limits, latentize.cli
-from latentize.convert.source import SourceModel
+import latentize.conversion.limits, latentize.conversion.job, latentize.cli
+from latentize.modeling.source import SourceModel
 from latentize.machine import memory_room, peak_rss_bytes
 share, certain, *arguments = sys.argv[1:]
-latentize.jobs.limits._CERTAIN = float(certain)
-check = latentize.jobs.Job._check_memory
+latentize.conversion.limits._CERTAIN = float(certain)
+check = latentize.conversion.job.Job._check_memory
 def checked(self, source):
     size = int(open("/proc/self/statm").read().split()[0]) * 4096
     resource.setrlimit(resource.RLIMIT_AS, (size + round(float(share) * self.footprint(source).bytes),) * 2)
     check(self, source)
-latentize.jobs.Job._check_memory = checked
+latentize.conversion.job.Job._check_memory = checked
 sys.argv[1:] = arguments
 latentize.cli.main()
 """

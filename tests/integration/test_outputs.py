@@ -206,7 +206,7 @@ def test_a_batch_with_padding_is_as_each_alone(
     source: Callable[..., Path], text: str, tmp_path: Path, form: str
 ) -> None:
     """Left padding and a mask, through ``generate``."""
-    from latentize.runtime.load import load_model
+    from latentize.modeling.load import load_model
 
     out = tmp_path / "out"
     latentize.convert(source("llama", 2), out, format=form, data=(text,), **FOLDED, **SMALL)
@@ -238,7 +238,7 @@ def hub_cache(model: Path, cache: Path, name: str = "someone/pico") -> None:
 HUB = """
 import sys
 from latentize.checkpoint import resolve
-from latentize.inspection import inspect, plan
+from latentize.planning.inspection import inspect, plan
 from latentize.errors import CheckpointError
 folder = resolve("someone/pico")
 assert folder.name == "a" * 40, folder

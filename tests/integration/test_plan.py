@@ -10,7 +10,7 @@ import pytest
 from tests.common import FAMILIES, ONLY_MHA, pico_config
 
 from latentize.errors import CheckpointError, ConfigError, OptionError
-from latentize.inspection import plan, shapes
+from latentize.planning.inspection import plan, shapes
 
 GIB = 2**30
 

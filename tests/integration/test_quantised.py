@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import latentize
-from latentize.calibrate.text import documents
-from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
+from latentize.text.documents import documents
+from latentize.text.tokenizer import load_tokenizer
+from latentize.text.tokens import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-llama-gqa"

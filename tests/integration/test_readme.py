@@ -12,7 +12,7 @@ import pytest
 from tests.common import call_cli
 
 import latentize
-from latentize.heal.recipe import Healing
+from latentize.healing.recipe import Healing
 from latentize.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import latentize
 from latentize import api
 from latentize.errors import FormatError, LatentizeError, UnsupportedModelError
 from latentize.families import table
-from latentize.inspection import inspect
+from latentize.planning.inspection import inspect
 
 # Each file tells that it was run.
 MARK = "from pathlib import Path\nPath({marker!r}).touch()\n"

@@ -114,7 +114,7 @@ def test_a_disk_that_fills(source: Callable[..., Path], text: str, tmp_path: Pat
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "model, out, text, options = sys.argv[1:]\n"
         "from latentize.errors import LatentizeError\n"
-        "import latentize.api, latentize.jobs\n"
+        "import latentize.api, latentize.conversion.job\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try:\n"
         "    latentize.convert(model, out, data=(text,), **json.loads(options))\n"

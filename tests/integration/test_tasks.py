@@ -19,7 +19,7 @@ from tests.common import BF16, FP32, STREAM, call_cli, last_json
 
 from latentize.api import convert, evaluate
 from latentize.errors import DataError, OptionError
-from latentize.evaluate.tasks import _manager, run_tasks
+from latentize.evaluation.tasks import _manager, run_tasks
 
 ROOT = Path(__file__).parents[2]
 MODEL, TASKS = ROOT / "models" / "tiny-llama-gqa", ROOT / "examples" / "tasks"
@@ -216,9 +216,9 @@ def _margins(model: Path) -> float:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from latentize.calibrate.tokenizer import load_tokenizer
-    from latentize.evaluate.tasks import _load
-    from latentize.runtime.load import load_model
+    from latentize.evaluation.tasks import _load
+    from latentize.modeling.load import load_model
+    from latentize.text.tokenizer import load_tokenizer
 
     name = str(TASKS / "stdlib_next_line.yaml")
     lm = HFLM(pretrained=load_model(model), tokenizer=load_tokenizer(model), batch_size=8)

@@ -15,10 +15,10 @@ import pytest
 from tests.common import SMALL, call_cli, last_json
 
 import latentize
-from latentize.calibrate.text import TextWarning
 from latentize.checkpoint import Manifest
 from latentize.errors import CheckpointError, OptionError, OutputError
 from latentize.paths import expanded
+from latentize.text.documents import TextWarning
 
 Run = Callable[..., dict[str, Any]]
 QUICK = ("--tokens", 512, "--sequence-length", 64)
@@ -98,7 +98,7 @@ def test_every_function_takes_the_home_folder(home: Path, tmp_path: Path) -> Non
 
 def test_paths_of_tasks_and_engines(home: Path) -> None:
     from latentize.engines.run import engine_python
-    from latentize.evaluate.tasks import _is_path, _manager
+    from latentize.evaluation.tasks import _is_path, _manager
 
     assert _is_path("~") and _is_path("~/task.yaml")
     (home / "tasks").mkdir()

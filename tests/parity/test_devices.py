@@ -18,7 +18,7 @@ from tests.latent_models import mixture, saved
 from torch.overrides import TorchFunctionMode
 
 import latentize
-from latentize.convert.descent import Schedule
+from latentize.training.descent import Schedule
 
 PACKAGES = ("convert", "calibrate", "heal", "attention", "runtime", "linalg.py", "healing.py", "jobs")
 FACTORIES = {
@@ -144,7 +144,7 @@ def test_healing(converted: tuple[Path, set[str]], more: dict[str, Any], tmp_pat
 
 def test_weights_come_back_to_where_they_were(tmp_path: Path) -> None:
     """A conversion that goes on finds its weights on its device; the CPU's stand for any."""
-    from latentize.convert import kept
+    from latentize.conversion import kept
 
     t = torch.arange(6.0).view(2, 3).mT
     back = kept._laid(t.contiguous(), t.stride(), "meta")

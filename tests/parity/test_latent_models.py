@@ -13,11 +13,11 @@ from tests.latent_models import MIXTURES, mixture, saved
 
 import latentize
 from latentize.api import bench
-from latentize.calibrate.tokens import Passages
 from latentize.checkpoint import open_checkpoint
-from latentize.convert.latent_source import LatentSource, check_latent
 from latentize.families import latent_model
+from latentize.modeling.latent_source import LatentSource, check_latent
 from latentize.runtime.cache import LatentCache
+from latentize.text.tokens import Passages
 
 
 @pytest.mark.parametrize("name", MIXTURES)

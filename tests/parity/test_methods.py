@@ -13,16 +13,16 @@ import torch
 from tests.common import FP32, LLAMA3_SCALING, SMALL, STREAM, leftovers, logits, random_tokens
 
 import latentize
-from latentize.calibrate.text import documents
-from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
-from latentize.convert.polish import Polish
-from latentize.convert.refine import Refinement
-from latentize.convert.rope_split import Selection
+from latentize.conversion import effort
 from latentize.errors import CheckpointError, DataError, FormatError, LatentizeError, OptionError, OutputError
 from latentize.errors import UnsupportedModelError as Unsupported
-from latentize.jobs import effort
-from latentize.runtime.load import load_model
+from latentize.methods.rope_split import Selection
+from latentize.modeling.load import load_model
+from latentize.text.documents import documents
+from latentize.text.tokenizer import load_tokenizer
+from latentize.text.tokens import pack
+from latentize.training.polish import Polish
+from latentize.training.refine import Refinement
 
 MHA2MLA = [
     {"method": "mha2mla", "svd": svd, "selection": selection}
@@ -201,7 +201,7 @@ def test_large_models_multiply_in_bf16(
 ) -> None:
     """From some size on layers run in bf16: the numbers are near those of float32, the weights nearly the same. Where
     that is slower they do not."""
-    from latentize.convert import source as module
+    from latentize.modeling import source as module
 
     model, recipe = source("llama", 2), {"method": "transmla", "keep": "50%", "freqfold": 4}
     reports = []
@@ -343,7 +343,7 @@ def test_verify_finds_damage(source: Callable[..., Path], text: str, tmp_path: P
 
 def test_layers_get_what_they_need(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
     """No value would be worth more in another layer; the sum is that of equal shares. Explicit sizes are for all."""
-    from latentize.convert.allocate import price
+    from latentize.conversion.allocate import price
 
     model, options = source("llama", 2), {"format": "native", "data": (text,), **SMALL}
     report = latentize.convert(model, tmp_path / "out", keep="50%", **options)

@@ -17,11 +17,11 @@ from torch import Tensor
 import latentize
 from latentize.api import open_source
 from latentize.checkpoint import Checkpoint, open_checkpoint
-from latentize.convert.latent_source import LatentSource
-from latentize.convert.reading import prove
-from latentize.convert.source import SourceModel
 from latentize.errors import CheckpointError, LatentizeError
 from latentize.families import ModelSpec, latent_model
+from latentize.modeling.latent_source import LatentSource
+from latentize.modeling.reading import prove
+from latentize.modeling.source import SourceModel
 
 TOKENS = torch.arange(48) % 40 + 3
 
@@ -106,7 +106,7 @@ def test_a_wrong_tensor_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("family", ["llama", "glm", "gpt_neox", "phi3", "olmo2"])
 def test_wrong_heads_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """The tensors are right, what is made of them is not."""
-    from latentize.convert import source as module
+    from latentize.modeling import source as module
 
     right = module.attention_weights
 
@@ -130,7 +130,7 @@ def test_what_transformers_cannot_load_is_refused(tmp_path: Path, entry: dict[st
 
 
 def test_nothing_is_written_of_what_is_read_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentize.jobs import job
+    from latentize.conversion import job
 
     def wrong(source: SourceModel, *args: Any, **kwargs: Any) -> float:
         source.spec = SPECS["residual multiplier"](source.spec)

@@ -10,15 +10,15 @@ import torch
 from tests.common import FP32, SMALL, STOCK, random_tokens, relative_error
 
 import latentize
-from latentize.calibrate.tokens import Passages, spread_positions
 from latentize.checkpoint import open_checkpoint
-from latentize.heal.loop import _recompute
-from latentize.heal.recipe import Healing
-from latentize.heal.student import Student
-from latentize.heal.targets import Live, inputs
+from latentize.healing.loop import _recompute
+from latentize.healing.recipe import Healing
+from latentize.healing.student import Student
+from latentize.healing.targets import Live, inputs
+from latentize.modeling.load import load_model
 from latentize.runtime.accelerate import accelerate
 from latentize.runtime.cache import LatentCache, cache_formats
-from latentize.runtime.load import load_model
+from latentize.text.tokens import Passages, spread_positions
 
 KINDS = {
     "deepseek_v3": {"format": "deepseek_v3", "keep": "50%"},

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights
-from latentize.calibrate.stats import CalibrationStats
-from latentize.spec import AttentionSpec, RopeSpec
+from latentize.attention.spec import AttentionSpec, RopeSpec
+from latentize.methods.statistics import CalibrationStats
 
 D = 40
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentize.convert.allocate import exchange, price, where_exact
+from latentize.conversion.allocate import exchange, price, where_exact
 
 FREE = (0, 1000)
 

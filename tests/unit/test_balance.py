@@ -244,8 +244,8 @@ def test_what_is_converted(source: Callable[..., Path], text: str, tmp_path: Pat
 def test_healing_sees_what_it_saw_before(folders: tuple[Path, Path], train: str) -> None:
     """The same coordinates to the bit, and what it writes is balanced as the config says."""
     from latentize.checkpoint import open_checkpoint
-    from latentize.heal.recipe import Healing
-    from latentize.heal.student import Student
+    from latentize.healing.recipe import Healing
+    from latentize.healing.student import Student
 
     students = [Student(folder, Healing(train=train)) for folder in folders]
     first, second = (student.state_dict() for student in students)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from tests.common import FAMILIES, ONLY_MHA, pico_config, pico_model
 
-from latentize.capacity import capacities
-from latentize.devices import DEVICES, Machine, machine_of
 from latentize.errors import OptionError
 from latentize.families import model_spec
-from latentize.inspection import plan
-from latentize.plan import plan as rows_of
+from latentize.planning.cache_sizes import plan as rows_of
+from latentize.planning.capacity import capacities
+from latentize.planning.devices import DEVICES, Machine, machine_of
+from latentize.planning.inspection import plan
 
 LLAMA_3_8B = {
     "model_type": "llama",

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from latentize.attention.blocks import causal_blocks
-from latentize.attention.module import prefill
 from latentize.attention.projections import Up
+from latentize.modeling.attention import prefill
+from latentize.modeling.blocks import causal_blocks
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 31, 64])
@@ -31,7 +31,7 @@ def _calls_blocks(dtype: torch.dtype, heads: int, tokens: int, *, learns: bool, 
     rope, latent = torch.randn(1, heads, tokens, 2, dtype=dtype), torch.randn(1, 1, tokens, 4, dtype=dtype)
     up = Up(torch.randn(heads, 4, 4, dtype=dtype), torch.randn(heads, 4, 4, dtype=dtype), 0.5)
     with (
-        patch("latentize.attention.module.causal_blocks", wraps=causal_blocks) as blocks,
+        patch("latentize.modeling.attention.causal_blocks", wraps=causal_blocks) as blocks,
         torch.autocast("cpu", torch.bfloat16, enabled=fast),
     ):
         prefill(q, rope, latent, rope[:, :1], up)

@@ -13,11 +13,11 @@ from tests.common import SMALL, random_tokens, relative_error
 
 from latentize.api import compare, convert, evaluate
 from latentize.errors import DataError, OptionError
-from latentize.evaluate import quantized as module
-from latentize.evaluate.compare import Row, marked, names_of
-from latentize.evaluate.quantized import Quantized, quantized
+from latentize.evaluation import quantized as module
+from latentize.evaluation.compare import Row, marked, names_of
+from latentize.evaluation.quantized import Quantized, quantized
+from latentize.modeling.load import load_model
 from latentize.report.pareto import pareto_chart
-from latentize.runtime.load import load_model
 
 MEASURED: dict[str, Any] = {"tokens": 512, "sequence_length": 64}
 

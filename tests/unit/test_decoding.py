@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentize.calibrate.decoding import Source, encoding_of, without_surrogates
-from latentize.calibrate.text import documents
 from latentize.errors import DataError
+from latentize.text.decoding import Source, encoding_of, without_surrogates
+from latentize.text.documents import documents
 
 LANGUAGES = {
     "English": "The people gathered at noon, and nobody knew why.\n" * 40,
@@ -244,7 +244,7 @@ def test_no_standard_input(stdin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentize.calibrate.decoding._PIPED_BYTES", 1 << 16)
+    monkeypatch.setattr("latentize.text.decoding._PIPED_BYTES", 1 << 16)
     with Path("/dev/zero").open("rb") as endless:
         standard = Standard(b"")
         standard.buffer = endless  # type: ignore[assignment]

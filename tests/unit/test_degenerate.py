@@ -31,18 +31,18 @@ from torch import Tensor
 
 import latentize
 from latentize.attention.grouped import AttentionWeights, grouped_attention
-from latentize.convert.allocate import exchange, price
-from latentize.convert.draft import naming_layer
-from latentize.convert.low_rank import balanced_pca, whitened_svd
-from latentize.convert.lower_rank import LatentMoments, lower
-from latentize.convert.pooling import pool_heads
-from latentize.convert.position import linearised
-from latentize.convert.refine import _correction
-from latentize.convert.unread import without_unread
+from latentize.conversion.allocate import exchange, price
+from latentize.conversion.draft import naming_layer
+from latentize.conversion.limits import finite_numbers
 from latentize.errors import NumericsError
-from latentize.evaluate.verify import verify
+from latentize.evaluation.verify import verify
 from latentize.formats.deepseek_v3 import LatentNorm
-from latentize.jobs.limits import finite_numbers
+from latentize.methods.low_rank import balanced_pca, whitened_svd
+from latentize.methods.lower_rank import LatentMoments, lower
+from latentize.methods.pooling import pool_heads
+from latentize.methods.position import linearised
+from latentize.modeling.unread import without_unread
+from latentize.training.refine import _correction
 
 HEAD = slice(0, 16)
 Damage = Callable[[Any], None]
@@ -138,7 +138,7 @@ def test_what_fits_is_exact(kind: str, tmp_path: Path, text: str) -> None:
 @pytest.fixture(params=[False, True], ids=["float32", "bfloat16"])
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Text is followed in bfloat16, as where the machine multiplies that faster, or it is not."""
-    monkeypatch.setattr("latentize.convert.source.multiplies_bfloat16", lambda kind: request.param)
+    monkeypatch.setattr("latentize.modeling.source.multiplies_bfloat16", lambda kind: request.param)
     return request.param
 
 

@@ -9,8 +9,8 @@ import torch
 from tests.common import STREAM, relative_error
 from torch import Tensor
 
-from latentize.convert.quality import compare_logits, compare_streams
-from latentize.evaluate.detail import Evaluation
+from latentize.evaluation.detail import Evaluation
+from latentize.evaluation.losses import compare_logits, compare_streams
 
 
 def batch(sequences: int = 3, length: int = 37, vocab: int = 23, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

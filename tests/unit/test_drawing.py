@@ -14,10 +14,10 @@ import torch
 from tests.common import byte_tokenizer
 from torch import Tensor
 
-from latentize.calibrate.drawing import Part, draw, draw_all
-from latentize.calibrate.text import TextWarning, documents
-from latentize.calibrate.tokens import TooShortError, pack
 from latentize.errors import DataError
+from latentize.text.documents import TextWarning, documents
+from latentize.text.drawing import Part, draw, draw_all
+from latentize.text.tokens import TooShortError, pack
 
 LENGTH = 64
 
@@ -69,7 +69,7 @@ def numbers(rows_NT: Tensor, tokenizer: Any) -> set[str]:
 
 @pytest.mark.parametrize("size", [200, 700, 2_000, 13_000, 53_000, 180_000, 295_000, 733_000])
 @pytest.mark.parametrize("make", KINDS)
-@pytest.mark.filterwarnings("ignore::latentize.calibrate.text.TextWarning")
+@pytest.mark.filterwarnings("ignore::latentize.text.documents.TextWarning")
 def test_every_text_has_both_parts(tmp_path: Path, tokenizer: Any, make: Callable[..., Path], size: int) -> None:
     path = make(tmp_path / "text", size)
     parts = [Part("calibration", 1 << 14, 5), Part("heldout", 1 << 12)]
@@ -86,7 +86,7 @@ def test_every_text_has_both_parts(tmp_path: Path, tokenizer: Any, make: Callabl
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.filterwarnings("ignore::latentize.calibrate.text.TextWarning")
+@pytest.mark.filterwarnings("ignore::latentize.text.documents.TextWarning")
 def test_no_seed_and_no_number_moves_a_sequence_to_the_other_part(tmp_path: Path, tokenizer: Any, seed: int) -> None:
     path = txt(tmp_path / "text", 3_000)
     order = random.Random(seed)
@@ -128,7 +128,7 @@ def test_less_than_asked_for_is_told(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("size", [2, 20, 100, 116])
 @pytest.mark.parametrize("make", KINDS)
-@pytest.mark.filterwarnings("ignore::latentize.calibrate.text.TextWarning")
+@pytest.mark.filterwarnings("ignore::latentize.text.documents.TextWarning")
 def test_too_little_is_said_with_what_would_do(
     tmp_path: Path, tokenizer: Any, make: Callable[..., Path], size: int
 ) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from latentize.convert.pipeline import Effort
-from latentize.convert.polish import Polish
+from latentize.conversion.effort import effort_of
+from latentize.conversion.pipeline import Effort
 from latentize.families import ModelSpec
-from latentize.inspection import read_spec
-from latentize.jobs.effort import effort_of
+from latentize.planning.inspection import read_spec
 from latentize.recipe import Recipe
+from latentize.training.polish import Polish
 
 BUNDLED = str(Path(__file__).parents[2] / "models" / "tiny-llama-gqa")
 

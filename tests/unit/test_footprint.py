@@ -11,9 +11,10 @@ import torch
 from tests.common import FAMILIES
 
 from latentize.api import open_source
-from latentize.convert.source import SourceModel
-from latentize.footprint import Footprint
-from latentize.jobs import LatentJob, PooledJob
+from latentize.conversion.footprint import Footprint
+from latentize.conversion.latent import LatentJob
+from latentize.conversion.pooled import PooledJob
+from latentize.modeling.source import SourceModel
 from latentize.recipe import Recipe
 
 SIZES = {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
@@ -74,11 +75,11 @@ def test_every_family_has_one(predicted: Callable[..., Footprint], family: str) 
 
 def test_layers_are_counted_as_they_run(source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """In a large model the MLP stays as it is stored; so the bytes that are loaded are those that are counted."""
-    from latentize.footprint import _Shapes
+    from latentize.conversion.footprint import _Shapes
 
-    monkeypatch.setattr("latentize.convert.source.multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr("latentize.modeling.source.multiplies_bfloat16", lambda _: True)
     for stored, limit in ((torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 1 << 40)):
-        monkeypatch.setattr("latentize.convert.source._LARGE", limit)
+        monkeypatch.setattr("latentize.modeling.source._LARGE", limit)
         checkpoint, spec = open_source(source("llama", 2) if stored == torch.float32 else half(source))
         model = SourceModel(checkpoint, spec)
         shapes = _Shapes(spec, checkpoint, Recipe.build(), 2, model.autocast)

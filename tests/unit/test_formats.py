@@ -16,7 +16,6 @@ from torch import Tensor
 
 from latentize.attention.grouped import rms_norm
 from latentize.attention.latent import LatentWeights
-from latentize.convert.settings import Setting
 from latentize.families import model_spec
 from latentize.formats.deepseek_v3 import (
     DELTA,
@@ -28,7 +27,9 @@ from latentize.formats.deepseek_v3 import (
     encode_attention,
     portable_reasons,
 )
-from latentize.formats.native import _empty_attention, layer_entry
+from latentize.formats.native import layer_entry
+from latentize.methods.settings import Setting
+from latentize.modeling.native import _empty_attention
 
 H, U, R, N, V, RANK, D = 4, 2, 6, 5, 7, 9, 24
 THETA = 300.0
@@ -215,7 +216,7 @@ def test_what_it_cannot_hold_is_said(arguments: dict[str, Any], word: str) -> No
 @pytest.mark.parametrize("biases", [False, True])
 def test_a_native_layer_is_rebuilt_from_its_entry(biases: bool) -> None:
     """``config.json`` says all that an empty layer needs to take its tensors."""
-    from latentize.attention.module import LatentAttention
+    from latentize.modeling.attention import LatentAttention
 
     w = latent_weights(torch.float32)
     if biases:

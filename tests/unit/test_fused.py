@@ -12,8 +12,8 @@ from tests.latent_models import MIXTURES, mixture
 from torch import Tensor
 from torch.profiler import profile
 
-from latentize.evaluate.predict import predictor
-from latentize.runtime.fused import fuse
+from latentize.evaluation.predict import predictor
+from latentize.modeling.fused import fuse
 
 FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tests.common import SMALL, call_cli, last_json, mutants, pico, text_file
 
 from latentize import api
-from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.errors import CheckpointError, LatentizeError, OptionError
-from latentize.runtime.load import load_model
+from latentize.modeling.load import load_model
+from latentize.text.tokenizer import load_tokenizer
 
 PROMPT = "some words"
 

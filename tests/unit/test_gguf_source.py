@@ -32,15 +32,15 @@ from tests.gguf_files import CHAT_TEMPLATE, source_model, write_source
 from tests.killing import contents
 
 import latentize
-from latentize import card
 from latentize.api import open_source
-from latentize.calibrate.tokenizer import load_tokenizer
 from latentize.checkpoint import Journal, gguf_header, load_config, open_checkpoint, resolve
 from latentize.checkpoint import gguf as reader
 from latentize.checkpoint.manifest import Manifest, sha256
 from latentize.errors import CheckpointError, LatentizeError, ResumeError
-from latentize.inspection import inspect, plan
-from latentize.runtime.load import load_model
+from latentize.modeling.load import load_model
+from latentize.planning.inspection import inspect, plan
+from latentize.report import card
+from latentize.text.tokenizer import load_tokenizer
 
 # Those whose config transformers reads whole; of others some entries are put right.
 PLAIN = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "lfm2", "starcoder2")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from latentize.attention.cache import GrowingCache
 from latentize.attention.grouped import AttentionWeights, grouped_attention, rms_norm
-from latentize.convert.canonical import attention_weights
+from latentize.attention.spec import AttentionSpec
 from latentize.families import ModelSpec, model_spec
-from latentize.spec import AttentionSpec
+from latentize.modeling.canonical import attention_weights
 
 
 def layer(family: str, kv_heads: int, **changes: Any) -> tuple[Any, AttentionWeights, ModelSpec]:

@@ -11,9 +11,9 @@ from tests.common import FP32, SMALL, random_tokens, relative_error
 from transformers import Cache
 
 from latentize.api import convert
-from latentize.evaluate.grouped import CodedLayer, grouped_predictor, window_mask
-from latentize.evaluate.predict import predictor
-from latentize.runtime.load import load_model
+from latentize.evaluation.grouped import CodedLayer, grouped_predictor, window_mask
+from latentize.evaluation.predict import predictor
+from latentize.modeling.load import load_model
 
 
 def test_the_mask_by_hand() -> None:

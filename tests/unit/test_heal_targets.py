@@ -9,12 +9,12 @@ import torch
 from tests.common import FP32, pico_model, random_tokens, relative_error
 from torch.nn import functional as F
 
-from latentize.calibrate.tokens import Passages
-from latentize.convert.descent import Schedule
-from latentize.convert.progress import silent
 from latentize.errors import OptionError
-from latentize.heal.recipe import Healing
-from latentize.heal.targets import FullTargets, Live, TopKTargets, Written, write_top_k
+from latentize.healing.recipe import Healing
+from latentize.healing.targets import FullTargets, Live, TopKTargets, Written, write_top_k
+from latentize.progress import silent
+from latentize.text.tokens import Passages
+from latentize.training.descent import Schedule
 
 
 def full(tokens: int = 9, vocab: int = 13) -> tuple[FullTargets, torch.Tensor]:

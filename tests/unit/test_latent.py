@@ -16,8 +16,8 @@ from torch import Tensor
 from latentize.attention.cache import GrowingCache
 from latentize.attention.latent import LatentWeights, cache_rows, expanded_heads, latent_attention, queries
 from latentize.attention.masks import causal_mask
-from latentize.attention.module import LatentAttention, prefill, state_dict
-from latentize.spec import RopeSpec
+from latentize.attention.spec import RopeSpec
+from latentize.modeling.attention import LatentAttention, prefill, state_dict
 
 D = 24
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from latentize.errors import ConfigError, LatentizeError
 from latentize.families import is_latent, latent_model, model_spec
 from latentize.families.latent import LATENT_TYPES
-from latentize.inspection import inspect, plan, shapes
+from latentize.planning.inspection import inspect, plan, shapes
 from latentize.recipe import Recipe
 
 PUBLISHED = ("deepseek-v2-lite", "deepseek-v3", "glm-4.7-flash")
@@ -164,8 +164,8 @@ def test_other_latent_models_are_refused_by_name(model_type: str) -> None:
 
 
 def test_a_rank_alone_is_for_such_models_only() -> None:
-    from latentize.convert.settings import settings
-    from latentize.spec import AttentionSpec, RopeSpec
+    from latentize.attention.spec import AttentionSpec, RopeSpec
+    from latentize.methods.settings import settings
 
     recipe = Recipe.build(kv_lora_rank=8)
     with pytest.raises(LatentizeError, match="belong together"):

@@ -10,8 +10,8 @@ from tests.common import FP64, relative_error
 from tests.unit.layers import D, attention_spec, inputs, random_attention, stats_of
 from torch import Tensor
 
-from latentize.calibrate.stats import CalibrationStats
-from latentize.convert.low_rank import Factors, balanced_pca, joint_svd, key_balance, split_svd, whitened_svd
+from latentize.methods.low_rank import Factors, balanced_pca, joint_svd, key_balance, split_svd, whitened_svd
+from latentize.methods.statistics import CalibrationStats
 
 C, E = 10, 14
 

@@ -8,8 +8,8 @@ from random import Random
 
 import pytest
 
-from latentize.evaluate.paired import around, of_difference, of_score
-from latentize.evaluate.tasks import rows_of
+from latentize.evaluation.paired import around, of_difference, of_score
+from latentize.evaluation.tasks import rows_of
 
 RIGHT = [1, 1, 1, 0, 1, 0, 1, 1, 0, 1]
 LESS = [1, 1, 0, 0, 1, 0, 1, 1, 0, 0]

@@ -12,13 +12,13 @@ from tests.common import FP32, random_tokens, relative_error
 from torch.nn import functional as F
 
 from latentize.api import open_source
-from latentize.calibrate.tokens import Passages, spread_positions
-from latentize.convert.draft import observe
-from latentize.convert.methods import convert_layer
-from latentize.convert.polish import Polish, divergence, polish
-from latentize.convert.refine import expand_heads
-from latentize.convert.settings import Setting
-from latentize.convert.source import SourceModel
+from latentize.conversion.draft import observe
+from latentize.methods.closed_form import convert_layer
+from latentize.methods.settings import Setting
+from latentize.modeling.source import SourceModel
+from latentize.text.tokens import Passages, spread_positions
+from latentize.training.polish import Polish, divergence, polish
+from latentize.training.refine import expand_heads
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 100])

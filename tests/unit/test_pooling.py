@@ -8,7 +8,7 @@ from tests.common import FP64, relative_error
 from tests.unit.layers import attention_spec, inputs, random_attention
 
 from latentize.attention.grouped import grouped_attention
-from latentize.convert.pooling import pool_heads
+from latentize.methods.pooling import pool_heads
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (4, 1), (2, 1), (4, 4)])

@@ -16,11 +16,11 @@ from torch import Tensor
 from latentize.attention.grouped import attend, grouped_attention, queries_keys
 from latentize.attention.masks import causal_mask
 from latentize.attention.rope import rope_angles, rotate_half
-from latentize.calibrate import distance
-from latentize.calibrate.distance import attended_distances, expected_rotation
-from latentize.calibrate.stats import CalibrationStats, Needed, gather
-from latentize.convert.methods import linear_fit
-from latentize.convert.position import (
+from latentize.attention.spec import AttentionSpec, RopeSpec
+from latentize.methods import distances as distance
+from latentize.methods.closed_form import linear_fit
+from latentize.methods.distances import attended_distances, expected_rotation
+from latentize.methods.position import (
     assign_rungs,
     dearest,
     key_components,
@@ -31,7 +31,7 @@ from latentize.convert.position import (
     rope_cost,
     rung_gains,
 )
-from latentize.spec import AttentionSpec, RopeSpec
+from latentize.methods.statistics import CalibrationStats, Needed, gather
 
 
 @pytest.mark.parametrize("budget", [1 << 25, 100, 1])

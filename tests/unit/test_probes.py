@@ -13,9 +13,9 @@ from tests.common import byte_tokenizer, pico
 from torch import Tensor
 
 from latentize.errors import DataError, OptionError
-from latentize.evaluate.predict import Predict
-from latentize.evaluate.probes import DEPTHS, Answer, Example, answers, examples, probe, summary
-from latentize.evaluate.puzzles import PUZZLES, Piece, Puzzle, placed
+from latentize.evaluation.predict import Predict
+from latentize.evaluation.probes import DEPTHS, Answer, Example, answers, examples, probe, summary
+from latentize.evaluation.puzzles import PUZZLES, Piece, Puzzle, placed
 
 VOCAB = 257
 

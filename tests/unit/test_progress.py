@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from latentize.convert.progress import Timed, said_time
+from latentize.progress import Timed, said_time
 
 STAGES = {"reading": 10.0, "learning": 90.0}
 

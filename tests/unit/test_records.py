@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from tests.common import byte_tokenizer
 
-from latentize.calibrate.drawing import Part, draw, draw_all
-from latentize.calibrate.records import Chat, chat_renderer, document_of
-from latentize.calibrate.text import documents
 from latentize.errors import DataError
+from latentize.text.documents import documents
+from latentize.text.drawing import Part, draw, draw_all
+from latentize.text.records import Chat, chat_renderer, document_of
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"

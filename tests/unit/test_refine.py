@@ -12,13 +12,14 @@ from tests.unit.layers import attention_spec, inputs, random_attention, stats_of
 
 from latentize.attention.grouped import grouped_attention
 from latentize.attention.latent import LatentWeights
-from latentize.attention.module import LatentAttention
-from latentize.convert.descent import Adam, Heads, Muon, Schedule, descent
-from latentize.convert.methods import convert_layer
-from latentize.convert.refine import Refinement, descend, expand_heads, stacked_heads, token_energy
-from latentize.convert.refine import refine as refine_relative
-from latentize.convert.settings import Setting
-from latentize.spec import LatentSpec
+from latentize.attention.spec import LatentSpec
+from latentize.methods.closed_form import convert_layer
+from latentize.methods.settings import Setting
+from latentize.modeling.attention import LatentAttention
+from latentize.training.descent import Adam, Heads, Muon, Schedule, descent
+from latentize.training.refine import Refinement, descend, expand_heads, stacked_heads
+from latentize.training.refine import refine as refine_relative
+from latentize.training.relative import token_energy
 
 HOW = Refinement(steps=30, tokens=96)
 ONE_STEP = Schedule(steps=1, rate=0.1, warmup=1)
@@ -254,7 +255,7 @@ def test_a_step_of_muon_is_that_of_torch(shape: tuple[int, int], narrow: bool, t
     (size,) = (group["size"] for optimiser in descent.optimisers for group in optimiser.param_groups)
     size /= max(1.0, shape[0] / shape[1]) ** 0.5
     start = ours.detach().clone()
-    with patch("latentize.convert.descent.multiplies_bfloat16", return_value=narrow):
+    with patch("latentize.training.descent.multiplies_bfloat16", return_value=narrow):
         for step in range(schedule.steps):
             gradient = torch.randn(shape)
             reference.param_groups[0]["lr"] = schedule.rate * schedule.factor(step) * size
@@ -318,7 +319,7 @@ def test_it_is_solved_for_on_as_much_text_as_the_steps_read(job, steps: int, seq
             seen.update(rows.tolist())
         return x[rows]
 
-    with patch("latentize.convert.refine._SOLVED_TOKENS", 48):
+    with patch("latentize.training.refine._SOLVED_TOKENS", 48):
         refine(start, read, target, replace(HOW, steps=steps, tokens=48, rate=1e-3, warmup=1))
     assert seen == {*range(sequences), 11}
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.common import call_cli, pico
 
-from latentize.jobs import limits
+from latentize.conversion import limits
 from latentize.machine import Room
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"

@@ -11,11 +11,11 @@ import torch
 from tests.common import SMALL
 
 import latentize
-from latentize.calibrate.repeated import repeated
+from latentize.conversion import latent
+from latentize.conversion.texts import draw_text
 from latentize.errors import OptionError
-from latentize.jobs import latent
-from latentize.jobs.text import draw_text
 from latentize.recipe import Recipe
+from latentize.text.repeated import repeated
 
 
 def distinct(count: int, length: int) -> torch.Tensor:

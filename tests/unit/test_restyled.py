@@ -11,8 +11,8 @@ import torch
 from tests.common import SMALL, byte_tokenizer
 
 import latentize
-from latentize.calibrate.restyled import STYLES, restyled
 from latentize.errors import OptionError
+from latentize.text.restyled import STYLES, restyled
 
 TEXT = "He left, as she'd said: at 9.30. Who (if not I) knows? "
 
@@ -48,7 +48,7 @@ def test_all_of_it() -> None:
 
 
 def test_a_sequence_begins_as_the_tokenizer_begins_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentize.calibrate.restyled.leading_tokens", lambda tokenizer: [7, 8])
+    monkeypatch.setattr("latentize.text.restyled.leading_tokens", lambda tokenizer: [7, 8])
     drawn_NT = rows(8, 64)
     made_NT = restyled(byte_tokenizer(), drawn_NT, sequences=8)
     changed = (made_NT != drawn_NT).any(1)

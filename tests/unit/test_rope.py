@@ -13,9 +13,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_po
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from latentize.attention.rope import half_to_interleaved, rope_angles, rotate_half, rotate_interleaved
+from latentize.attention.spec import RopeSpec
 from latentize.errors import UnsupportedModelError
 from latentize.families.model import model_spec, rope_spec
-from latentize.spec import RopeSpec
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 500_000.0},

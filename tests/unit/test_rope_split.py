@@ -12,11 +12,11 @@ from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights, grouped_attention
 from latentize.attention.rope import rope_angles, rotate_half
-from latentize.calibrate.stats import CalibrationStats
-from latentize.convert.methods import convert_layer
-from latentize.convert.rope_split import RopeSplit, Selection, rorope, select_pairs, split_per_head
-from latentize.convert.settings import Setting
-from latentize.spec import AttentionSpec
+from latentize.attention.spec import AttentionSpec
+from latentize.methods.closed_form import convert_layer
+from latentize.methods.rope_split import RopeSplit, Selection, rorope, select_pairs, split_per_head
+from latentize.methods.settings import Setting
+from latentize.methods.statistics import CalibrationStats
 
 SELECTIONS = get_args(Selection)
 

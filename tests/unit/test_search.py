@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from latentize.api import open_source
-from latentize.convert.search import choose, choose_by_layers, likely_ladders, looked_at, most_promising
-from latentize.convert.settings import Setting, settings
-from latentize.convert.source import SourceModel
-from latentize.jobs import draw_text
+from latentize.conversion.search import choose, choose_by_layers, likely_ladders, looked_at, most_promising
+from latentize.conversion.texts import draw_text
+from latentize.methods.settings import Setting, settings
+from latentize.modeling.source import SourceModel
 from latentize.recipe import Recipe
 
 RECIPE = {"keep": "50%", "tokens": 2048, "sequence_length": 64, "selection_tokens": 256, "evaluation_tokens": 256}

@@ -13,11 +13,11 @@ from tests.common import SMALL, byte_tokenizer
 from torch import Tensor
 
 import latentize
-from latentize.calibrate.attending import NAME, attending, cache_of
-from latentize.calibrate.self_generated import self_generated
-from latentize.calibrate.tokenizer import load_tokenizer
+from latentize.conversion.self_generated import self_generated
 from latentize.errors import OptionError
-from latentize.runtime.load import load_model
+from latentize.modeling.attending import NAME, attending, cache_of
+from latentize.modeling.load import load_model
+from latentize.text.tokenizer import load_tokenizer
 
 
 class Chain:
@@ -88,7 +88,7 @@ def test_the_same_for_the_same_seed_and_nobody_elses_draws_change() -> None:
 
 
 def test_sequences_begin_as_texts_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentize.calibrate.self_generated.leading_tokens", lambda tokenizer: [42, 43])
+    monkeypatch.setattr("latentize.conversion.self_generated.leading_tokens", lambda tokenizer: [42, 43])
     drawn = self_generated(Chain(table()), byte_tokenizer(), sequences=5, length=300)
     assert drawn.shape == (5, 300)
     assert drawn[:, :2].tolist() == [[42, 43]] * 5

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.layers import attention_spec, random_attention, stats_of
 
-from latentize.convert.methods import convert_layer, ladder_costs
-from latentize.convert.settings import Setting, pooled_heads, settings
+from latentize.attention.spec import AttentionSpec, RopeSpec
 from latentize.errors import OptionError, UnsupportedModelError
+from latentize.methods.closed_form import convert_layer, ladder_costs
+from latentize.methods.settings import Setting, pooled_heads, settings
 from latentize.recipe import Recipe
-from latentize.spec import AttentionSpec, RopeSpec
 
 METHODS = ("transmla", "care", "mha2mla")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from latentize.api import open_source
-from latentize.attention.blocks import causal_blocks, suit_blocks
-from latentize.calibrate.tokens import Passages
-from latentize.convert.source import SourceModel
+from latentize.modeling.blocks import causal_blocks, suit_blocks
+from latentize.modeling.source import SourceModel
+from latentize.text.tokens import Passages
 
 # No multiple of the queries of a block.
 TOKENS = 200
@@ -28,7 +28,7 @@ def _predicted(folder: Path, tokens_NT: Tensor, *, fast: bool = False, blocks: b
     # As on a machine that is faster in bfloat16.
     model.fast_matmul = True
     text = model.embed(Passages(tokens_NT, positions_NT))
-    module = "latentize.calibrate.attending"
+    module = "latentize.modeling.attending"
     with (
         patch(f"{module}.causal_blocks", wraps=causal_blocks) as called,
         patch(f"{module}.suit_blocks", side_effect=lambda *args: blocks and suit_blocks(*args)),

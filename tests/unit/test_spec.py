@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentize.spec import AttentionSpec, LatentSpec, RopeSpec, kv_cache_bytes
+from latentize.attention.spec import AttentionSpec, LatentSpec, RopeSpec, kv_cache_bytes
 
 ROPE = RopeSpec(10_000.0, 16)
 COUNTS = st.integers(1, 64)

@@ -10,7 +10,7 @@ from tests.common import FP32, FP64, relative_error
 from tests.unit.layers import attention_spec, inputs, random_attention, stats_of
 
 from latentize.attention.grouped import AttentionWeights
-from latentize.calibrate.stats import CalibrationStats
+from latentize.methods.statistics import CalibrationStats
 
 FIELDS = ("x_D", "xx_DD", "q_norm_HF", "k_norm_GF")
 

@@ -18,7 +18,7 @@ import latentize
 from latentize.api import open_source
 from latentize.errors import CheckpointError
 from latentize.families import families, model_spec
-from latentize.inspection import inspect
+from latentize.planning.inspection import inspect
 
 Tensors = dict[str, torch.Tensor]
 WEIGHTS = "model.safetensors"

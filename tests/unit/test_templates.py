@@ -191,6 +191,6 @@ def test_a_gguf_source_keeps_templates_and_ends(text: str, tmp_path: Path) -> No
     api.convert(source, out, to="mqa", data=(text,), **SMALL)
     assert templates_of(out) == {"default": CHAT_TEMPLATE, "tool_use": TOOLS}
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [0, 5, 7]
-    from latentize.runtime.load import load_model
+    from latentize.modeling.load import load_model
 
     assert load_model(source).generation_config.eos_token_id == [0, 5, 7]

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from tests.common import run_python
 
-from latentize.calibrate.text import describe, documents, pieces, stdlib_documents
 from latentize.errors import DataError
+from latentize.text.documents import describe, documents, pieces, stdlib_documents
 
 TEXTS = [f"document {n}: " + "some words " * (n % 7 + 1) for n in range(300)]
 
@@ -53,7 +53,7 @@ def test_calibration_is_training_and_selection() -> None:
 def test_splits_do_not_depend_on_the_process() -> None:
     """Python's own ``hash`` of a string differs from run to run."""
     code = (
-        "import hashlib; from latentize.calibrate.text import documents\n"
+        "import hashlib; from latentize.text.documents import documents\n"
         "print([hashlib.md5(t.encode()).hexdigest() for t in documents((), 'heldout')])"
     )
     one, other = (run_python(code, env={"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2"))

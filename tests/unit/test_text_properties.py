@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from tests.common import byte_tokenizer, mutants
 
-from latentize.calibrate.drawing import Part, draw, draw_all
-from latentize.calibrate.text import TextWarning
 from latentize.errors import LatentizeError
+from latentize.text.documents import TextWarning
+from latentize.text.drawing import Part, draw, draw_all
 
 SECONDS = 20
 SUFFIXES = [".txt", ".md", ".jsonl", ".parquet", "", ".gz", ".txt.gz", ".jsonl.zst", ".txt.xz"]

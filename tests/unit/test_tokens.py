@@ -9,9 +9,9 @@ import pytest
 import torch
 from tests.common import byte_tokenizer
 
-from latentize.calibrate.text import pieces
-from latentize.calibrate.tokens import Passages, leading_tokens, pack, spread_positions
 from latentize.errors import DataError
+from latentize.text.documents import pieces
+from latentize.text.tokens import Passages, leading_tokens, pack, spread_positions
 
 # 200 texts of 100 bytes and one separator each; no two stretches are alike.
 TEXTS = ["".join(f"{10 * n + i:09d}." for i in range(10)) for n in range(200)]

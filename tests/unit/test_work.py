@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from latentize.inspection import plan, read_spec
-from latentize.jobs.forecast import forecast
+from latentize.conversion.work import Rates, Work
+from latentize.planning.forecast import forecast
+from latentize.planning.inspection import plan, read_spec
 from latentize.recipe import Recipe
-from latentize.work import Rates, Work
 
 RATES = Rates(narrow=2e11, wide=1e11, double=5e10, scores=4e10, moved=1e10)
 MODEL = "llama-3-8b"

@@ -16,7 +16,7 @@ from torch import Tensor
 from latentize.attention.cache import GrowingCache
 from latentize.attention.masks import causal_mask
 from latentize.attention.rope import rope_angles, rotate_half
-from latentize.spec import AttentionSpec
+from latentize.attention.spec import AttentionSpec
 
 __all__ = ["AttentionWeights", "attend", "capped", "grouped_attention", "head_norm", "queries_keys", "rms_norm"]
 

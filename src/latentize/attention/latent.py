@@ -26,7 +26,7 @@ from latentize.attention.grouped import attend, capped, head_norm
 from latentize.attention.masks import causal_mask
 from latentize.attention.projections import UpProjections
 from latentize.attention.rope import rope_angles, rotate_half
-from latentize.spec import LatentSpec
+from latentize.attention.spec import LatentSpec
 
 __all__ = [
     "LatentWeights",

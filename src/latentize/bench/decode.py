@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentize.convert.progress import Progress, silent
 from latentize.machine import multiplies_bfloat16, peak_rss_bytes
+from latentize.progress import Progress, silent
 from latentize.runtime.generate import cache_bytes
 
 __all__ = ["Measurement", "Subject", "copy_bandwidth", "measure", "product_rate"]

@@ -8,9 +8,9 @@ import torch
 from transformers import DynamicCache
 
 from latentize.bench.decode import Subject
+from latentize.modeling.load import load_model
 from latentize.runtime.accelerate import accelerate, has_latents, no_latents
 from latentize.runtime.cache import CacheFormats, LatentCache
-from latentize.runtime.load import load_model
 
 __all__ = ["subjects_of"]
 

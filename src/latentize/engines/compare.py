@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentize.calibrate.text import documents
-from latentize.calibrate.tokenizer import load_tokenizer
-from latentize.calibrate.tokens import pack
 from latentize.engines.run import Answers, engine_python, run_engine
 from latentize.errors import EngineError, OptionError
 from latentize.formats.gguf import write_gguf
 from latentize.formats.gguf_check import check_gguf, read_gguf
 from latentize.formats.gguf_types import TYPES
-from latentize.runtime.load import load_model
+from latentize.modeling.load import load_model
+from latentize.text.documents import documents
+from latentize.text.tokenizer import load_tokenizer
+from latentize.text.tokens import pack
 
 __all__ = ["Agreement", "Reference", "compare", "reference", "verify_engine"]
 

@@ -3,7 +3,7 @@
 A config class of transformers has fields of fixed types, with defaults; entries that are none of its fields it ignores,
 but for a few that older versions wrote. Which of two entries wins is decided there, not here: this module says the same
 without transformers, so that shapes can be planned where it is not installed. A conversion holds both readings against
-each other (:mod:`latentize.convert.reading`).
+each other (:mod:`latentize.modeling.reading`).
 """
 
 from __future__ import annotations

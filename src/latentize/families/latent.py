@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from latentize.attention.spec import LatentSpec, RopeSpec, kv_cache_bytes
 from latentize.errors import ConfigError
 from latentize.families.table import MODULES
-from latentize.spec import LatentSpec, RopeSpec, kv_cache_bytes
 
 __all__ = ["LATENT_TYPES", "Experts", "LatentModel", "is_latent", "latent_model"]
 
@@ -181,6 +181,10 @@ class LatentModel:
     @property
     def parameters(self) -> int:
         return self.attention_parameters + self.routed_parameters + self.other_parameters
+
+    def rank_within(self, keep: float) -> int:
+        """The rank that keeps a share of the cached values; below one where the roped key alone has more."""
+        return int(keep * self.cache_values + 1e-9) - self.attention.qk_rope_head_dim
 
     def describe(self) -> dict[str, Any]:
         """What the model is, for ``latentize inspect``."""

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from latentize.attention.spec import AttentionSpec, RopeSpec
 from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.families.entries import as_read, as_stated
 from latentize.families.table import Table, families
-from latentize.spec import AttentionSpec, RopeSpec
 
 __all__ = ["FULL", "NEEDS_TRUST", "ModelSpec", "model_spec", "require_supported", "rope_spec"]
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Checkpoint, OutputFolder
-from latentize.convert.pipeline import LayerResult
 from latentize.errors import FormatError
 from latentize.families import ModelSpec
 from latentize.formats.half import FP16_ROUNDING, lost_in_fp16
+from latentize.formats.layer import ConvertedLayer
 
-__all__ = ["FormatWriter"]
+__all__ = ["FormatWriter", "LatentWriter"]
 
 # Numbers of a tensor that is scaled which are there in float64 at once.
 _WIDE_AT_ONCE = 1 << 20
@@ -41,15 +41,9 @@ class FormatWriter(ABC):
         # Base of the roped key's frequencies; a method may choose another.
         self.rope_theta = spec.attention.rope.theta
 
-    def oriented(self, w: LatentWeights, index: int) -> LatentWeights:
-        """As they come: axes of a latent in order of what they hold."""
-        return w
-
     @abstractmethod
-    def saved(self, result: LayerResult) -> LatentWeights: ...
-
-    @abstractmethod
-    def layer(self, result: LayerResult) -> None: ...
+    def layer(self, made: ConvertedLayer) -> None:
+        """Write the layer; nothing of it is needed any more."""
 
     def no_more_layers(self) -> None:
         """Write what has gathered if the embedding, which comes next, will not go into the same file."""
@@ -97,6 +91,18 @@ class FormatWriter(ABC):
 
     def _dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+
+class LatentWriter(FormatWriter):
+    """Writes a model whose attention has become latent."""
+
+    def oriented(self, w: LatentWeights, index: int) -> LatentWeights:
+        """The same layer in the axes that it is to be written in, where it computes the same in any: as they come."""
+        return w
+
+    @abstractmethod
+    def saved(self, made: ConvertedLayer) -> LatentWeights:
+        """The weights of the layer as they will be when they are loaded again, in float32."""
 
 
 def _parts(tensor: Tensor) -> tuple[Tensor, ...]:

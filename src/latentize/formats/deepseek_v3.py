@@ -31,12 +31,12 @@ from torch import Tensor
 from latentize.attention.latent import LatentWeights
 from latentize.attention.rope import half_to_interleaved
 from latentize.checkpoint import Checkpoint, OutputFolder
-from latentize.convert.pipeline import LayerResult
-from latentize.convert.settings import Setting
 from latentize.families import ModelSpec
 from latentize.families.model import FULL
 from latentize.formats.balance import KEY, Balance, described, spread
-from latentize.formats.base import FormatWriter
+from latentize.formats.base import LatentWriter
+from latentize.formats.layer import ConvertedLayer
+from latentize.methods.settings import Setting
 
 __all__ = [
     "DELTA",
@@ -225,7 +225,7 @@ def decode_attention(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     )
 
 
-class DeepseekWriter(FormatWriter):
+class DeepseekWriter(LatentWriter):
     """Writes a dense ``DeepseekV3ForCausalLM``."""
 
     name = "deepseek_v3"
@@ -246,11 +246,11 @@ class DeepseekWriter(FormatWriter):
     def oriented(self, w: LatentWeights, index: int) -> LatentWeights:
         return spread(w, seed=index)
 
-    def saved(self, result: LayerResult) -> LatentWeights:
-        w = result.latent
+    def saved(self, made: ConvertedLayer) -> LatentWeights:
+        w = made.latent
         assert w is not None
         # Without its balance, whose powers of two round nothing.
-        f = _factors(w, LatentNorm.stored_as(self.dtype, *result.latent_rms), self.block_scale)
+        f = _factors(w, LatentNorm.stored_as(self.dtype, *made.latent_rms), self.block_scale)
 
         def rounded(t: Tensor, factor: float) -> Tensor:
             return ((t * factor).to(self.dtype).double() / factor).float()
@@ -266,17 +266,17 @@ class DeepseekWriter(FormatWriter):
             o_DHV=rounded(w.o_DHV, f.o),
         )
 
-    def layer(self, result: LayerResult) -> None:
-        assert result.latent is not None
-        self._latent = latent = result.latent.spec
+    def layer(self, made: ConvertedLayer) -> None:
+        assert made.latent is not None
+        self._latent = latent = made.latent.spec
         # What has gathered goes before the first tensor, the queries, is made, if that will not go into the same file.
         self.folder.make_room(latent.num_heads * latent.qk_head_dim * latent.hidden_size * self.dtype.itemsize)
-        prefix = f"model.layers.{result.index}."
-        norm = LatentNorm.stored_as(self.dtype, *result.latent_rms)
-        balance = self._balances[result.index] = balance_of(result.latent, norm, self.dtype)
-        for name, tensor in encoded(result.latent, norm, self.block_scale, balance):
+        prefix = f"model.layers.{made.index}."
+        norm = LatentNorm.stored_as(self.dtype, *made.latent_rms)
+        balance = self._balances[made.index] = balance_of(made.latent, norm, self.dtype)
+        for name, tensor in encoded(made.latent, norm, self.block_scale, balance):
             self._add(prefix + _ATTENTION + name, tensor)
-        for name, tensor in result.source.tensors.items():
+        for name, tensor in made.stored.items():
             if name.startswith(_ATTENTION):
                 continue
             if name == "mlp.gate_up_proj.weight":

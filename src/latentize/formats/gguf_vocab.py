@@ -177,7 +177,7 @@ def read_vocab(folder: Path, vocab_size: int) -> Vocab:
         FormatError: llama.cpp has no tokenizer that would cut text in the same way.
         CheckpointError: there is no tokenizer, or it is damaged.
     """
-    from latentize.calibrate.tokenizer import load_tokenizer
+    from latentize.text.tokenizer import load_tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 
-from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Checkpoint, OutputFolder
-from latentize.convert.latent_source import ATTENTION, layer_names
-from latentize.convert.lowering import LoweredLayer
-from latentize.convert.pipeline import LayerResult
 from latentize.families import LatentModel, ModelSpec
 from latentize.formats.base import FormatWriter
+from latentize.formats.layer import ConvertedLayer
+from latentize.modeling.latent_source import ATTENTION, layer_names
 
 __all__ = ["LoweredWriter"]
 
@@ -38,16 +36,12 @@ class LoweredWriter(FormatWriter):
         self.name, self.rope_theta = spec.model_type, spec.rope.theta
         self.rank = spec.attention.kv_lora_rank
 
-    def saved(self, result: LayerResult) -> LatentWeights:
-        raise TypeError("a lowered layer is its source's module")
-
-    def layer(self, result: LayerResult) -> None:
-        assert isinstance(result, LoweredLayer)
-        prefix = f"model.layers.{result.index}."
-        if result.tensors:
-            self.rank = len(result.tensors["kv_a_layernorm.weight"])
-        for name, tensor in result.source.tensors.items():
-            changed = result.tensors.get(name.removeprefix(ATTENTION)) if name.startswith(ATTENTION) else None
+    def layer(self, made: ConvertedLayer) -> None:
+        prefix = f"model.layers.{made.index}."
+        if made.lowered:
+            self.rank = len(made.lowered["kv_a_layernorm.weight"])
+        for name, tensor in made.stored.items():
+            changed = made.lowered.get(name.removeprefix(ATTENTION)) if name.startswith(ATTENTION) else None
             self.folder.add(prefix + name, (tensor if changed is None else changed).cpu())
 
     def no_more_layers(self) -> None:

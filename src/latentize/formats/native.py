@@ -1,7 +1,7 @@
 """The native format: the source's own architecture with its attention replaced.
 
-It holds what the portable format cannot: a roped key for each kv head, biases, per-head norms, any frequencies.
-Loaded through ``AutoModelForCausalLM`` after ``import latentize``.
+It holds what the portable format cannot: a roped key for each kv head, biases, per-head norms, any frequencies. What
+loads it is :mod:`latentize.modeling.native`.
 """
 
 from __future__ import annotations
@@ -9,67 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from latentize.attention.latent import LatentWeights
-from latentize.attention.module import LatentAttention, no_paging, no_probabilities, state_dict
-from latentize.convert.pipeline import LayerResult
-from latentize.errors import OptionError
-from latentize.families import model_spec
-from latentize.formats.base import FormatWriter
-from latentize.spec import LatentSpec
+from latentize.formats.base import LatentWriter
+from latentize.formats.layer import ConvertedLayer
+from latentize.modeling.attention import state_dict
 
-__all__ = ["LatentizeConfig", "LatentizeForCausalLM", "NativeWriter", "register"]
-
-# Entries that generation and caches look for on any config.
-_SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "tie_word_embeddings",
-)
-
-
-# Those of them that a loaded model's methods change.
-_CHANGING = ("vocab_size", "tie_word_embeddings")
-# Entries that say what a call returns.
-_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
-
-
-class LatentizeConfig(PreTrainedConfig):
-    """Configuration of the native format.
-
-    Attributes:
-        source_config: ``config.json`` of the source.
-        latent_layers: For each layer the fields of ``LatentSpec`` and which biases and norms it has; ``None`` where it
-            is the source's own.
-        frequency_table: Radians per position that the layers' ``rope_pairs`` choose from.
-    """
-
-    model_type = "latentize"
-
-    def __init__(
-        self,
-        source_config: dict[str, Any] | None = None,
-        latent_layers: list[dict[str, Any] | None] | None = None,
-        frequency_table: list[float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.source_config = source_config or {}
-        self.latent_layers = latent_layers or []
-        self.frequency_table = frequency_table or []
-        for key in _SHARED:
-            if key in self.source_config:
-                kwargs.setdefault(key, self.source_config[key])
-        super().__init__(**kwargs)
+__all__ = ["NativeWriter", "layer_entry"]
 
 
 def layer_entry(w: LatentWeights) -> dict[str, Any]:
@@ -85,152 +31,7 @@ def layer_entry(w: LatentWeights) -> dict[str, Any]:
     }
 
 
-def _empty_attention(entry: dict[str, Any], layer_idx: int, table: tuple[float, ...]) -> LatentAttention:
-    # What earlier versions did not write is as it was then.
-    spec_fields = {k: entry[k] for k in LatentSpec.__dataclass_fields__ if k in entry}
-    options = {k: v for k, v in entry.items() if k not in spec_fields}
-    return LatentAttention(LatentSpec(**spec_fields), layer_idx, frequency_table=table, **options)
-
-
-class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
-    """A source architecture, by composition, with latent attention in every layer that was converted."""
-
-    config_class = LatentizeConfig
-    base_model_prefix = "source"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-
-    def __init__(self, config: LatentizeConfig) -> None:
-        # LatentAttention takes any mask or none, as SDPA does; bent logits of kept layers have no fused form.
-        spec = model_spec(config.source_config)
-        self._attention = ("eager",) if spec.additive_masks else ("sdpa", "eager")
-        super().__init__(config)
-        source_config = AutoConfig.for_model(**config.source_config)
-        source_config._attn_implementation = config._attn_implementation
-        for key in _CHANGING:
-            if key not in config.source_config:
-                # The family's default, not that of any config.
-                setattr(config, key, getattr(source_config, key))
-        self.source = AutoModelForCausalLM.from_config(source_config, dtype=config.dtype)
-        table = tuple(config.frequency_table)
-        name = spec.module("attention")
-        for index, (layer, entry) in enumerate(zip(self.source.base_model.layers, config.latent_layers, strict=True)):
-            if entry is not None:
-                setattr(layer, name, _empty_attention(entry, index, table))
-        self.post_init()
-
-    def _check_and_adjust_attn_implementation(
-        self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False
-    ) -> str:
-        """Which attention the layers that stay as they were have, and what masks all get.
-
-        Raises:
-            OptionError: one whose masks latent attention does not read, or that would leave out what the source does.
-        """
-        possible = self._attention
-        # "latentize" is what `accelerate` sets; a model made from an accelerated one's config is not accelerated.
-        if attn_implementation in (None, "latentize") or (is_init_check and attn_implementation == "sdpa"):
-            return possible[0]
-        if attn_implementation not in possible:
-            raise OptionError(
-                f"the native format has no attention '{attn_implementation}'",
-                where="attn_implementation",
-                fix=f"{' or '.join(possible)}; what attends to latents is latentize's own in any case",
-            )
-        return attn_implementation
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.source.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.source.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.source.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.source.set_output_embeddings(new_embeddings)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any model; the source's config follows."""
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self._follow()
-        return embeddings
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any model; ``config.tie_word_embeddings`` decides."""
-        self._follow()
-        return super().tie_weights(*args, **kwargs)
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any model."""
-        self._follow()
-        return super().save_pretrained(*args, **kwargs)
-
-    def _follow(self) -> None:
-        """What may change after loading stands in the source's config, too."""
-        changed = {key: getattr(self.config, key) for key in _CHANGING}
-        self.config.source_config = {**self.config.source_config, **changed}
-        for key, value in changed.items():
-            setattr(self.source.config, key, value)
-        if hasattr(self.source, "vocab_size"):
-            self.source.vocab_size = changed["vocab_size"]
-
-    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
-        """Raises:
-        OptionError: there is no paged cache of latents.
-        """
-        raise no_paging()
-
-    # The names that transformers and peft look for in a signature.
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """As the source's ``forward``; what this model's own config says about outputs counts.
-
-        Raises:
-            OptionError: attention probabilities are asked for.
-        """
-        given: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "use_cache": use_cache,
-            **kwargs,
-        }
-        for name in _OUTPUTS:
-            if given.get(name) is None:
-                given[name] = getattr(self.config, name, None)
-        if given.pop("output_attentions"):
-            raise no_probabilities()
-        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep:
-            given["logits_to_keep"] = logits_to_keep
-        # A family of somebody else's may not know all of them.
-        return self.source(input_ids=input_ids, **{name: value for name, value in given.items() if value is not None})
-
-
-def register() -> None:
-    """Make ``model_type: "latentize"`` known to transformers' Auto classes."""
-    AutoConfig.register("latentize", LatentizeConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LatentizeConfig, LatentizeForCausalLM, exist_ok=True)
-
-
-class NativeWriter(FormatWriter):
+class NativeWriter(LatentWriter):
     """Writes the native format."""
 
     name = "native"
@@ -240,17 +41,17 @@ class NativeWriter(FormatWriter):
         self._entries: list[dict[str, Any] | None] = []
         self._table = self.spec.frequencies
 
-    def saved(self, result: LayerResult) -> LatentWeights:
-        assert result.latent is not None
-        return result.latent.to(self.dtype).to(torch.float32)
+    def saved(self, made: ConvertedLayer) -> LatentWeights:
+        assert made.latent is not None
+        return made.latent.to(self.dtype).to(torch.float32)
 
-    def layer(self, result: LayerResult) -> None:
-        prefix, latent = "source." + self.spec.layer_prefix(result.index), result.latent
+    def layer(self, made: ConvertedLayer) -> None:
+        prefix, latent = "source." + self.spec.layer_prefix(made.index), made.latent
         attention = self.spec.module("attention") + "."
         if latent is not None:
             for name, tensor in state_dict(latent, self._table).items():
                 self._add(prefix + attention + name, tensor)
-        for name, tensor in result.source.tensors.items():
+        for name, tensor in made.stored.items():
             if latent is None or not name.startswith(attention):
                 self._add(prefix + name, tensor)
         self._entries.append(None if latent is None else layer_entry(latent))
@@ -274,6 +75,3 @@ class NativeWriter(FormatWriter):
             "latent_layers": self._entries,
             "frequency_table": list(self._table),
         }
-
-
-register()

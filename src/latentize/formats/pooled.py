@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from latentize.attention.latent import LatentWeights
-from latentize.convert.pipeline import LayerResult
 from latentize.formats.base import FormatWriter
+from latentize.formats.layer import ConvertedLayer
 
 __all__ = ["PooledWriter"]
 
@@ -22,23 +21,20 @@ class PooledWriter(FormatWriter):
     def name(self) -> str:  # type: ignore[override]
         return self.spec.table.model_type
 
-    def saved(self, result: LayerResult) -> LatentWeights:
-        raise TypeError("pooled heads are not latent")
-
-    def layer(self, result: LayerResult) -> None:
-        w = result.grouped
+    def layer(self, made: ConvertedLayer) -> None:
+        w = made.grouped
         assert w is not None
         self.kv_heads = w.k_GdD.shape[0]
         weights = {"q_proj": w.q_HdD.flatten(0, 1), "k_proj": w.k_GdD.flatten(0, 1), "v_proj": w.v_GdD.flatten(0, 1)}
-        if "self_attn.qkv_proj.weight" in result.source.tensors:
+        if "self_attn.qkv_proj.weight" in made.stored:
             weights = {"qkv_proj": torch.cat(list(weights.values()))}
         # What reads a head that is zero is zero, too: heads that are pooled with it are not.
         weights["o_proj"] = w.o_DHd.flatten(1)
         changed = {f"self_attn.{name}.weight": weight for name, weight in weights.items()}
         biases = {"q_proj": w.q_bias_Hd, "k_proj": w.k_bias_Gd, "v_proj": w.v_bias_Gd}
         changed |= {f"self_attn.{name}.bias": bias.flatten() for name, bias in biases.items() if bias is not None}
-        for name, tensor in (result.source.tensors | changed).items():
-            self._add(self.spec.layer_prefix(result.index) + name, tensor)
+        for name, tensor in (made.stored | changed).items():
+            self._add(self.spec.layer_prefix(made.index) + name, tensor)
 
     def top(self) -> None:
         names = list(self.spec.table.top_tensors) + ([] if self.spec.tied else ["lm_head.weight"])

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from latentize.attention.spec import kv_cache_bytes
 from latentize.checkpoint import MANIFEST_NAME, Manifest
 from latentize.checkpoint.places import require_file, write_file
 from latentize.errors import CheckpointError
@@ -14,7 +15,6 @@ from latentize.report.chart import layer_bars, line_chart, rope_map
 from latentize.report.evaluation import named, positions, probes, tasks
 from latentize.report.html import figure, table
 from latentize.report.measurements import MEASUREMENTS_NAME, calibration_text, measured
-from latentize.spec import kv_cache_bytes
 
 __all__ = ["REPORT_NAME", "page", "speed_chart", "verdict", "write_report"]
 

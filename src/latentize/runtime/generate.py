@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from latentize.attention.spec import mean_over_layers
 from latentize.errors import ConfigError, LatentizeError, OptionError
+from latentize.modeling.generation import NAME
 from latentize.runtime.cache import LatentCache
-from latentize.runtime.settings import NAME
-from latentize.spec import mean_over_layers
 
 __all__ = ["Generated", "cache_bytes", "cached_values", "generate", "latent_layers", "prompt_tokens"]
 

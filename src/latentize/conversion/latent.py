@@ -1,0 +1,206 @@
+"""To multi-head latent attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from latentize.attention.spec import mean_over_layers
+from latentize.checkpoint import Journal
+from latentize.conversion.allocate import allocate
+from latentize.conversion.effort import effort_of
+from latentize.conversion.footprint import Footprint, latent_footprint
+from latentize.conversion.job import Job
+from latentize.conversion.pipeline import Converted, convert_latent
+from latentize.conversion.search import choose, choose_by_layers
+from latentize.conversion.self_generated import self_generated
+from latentize.conversion.texts import Text, mixed, sequences_to_generate, spread_over
+from latentize.conversion.work import Work, latent_work
+from latentize.errors import FormatError
+from latentize.families import ModelSpec
+from latentize.families.model import FULL
+from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
+from latentize.formats.native import NativeWriter
+from latentize.machine import give_back_freed_memory
+from latentize.methods.settings import Setting, settings
+from latentize.modeling.load import load_model
+from latentize.modeling.source import SourceModel
+from latentize.progress import Progress
+from latentize.recipe import Recipe
+from latentize.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from latentize.formats.base import FormatWriter, LatentWriter
+
+__all__ = ["LatentJob", "format_of", "sized_one_by_one"]
+
+
+class LatentJob(Job):
+    """To multi-head latent attention."""
+
+    writer: LatentWriter
+
+    def choose_kind(self) -> type[FormatWriter]:
+        allowed = settings(self.recipe, self.spec.attention)
+        kind, self.candidates, notes = format_of(self.recipe, self.spec, allowed)
+        self.notes += notes
+        return kind
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every layer may be sized for itself."""
+        return sized_one_by_one(self.kind, self.recipe)
+
+    def other_ways(self) -> list[str]:
+        return [*super().other_ways(), "another --method"]
+
+    def footprint(self, source: SourceModel) -> Footprint:
+        return latent_footprint(
+            self.spec,
+            self.checkpoint,
+            self.recipe,
+            self.candidates,
+            effort_of(self.recipe, self.spec, large=source.large),
+            written=self.sequences_to_generate(source) * self.recipe.sequence_length,
+            one_by_one=self.one_by_one,
+            item=self.dtype.itemsize,
+            narrow=source.autocast,
+            fast=source.fast_matmul,
+        )
+
+    def work(self, source: SourceModel) -> Mapping[str, Work]:
+        return latent_work(
+            self.spec,
+            self.recipe,
+            self.candidates,
+            effort_of(self.recipe, self.spec, large=source.large),
+            written=self.self_generated * self.recipe.sequence_length,
+            one_by_one=self.one_by_one,
+            fast=source.fast_matmul,
+            narrow=source.autocast,
+        )
+
+    def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
+        effort = effort_of(self.recipe, self.spec, large=source.large)
+        if self.self_generated:
+            text = self._with_its_own(source, text, journal, progress)
+            # A cache and a search hold memory in other sizes than streams of text, which find no room between.
+            give_back_freed_memory()
+        self.settings, self.scores = self._chosen(source, text, journal, progress)
+        give_back_freed_memory()
+        first = self.settings[0]
+        if not isinstance(self.writer, NativeWriter):
+            self.writer.rope_theta = first.rope_theta(self.spec.attention)
+        self.notes += first.approximations(self.spec.attention)
+        if self.spec.kinds:
+            kept, kinds = self.spec.layers - len(self.spec.converted), dict.fromkeys(self.spec.kinds)
+            named = ", ".join(f"'{kind}'" for kind in kinds if kind != FULL)
+            self.notes.append(
+                f"{kept} of {self.spec.layers} layers stay as they are ({named}); cached values are those of the others"
+            )
+        texts = (text.calibration, text.polishing, text.evaluation)
+        return convert_latent(source, self.settings, self.writer, *texts, effort, progress, journal)
+
+    def sequences_to_generate(self, source: SourceModel) -> int:
+        return sequences_to_generate(self.recipe, large=source.large)
+
+    def _with_its_own(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Text:
+        """The text, with sequences of the model's own, written now or before an interruption."""
+        written = journal.facts("self-generated text")
+        if written is None:
+            trust: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+            dtype = torch.bfloat16 if source.fast_matmul else torch.float32
+            own_NT = self_generated(
+                load_model(self.checkpoint.path, dtype=dtype, device=source.device, **trust),
+                load_tokenizer(self.checkpoint.path, **trust),
+                sequences=self.self_generated,
+                length=self.recipe.sequence_length,
+                seed=self.recipe.seed,
+                progress=lambda done, total: progress("writing text", done, total),
+            )
+            journal.note("self-generated text", own_NT.tolist())
+        else:
+            own_NT = torch.tensor(written)
+        context = spread_over(self.recipe, self.spec.max_positions)
+        return replace(text, calibration=mixed(text.calibration, own_NT, context, seed=self.recipe.seed))
+
+    def _chosen(
+        self, source: SourceModel, text: Text, journal: Journal, progress: Progress
+    ) -> tuple[list[Setting], list[dict[str, Any]]]:
+        """What :meth:`choose` finds, now or before an interruption."""
+        found = journal.facts("settings")
+        if found is None:
+            chosen, scores = self.choose(source, text, progress)
+            journal.note("settings", {"layers": [asdict(setting) for setting in chosen], "scores": scores})
+            return chosen, scores
+        return [Setting(**entries) for entries in found["layers"]], found["scores"]
+
+    def choose(self, source: SourceModel, text: Text, progress: Progress) -> tuple[list[Setting], list[dict[str, Any]]]:
+        """A setting for each layer, and what was compared; sizes of their own where the format holds them and nobody
+        has fixed them."""
+        texts = (text.calibration, text.selection)
+        if self.one_by_one and self.recipe.sizes is None and len(self.spec.converted) > 1:
+            sized, prices = allocate(source, self.candidates, *texts, self.recipe.refines, progress)
+            by_layer = dict(zip(self.spec.converted, sized, strict=True))
+            # Layers that stay have an entry that nothing reads.
+            chosen = [by_layer.get(layer, sized[0]) for layer in range(self.spec.layers)]
+            found = zip(self.spec.converted, prices, strict=True)
+            return chosen, [{"layer": layer, "selection_kl_by_rank": priced} for layer, priced in found]
+        if self.recipe.method == "calibrated":
+            best, scores = choose_by_layers(source, self.candidates, *texts, self.recipe.refines, progress)
+        else:
+            best, scores = choose(source, self.candidates, *texts, progress)
+        return [best] * self.spec.layers, [{**s.describe(), "selection_kl": kl} for s, kl in scores]
+
+    def shape(self) -> dict[str, Any]:
+        settings = [self.settings[layer] for layer in self.spec.converted]
+        described = [setting.describe() for setting in settings]
+        common = {k: v for k, v in described[0].items() if all(d.get(k) == v for d in described)}
+        values = mean_over_layers([setting.cache_values for setting in settings])
+        return {
+            "method": self.recipe.method,
+            "setting": common,
+            "kv_lora_rank": mean_over_layers([setting.kv_lora_rank for setting in settings]),
+            "qk_rope_head_dim": mean_over_layers([setting.qk_rope_head_dim for setting in settings]),
+            "rope_theta": self.writer.rope_theta,
+            "cache_values_per_token_layer": values,
+            "keep": values / self.spec.cache_values,
+        }
+
+    def layer_shapes(self) -> list[dict[str, Any]]:
+        sizes = ("kv_lora_rank", "qk_rope_head_dim")
+        made = [{size: getattr(setting, size) for size in sizes} for setting in self.settings]
+        return [
+            {"kept": self.spec.kind(layer)} if self.spec.layer_attention(layer) is None else entries
+            for layer, entries in enumerate(made)
+        ]
+
+
+def sized_one_by_one(kind: type[FormatWriter], recipe: Recipe) -> bool:
+    """Whether every layer may be sized for itself."""
+    return issubclass(kind, NativeWriter) and recipe.method == "calibrated"
+
+
+def format_of(
+    recipe: Recipe, spec: ModelSpec, candidates: list[Setting]
+) -> tuple[type[FormatWriter], list[Setting], list[str]]:
+    """The writer, the settings that it can hold, and why not the portable one if it was not asked for."""
+    # The native format chooses from the source's own frequencies, and keeps biases.
+    free = [s for s in candidates if s.method != "calibrated" or s.on_source_frequencies(spec.attention)]
+    if recipe.format == "native":
+        return NativeWriter, free, []
+    portable = [setting for setting in candidates if not portable_reasons(spec, setting)]
+    if portable:
+        return DeepseekWriter, portable, []
+    ladders = [setting for setting in candidates if setting.stride is not None]
+    reasons = portable_reasons(spec, (ladders or candidates)[-1])
+    if recipe.format == "deepseek_v3":
+        raise FormatError(
+            "the deepseek_v3 format cannot hold this: " + "; ".join(reasons),
+            where="--format deepseek_v3",
+            fix="use --format native (or auto)",
+        )
+    return NativeWriter, free, [f"native format, because {reason}" for reason in reasons]

@@ -1,0 +1,1 @@
+"""What a conversion cost, measured on the files that were written."""

@@ -1,0 +1,1 @@
+"""Recovering what a conversion lost, with a sliver of data: distillation from the source."""

@@ -1,0 +1,201 @@
+"""From the weights of a grouped-attention layer to those of a latent one.
+
+A method is a way to split the keys (:mod:`rope_split`) and a way to compress what lost its rotation
+(:mod:`low_rank`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentize.attention.grouped import AttentionWeights
+from latentize.attention.latent import LatentWeights
+from latentize.attention.spec import AttentionSpec
+from latentize.methods.low_rank import Factors, balanced_pca, joint_svd, split_svd, whitened_svd
+from latentize.methods.position import (
+    Components,
+    dearest,
+    dropping_cost,
+    key_components,
+    ladder,
+    linearised,
+    on_ladder,
+    position_aware_split,
+    rope_cost,
+    unrotated_split,
+)
+from latentize.methods.rope_split import RopeSplit, rorope, select_pairs, split_per_head
+from latentize.methods.settings import Setting
+from latentize.methods.statistics import CalibrationStats
+
+__all__ = [
+    "Conversion",
+    "conversion",
+    "convert_layer",
+    "ladder_costs",
+    "linear_fit",
+]
+
+# Points of a spectrum that a report shows.
+_SHOWN = 64
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A layer in closed form.
+
+    Attributes:
+        weights: float64. With nothing dropped and nothing compressed they compute what the source does.
+        kept_pairs: Frequencies of the source that keep rotating, by number, fastest first; one entry a roped pair.
+        rope_cost_F: Mean squared error of a head's logits if all components of a frequency lost their rotation;
+            where distances were measured.
+        energy_o: Of every direction that the latent could have, the kept ones first.
+    """
+
+    weights: LatentWeights
+    kept_pairs: tuple[int, ...]
+    rope_cost_F: Tensor | None
+    energy_o: Tensor
+
+    def describe(self) -> dict[str, Any]:
+        """What a report shows of it, as plain values.
+
+        ``spectrum`` is ``[number, share of all energy]`` of some directions, ``latent_energy`` the share kept.
+        """
+        share_o = self.energy_o / self.energy_o.sum().clamp_min(1e-300)
+        rank = len(self.weights.kv_a_rD)
+        some = range(0, len(share_o), -(-len(share_o) // _SHOWN))
+        entries: dict[str, Any] = {
+            "rope_kept": list(self.kept_pairs),
+            "latent_energy": _rounded(float(share_o[:rank].sum())),
+            "spectrum": [[i + 1, _rounded(float(share_o[i]))] for i in some],
+        }
+        if self.rope_cost_F is not None:
+            entries["rope_cost"] = [_rounded(cost) for cost in self.rope_cost_F.tolist()]
+        return entries
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def convert_layer(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> LatentWeights:
+    """The weights of :func:`conversion`."""
+    return conversion(w, spec, stats, setting).weights
+
+
+def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> Conversion:
+    """Convert one layer.
+
+    Args:
+        w: Its weights; factorised in float64 whatever they come in.
+        spec: Its description.
+        stats: Statistics of its inputs.
+        setting: What to do.
+    """
+    w = w.to(torch.float64)
+    if setting.linear:
+        w = linearised(w, stats)
+    split, components = _split(w, spec, stats, setting)
+    v_ED = w.v_GdD.flatten(0, 1)
+    factors = _compress(split, v_ED, stats, setting)
+    o_bias = w.o_bias_D
+    if w.v_bias_Gd is not None:
+        # Probabilities sum to one: a constant on the values is a constant on the output.
+        v_bias_Hd = w.v_bias_Gd.repeat_interleave(spec.group_size, dim=0)
+        constant = torch.einsum("DHd,Hd->D", w.o_DHd, v_bias_Hd)
+        o_bias = constant if o_bias is None else o_bias + constant
+    weights = LatentWeights(
+        q_nope_HND=split.q_nope_HND,
+        q_rope_HRD=split.q_rope_HRD,
+        kv_a_rD=factors.down_rD,
+        k_rope_PRD=split.k_rope_PRD,
+        k_up_UNr=split.read_UNC @ factors.k_up_Cr,
+        v_up_UVr=factors.v_up_Er.unflatten(0, (spec.num_kv_heads, spec.head_dim)),
+        o_DHV=w.o_DHd,
+        frequencies_PF=split.frequencies_PF,
+        softmax_scale=spec.softmax_scale,
+        q_nope_bias_HN=split.q_nope_bias_HN,
+        q_rope_bias_HR=split.q_rope_bias_HR,
+        k_rope_bias_PR=split.k_rope_bias_PR,
+        o_bias_D=o_bias,
+        q_norm_R=w.q_norm_d,
+        k_norm_R=w.k_norm_d,
+        norm_eps=spec.norm_eps,
+        softcap=spec.softcap,
+    )
+    cost_F = None if components is None else _per_head(spec) * dropping_cost(components).sum(1)
+    return Conversion(weights, split.kept_pairs, cost_F, factors.energy_o)
+
+
+def _per_head(spec: AttentionSpec) -> float:
+    """From energies of all heads' products of queries and keys to a head's mean squared logit."""
+    return spec.softmax_scale**2 / spec.num_heads
+
+
+def linear_fit(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats) -> LatentWeights:
+    """The layer without biases and per-head norms, and otherwise as it was: every key roped, no value compressed."""
+    values = spec.num_kv_heads * spec.head_dim
+    whole = Setting("mha2mla", min(values, spec.hidden_size), spec.head_dim, spec.num_kv_heads, selection="high")
+    return convert_layer(linearised(w.to(torch.float64), stats), spec, stats, whole)
+
+
+def ladder_costs(
+    w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, candidates: list[Setting]
+) -> list[float]:
+    """Mean squared error of a head's logits that each candidate's choice of roped components leaves.
+
+    Args:
+        w: The layer.
+        spec: Its description.
+        stats: Statistics of its inputs.
+        candidates: Of the calibrated method.
+    """
+    w = w.to(torch.float64)
+    if candidates[0].linear:
+        w = linearised(w, stats)
+    components = key_components(w, spec, stats)
+    if not spec.rotates:
+        return [0.0] * len(candidates)
+    return [_per_head(spec) * rope_cost(components, _rungs(setting, spec, components)[1]) for setting in candidates]
+
+
+def _rungs(setting: Setting, spec: AttentionSpec, components: Components) -> tuple[Tensor, Tensor]:
+    """What rotates, and at which frequencies."""
+    size = setting.qk_rope_head_dim
+    if setting.stride is None:
+        return dearest(components, size // 2)
+    rungs_J = ladder(spec.rope.theta, spec.rope.rotary_dim, size, setting.stride)
+    return on_ladder(components, rungs_J.to(components.frequencies_F.device))
+
+
+def _split(
+    w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting
+) -> tuple[RopeSplit, Components | None]:
+    """The keys, split, and the components that this was decided on, where there are some."""
+    if setting.method == "calibrated" and setting.stride is not None and not spec.rotates:
+        # A ladder that all layers share would turn what should not turn: its key stays empty here.
+        rungs_J = ladder(spec.rope.theta, spec.rope.rotary_dim, setting.qk_rope_head_dim, setting.stride)
+        return unrotated_split(w, rungs_J), None
+    if setting.method == "calibrated":
+        components = key_components(w, spec, stats)
+        at_J2, rungs_J = _rungs(setting, spec, components)
+        return position_aware_split(w, spec, components, at_J2, rungs_J), components
+    if setting.method == "mha2mla":
+        pairs = select_pairs(setting.selection or "2-norm", spec, setting.qk_rope_head_dim, stats)  # type: ignore[arg-type]
+        return split_per_head(w, spec, pairs), None
+    assert setting.freqfold is not None
+    return rorope(w, spec, stats, rope_dim=setting.qk_rope_head_dim, freqfold=setting.freqfold), None
+
+
+def _compress(split: RopeSplit, v_ED: torch.Tensor, stats: CalibrationStats, setting: Setting) -> Factors:
+    k_CD, rank = split.k_nope_CD, setting.kv_lora_rank
+    if setting.method in ("calibrated", "transmla"):
+        return balanced_pca(k_CD, v_ED, stats, rank)
+    if setting.method == "care":
+        return whitened_svd(k_CD, v_ED, stats, rank, damping=setting.damping or 0.0)
+    return split_svd(k_CD, v_ED, rank) if setting.svd == "split" else joint_svd(k_CD, v_ED, rank)

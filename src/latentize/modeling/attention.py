@@ -1,0 +1,361 @@
+"""Latent attention as a module: parameters under DeepSeek's names, fused prefill, absorbed decode.
+
+It is called like the attention modules of transformers and can stand in their place in any decoder layer. It
+imports nothing of transformers; a cache is anything with transformers' ``update(first, second, layer_idx)``.
+
+Shape letters as in :mod:`latentize.attention.latent`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentize.attention.grouped import capped
+from latentize.attention.latent import LatentWeights, absorbed_heads, expand, turned
+from latentize.attention.projections import UpProjections, affine, matrix, up_projections
+from latentize.attention.spec import LatentSpec
+from latentize.errors import OptionError
+from latentize.modeling.blocks import causal_blocks, suit_blocks
+
+__all__ = ["LatentAttention", "check_cache", "no_paging", "no_probabilities", "prefill"]
+
+# Queries whose bent logits exist at once.
+_CAPPED = 256
+
+
+def prefill(
+    q_nope_BHTN: Tensor,
+    q_rope_BHTR: Tensor,
+    c_B1Sr: Tensor,
+    k_rope_BPSR: Tensor,
+    w: UpProjections,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Heads ``[B, H, T, V]`` of many new tokens: expand keys and values, then fused attention.
+
+    Args:
+        q_nope_BHTN, q_rope_BHTR, c_B1Sr, k_rope_BPSR: As for ``expanded_heads``, its naive twin.
+        w: The weights, or up-projections alone.
+        mask: Boolean or additive, broadcastable to ``[B, H, T, S]``; without one attention is causal.
+    """
+    q_BHTd = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
+    k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w, q_nope_BHTN.shape[1])
+    size, v_size = q_BHTd.shape[-1], v_BHSV.shape[-1]
+    if w.softcap:
+        return capped_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale, w.softcap, mask)
+    if mask is None and q_BHTd.dtype == k_BHSd.dtype and suit_blocks(q_BHTd, k_BHSd.shape[2]):
+        return causal_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale)
+    if mask is None and q_BHTd.shape[2] != k_BHSd.shape[2]:
+        tokens, keys = q_BHTd.shape[2], k_BHSd.shape[2]
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTd.device).tril(keys - tokens)
+    # Unequal head sizes would fall to an unfused path on CPU, ten times slower; zeros cost a little.
+    padded = max(size, v_size)
+    q_BHTd, k_BHSd = F.pad(q_BHTd, (0, padded - size)), F.pad(k_BHSd, (0, padded - size))
+    heads = F.scaled_dot_product_attention(
+        q_BHTd,
+        k_BHSd,
+        F.pad(v_BHSV, (0, padded - v_size)),
+        attn_mask=mask,
+        is_causal=mask is None and q_BHTd.shape[2] > 1,
+        scale=w.softmax_scale,
+    )
+    return heads[..., :v_size]
+
+
+def capped_blocks(
+    q_BHTd: Tensor, k_BHSd: Tensor, v_BHSV: Tensor, scale: float, softcap: float, mask: Tensor | None
+) -> Tensor:
+    """Attention with bent logits, which no fused operator of PyTorch has, ``[B, H, T, V]``: block by block of queries.
+
+    Args:
+        q_BHTd, k_BHSd, v_BHSV: Queries, the last ones of all tokens; keys and values of all tokens.
+        scale, softcap: Of the logits.
+        mask: As for :func:`prefill`.
+    """
+    tokens, keys = q_BHTd.shape[2], k_BHSd.shape[2]
+    if mask is None:
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTd.device).tril(keys - tokens)[None, None]
+    mask = mask.expand(*mask.shape[:2], tokens, keys)
+    heads = []
+    for start in range(0, tokens, _CAPPED):
+        score_BHtS = capped(scale * (q_BHTd[:, :, start : start + _CAPPED] @ k_BHSd.mT), softcap)
+        part = mask[:, :, start : start + _CAPPED]
+        score_BHtS = score_BHtS.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else score_BHtS + part
+        heads.append(score_BHtS.softmax(-1) @ v_BHSV)
+    return torch.cat(heads, dim=2)
+
+
+class LatentAttention(nn.Module):
+    """One MLA layer.
+
+    Args:
+        spec: Its sizes.
+        layer_idx: Which layer of the cache is its own.
+        q_bias, k_rope_bias, o_bias: Which projections have a bias.
+        qk_norm: Per-head RMSNorm of roped queries and keys; only where the whole head is roped.
+        qk_norm_across: Whether that is one norm over all heads.
+        norm_eps: Epsilon of that norm.
+        frequency_table: Radians per position that ``rope_pairs`` chooses from.
+    """
+
+    rope_pairs: Tensor
+
+    def __init__(
+        self,
+        spec: LatentSpec,
+        layer_idx: int = 0,
+        *,
+        q_bias: bool = False,
+        k_rope_bias: bool = False,
+        o_bias: bool = False,
+        qk_norm: bool = False,
+        qk_norm_across: bool = False,
+        norm_eps: float = 1e-6,
+        frequency_table: tuple[float, ...] = (),
+    ) -> None:
+        super().__init__()
+        s = spec
+        self.spec, self.layer_idx, self.norm_eps = s, layer_idx, norm_eps
+        self.frequency_table = frequency_table
+        self.q_proj = nn.Linear(s.hidden_size, s.num_heads * s.qk_head_dim, bias=q_bias)
+        self.kv_a_proj = nn.Linear(s.hidden_size, s.kv_lora_rank, bias=False)
+        self.k_rope_proj = nn.Linear(s.hidden_size, s.rope_heads * s.qk_rope_head_dim, bias=k_rope_bias)
+        self.kv_b_proj = nn.Linear(s.kv_lora_rank, s.up_heads * (s.qk_nope_head_dim + s.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(s.num_heads * s.v_head_dim, s.hidden_size, bias=o_bias)
+        self.qk_norm_across = qk_norm_across
+        # Vectors, also where there is a row for each head: an optimiser of matrices should not take them for one.
+        heads, keys = (s.num_heads, s.rope_heads) if qk_norm_across else (1, 1)
+        self.q_norm = nn.Parameter(torch.ones(heads * s.qk_rope_head_dim)) if qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(keys * s.qk_rope_head_dim)) if qk_norm else None
+        # An integer choice, not floats: loading in bf16 must not round a frequency.
+        pairs = torch.zeros(s.rope_heads, s.qk_rope_head_dim // 2, dtype=torch.int32)
+        self.register_buffer("rope_pairs", pairs)
+        self._frequencies: Tensor | None = None
+
+    @classmethod
+    def from_weights(
+        cls, w: LatentWeights, layer_idx: int = 0, *, frequency_table: tuple[float, ...] | None = None
+    ) -> LatentAttention:
+        """A module that holds ``w``.
+
+        Args:
+            w: The weights; each frequency is one of ``frequency_table``.
+            layer_idx: Which layer of the cache is its own.
+            frequency_table: By default the distinct frequencies of ``w``.
+        """
+        table = frequency_table or tuple(sorted(set(w.frequencies_PF.flatten().tolist()), reverse=True))
+        with torch.device("meta"):
+            module = cls(
+                w.spec,
+                layer_idx,
+                q_bias=w.q_rope_bias_HR is not None,
+                k_rope_bias=w.k_rope_bias_PR is not None,
+                o_bias=w.o_bias_D is not None,
+                qk_norm=w.q_norm_R is not None,
+                qk_norm_across=w.q_norm_R is not None and w.q_norm_R.ndim == 2,
+                norm_eps=w.norm_eps,
+                frequency_table=table,
+            )
+        module.load_state_dict(state_dict(w, table), assign=True)
+        return module.requires_grad_(False)
+
+    def frequencies(self) -> Tensor:
+        """Radians per position, ``[P, F]`` float32."""
+        if self._frequencies is None or self._frequencies.device != self.rope_pairs.device:
+            table = torch.tensor(self.frequency_table, dtype=torch.float32, device=self.rope_pairs.device)
+            self._frequencies = table[self.rope_pairs.long()]
+        return self._frequencies
+
+    def weights(self) -> LatentWeights:
+        """The parameters, as views with named axes; adapters and whatever else wraps a projection count.
+
+        Raises:
+            UnsupportedModelError: LZ213, a projection does not say what it multiplies with.
+        """
+        s, nope = self.spec, self.spec.qk_nope_head_dim
+        heads, ropes = (s.num_heads, s.qk_head_dim), (s.rope_heads, s.qk_rope_head_dim)
+        q, q_bias = affine(self.q_proj, s.hidden_size)
+        k_rope, k_bias = affine(self.k_rope_proj, s.hidden_size)
+        o, o_bias = affine(self.o_proj, s.num_heads * s.v_head_dim)
+        q_HdD, q_bias_Hd = q.unflatten(0, heads), None if q_bias is None else q_bias.unflatten(0, heads)
+        kv_b_Udr = matrix(self.kv_b_proj, s.kv_lora_rank).unflatten(0, (s.up_heads, nope + s.v_head_dim))
+        return LatentWeights(
+            q_nope_HND=q_HdD[:, :nope],
+            q_rope_HRD=q_HdD[:, nope:],
+            kv_a_rD=matrix(self.kv_a_proj, s.hidden_size),
+            k_rope_PRD=k_rope.unflatten(0, ropes),
+            k_up_UNr=kv_b_Udr[:, :nope],
+            v_up_UVr=kv_b_Udr[:, nope:],
+            o_DHV=o.unflatten(1, (s.num_heads, s.v_head_dim)),
+            frequencies_PF=self.frequencies(),
+            softmax_scale=s.softmax_scale,
+            q_nope_bias_HN=None if q_bias_Hd is None else q_bias_Hd[:, :nope],
+            q_rope_bias_HR=None if q_bias_Hd is None else q_bias_Hd[:, nope:],
+            k_rope_bias_PR=None if k_bias is None else k_bias.unflatten(0, ropes),
+            o_bias_D=o_bias,
+            q_norm_R=self._norm(self.q_norm),
+            k_norm_R=self._norm(self.k_norm),
+            norm_eps=self.norm_eps,
+            softcap=s.softcap,
+        )
+
+    def _norm(self, weight: Tensor | None) -> Tensor | None:
+        if weight is None or not self.qk_norm_across:
+            return weight
+        return weight.unflatten(0, (-1, self.spec.qk_rope_head_dim))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **more: Any,
+    ) -> tuple[Tensor, None]:
+        """Prefill expanded, decode (one new token) absorbed.
+
+        Args:
+            hidden_states: ``[B, T, D]``, normalised.
+            position_ids: ``[B, T]`` or ``[1, T]``; by default 0 … T - 1.
+            attention_mask: ``None`` (causal), boolean, or additive; ``[B, 1, T, S]``.
+            past_key_values: transformers' cache, or one like it.
+            layer_past: The same, as GPT-NeoX calls it.
+            more: Of what transformers hands to every layer, ``output_attentions`` and a paged ``cache`` are refused.
+
+        Returns:
+            ``[B, T, D]`` and, in place of attention weights, ``None``.
+
+        Raises:
+            OptionError: a mask, a cache or a wish that latent attention has no answer to.
+            UnsupportedModelError: LZ213, a projection does not say what it multiplies with.
+        """
+        if more.get("output_attentions"):
+            raise no_probabilities()
+        if more.get("cache") is not None:
+            raise no_paging()
+        if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4):
+            raise _unknown_mask(attention_mask)
+        # An empty cache may be false.
+        cache = layer_past if past_key_values is None else past_key_values
+        heads_BHTV = self._read(hidden_states, position_ids, attention_mask, cache)
+        return self.o_proj(heads_BHTV.transpose(1, 2).flatten(2)), None
+
+    def read(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """What all heads read, before the output projection: ``[B, T, H V]``; arguments as for :meth:`forward`."""
+        return self._read(hidden_states, position_ids).transpose(1, 2).flatten(2)
+
+    def _read(
+        self, hidden_states: Tensor, position_ids: Tensor | None, mask: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """``[B, H, T, V]``. Projections are called: whatever wraps them has its say."""
+        s, frequencies_PF = self.spec, self.frequencies()
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        q_BHTd = self.q_proj(hidden_states).unflatten(-1, (-1, s.qk_head_dim)).transpose(1, 2)
+        q_nope, q_rope = q_BHTd.split([s.qk_nope_head_dim, s.qk_rope_head_dim], dim=-1)
+        q_rope = turned(q_rope, self._norm(self.q_norm), self.norm_eps, frequencies_PF, position_ids)
+        k_rope = self.k_rope_proj(hidden_states).unflatten(-1, (-1, s.qk_rope_head_dim)).transpose(1, 2)
+        k_rope = turned(k_rope, self._norm(self.k_norm), self.norm_eps, frequencies_PF, position_ids)
+        c = self.kv_a_proj(hidden_states)[:, None]
+        sizes = (s.kv_lora_rank, s.qk_nope_head_dim, s.v_head_dim)
+        up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c)
+        if cache is not None:
+            check_cache(cache, self.layer_idx, c, k_rope)
+            c, k_rope = cache.update(c, k_rope, self.layer_idx)
+        if mask is None and hidden_states.shape[1] > 1 and isinstance(c, Tensor):
+            # A static cache has room beyond what was written.
+            written = hidden_states.shape[1] if c.shape[2] == hidden_states.shape[1] else int(position_ids[0, -1]) + 1
+            c, k_rope = c[:, :, :written], k_rope[:, :, :written]
+        return self.heads(q_nope, q_rope, c, k_rope, up, mask)
+
+    def heads(
+        self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, up: UpProjections, mask: Tensor | None
+    ) -> Tensor:
+        """``[B, H, T, V]``: one token after others is decoded absorbed, everything else is expanded."""
+        if q_nope.shape[2] == 1 and c.shape[2] > 1:
+            return absorbed_heads(q_nope, q_rope, c, k_rope, _allowed(mask, q_nope), up)
+        return prefill(q_nope, q_rope, c, k_rope, up, mask)
+
+
+def check_cache(cache: Any, layer_idx: int, c_B1Tr: Tensor, k_rope_BPTR: Tensor) -> None:
+    """Whether latents and roped keys may follow what a cache of transformers holds.
+
+    Raises:
+        OptionError: it holds keys and values of another model, or such as prefix tuning has learnt.
+    """
+    layers = getattr(cache, "layers", ())
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    # Only what lies there: a cache of latents makes these tensors when they are asked for.
+    own = getattr(layer, "__dict__", {})
+    for held, new in ((own.get("keys"), c_B1Tr), (own.get("values"), k_rope_BPTR)):
+        if not isinstance(held, Tensor) or held.ndim != 4 or held.numel() == 0:
+            continue
+        if type(held) is Tensor and (held.shape[1], held.shape[3]) != (new.shape[1], new.shape[3]):
+            raise OptionError(
+                f"the cache holds {held.shape[1]} heads of {held.shape[3]} a token, and latent attention stores "
+                f"{new.shape[1]} of {new.shape[3]}",
+                where="past_key_values",
+                fix="start from an empty cache; prefix tuning learns keys and values, use LoRA or prompt tuning",
+            )
+
+
+def no_probabilities() -> OptionError:
+    """What to raise where somebody asks for attention probabilities."""
+    return OptionError(
+        "latent attention does not return probabilities",
+        where="output_attentions",
+        fix="leave it out; the source has them, and a portable model before `accelerate`, with eager attention",
+    )
+
+
+def no_paging() -> OptionError:
+    """What to raise where somebody asks for continuous batching."""
+    return OptionError(
+        "latent attention has no paged cache for transformers' continuous batching",
+        where="generate_batch",
+        fix="model.generate with padding on the left, or vLLM (docs/engines.md)",
+    )
+
+
+def _unknown_mask(mask: Any) -> OptionError:
+    kind = f"{mask.ndim} axes" if isinstance(mask, Tensor) else f"the type {type(mask).__name__}"
+    return OptionError(
+        f"latent attention takes masks [B, 1, T, S], and this one has {kind}",
+        where="attention_mask",
+        fix="attn_implementation='sdpa' or 'eager' make such masks; flash and flex attention do not",
+    )
+
+
+def _allowed(mask: Tensor | None, like: Tensor) -> Tensor:
+    """A boolean mask of any of transformers' kinds; one query without a mask sees everything."""
+    if mask is None:
+        return torch.ones((), dtype=torch.bool, device=like.device)
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str, Tensor]:
+    """Tensors of :class:`LatentAttention` by name; the inverse of ``LatentAttention.weights``."""
+    table = torch.tensor(frequency_table, dtype=torch.float64, device=w.frequencies_PF.device)
+    gap_PFf = (w.frequencies_PF.double()[..., None] - table).abs()
+    if (gap_PFf.amin(-1) > 1e-6 * w.frequencies_PF.double()).any():
+        raise ValueError("a frequency is not in the table")
+    tensors: dict[str, Tensor | None] = {
+        "q_proj.weight": torch.cat([w.q_nope_HND, w.q_rope_HRD], dim=1).flatten(0, 1),
+        "kv_a_proj.weight": w.kv_a_rD,
+        "k_rope_proj.weight": w.k_rope_PRD.flatten(0, 1),
+        "kv_b_proj.weight": torch.cat([w.k_up_UNr, w.v_up_UVr], dim=1).flatten(0, 1),
+        "o_proj.weight": w.o_DHV.flatten(1),
+        "k_rope_proj.bias": None if w.k_rope_bias_PR is None else w.k_rope_bias_PR.flatten(),
+        "o_proj.bias": w.o_bias_D,
+        "q_norm": None if w.q_norm_R is None else w.q_norm_R.flatten(),
+        "k_norm": None if w.k_norm_R is None else w.k_norm_R.flatten(),
+        "rope_pairs": gap_PFf.argmin(-1).to(torch.int32),
+    }
+    if w.q_nope_bias_HN is not None and w.q_rope_bias_HR is not None:
+        tensors["q_proj.bias"] = torch.cat([w.q_nope_bias_HN, w.q_rope_bias_HR], dim=1).flatten()
+    return {name: t.contiguous() for name, t in tensors.items() if t is not None}

@@ -1,0 +1,98 @@
+"""Models of any supported kind, loaded as users load them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, redirect_stderr
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentize.checkpoint import load_config, loading, pretrained
+from latentize.checkpoint.gguf import gguf_ends, is_gguf
+from latentize.errors import CheckpointError
+from latentize.modeling.generation import settle, stored_settings
+from latentize.text.tokens import require_rows
+
+__all__ = ["load_model"]
+
+
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    notes: list[str] | None = None,
+) -> Any:
+    """``AutoModelForCausalLM.from_pretrained``, with the native format known and nothing left unsaid.
+
+    It generates with what of its settings can be had (``runtime.settings``), and refuses tokens that have no row.
+
+    Args:
+        path: A folder; or a GGUF file, which transformers dequantises.
+        dtype: Precision to run in.
+        device: Where.
+        trust_remote_code: Whether code of the checkpoint may be run.
+        notes: Gets what of its settings for generation is left out, in sentences.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or weights are missing or left over; or a package is missing that
+            transformers wants for a GGUF file.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options = {**pretrained(path), **_dequantised(path), "dtype": dtype, "trust_remote_code": trust_remote_code}
+    settings = stored_settings(path)
+    if settings is not None:
+        # Not to be read by transformers, which refuses what it does not understand.
+        options["generation_config"] = GenerationConfig()
+    # The bar that transformers shows for a GGUF file knows no setting.
+    with loading(path), redirect_stderr(StringIO()) if is_gguf(path) else nullcontext():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        odd = sorted(str(k) for k in info.get(kind, ()))
+        if odd:
+            raise CheckpointError(f"{kind.replace('_', ' ')}: {', '.join(odd[:3])}", where=str(path))
+    if is_gguf(path):
+        model.generation_config.eos_token_id = gguf_ends(path, model.generation_config.eos_token_id)
+    said = settle(model, vars(model.generation_config) if settings is None else settings)
+    if notes is not None:
+        notes += said
+    model.get_input_embeddings().register_forward_pre_hook(partial(_require_rows, path))
+    return model.to(device).eval()
+
+
+def _require_rows(path: Path, embedding: torch.nn.Embedding, args: tuple[torch.Tensor, ...]) -> None:
+    """Before an embedding is asked: PyTorch says nothing that would help, and on a GPU stops for good."""
+    ids = args[0]
+    # A single token is the model's own, in all likelihood, and a GPU would be waited for.
+    if ids.device.type == "cpu" or ids.shape[-1] > 1:
+        require_rows(ids, embedding.weight.shape[0], path)
+
+
+def _dequantised(path: Path) -> dict[str, Any]:
+    """What transformers is told of a GGUF file beside where it is."""
+    if not is_gguf(path):
+        return {}
+    import transformers
+
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise CheckpointError(
+            "transformers loads a GGUF file with the accelerate package, which is not installed",
+            code="LZ120",
+            where="the accelerate package",
+            fix="pip install 'latentize[gguf]'",
+        ) from None
+    # Before there was this setting everything was dequantised.
+    setting = getattr(transformers, "GgufConfig", None)
+    found = {} if setting is None else {"quantization_config": setting(dequantize=True)}
+    return {"config": load_config(path), **found}

@@ -1,0 +1,1 @@
+"""What a conversion and its cache would take, before anything is done."""

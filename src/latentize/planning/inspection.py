@@ -1,0 +1,206 @@
+"""What can be said of a model without running it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from latentize.checkpoint import Checkpoint, load_config, open_checkpoint, resolve
+from latentize.checkpoint.gguf import is_gguf, only_gguf
+from latentize.errors import CheckpointError, ConfigError, LatentizeError, OptionError, UnsupportedModelError
+from latentize.families import LatentModel, ModelSpec, is_latent, latent_model, model_spec
+from latentize.families.described import described
+from latentize.families.stored import match_tensors
+from latentize.paths import expanded
+from latentize.planning import cache_sizes as arithmetic
+from latentize.planning import capacity
+from latentize.planning.devices import Machine, machine_of
+from latentize.recipe import parse_keep
+
+__all__ = ["inspect", "plan", "shapes"]
+
+
+def shapes() -> dict[str, Path]:
+    """Published shapes that ship as small configs, by name, for ``latentize plan``."""
+    folder = Path(str(resources.files("latentize.planning") / "shapes"))
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def _config_file(model: str) -> Path:
+    """The ``config.json``, or the GGUF file, that ``model`` means; from the hub nothing else is downloaded."""
+    path = expanded(model)
+    # ``os.path`` says no to names that are too long; ``pathlib`` raises.
+    if os.path.isfile(path):
+        return path
+    if os.path.isdir(path):
+        return only_gguf(path) or path / "config.json"
+    if model in shapes():
+        return shapes()[model]
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(model, "config.json"))
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot get config.json from the hub: {str(error).splitlines()[0]}",
+                where=model,
+                fix="check the name, the network and your access, or pass a local folder",
+            ) from error
+    raise CheckpointError("there is no such folder or file", where=model, fix=f"shipped shapes: {', '.join(shapes())}")
+
+
+def read_spec(model: str) -> ModelSpec | LatentModel:
+    """The description of a model from its ``config.json``, or the keys of its GGUF file, alone."""
+    path = _config_file(model)
+    if is_gguf(path):
+        return model_spec(load_config(path).to_dict())
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the file cannot be read: {error}", where=str(path)) from error
+    return latent_model(config) if is_latent(config) else model_spec(config)
+
+
+def plan(
+    model: str,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    keep: Any = "25%",
+    window: int = 4096,
+    device: str | None = None,
+    reserve: Any = "10%",
+    **machine: Any,
+) -> dict[str, Any]:
+    """What ``latentize plan --json`` prints.
+
+    Args:
+        model: A folder, a ``config.json``, a GGUF file, a hub id, or the name of a shape that ships.
+        context: Tokens of each sequence; by default what the model was made for.
+        batch: Sequences at a time.
+        keep: Share of the source's cached values that the latent row has.
+        window: Tokens of the sliding-window row.
+        device: A machine by name; ``cpu`` is this one, measured. With one, or with numbers of one, the rows say what
+            fits and how fast it could be.
+        reserve: Share of its memory that is for something else.
+        machine: ``memory``, ``bandwidth``, ``tflops``, ``weight_bits`` of :func:`devices.machine_of`.
+
+    With a machine whose arithmetic is known, ``conversion`` has the time and memory of converting the model, with
+    ``--fast`` and by default.
+
+    Raises:
+        OptionError: ``keep`` or ``reserve`` is no share, or the machine is not possible.
+        CheckpointError, ConfigError, UnsupportedModelError: as for reading any model.
+    """
+    share = _share(keep, "--keep", "25% or 0.25", least=1e-9)
+    spec = read_spec(model)
+    tokens = context or spec.max_positions
+    options: dict[str, Any] = {"context": tokens, "batch": batch, "keep": share, "window": window}
+    if isinstance(spec, LatentModel):
+        rows = capacity.with_small_caches(arithmetic.plan_latent(spec, **options))
+    else:
+        rows = arithmetic.plan(spec, **options)
+    facts = {"model": described(spec), "context": tokens, "batch": batch}
+    reserved = _share(reserve, "--reserve", "10% or 0.1", least=0.0)
+    where = machine_of(_this_machine() if device == "cpu" else device, reserve=reserved, **machine)
+    if where is None:
+        return {**facts, "rows": arithmetic.as_json(rows)}
+    if isinstance(spec, ModelSpec):
+        rows = capacity.with_small_caches(rows)
+    found = capacity.capacities(spec, rows, where, context=tokens, batch=batch)
+    planned = {**facts, **capacity.describe(where, rows, found)}
+    if isinstance(spec, ModelSpec) and where.flops_per_second:
+        planned["conversion"] = _conversions(spec, share, where, here=device == "cpu")
+    return planned
+
+
+def _conversions(spec: ModelSpec, keep: float, machine: Machine, *, here: bool) -> list[dict[str, Any]]:
+    """What converting takes, in closed form and by default; nothing where the model cannot be converted so."""
+    from latentize.conversion.rates import rates_of
+    from latentize.machine import multiplies_bfloat16
+    from latentize.planning.forecast import forecast, published_rates
+    from latentize.recipe import Recipe
+
+    rates = rates_of(spec, "cpu") if here else published_rates(machine)
+    found = []
+    for fast in (True, False):
+        try:
+            made = forecast(
+                spec, Recipe.build(keep=keep, fast=fast), rates, fast=not here or multiplies_bfloat16("cpu")
+            )
+        except LatentizeError:
+            return []
+        found.append({"fast": fast, **made.describe()})
+    return found
+
+
+def _share(value: Any, where: str, example: str, *, least: float) -> float:
+    share = parse_keep(value)
+    try:
+        share = float(share)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not least <= share <= 1:
+        raise OptionError(f"'{value}' is not a share", where=where, fix=f"give {example}")
+    return share
+
+
+def _this_machine() -> Machine:
+    """Measured: its memory, a large copy, a product of bfloat16 matrices."""
+    import psutil
+
+    from latentize.bench.decode import copy_bandwidth, product_rate
+
+    return Machine(
+        "this machine", psutil.virtual_memory().total, copy_bandwidth(), product_rate(), "measured here, now"
+    )
+
+
+def inspect(model: str) -> dict[str, Any]:
+    """What ``latentize inspect --json`` prints. Reads headers, not weights."""
+    from latentize.formats.deepseek_v3 import portable_reasons
+    from latentize.methods.settings import settings
+    from latentize.recipe import Recipe
+
+    checkpoint = open_checkpoint(resolve(model))
+    if is_latent(checkpoint.config):
+        return _inspect_latent(checkpoint)
+    spec = model_spec(checkpoint.config)
+    match_tensors(checkpoint, spec)
+    methods = []
+    for method in ("calibrated", "transmla", "care", "mha2mla"):
+        try:
+            allowed = settings(Recipe.build(method=method), spec.attention)
+        except LatentizeError as error:
+            methods.append({"method": method, "result": "refused", "why": error.what})
+            continue
+        nearest = min(allowed, key=lambda setting: len(portable_reasons(spec, setting)))
+        reasons = portable_reasons(spec, nearest)
+        why = "; ".join(reasons or nearest.approximations(spec.attention))
+        methods.append({"method": method, "result": "native" if reasons else "deepseek_v3", "why": why})
+    facts = {**described(spec), "parameters": _stored(checkpoint)}
+    if checkpoint.quantization is not None:
+        facts |= {"quantization": checkpoint.quantization, "note": checkpoint.quantization_note}
+    return {**facts, "methods": methods}
+
+
+def _stored(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+
+
+def _inspect_latent(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of a model that has latent attention: its rank can be lowered, or why not."""
+    from latentize.modeling.latent_source import check_latent
+
+    spec = latent_model(checkpoint.config)
+    method = {"method": "lower rank", "result": spec.model_type, "why": "give --keep or --kv-lora-rank"}
+    try:
+        check_latent(checkpoint, spec)
+    except UnsupportedModelError as error:
+        method |= {"result": "refused", "why": error.what}
+    return {**described(spec), "parameters": _stored(checkpoint), "methods": [method]}

@@ -1,0 +1,1 @@
+"""From documents to tokens: reading, drawing, and packing calibration text."""

@@ -1,0 +1,1 @@
+"""What is learnt: one descent, the refinement of a layer, and the polish of a whole model."""

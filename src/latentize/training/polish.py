@@ -1,0 +1,177 @@
+"""Polish: a few steps on what the whole converted model predicts, after its layers were refined one by one.
+
+All attention projections learn together from ``KL(source ‖ model)`` on the calibration text, without labels, as
+healing would, but for seconds. The whole model is in memory, so this is for models that fit.
+
+N sequences, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from latentize.attention.latent import LatentWeights
+from latentize.modeling.source import SourceModel, Stream
+from latentize.text.tokens import Passages
+from latentize.training.descent import Schedule, descent
+from latentize.training.refine import refined, stacked_heads, trainable
+from latentize.training.relative import stream_error
+
+__all__ = ["Polish", "divergence", "polish"]
+
+# Bounds the float32 logits that exist at once.
+_LOGIT_BYTES = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polish(Schedule):
+    """How the whole model is polished.
+
+    A step is as large as there is something to repair: the rate is multiplied by the root of the divergence that the
+    polish starts from, in nats per token; and in each layer by the root of the error in the residual stream that leaves
+    it, relative to the mean of all layers.
+
+    Attributes:
+        looks: How often held-out text is looked at, evenly; the best of what was seen is kept.
+        at_once: Tokens of a step whose activations exist at once, rounded to whole sequences.
+        enough: Divergence at which nothing is left to gain, nats per token.
+    """
+
+    steps: int = 450
+    rate: float = 0.014
+    adam: float = 3.0
+    looks: int = 5
+    at_once: int = 1 << 20
+    enough: float = 1e-6
+
+
+def divergence(
+    hidden_nD: Tensor, reference_nD: Tensor, head: Callable[[Tensor], Tensor], *, at_once: int
+) -> tuple[float, Tensor]:
+    """Mean ``KL(reference ‖ model)`` in nats per token, and its gradient by the hidden states.
+
+    Logits, and what is derived from them, exist for ``at_once`` tokens at a time.
+
+    Args:
+        hidden_nD, reference_nD: Hidden states that leave the last layer.
+        head: From those to logits.
+        at_once: Tokens.
+    """
+    total, gradients = 0.0, []
+    for part_nD, reference in zip(hidden_nD.detach().split(at_once), reference_nD.split(at_once), strict=True):
+        log_p_nV = head(reference).float().log_softmax(-1)
+        part_nD.requires_grad_(True)
+        with torch.enable_grad():
+            logits_nV = head(part_nD)
+        log_q_nV = logits_nV.detach().float().log_softmax(-1)
+        p_nV = log_p_nV.exp()
+        total += float((p_nV * log_p_nV.sub_(log_q_nV)).sum())
+        # The gradient by the logits is the difference of the two distributions.
+        by_logits_nV = log_q_nV.exp_().sub_(p_nV).div_(len(hidden_nD))
+        gradients += torch.autograd.grad(logits_nV, part_nD, by_logits_nV.to(logits_nV.dtype))
+    return total / len(hidden_nD), torch.cat(gradients)
+
+
+def polish(
+    source: SourceModel,
+    weights: Sequence[LatentWeights | None],
+    text: Passages,
+    teacher_NTD: Tensor,
+    check: Passages,
+    how: Polish,
+    progress: Callable[..., None],
+) -> list[LatentWeights]:
+    """Train all attention layers together.
+
+    Args:
+        source: The model that was converted.
+        weights: Its converted layers, the start; ``None`` for one that stays as it is.
+        text: Calibration tokens.
+        teacher_NTD: Hidden states that leave the source's last layer on these tokens.
+        check: Tokens that are not learnt from and tell whether it helps.
+        how: Steps and rates.
+        progress: Told after each step.
+
+    Returns:
+        float32 weights of the layers that were converted, in order.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    start = [w for w in weights if w is not None]
+    attentions = [trainable(w) for w in start]
+    of_layer = iter(attentions)
+    entering_check, head, runs = source.embed(check), source.head(), []
+    checked, made, wrong = entering_check.clone(), entering_check.clone(), []
+    for layer, w in zip(source.layers(), weights, strict=True):
+        attention = None if w is None else next(of_layer)
+        layer.run(checked)
+        layer.run(made, attention)
+        if attention is not None:
+            wrong.append(stream_error(made, checked))
+        # From here on only what a step runs is needed of it.
+        layer.narrow()
+        runs.append(layer.with_attention(attention))
+        layer.forget()
+        del layer
+    at_once = max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
+    parameters = [p for a in attentions for p in a.parameters()]
+    usual = max(sum(wrong) / len(wrong), 1e-30)
+    shares = [(error / usual) ** 0.5 for error, a in zip(wrong, attentions, strict=True) for _ in a.parameters()]
+    heads = [each for a in attentions for each in stacked_heads(a)]
+    size = how.sequences(text.length)
+
+    def run(stream: Stream) -> Tensor:
+        for layer in runs:
+            stream = layer(stream)
+        return stream.hidden_NTD.flatten(0, 1)
+
+    def compared(hidden_nD: Tensor, teacher_BTD: Tensor) -> tuple[float, Tensor]:
+        return divergence(hidden_nD, teacher_BTD.flatten(0, 1), head, at_once=at_once)
+
+    def mean(finals: Iterable[Tensor]) -> float:
+        """Of final hidden states of the checked text, in parts."""
+        pairs = zip(finals, checked.hidden_NTD.split(size), strict=True)
+        return sum(compared(hidden_nD, teacher)[0] * len(teacher) for hidden_nD, teacher in pairs) / len(check)
+
+    def look() -> float:
+        with torch.no_grad():
+            return mean(run(part) for part in entering_check.split(size))
+
+    # Before anything is rounded: what is exact stays as it is.
+    if mean(part.flatten(0, 1) for part in made.hidden_NTD.split(size)) < how.enough:
+        return [refined(a, w) for a, w in zip(attentions, start, strict=True)]
+    del made
+    fast = torch.autocast(teacher_NTD.device.type, torch.bfloat16, enabled=source.fast_matmul)
+    with fast:
+        best, kept = look(), [p.detach().clone() for p in parameters]
+    steps = descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5), shares, heads)
+    for step, rows in enumerate(how.batches(len(text), text.length)):
+        value = 0.0
+        for part in rows.split(max(1, how.at_once // text.length)):
+            with fast:
+                with torch.enable_grad():
+                    hidden_nD = run(source.embed(text[part]))
+                lost, by_hidden_nD = compared(hidden_nD, teacher_NTD[part])
+            share = len(part) / len(rows)
+            value += share * lost
+            steps.gather(hidden_nD, by_hidden_nD.mul_(share))
+            del hidden_nD
+        if not math.isfinite(value):
+            raise FloatingPointError(f"polishing diverged at step {step}")
+        steps.follow()
+        if (step + 1) * how.looks % how.steps < how.looks:
+            # Steps shrink to nothing, and the gain may come with the last: not having gained yet is no reason to end.
+            with fast:
+                seen = look()
+            if seen < best:
+                best, kept = seen, [p.detach().clone() for p in parameters]
+        progress("polishing", step + 1, how.steps, f"KL {value:.4f}, held out {best:.4f}")
+    for parameter, value in zip(parameters, kept, strict=True):
+        parameter.data.copy_(value)
+    return [refined(a, w) for a, w in zip(attentions, start, strict=True)]
