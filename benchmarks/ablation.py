@@ -29,10 +29,9 @@ from torch import nn
 import latentize
 from latentize.conversion import draft, latent, search
 from latentize.conversion import texts as text
-from latentize.methods import closed_form as methods
-from latentize.methods import position, settings
-from latentize.methods.low_rank import joint_svd
-from latentize.methods.rope_split import rorope
+from latentize.methods import calibrated, position
+from latentize.methods.mha2mla import joint_svd
+from latentize.methods.transmla import rorope
 from latentize.text import drawing
 from latentize.training import descent, polish, refine
 
@@ -47,15 +46,15 @@ def whole() -> AbstractContextManager[Any]:
 def roped_as_transmla() -> AbstractContextManager[Any]:
     """RoRoPE: every ``(d / R)``-th frequency, real principal components of neighbouring ones."""
 
-    def split(w: Any, spec: Any, stats: Any, setting: Any) -> Any:
+    def split(_: Any, w: Any, spec: Any, stats: Any, setting: Any) -> Any:
         size = setting.qk_rope_head_dim
-        return rorope(w, spec, stats, rope_dim=size, freqfold=spec.head_dim // size), None
+        return rorope(w, spec, stats, rope_dim=size, freqfold=spec.head_dim // size)
 
     stack = contextlib.ExitStack()
-    stack.enter_context(patch.object(methods, "_split", split))
+    stack.enter_context(patch.object(calibrated.Calibrated, "split", split))
     # Its ladder, and only sizes that divide a head, as it needs them.
-    stack.enter_context(patch.object(settings, "_STRIDES", tuple(float(2**n) for n in range(8))))
-    stack.enter_context(patch.object(settings, "_ROPE_SHARES", (0.25, 0.5, 1.0)))
+    stack.enter_context(patch.object(calibrated, "_STRIDES", tuple(float(2**n) for n in range(8))))
+    stack.enter_context(patch.object(calibrated, "_ROPE_SHARES", (0.25, 0.5, 1.0)))
     stack.enter_context(patch.object(search, "likely_ladders", lambda source, candidates, *_: _widest(candidates)))
     return stack
 
@@ -76,7 +75,7 @@ def uniform_distances() -> AbstractContextManager[Any]:
         flat_HT = torch.ones_like(stats.distances_HT)
         return original(w, spec, replace(stats, distances_HT=flat_HT / flat_HT.sum(1, keepdim=True)))
 
-    return patch.object(methods, "key_components", components)
+    return patch.object(calibrated, "key_components", components)
 
 
 def no_constants() -> AbstractContextManager[Any]:
@@ -85,7 +84,7 @@ def no_constants() -> AbstractContextManager[Any]:
     def split(w: Any, spec: Any, c: Any, *rest: Any) -> Any:
         return original(w, spec, replace(c, rho_HF=torch.ones_like(c.rho_HF)), *rest)
 
-    return patch.object(methods, "position_aware_split", split)
+    return patch.object(calibrated, "position_aware_split", split)
 
 
 def first_frequencies() -> AbstractContextManager[Any]:
@@ -96,9 +95,9 @@ def best_ladders() -> AbstractContextManager[Any]:
     """Of each size only the ladder that is best in closed form goes on."""
     original = search._finalists
 
-    def finalists(scored: Any) -> list[Any]:
+    def finalists(*scored: Any) -> list[Any]:
         found: dict[tuple[int, int], Any] = {}
-        for setting in original(scored):
+        for setting in original(*scored):
             found.setdefault((setting.kv_lora_rank, setting.qk_rope_head_dim), setting)
         return list(found.values())
 
@@ -106,7 +105,7 @@ def best_ladders() -> AbstractContextManager[Any]:
 
 
 def one_size() -> AbstractContextManager[Any]:
-    return patch.object(settings, "_ROPE_SHARES", (0.5,))
+    return patch.object(calibrated, "_ROPE_SHARES", (0.5,))
 
 
 def sizes_by_closed_form() -> AbstractContextManager[Any]:
@@ -120,7 +119,7 @@ def sizes_by_closed_form() -> AbstractContextManager[Any]:
 
 def svd_of_weights() -> AbstractContextManager[Any]:
     """No statistics in the low-rank step."""
-    return patch.object(methods, "balanced_pca", lambda k, v, stats, rank: joint_svd(k, v, rank))
+    return patch.object(calibrated, "balanced_pca", lambda k, v, stats, rank: joint_svd(k, v, rank))
 
 
 def no_refinement() -> AbstractContextManager[Any]:

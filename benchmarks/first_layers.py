@@ -24,7 +24,8 @@ from latentize.conversion.draft import Draft, observe
 from latentize.conversion.self_generated import self_generated
 from latentize.conversion.texts import draw_text, mixed, sequences_to_generate, spread_over
 from latentize.evaluation.losses import compare_streams
-from latentize.methods.settings import Setting
+from latentize.methods.registry import needs
+from latentize.methods.setting import Setting
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.load import load_model
 from latentize.modeling.source import SourceModel, Stream
@@ -65,7 +66,7 @@ def taken_through(
             break
         assert layer.spec is not None
         inherited = stream_error(draft.text, own)
-        seen = observe(layer, own, setting.needs(layer.spec), residual=len(own))
+        seen = observe(layer, own, needs(setting, layer.spec), residual=len(own))
         weights = draft.convert(layer, seen, setting, inherited=inherited).refined
         attention = LatentAttention.from_weights(weights.to(torch.bfloat16).to(torch.float32))
         draft.advance(layer, attention)

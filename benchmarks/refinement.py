@@ -25,7 +25,8 @@ import torch
 import latentize
 from latentize.api import open_source
 from latentize.conversion.draft import alone, observe
-from latentize.methods.settings import Setting
+from latentize.methods.registry import needs
+from latentize.methods.setting import Setting
 from latentize.modeling.source import SourceModel
 from latentize.text.drawing import Part, draw
 from latentize.text.tokenizer import load_tokenizer
@@ -56,7 +57,7 @@ def measured(args: argparse.Namespace) -> list[dict]:
             break
         layer.run(text)
     assert layer.spec is not None
-    seen = observe(layer, text.clone(), setting.needs(layer.spec), residual=len(text))
+    seen = observe(layer, text.clone(), needs(setting, layer.spec), residual=len(text))
     rows_made = []
     for name, (share, by_heads) in OPTIMISERS.items():
         pairs = itertools.product(map(float, args.rounds.split(",")), map(float, args.factors.split(",")))

@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from latentize.errors import OptionError
 from latentize.paths import expanded
 
-__all__ = ["Recipe", "parse_keep"]
+__all__ = ["Method", "Recipe", "Selection", "parse_keep"]
 
 Method = Literal["calibrated", "transmla", "mha2mla", "care"]
+Selection = Literal["high", "low", "uniform", "2-norm"]
 
 # Enough to refine on; statistics alone settle earlier.
 _TOKENS_REFINED, _TOKENS_CLOSED, _TOKENS_EVALUATED = 131_072, 32_768, 16_384
@@ -76,7 +77,7 @@ class Recipe(BaseModel):
     fast: bool = False
     polish: bool | None = None
     freqfold: int | None = Field(None, gt=0)
-    selection: Literal["high", "low", "uniform", "2-norm"] = "2-norm"
+    selection: Selection = "2-norm"
     svd: Literal["joint", "split"] = "joint"
     damping: float = Field(0.01, ge=0)
     data: tuple[str, ...] = ()
@@ -100,7 +101,7 @@ class Recipe(BaseModel):
     def _sizes(self) -> Recipe:
         explicit = self.kv_lora_rank is not None or self.qk_rope_head_dim is not None
         # A rank alone is for a model that has latent attention already; of which model it is nothing is known here.
-        alone = self.to == "mla" and self.method == "calibrated" and self.qk_rope_head_dim is None
+        alone = self.calibrates and self.qk_rope_head_dim is None
         if explicit and not alone and (self.kv_lora_rank is None or self.qk_rope_head_dim is None):
             raise ValueError("kv_lora_rank and qk_rope_head_dim belong together")
         if explicit and self.keep is not None:
@@ -111,27 +112,32 @@ class Recipe(BaseModel):
             raise ValueError("fast leaves out what polish would add; give one of them")
         if self.freqfold is not None and self.method not in ("transmla", "care"):
             raise ValueError(f"freqfold belongs to transmla and care, not to '{self.method}'")
-        if self.polish and (self.method != "calibrated" or self.to != "mla"):
-            raise ValueError("only the calibrated method is polished")
-        if self.self_generated and (self.method != "calibrated" or self.to != "mla"):
-            raise ValueError("only the calibrated method learns from text that the model writes")
-        if self.restyled and (self.method != "calibrated" or self.to != "mla"):
-            raise ValueError("only the calibrated method learns from text in other styles")
-        if self.repeated and (self.method != "calibrated" or self.to != "mla"):
-            raise ValueError("only the calibrated method learns from text that is read twice")
+        for asked, what in (
+            (self.polish, "is polished"),
+            (self.self_generated, "learns from text that the model writes"),
+            (self.restyled, "learns from text in other styles"),
+            (self.repeated, "learns from text that is read twice"),
+        ):
+            if asked and not self.calibrates:
+                raise ValueError(f"only the calibrated method {what}")
         if self.qk_rope_head_dim is not None and self.qk_rope_head_dim % 2:
             raise ValueError("qk_rope_head_dim should be even: RoPE rotates pairs")
         return self
 
     @property
+    def calibrates(self) -> bool:
+        """Whether it is latentize's own method; the published ones are as they were published."""
+        return self.to == "mla" and self.method == "calibrated"
+
+    @property
     def refines(self) -> bool:
         """Whether layers are trained after the closed form."""
-        return self.to == "mla" and self.method == "calibrated" and not self.fast
+        return self.calibrates and not self.fast
 
     @property
     def hurries(self) -> bool:
         """Whether seconds count more than the last digits. The published methods are as they were published."""
-        return self.fast and self.to == "mla" and self.method == "calibrated"
+        return self.fast and self.calibrates
 
     @property
     def reach(self) -> int:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 import latentize
 from latentize.training.descent import Schedule
 
-PACKAGES = ("convert", "calibrate", "heal", "attention", "runtime", "linalg.py", "healing.py", "jobs")
+PACKAGES = ("conversion", "text", "methods", "modeling", "training", "healing", "attention", "runtime")
 FACTORIES = {
     getattr(torch, name)
     for name in (
@@ -75,21 +75,21 @@ class Watched(TorchFunctionMode):
 # What is made on the CPU because it stays there, or is moved: each with the reason.
 ON_PURPOSE = {
     "attention/rope.py: half_to_interleaved": "row numbers of weights that are written",
-    "calibrate/repeated.py: repeated": "the text",
-    "calibrate/restyled.py: restyled": "the text",
-    "calibrate/self_generated.py: self_generated": "the text: drawn here, continued where the model is",
-    "calibrate/tokens.py: contiguous": "the text, moved as passages",
-    "calibrate/tokens.py: pack": "the text",
-    "calibrate/tokens.py: spread_positions": "the text",
-    "convert/canonical.py: attention_weights": "row numbers, compared with others of their kind",
-    "convert/canonical.py: half_layout": "row numbers of weights",
-    "convert/descent.py: batches": "numbers of sequences, in an order that no device changes",
-    "convert/reading.py: _check_turning": "the proof runs where transformers loads, on the CPU",
-    "convert/reading.py: _stream": "positions of a short text, moved at once",
-    "convert/position.py: ladder": "moved by methods.py",
-    "convert/refine.py: descend": "numbers of sequences",
-    "healing.py: look": "sums of what was brought back",
-    "jobs/text.py: mixed": "the text",
+    "text/repeated.py: repeated": "the text",
+    "text/restyled.py: restyled": "the text",
+    "conversion/self_generated.py: self_generated": "the text: drawn here, continued where the model is",
+    "text/tokens.py: contiguous": "the text, moved as passages",
+    "text/tokens.py: pack": "the text",
+    "text/tokens.py: spread_positions": "the text",
+    "modeling/canonical.py: attention_weights": "row numbers, compared with others of their kind",
+    "modeling/canonical.py: half_layout": "row numbers of weights",
+    "training/descent.py: batches": "numbers of sequences, in an order that no device changes",
+    "modeling/reading.py: _check_turning": "the proof runs where transformers loads, on the CPU",
+    "modeling/reading.py: _stream": "positions of a short text, moved at once",
+    "methods/position.py: ladder": "moved by methods/calibrated.py",
+    "training/refine.py: descend": "numbers of sequences",
+    "healing/run.py: look": "sums of what was brought back",
+    "conversion/texts.py: mixed": "the text",
     "runtime/absorbed.py: has_fused": "tries an operator of the CPU",
     "runtime/layer.py: rotation": "moved by rotation_on",
 }
@@ -111,7 +111,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]
 def test_a_calibrated_conversion(converted: tuple[Path, set[str]]) -> None:
     _, found = converted
     assert found <= ON_PURPOSE.keys()
-    assert "convert/descent.py: batches" in found, "the watch sees nothing"
+    assert "training/descent.py: batches" in found, "the watch sees nothing"
 
 
 @pytest.mark.parametrize("method", ["calibrated", "transmla", "mha2mla", "care"])

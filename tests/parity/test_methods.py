@@ -16,8 +16,8 @@ import latentize
 from latentize.conversion import effort
 from latentize.errors import CheckpointError, DataError, FormatError, LatentizeError, OptionError, OutputError
 from latentize.errors import UnsupportedModelError as Unsupported
-from latentize.methods.rope_split import Selection
 from latentize.modeling.load import load_model
+from latentize.recipe import Selection
 from latentize.text.documents import documents
 from latentize.text.tokenizer import load_tokenizer
 from latentize.text.tokens import pack

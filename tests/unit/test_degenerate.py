@@ -37,10 +37,11 @@ from latentize.conversion.limits import finite_numbers
 from latentize.errors import NumericsError
 from latentize.evaluation.verify import verify
 from latentize.formats.deepseek_v3 import LatentNorm
-from latentize.methods.low_rank import balanced_pca, whitened_svd
+from latentize.methods.care import whitened_svd
 from latentize.methods.lower_rank import LatentMoments, lower
 from latentize.methods.pooling import pool_heads
 from latentize.methods.position import linearised
+from latentize.methods.transmla import balanced_pca
 from latentize.modeling.unread import without_unread
 from latentize.training.refine import _correction
 
@@ -407,7 +408,7 @@ def test_advice_is_not_what_was_given(
     def overflow(*_: Any, **__: Any) -> None:
         raise OverflowError("too large")
 
-    for job in ("jobs.latent.LatentJob", "jobs.pooled.PooledJob"):
+    for job in ("conversion.latent.LatentJob", "conversion.pooled.PooledJob"):
         monkeypatch.setattr(f"latentize.{job}.convert", overflow)
     source = saved(tmp_path / "source", lambda layer: None)
     few = ("--tokens", 1024, "--sequence-length", 64, "--data", text, *options)

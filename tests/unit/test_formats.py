@@ -28,7 +28,7 @@ from latentize.formats.deepseek_v3 import (
     portable_reasons,
 )
 from latentize.formats.native import layer_entry
-from latentize.methods.settings import Setting
+from latentize.methods.setting import Setting
 from latentize.modeling.native import _empty_attention
 
 H, U, R, N, V, RANK, D = 4, 2, 6, 5, 7, 9, 24

@@ -165,7 +165,7 @@ def test_other_latent_models_are_refused_by_name(model_type: str) -> None:
 
 def test_a_rank_alone_is_for_such_models_only() -> None:
     from latentize.attention.spec import AttentionSpec, RopeSpec
-    from latentize.methods.settings import settings
+    from latentize.methods.registry import settings
 
     recipe = Recipe.build(kv_lora_rank=8)
     with pytest.raises(LatentizeError, match="belong together"):

@@ -10,8 +10,11 @@ from tests.common import FP64, relative_error
 from tests.unit.layers import D, attention_spec, inputs, random_attention, stats_of
 from torch import Tensor
 
-from latentize.methods.low_rank import Factors, balanced_pca, joint_svd, key_balance, split_svd, whitened_svd
+from latentize.methods.care import whitened_svd
+from latentize.methods.low_rank import Factors
+from latentize.methods.mha2mla import joint_svd, split_svd
 from latentize.methods.statistics import CalibrationStats
+from latentize.methods.transmla import balanced_pca, key_balance
 
 C, E = 10, 14
 

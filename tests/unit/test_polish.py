@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from latentize.api import open_source
 from latentize.conversion.draft import observe
 from latentize.methods.closed_form import convert_layer
-from latentize.methods.settings import Setting
+from latentize.methods.registry import needs
+from latentize.methods.setting import Setting
 from latentize.modeling.source import SourceModel
 from latentize.text.tokens import Passages, spread_positions
 from latentize.training.polish import Polish, divergence, polish
@@ -52,7 +53,7 @@ def polishing(source: Callable[..., Path]) -> Callable[..., list[tuple[int, str]
         setting = Setting("transmla", rank, rope, freqfold=1 if keep_all else 4)
         weights, hidden = [], model.embed(text)
         for layer in model.layers():
-            seen = observe(layer, hidden, setting.needs(spec.attention))
+            seen = observe(layer, hidden, needs(setting, spec.attention))
             weights.append(expand_heads(convert_layer(layer.weights, spec.attention, seen.stats, setting)))
         told: list[tuple[int, str]] = []
         how = Polish(tokens=48, **{"steps": 20, "looks": 10, **changes})

@@ -14,7 +14,7 @@ from latentize.attention.grouped import grouped_attention
 from latentize.attention.latent import LatentWeights
 from latentize.attention.spec import LatentSpec
 from latentize.methods.closed_form import convert_layer
-from latentize.methods.settings import Setting
+from latentize.methods.setting import Setting
 from latentize.modeling.attention import LatentAttention
 from latentize.training.descent import Adam, Heads, Muon, Schedule, descent
 from latentize.training.refine import Refinement, descend, expand_heads, stacked_heads

@@ -14,9 +14,12 @@ from latentize.attention.grouped import AttentionWeights, grouped_attention
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.attention.spec import AttentionSpec
 from latentize.methods.closed_form import convert_layer
-from latentize.methods.rope_split import RopeSplit, Selection, rorope, select_pairs, split_per_head
-from latentize.methods.settings import Setting
+from latentize.methods.mha2mla import select_pairs, split_per_head
+from latentize.methods.rope_split import RopeSplit
+from latentize.methods.setting import Setting
 from latentize.methods.statistics import CalibrationStats
+from latentize.methods.transmla import rorope
+from latentize.recipe import Selection
 
 SELECTIONS = get_args(Selection)
 

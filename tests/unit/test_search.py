@@ -11,7 +11,8 @@ import pytest
 from latentize.api import open_source
 from latentize.conversion.search import choose, choose_by_layers, likely_ladders, looked_at, most_promising
 from latentize.conversion.texts import draw_text
-from latentize.methods.settings import Setting, settings
+from latentize.methods.registry import settings
+from latentize.methods.setting import Setting
 from latentize.modeling.source import SourceModel
 from latentize.recipe import Recipe
 

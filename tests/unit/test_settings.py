@@ -12,8 +12,11 @@ from tests.unit.layers import attention_spec, random_attention, stats_of
 
 from latentize.attention.spec import AttentionSpec, RopeSpec
 from latentize.errors import OptionError, UnsupportedModelError
-from latentize.methods.closed_form import convert_layer, ladder_costs
-from latentize.methods.settings import Setting, pooled_heads, settings
+from latentize.methods.calibrated import ladder_costs
+from latentize.methods.closed_form import convert_layer
+from latentize.methods.pooling import pooled_heads
+from latentize.methods.registry import settings
+from latentize.methods.setting import Setting
 from latentize.recipe import Recipe
 
 METHODS = ("transmla", "care", "mha2mla")

@@ -23,7 +23,8 @@ from latentize.conversion.draft import Seen, alone, is_exact, observe
 from latentize.conversion.search import SEARCH_TOKENS, short_refinement
 from latentize.evaluation.losses import compare_streams
 from latentize.methods.closed_form import conversion
-from latentize.methods.settings import Setting
+from latentize.methods.registry import needs
+from latentize.methods.setting import Setting
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
 from latentize.progress import Progress, silent
@@ -70,7 +71,7 @@ def allocate(
         The settings, and for each layer the price in nats per token of the ranks that were tried.
     """
     spec, layers = source.spec.attention, source.spec.layers
-    needed = candidates[0].needs(spec)
+    needed = needs(candidates[0], spec)
     calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
     short = short_refinement(calibration.length)
     none = replace(short, steps=0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latentize.attention.latent import LatentWeights
 from latentize.conversion.kept import Made, Once, at_once
 from latentize.methods.closed_form import Conversion, conversion
-from latentize.methods.settings import Setting
+from latentize.methods.setting import Setting
 from latentize.methods.statistics import CalibrationStats, Needed, gather
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.source import SourceLayer, Stream

@@ -21,7 +21,8 @@ from latentize.conversion.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
 from latentize.conversion.search import FINALISTS, SEARCH_TOKENS
 from latentize.conversion.self_generated import PIECE, pieces_at_once
 from latentize.families import ModelSpec
-from latentize.methods.settings import Setting
+from latentize.methods.registry import needs
+from latentize.methods.setting import Setting
 from latentize.modeling.source import MULTIPLIED, VOCAB_AT_ONCE, tokens_at_once
 from latentize.recipe import Recipe
 from latentize.training.descent import Schedule
@@ -144,7 +145,7 @@ class _Shapes:
 
     def statistics(self, setting: Setting, item: int = 8) -> int:
         """Of one layer."""
-        a, needed = self.spec.attention, setting.needs(self.spec.attention)
+        a, needed = self.spec.attention, needs(setting, self.spec.attention)
         size = a.hidden_size**2
         if needed.cross:
             size += (a.num_heads + a.num_kv_heads) * a.head_dim * a.hidden_size
@@ -288,7 +289,7 @@ def _choice(of: _Shapes, settings: Sequence[Setting], one_by_one: bool) -> int:
     if one_by_one and of.recipe.sizes is None:
         trials = of.spec.layers * of.stream(min(TRIAL_TOKENS, of.recipe.selection_tokens))
         return alone + trials if trials < STREAM_BYTES else alone + STREAM_BYTES
-    if of.recipe.method == "calibrated":
+    if of.recipe.calibrates:
         trained = max(of.latent(setting, 4 * _TRAINED + 8, expanded=True) for setting in settings)
         return alone + trained + (1 + 2 * FINALISTS) * selection
     return 2 * search + (1 + len(settings)) * selection

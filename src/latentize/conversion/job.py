@@ -29,7 +29,7 @@ from latentize.families import ModelSpec
 from latentize.families.described import described
 from latentize.formats.deepseek_v3 import DeepseekWriter
 from latentize.machine import keeping_freed_memory, peak_rss_bytes
-from latentize.methods.settings import Setting
+from latentize.methods.setting import Setting
 from latentize.modeling.reading import PROVED_TOKENS, prove
 from latentize.modeling.source import SourceModel
 from latentize.progress import Progress, Timed, silent

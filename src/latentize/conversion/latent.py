@@ -25,7 +25,8 @@ from latentize.families.model import FULL
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
 from latentize.machine import give_back_freed_memory
-from latentize.methods.settings import Setting, settings
+from latentize.methods.registry import settings
+from latentize.methods.setting import Setting
 from latentize.modeling.load import load_model
 from latentize.modeling.source import SourceModel
 from latentize.progress import Progress
@@ -149,7 +150,7 @@ class LatentJob(Job):
             chosen = [by_layer.get(layer, sized[0]) for layer in range(self.spec.layers)]
             found = zip(self.spec.converted, prices, strict=True)
             return chosen, [{"layer": layer, "selection_kl_by_rank": priced} for layer, priced in found]
-        if self.recipe.method == "calibrated":
+        if self.recipe.calibrates:
             best, scores = choose_by_layers(source, self.candidates, *texts, self.recipe.refines, progress)
         else:
             best, scores = choose(source, self.candidates, *texts, progress)
@@ -181,7 +182,7 @@ class LatentJob(Job):
 
 def sized_one_by_one(kind: type[FormatWriter], recipe: Recipe) -> bool:
     """Whether every layer may be sized for itself."""
-    return issubclass(kind, NativeWriter) and recipe.method == "calibrated"
+    return issubclass(kind, NativeWriter) and recipe.calibrates
 
 
 def format_of(
@@ -189,7 +190,7 @@ def format_of(
 ) -> tuple[type[FormatWriter], list[Setting], list[str]]:
     """The writer, the settings that it can hold, and why not the portable one if it was not asked for."""
     # The native format chooses from the source's own frequencies, and keeps biases.
-    free = [s for s in candidates if s.method != "calibrated" or s.on_source_frequencies(spec.attention)]
+    free = [s for s in candidates if s.on_source_frequencies(spec.attention)]
     if recipe.format == "native":
         return NativeWriter, free, []
     portable = [setting for setting in candidates if not portable_reasons(spec, setting)]

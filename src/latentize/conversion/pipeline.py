@@ -27,7 +27,8 @@ from latentize.formats.base import FormatWriter, LatentWriter
 from latentize.formats.layer import ConvertedLayer
 from latentize.methods.closed_form import linear_fit
 from latentize.methods.pooling import pool_heads
-from latentize.methods.settings import Setting
+from latentize.methods.registry import needs
+from latentize.methods.setting import Setting
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
 from latentize.progress import Progress, silent
@@ -217,7 +218,7 @@ class _LayerByLayer:
         refines, setting = self.draft.refinement is not None, self.settings[layer.index]
         few = len(self.draft.text) if refines else 0
         inherited = stream_error(self.draft.text, self.own[:few]) if refines else 0.0
-        seen = observe(layer, self.own, setting.needs(layer.spec), residual=few)
+        seen = observe(layer, self.own, needs(setting, layer.spec), residual=few)
         made = self.draft.convert(layer, seen, setting, once(self.journal, f"layer {layer.index}"), inherited)
         self.facts.append(made.closed.describe())
         stages = {}

@@ -11,7 +11,7 @@ from latentize.conversion.pipeline import Converted, convert_pooled
 from latentize.conversion.texts import Text
 from latentize.errors import FormatError
 from latentize.formats.pooled import PooledWriter
-from latentize.methods.settings import pooled_heads
+from latentize.methods.pooling import pooled_heads
 from latentize.modeling.canonical import is_like_llama
 from latentize.modeling.source import SourceModel
 from latentize.progress import Progress

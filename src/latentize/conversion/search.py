@@ -17,8 +17,9 @@ import torch
 
 from latentize.conversion.draft import Draft, Seen, alone, naming_layer, observe
 from latentize.evaluation.losses import compare_streams
-from latentize.methods.closed_form import ladder_costs
-from latentize.methods.settings import Setting
+from latentize.methods.calibrated import ladder_costs
+from latentize.methods.registry import needs
+from latentize.methods.setting import Setting
 from latentize.methods.statistics import Needed
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
@@ -124,7 +125,7 @@ def _compared(
     """KL of the model with some layers converted, each learnt alone, for every finalist."""
     own, reference = source.embed(calibration), source.embed(selection)
     streams, some = [reference.clone() for _ in finalists], set(looked_at(source.spec.converted))
-    needed = finalists[0].needs(source.spec.attention)
+    needed = needs(finalists[0], source.spec.attention)
     for layer in source.layers():
         layer.run(reference, fast=True)
         if layer.index in some:
@@ -218,7 +219,7 @@ def likely_ladders(
     if max(map(len, by_size.values())) <= LADDERS:
         return list(candidates)
     costs = [0.0] * len(candidates)
-    needed = candidates[0].needs(source.spec.attention)
+    needed = needs(candidates[0], source.spec.attention)
     for layer, _, seen in _some_layers(source, calibration, needed, progress, "choosing the ladder"):
         assert layer.weights is not None and layer.spec is not None
         with naming_layer(layer.index):
@@ -244,7 +245,7 @@ def _errors(
 ) -> list[tuple[Setting, float]]:
     """Mean relative error of a layer that is converted alone, for each candidate, after the steps of ``how``."""
     total, count = [0.0] * len(candidates), 0
-    needed = candidates[0].needs(source.spec.attention)
+    needed = needs(candidates[0], source.spec.attention)
     for layer, text, seen in _some_layers(source, calibration, needed, progress, what):
         for index, setting in enumerate(candidates):
             total[index] += alone(layer, text, seen, setting, how).after
@@ -275,7 +276,7 @@ def choose(
     if len(candidates) == 1:
         return candidates[0], []
     calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
-    needed = candidates[0].needs(source.spec.attention)
+    needed = needs(candidates[0], source.spec.attention)
     own = source.embed(calibration)
     draft = Draft(None, own)
     reference = source.embed(selection)

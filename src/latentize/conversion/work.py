@@ -19,7 +19,8 @@ from latentize.conversion.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
 from latentize.conversion.search import FINALISTS, LADDERS, SEARCH_TOKENS, looked_at, short_refinement
 from latentize.conversion.self_generated import PIECE
 from latentize.families import ModelSpec
-from latentize.methods.settings import Setting
+from latentize.methods.registry import needs
+from latentize.methods.setting import Setting
 from latentize.recipe import Recipe
 from latentize.training.descent import Schedule, orthogonalising
 from latentize.training.refine import solved_tokens
@@ -232,7 +233,7 @@ def latent_work(
     layers, converted, length = spec.layers, len(spec.converted), recipe.sequence_length
     tokens, evaluated = of.whole(recipe.calibration_tokens + written), of.whole(recipe.held_out_tokens)
     setting, refinement, rough = settings[0], effort.refinement, recipe.hurries
-    distances = setting.needs(spec.attention).distances
+    distances = needs(setting, spec.attention).distances
     stages: dict[str, Work] = {}
     if written:
         stages["writing text"] = of.written(written)
@@ -283,7 +284,7 @@ def _choice(
     tokens, selection = of.whole(min(SEARCH_TOKENS, recipe.calibration_tokens)), of.whole(recipe.selection_tokens)
     some, layers = len(looked_at(spec.converted)), spec.layers
     text = layers * of.forward(tokens, fast=True) + some * of.statistics(tokens, distances)
-    if recipe.method != "calibrated":
+    if not recipe.calibrates:
         each = spec.layers * (of.forward(selection, fast=False) + of.closed()) + 2 * of.head(selection)
         return {"comparing settings": text + len(settings) * each}
     probed = of.attention(tokens / 4, settings[0], 1) + of.closed()

@@ -36,7 +36,7 @@ from latentize.families.model import FULL
 from latentize.formats.balance import KEY, Balance, described, spread
 from latentize.formats.base import LatentWriter
 from latentize.formats.layer import ConvertedLayer
-from latentize.methods.settings import Setting
+from latentize.methods.setting import Setting
 
 __all__ = [
     "DELTA",
@@ -75,7 +75,7 @@ def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
         reasons.append("the method leaves no un-roped part, DeepSeek's layout needs one")
     elif setting.selection not in (None, "uniform"):
         reasons.append(f"'{setting.selection}' selection leaves frequencies that are not one ladder")
-    if setting.method == "calibrated" and setting.stride is None:
+    if setting.frequencies_by_layer:
         reasons.append("each layer keeps frequencies of its own, DeepSeek's layout has one ladder for all")
     if (a.qkv_bias or a.o_bias) and not setting.linear:
         reasons.append("the attention has biases, DeepSeek's layout has none")

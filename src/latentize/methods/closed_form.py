@@ -15,28 +15,15 @@ from torch import Tensor
 from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
 from latentize.attention.spec import AttentionSpec
-from latentize.methods.low_rank import Factors, balanced_pca, joint_svd, split_svd, whitened_svd
-from latentize.methods.position import (
-    Components,
-    dearest,
-    dropping_cost,
-    key_components,
-    ladder,
-    linearised,
-    on_ladder,
-    position_aware_split,
-    rope_cost,
-    unrotated_split,
-)
-from latentize.methods.rope_split import RopeSplit, rorope, select_pairs, split_per_head
-from latentize.methods.settings import Setting
+from latentize.methods.position import linearised
+from latentize.methods.registry import method_of
+from latentize.methods.setting import Setting
 from latentize.methods.statistics import CalibrationStats
 
 __all__ = [
     "Conversion",
     "conversion",
     "convert_layer",
-    "ladder_costs",
     "linear_fit",
 ]
 
@@ -100,9 +87,9 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
     w = w.to(torch.float64)
     if setting.linear:
         w = linearised(w, stats)
-    split, components = _split(w, spec, stats, setting)
-    v_ED = w.v_GdD.flatten(0, 1)
-    factors = _compress(split, v_ED, stats, setting)
+    method = method_of(setting)
+    split = method.split(w, spec, stats, setting)
+    factors = method.compress(split.k_nope_CD, w.v_GdD.flatten(0, 1), stats, setting)
     o_bias = w.o_bias_D
     if w.v_bias_Gd is not None:
         # Probabilities sum to one: a constant on the values is a constant on the output.
@@ -128,13 +115,7 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
         norm_eps=spec.norm_eps,
         softcap=spec.softcap,
     )
-    cost_F = None if components is None else _per_head(spec) * dropping_cost(components).sum(1)
-    return Conversion(weights, split.kept_pairs, cost_F, factors.energy_o)
-
-
-def _per_head(spec: AttentionSpec) -> float:
-    """From energies of all heads' products of queries and keys to a head's mean squared logit."""
-    return spec.softmax_scale**2 / spec.num_heads
+    return Conversion(weights, split.kept_pairs, split.rope_cost_F, factors.energy_o)
 
 
 def linear_fit(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats) -> LatentWeights:
@@ -142,60 +123,3 @@ def linear_fit(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
     values = spec.num_kv_heads * spec.head_dim
     whole = Setting("mha2mla", min(values, spec.hidden_size), spec.head_dim, spec.num_kv_heads, selection="high")
     return convert_layer(linearised(w.to(torch.float64), stats), spec, stats, whole)
-
-
-def ladder_costs(
-    w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, candidates: list[Setting]
-) -> list[float]:
-    """Mean squared error of a head's logits that each candidate's choice of roped components leaves.
-
-    Args:
-        w: The layer.
-        spec: Its description.
-        stats: Statistics of its inputs.
-        candidates: Of the calibrated method.
-    """
-    w = w.to(torch.float64)
-    if candidates[0].linear:
-        w = linearised(w, stats)
-    components = key_components(w, spec, stats)
-    if not spec.rotates:
-        return [0.0] * len(candidates)
-    return [_per_head(spec) * rope_cost(components, _rungs(setting, spec, components)[1]) for setting in candidates]
-
-
-def _rungs(setting: Setting, spec: AttentionSpec, components: Components) -> tuple[Tensor, Tensor]:
-    """What rotates, and at which frequencies."""
-    size = setting.qk_rope_head_dim
-    if setting.stride is None:
-        return dearest(components, size // 2)
-    rungs_J = ladder(spec.rope.theta, spec.rope.rotary_dim, size, setting.stride)
-    return on_ladder(components, rungs_J.to(components.frequencies_F.device))
-
-
-def _split(
-    w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting
-) -> tuple[RopeSplit, Components | None]:
-    """The keys, split, and the components that this was decided on, where there are some."""
-    if setting.method == "calibrated" and setting.stride is not None and not spec.rotates:
-        # A ladder that all layers share would turn what should not turn: its key stays empty here.
-        rungs_J = ladder(spec.rope.theta, spec.rope.rotary_dim, setting.qk_rope_head_dim, setting.stride)
-        return unrotated_split(w, rungs_J), None
-    if setting.method == "calibrated":
-        components = key_components(w, spec, stats)
-        at_J2, rungs_J = _rungs(setting, spec, components)
-        return position_aware_split(w, spec, components, at_J2, rungs_J), components
-    if setting.method == "mha2mla":
-        pairs = select_pairs(setting.selection or "2-norm", spec, setting.qk_rope_head_dim, stats)  # type: ignore[arg-type]
-        return split_per_head(w, spec, pairs), None
-    assert setting.freqfold is not None
-    return rorope(w, spec, stats, rope_dim=setting.qk_rope_head_dim, freqfold=setting.freqfold), None
-
-
-def _compress(split: RopeSplit, v_ED: torch.Tensor, stats: CalibrationStats, setting: Setting) -> Factors:
-    k_CD, rank = split.k_nope_CD, setting.kv_lora_rank
-    if setting.method in ("calibrated", "transmla"):
-        return balanced_pca(k_CD, v_ED, stats, rank)
-    if setting.method == "care":
-        return whitened_svd(k_CD, v_ED, stats, rank, damping=setting.damping or 0.0)
-    return split_svd(k_CD, v_ED, rank) if setting.svd == "split" else joint_svd(k_CD, v_ED, rank)

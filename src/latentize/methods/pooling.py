@@ -10,9 +10,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights
+from latentize.attention.spec import AttentionSpec
+from latentize.errors import OptionError
 from latentize.modeling.unread import living
+from latentize.recipe import Recipe
 
-__all__ = ["pool_heads"]
+__all__ = ["pool_heads", "pooled_heads"]
 
 
 def pool_heads(w: AttentionWeights, kv_heads: int) -> AttentionWeights:
@@ -38,3 +41,27 @@ def pool_heads(w: AttentionWeights, kv_heads: int) -> AttentionWeights:
 
     (k_GdD, k_bias_Gd), (v_GdD, v_bias_Gd) = pooled(w.k_GdD, w.k_bias_Gd), pooled(w.v_GdD, w.v_bias_Gd)
     return replace(w, k_GdD=k_GdD, v_GdD=v_GdD, k_bias_Gd=k_bias_Gd, v_bias_Gd=v_bias_Gd)
+
+
+def pooled_heads(recipe: Recipe, spec: AttentionSpec) -> int:
+    """kv heads for ``--to gqa`` or ``mqa`` within the budget.
+
+    Raises:
+        OptionError: pooling whole heads cannot reach the budget, or nothing would change.
+    """
+    if recipe.to == "mqa":
+        heads = 1
+    else:
+        fitting = [g for g in range(1, spec.num_kv_heads) if spec.num_kv_heads % g == 0]
+        fitting = [g for g in fitting if g / spec.num_kv_heads <= recipe.budget + 1e-9]
+        heads = max(fitting, default=0)
+    if recipe.keep is not None and heads and heads / spec.num_kv_heads > recipe.keep + 1e-9:
+        heads = 0
+    if heads == 0 or heads == spec.num_kv_heads:
+        raise OptionError(
+            f"pooling {spec.num_kv_heads} kv heads cannot give {recipe.budget:.1%} of the cache",
+            code="LZ304",
+            where=f"--to {recipe.to} --keep",
+            fix=f"the least that heads can be pooled to is {1 / spec.num_kv_heads:.1%}; latent attention goes lower",
+        )
+    return heads

@@ -14,7 +14,7 @@ from latentize.conversion.limits import expected_peak
 from latentize.conversion.texts import sequences_to_generate
 from latentize.conversion.work import Rates, latent_work
 from latentize.families import ModelSpec
-from latentize.methods.settings import settings
+from latentize.methods.registry import settings
 from latentize.modeling.source import is_large
 from latentize.planning.devices import Machine
 from latentize.recipe import Recipe
