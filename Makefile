@@ -24,7 +24,7 @@ RUN     := $(VENV)/.stamp-run
 DEV     := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench venv engines test-engines clean
+.PHONY: help demo test test-fast check docs bench venv engines test-engines clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -36,6 +36,13 @@ demo: $(RUN) ## convert, check, heal and measure the bundled model; prints where
 # One thread each, or the processes fight over the cores.
 test: $(DEV) ## all tests that need no GPU, engine or network
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-fast: $(DEV) ## the inner loop: tests of single modules that take no more than moments
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not gpu and not engine and not network' tests/unit $(ARGS)
+
+docs: $(DEV) ## the documentation as a site in build/docs; a broken link is an error
+	@$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || $(INSTALL) -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
 # pyright runs on node. Without one on the machine it would fetch it from nodejs.org; the index has it too.
 check: $(DEV) ## lint, formatting, types, import order

@@ -1,4 +1,4 @@
-"""Write the tables of docs/engines.md and README.md from what the engine tests have measured.
+"""Write the tables of docs/engines.md from what the engine tests have measured.
 
 make test-engines RESULTS=benchmarks/results/engines.json
 python benchmarks/engine_tables.py            # --check: only say whether they are up to date
@@ -124,10 +124,9 @@ def _placed(text: str, name: str, table: str) -> str:
 
 
 def main() -> int:
-    made, docs, readme = json.loads(RESULTS.read_text()), ROOT / "docs" / "engines.md", ROOT / "README.md"
+    made, docs = json.loads(RESULTS.read_text()), ROOT / "docs" / "engines.md"
     tables = [
         (docs, "engines", docs_tables(made)),
-        (readme, "engines", family_table(made)),
         (docs, "families", family_table(made)),
     ]
     tables.append((docs, "speed", speed_table(json.loads(SPEED.read_text()))))

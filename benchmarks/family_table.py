@@ -1,4 +1,4 @@
-"""Write the support matrix of README.md from what the tests of every family have found.
+"""Write the support matrix of docs/families.md from what the tests of every family have found.
 
 LATENTIZE_FAMILY_RESULTS=benchmarks/results/families.json python -m pytest tests/integration/test_every_family.py
 python benchmarks/family_table.py             # --check: only say whether it is up to date
@@ -42,14 +42,14 @@ def table(made: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    page = ROOT / "docs" / "families.md"
+    text = page.read_text()
     before, _, rest = text.partition(_BEGIN)
     wanted = f"{before}{_BEGIN}\n{table(json.loads(RESULTS.read_text()))}\n{_END}{rest.partition(_END)[2]}"
     if "--check" in sys.argv:
         print("up to date" if wanted == text else "not up to date; run python benchmarks/family_table.py")
         return int(wanted != text)
-    readme.write_text(wanted)
+    page.write_text(wanted)
     return 0
 
 

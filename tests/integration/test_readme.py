@@ -1,4 +1,4 @@
-"""What the README tells users to type works, on the model that ships."""
+"""What README and documentation tell users to type works, on the model that ships."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ QUICK = {"fast": True, "tokens": 4096, "selection_tokens": 512, "evaluation_toke
 QUICK_HEALING = {"tokens": 2048, "selection_tokens": 512, "evaluation_tokens": 1024}
 # And of `--tokens` no more than this is taken.
 MOST_TOKENS = 2048
+# Pages whose commands can be typed as they stand.
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("tutorial", "convert", "plan", "evaluation", "healing")),
+)
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -30,9 +35,9 @@ def test_tables_are_those_that_were_measured(script: str) -> None:
     assert done.returncode == 0, done.stdout.decode()
 
 
-def commands() -> list[list[str]]:
+def commands(page: str) -> list[list[str]]:
     """Lines of fenced ``sh`` blocks that call latentize, in order, split as a shell does."""
-    text = "".join(BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))).replace("\\\n", " ")
+    text = "".join(BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))).replace("\\\n", " ")
     return [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.startswith("latentize ")]
 
 
@@ -43,12 +48,13 @@ def quick(command: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page(
+    page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one folder where ``models`` and ``examples`` are the repository's, on less text to be quick."""
-    found = commands()
-    assert any(command[0] == "convert" for command in found), "the README shows how to convert"
+    found = commands(page)
+    assert found, "the page shows what to type"
     build = Recipe.build
     monkeypatch.setattr(Recipe, "build", lambda **entries: build(**{**QUICK, **entries}))
     heal = Healing.build
@@ -56,6 +62,9 @@ def test_every_command_of_the_readme(
     for name in ("models", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+    if not any(command[:1] == ["convert"] for command in found):
+        # The page is read after a conversion.
+        found.insert(0, ["convert", "models/tiny-llama-gqa", "out", "--keep", "50%"])
     for command in map(quick, found):
         done = call_cli(capsys, *command)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"

@@ -15,7 +15,7 @@ from tests.common import FP32, FP64, LLAMA3_SCALING, STOCK, pico_config, relativ
 from torch import Tensor
 
 from latentize.attention.grouped import rms_norm
-from latentize.attention.latent import LatentWeights
+from latentize.attention.latent import LatentWeights, latent_attention
 from latentize.families import model_spec
 from latentize.formats.deepseek_v3 import (
     DELTA,
@@ -81,9 +81,9 @@ def test_decoding_inverts_encoding(stream_scale: float) -> None:
     norm = LatentNorm.of(latent_rms(w, x)[0], 0.0)
     back = decode_attention(encode_attention(w, norm, stream_scale), CONFIG)
     assert replace(back.spec, up_heads=U) == replace(w.spec, softmax_scale=(N + R) ** -0.5)
-    expected = w.expanded(x) * stream_scale
-    assert relative_error(back.expanded(x * NORM_SHIFT), expected) <= FP64
-    assert relative_error(back.absorbed(x * NORM_SHIFT), expected) <= FP64
+    expected = latent_attention(x, w, absorb=False) * stream_scale
+    assert relative_error(latent_attention(x * NORM_SHIFT, back, absorb=False), expected) <= FP64
+    assert relative_error(latent_attention(x * NORM_SHIFT, back, absorb=True), expected) <= FP64
 
 
 def test_encoding_inverts_decoding() -> None:
@@ -119,7 +119,7 @@ def test_transformers_attention_computes_it(dtype: torch.dtype) -> None:
     rotary = DeepseekV3RotaryEmbedding(config)(x, torch.arange(9)[None])
     with torch.no_grad():
         got = attention(x * NORM_SHIFT, position_embeddings=rotary, attention_mask=None)[0]
-    assert relative_error(got, w.expanded(x)) <= STOCK
+    assert relative_error(got, latent_attention(x, w, absorb=False)) <= STOCK
 
 
 @given(largest=st.floats(1e-4, 1e4), ratio=st.floats(0.01, 1.0))
@@ -233,4 +233,4 @@ def test_a_native_layer_is_rebuilt_from_its_entry(biases: bool) -> None:
     empty = _empty_attention(entry, 1, table)
     empty.load_state_dict(full.state_dict(), strict=True)
     x = torch.randn(1, 6, D)
-    assert relative_error(empty(x)[0], w.expanded(x)) <= FP32
+    assert relative_error(empty(x)[0], latent_attention(x, w, absorb=False)) <= FP32

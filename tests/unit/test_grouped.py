@@ -72,7 +72,7 @@ def test_a_sliding_window_equals_transformers(kv_heads: int) -> None:
     """A window counts the query itself."""
     _, weights, spec = layer("mistral", kv_heads)
     x, expected = theirs(pico_model("mistral", kv_heads, sliding_window=5), torch.arange(20)[None])
-    windowed = grouped_attention(x, weights, replace(spec.attention, sliding_window=5))
+    windowed = grouped_attention(x, weights, spec.attention, window=5)
     assert relative_error(windowed, expected) <= FP32
     assert relative_error(grouped_attention(x, weights, spec.attention), expected) > 0.01
 
@@ -81,12 +81,13 @@ def test_a_sliding_window_equals_transformers(kv_heads: int) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_equals_prefill(family: str, window: int | None) -> None:
     _, weights, spec = layer(family, 4 if family in ONLY_MHA else 2)
-    attention = replace(attention_of(spec), sliding_window=window)
+    attention = attention_of(spec)
     x = torch.randn(2, 11, 64)
-    at_once = grouped_attention(x, weights, attention)
+    at_once = grouped_attention(x, weights, attention, window=window)
     cache = GrowingCache()
-    steps = [grouped_attention(x[:, :5], weights, attention, cache=cache, layer_idx=3)]
-    steps += [grouped_attention(x[:, t : t + 1], weights, attention, cache=cache, layer_idx=3) for t in range(5, 11)]
+    kept: dict[str, Any] = {"cache": cache, "layer_idx": 3, "window": window}
+    steps = [grouped_attention(x[:, :5], weights, attention, **kept)]
+    steps += [grouped_attention(x[:, t : t + 1], weights, attention, **kept) for t in range(5, 11)]
     assert relative_error(torch.cat(steps, dim=1), at_once) <= FP32
     assert cache.values_per_token(3) == attention.cache_values
     assert cache.get_seq_length(3) == 11

@@ -156,13 +156,13 @@ def test_decode_equals_prefill(absorb: bool, window: int | None) -> None:
 def test_positions_may_be_given() -> None:
     """A shift of all positions changes nothing; one of some of them does."""
     w, x = random_weights(dtype=torch.float64), torch.randn(2, 6, D, dtype=torch.float64)
-    plain = w.absorbed(x)
-    assert relative_error(w.absorbed(x, positions_BT=torch.arange(40, 46)[None]), plain) <= FP64
+    plain = latent_attention(x, w, absorb=True)
+    assert relative_error(latent_attention(x, w, absorb=True, positions_BT=torch.arange(40, 46)[None]), plain) <= FP64
     per_row = torch.stack([torch.arange(6), torch.arange(0, 12, 2)])
-    shifted = w.absorbed(x, positions_BT=per_row)
+    shifted = latent_attention(x, w, absorb=True, positions_BT=per_row)
     assert relative_error(shifted[:1], plain[:1]) <= FP64
     assert relative_error(shifted[1:], plain[1:]) > 1e-3
-    assert relative_error(w.expanded(x, positions_BT=per_row), shifted) <= FP64
+    assert relative_error(latent_attention(x, w, absorb=False, positions_BT=per_row), shifted) <= FP64
 
 
 @pytest.mark.parametrize("norms", [False, True])
@@ -225,7 +225,7 @@ def test_a_frequency_outside_the_table_is_refused() -> None:
 def test_module_equals_the_reference_in_prefill_and_decode(shape: dict) -> None:
     w = random_weights(**shape)
     module, x = LatentAttention.from_weights(w), torch.randn(2, 8, D)
-    expected = w.expanded(x)
+    expected = latent_attention(x, w, absorb=False)
     assert relative_error(module(x)[0], expected) <= FP32
     cache = GrowingCache()
     parts = [module(x[:, :4], torch.arange(4)[None], past_key_values=cache)[0]]
@@ -240,7 +240,7 @@ def test_module_heeds_masks_in_prefill_and_decode(kind: str) -> None:
     """Left padding, as ``generate`` of transformers gives it to a batch."""
     w = random_weights()
     module, x = LatentAttention.from_weights(w), torch.randn(1, 7, D)
-    expected = w.expanded(x[:, 2:])
+    expected = latent_attention(x[:, 2:], w, absorb=False)
     allowed = causal_mask(7, 7) & (torch.arange(7) >= 2)
     allowed |= torch.eye(7, dtype=torch.bool)
     mask = allowed[None, None]

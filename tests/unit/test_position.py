@@ -14,6 +14,7 @@ from tests.unit.test_rope_split import project, source_logits, split_logits
 from torch import Tensor
 
 from latentize.attention.grouped import attend, grouped_attention, queries_keys
+from latentize.attention.latent import latent_attention
 from latentize.attention.masks import causal_mask
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.attention.spec import AttentionSpec, RopeSpec
@@ -52,25 +53,21 @@ def test_attended_distances_against_a_loop(budget: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("budget", [1 << 25, 100])
-@pytest.mark.parametrize("window", [None, 4])
-def test_attended_distances_of_tokens_that_are_not_in_a_row(
-    budget: int, window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attended_distances_of_tokens_that_are_not_in_a_row(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distance, "_SCORES_AT_ONCE", budget)
     q, k = torch.randn(2, 2, 9, 6), torch.randn(2, 1, 9, 6)
     in_a_row = torch.arange(9).repeat(2, 1)
-    same = attended_distances(q, k, 0.7, window=window, positions_BT=in_a_row)
-    assert relative_error(same, attended_distances(q, k, 0.7, window=window)) <= FP32
+    same = attended_distances(q, k, 0.7, positions_BT=in_a_row)
+    assert relative_error(same, attended_distances(q, k, 0.7)) <= FP32
     positions = torch.tensor([[0, 1, 2, 3, 4, 15, 16, 17, 18], list(range(9))])
     expected = torch.zeros(2, 20, dtype=torch.float64)
     for b in range(2):
         for h in range(2):
             for t in range(9):
-                first = 0 if window is None else max(0, t - window + 1)
-                p = (0.7 * (k[b, 0, first : t + 1] @ q[b, h, t])).softmax(0)
-                for s in range(first, t + 1):
-                    expected[h, positions[b, t] - positions[b, s]] += float(p[s - first])
-    got = attended_distances(q, k, 0.7, window=window, positions_BT=positions, reach=20)
+                p = (0.7 * (k[b, 0, : t + 1] @ q[b, h, t])).softmax(0)
+                for s in range(t + 1):
+                    expected[h, positions[b, t] - positions[b, s]] += float(p[s])
+    got = attended_distances(q, k, 0.7, positions_BT=positions, reach=20)
     assert relative_error(got, expected) <= FP32
 
 
@@ -287,12 +284,11 @@ def test_where_an_input_is_constant_the_linear_fit_of_biases_is_exact(kv_heads: 
     fit = linear_fit(w, spec, stats_of(w, x_BTD))
     assert fit.o_bias_D is None and fit.q_rope_bias_HR is None
     # The fit is damped, so a constant that is not the largest direction by far would not come out whole.
-    assert relative_error(fit.expanded(x_BTD), grouped_attention(x_BTD, w, spec)) <= 1e-2
+    assert relative_error(latent_attention(x_BTD, fit, absorb=False), grouped_attention(x_BTD, w, spec)) <= 1e-2
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_gathered_distances_are_those_of_the_layer(window: int | None) -> None:
-    spec = replace(attention_spec(2), sliding_window=window)
+def test_gathered_distances_are_those_of_the_layer() -> None:
+    spec = attention_spec(2)
     w = random_attention(spec, biases=True)
     x_BTD = inputs(batch=2, length=12)
     histogram = gather(x_BTD, w.to(torch.float32), spec, Needed(distances=True)).distances_HT
@@ -305,6 +301,6 @@ def test_gathered_distances_are_those_of_the_layer(window: int | None) -> None:
     q_BHTd, k_BGTd = (rotate_half(y, cos, sin) for y in queries_keys(x_BTD, w, spec.norm_eps))
     k_BHTd = k_BGTd.repeat_interleave(2, dim=1)
     where_BHT1 = positions[None, None, :, None].expand(2, 4, 12, 1)
-    mean_BHT1 = attend(q_BHTd, k_BHTd, where_BHT1, causal_mask(12, 12, window=window), spec.softmax_scale)
+    mean_BHT1 = attend(q_BHTd, k_BHTd, where_BHT1, causal_mask(12, 12), spec.softmax_scale)
     far = (where_BHT1 - mean_BHT1).sum((0, 2, 3))
     assert relative_error(histogram @ positions, far) <= 1e-5

@@ -11,6 +11,7 @@ from tests.unit.layers import D, attention_spec, inputs, random_attention, stats
 from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights, grouped_attention
+from latentize.attention.latent import latent_attention
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.attention.spec import AttentionSpec
 from latentize.methods.closed_form import convert_layer
@@ -144,8 +145,8 @@ def test_full_rope_for_each_head_is_the_source(kv_heads: int, biases: bool) -> N
     latent = convert_layer(w, spec, stats_of(w), setting)
     assert latent.spec.qk_nope_head_dim == 0
     expected = grouped_attention(x, w, spec)
-    assert relative_error(latent.expanded(x), expected) <= FP64
-    assert relative_error(latent.absorbed(x), expected) <= FP64
+    assert relative_error(latent_attention(x, latent, absorb=False), expected) <= FP64
+    assert relative_error(latent_attention(x, latent, absorb=True), expected) <= FP64
 
 
 ROROPE = [(1, 16, 1), (1, 16, 4), (2, 16, 1), (2, 8, 2), (2, 8, 8), (4, 4, 4), (4, 4, 8), (2, 2, 8)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from tests.common import FP32, FP64, relative_error
@@ -65,20 +63,6 @@ def test_norms_are_gathered_where_they_are_asked_for() -> None:
     assert (bare + bare).tokens == 2 * bare.tokens
     with pytest.raises(ValueError, match="kinds"):
         bare + full
-
-
-@pytest.mark.parametrize("normed", [False, True])
-def test_save_and_load(tmp_path: Path, normed: bool) -> None:
-    stats = CalibrationStats.of(inputs().float(), weights() if normed else None)
-    stats.save(tmp_path / "stats.safetensors")
-    loaded = CalibrationStats.load(tmp_path / "stats.safetensors")
-    assert loaded.tokens == stats.tokens
-    assert type(loaded.tokens) is int
-    for name, tensor in vars(stats).items():
-        if isinstance(tensor, torch.Tensor):
-            assert torch.equal(getattr(loaded, name), tensor), name
-        else:
-            assert getattr(loaded, name) == tensor, name
 
 
 @pytest.mark.parametrize("biased", [False, True])

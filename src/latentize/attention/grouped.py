@@ -100,6 +100,7 @@ def grouped_attention(
     positions_BT: Tensor | None = None,
     cache: GrowingCache | None = None,
     layer_idx: int = 0,
+    window: int | None = None,
 ) -> Tensor:
     """Attention of one layer; with a ``cache`` the new tokens follow those that it holds.
 
@@ -110,6 +111,7 @@ def grouped_attention(
         positions_BT: Positions of the new tokens; by default they continue the cache.
         cache: Holds ``2 G d`` values a token: the keys, after RoPE, and the values.
         layer_idx: Which of the cache's layers.
+        window: Tokens that a query sees, itself included; ``None`` is all.
 
     Returns:
         ``[B, T, D]``, what is added to the residual stream.
@@ -124,7 +126,7 @@ def grouped_attention(
     q_BHTd, k_BGSd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
     if cache is not None:
         k_BGSd, v_BGSd = cache.update(k_BGSd, v_BGSd, layer_idx)
-    allowed_TS = causal_mask(x_BTD.shape[1], k_BGSd.shape[2], window=spec.sliding_window, device=x_BTD.device)
+    allowed_TS = causal_mask(x_BTD.shape[1], k_BGSd.shape[2], window=window, device=x_BTD.device)
     k_BHSd = k_BGSd.repeat_interleave(spec.group_size, dim=1)
     v_BHSd = v_BGSd.repeat_interleave(spec.group_size, dim=1)
     heads_BHTd = attend(q_BHTd, k_BHSd, v_BHSd, allowed_TS, spec.softmax_scale, spec.softcap)

@@ -1,14 +1,8 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), expanded and absorbed.
+"""Latent attention as conversions need it: :mod:`latentize.attention.mla`, and more than DeepSeek's form.
 
-Per token the cache keeps a latent ``c`` and a few roped keys ``k_R``; keys and values of all heads are linear in
-the latent, ``k_h = W_UK,h c`` and ``v_h = W_UV,h c`` (their equations 9 to 19):
-
-    expanded   make k_h and v_h of every cached token, then attend                best when T is large
-    absorbed   q_h · W_UK,h c = (W_UK,hᵀ q_h) · c, and Σ p W_UV,h c = W_UV,h Σ p c:
-               attend in the latent space, no key or value is ever made           best when T is small
-
-Beyond DeepSeek's form, the roped keys may be several (``P``: one a kv head for MHA2MLA and for exact
-conversions), heads of a group may share up-projections (``U = G``), and projections may have biases.
+Roped keys may be several (``P``: one a kv head for MHA2MLA and for exact conversions), heads of a group may share
+up-projections (``U = G``), projections may have biases, roped parts a norm, and logits a cap. The latent has no norm,
+and queries are not compressed. RoPE is in the "half" layout.
 
 B batch, T new tokens, S cached tokens, D hidden, H query heads, P roped keys, U up-projections, s = H / U,
 r kv_lora_rank, N qk_nope_head_dim, R qk_rope_head_dim, F = R / 2 pairs, V v_head_dim.
@@ -112,14 +106,6 @@ class LatentWeights:
         kept = {"frequencies_PF"}
         present = {n: t.to(dtype) for n, t in vars(self).items() if isinstance(t, Tensor) and n not in kept}
         return replace(self, **present)
-
-    def expanded(self, x_BTD: Tensor, **kwargs) -> Tensor:
-        """The layer in expanded form, see :func:`latent_attention`."""
-        return latent_attention(x_BTD, self, absorb=False, **kwargs)
-
-    def absorbed(self, x_BTD: Tensor, **kwargs) -> Tensor:
-        """The layer in absorbed form, see :func:`latent_attention`."""
-        return latent_attention(x_BTD, self, absorb=True, **kwargs)
 
 
 def _project(x_BTD: Tensor, w_hdD: Tensor, bias_hd: Tensor | None) -> Tensor:

@@ -95,7 +95,6 @@ class AttentionSpec:
         qk_norm_across: Whether that is one norm over all heads together (OLMo 2).
         norm_eps: Epsilon of that norm.
         softmax_scale: Factor on the logits, ``d ** -0.5`` unless the family says otherwise.
-        sliding_window: Tokens that a query sees, itself included; ``None`` is all of them.
         softcap: Logits are ``softcap · tanh(logits / softcap)`` (Gemma 2); 0 is not at all.
         rotates: Whether queries and keys are rotated at all; in SmolLM3 every fourth layer does without (NoPE).
     """
@@ -111,7 +110,6 @@ class AttentionSpec:
     qk_norm_across: bool = False
     norm_eps: float = 1e-6
     softmax_scale: float = 0.0
-    sliding_window: int | None = None
     softcap: float = 0.0
     rotates: bool = True
 

@@ -729,7 +729,3 @@ def main() -> None:
         sys.stderr.write(f"{lacking}\n")
         sys.stderr.flush()
         os._exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -23,7 +23,6 @@ def attended_distances(
     k_BGTd: Tensor,
     scale: float,
     *,
-    window: int | None = None,
     positions_BT: Tensor | None = None,
     reach: int | None = None,
 ) -> Tensor:
@@ -33,7 +32,6 @@ def attended_distances(
         q_BHTd: Queries, after RoPE.
         k_BGTd: Keys, after RoPE.
         scale: Softmax scale.
-        window: Tokens that a query sees, itself included; ``None`` is all.
         positions_BT: Where the tokens are, rising; by default one after the other.
         reach: Distances that are told apart, ``L``; by default ``T``.
 
@@ -48,8 +46,6 @@ def attended_distances(
         end = min(tokens, start + chunk)
         score_BHcS = scale * (q_BHTd[:, :, start:end] @ k_BHTd[:, :, :end].mT)
         hidden = torch.ones(end - start, end, dtype=torch.bool, device=score_BHcS.device).triu(start + 1)
-        if window is not None:
-            hidden |= torch.ones_like(hidden).tril(start - window)
         p_BHcS = score_BHcS.masked_fill_(hidden, -torch.inf).softmax(-1)
         if positions_BT is None:
             _add(histogram_HL, p_BHcS.sum(0), start)

@@ -7,7 +7,6 @@ state; only the mean *norms* that MHA2MLA ranks by need the tokens themselves.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -90,19 +89,6 @@ class CalibrationStats:
         cross_oo = mean_o[..., :, None] * bias_o[..., None, :]
         return moment_oo + cross_oo + cross_oo.mT + bias_o[..., :, None] * bias_o[..., None, :]
 
-    def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        tensors = {name: t.contiguous() for name, t in self._present().items()}
-        save_file({**tensors, "tokens": torch.tensor(self.tokens)}, str(path))
-
-    @classmethod
-    def load(cls, path: Path) -> CalibrationStats:
-        from safetensors.torch import load_file
-
-        tensors = load_file(str(path))
-        return cls(tokens=int(tensors.pop("tokens")), **tensors)
-
 
 def _pair_norms(x_nD: Tensor, w_hdD: Tensor, bias_hd: Tensor | None) -> Tensor:
     """``Σ_tokens ‖(y_f, y_{f + d/2})‖`` of every head and pair, ``[h, d / 2]``."""
@@ -161,8 +147,6 @@ def gather(
         frequencies = torch.tensor([spec.frequencies], dtype=torch.float64, device=x_BTD.device)
         cos, sin = rope_angles(frequencies, positions)
         q_BHTd, k_BGTd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
-        attended = attended_distances(
-            q_BHTd, k_BGTd, spec.softmax_scale, window=spec.sliding_window, positions_BT=positions_BT, reach=reach
-        )
+        attended = attended_distances(q_BHTd, k_BGTd, spec.softmax_scale, positions_BT=positions_BT, reach=reach)
         stats = replace(stats, distances_HT=attended)
     return stats
