@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from latentize.errors import OptionError
 from latentize.paths import expanded
 
-__all__ = ["Method", "Recipe", "Selection", "parse_keep"]
+__all__ = ["Decay", "Method", "Recipe", "Selection", "parse_keep"]
 
 Method = Literal["calibrated", "transmla", "mha2mla", "care"]
 Selection = Literal["high", "low", "uniform", "2-norm"]
+Decay = Literal["linear", "cosine", "1-sqrt"]
 
 # Enough to refine on; statistics alone settle earlier.
 _TOKENS_REFINED, _TOKENS_CLOSED, _TOKENS_EVALUATED = 131_072, 32_768, 16_384
@@ -30,67 +31,63 @@ def parse_keep(value: Any) -> Any:
 
 
 class Recipe(BaseModel):
-    """A conversion.
+    """A conversion. Its fields are the options of ``latentize convert``."""
 
-    Attributes:
-        to: Attention of the result: latent, or fewer kv heads by mean pooling.
-        method: How latent weights are found; ``calibrated`` loses least.
-        format: ``deepseek_v3`` loads everywhere, ``native`` holds everything; ``auto`` prefers the former.
-        keep: Cached values per token and layer, at most this share of the source's ``2 G d``.
-        kv_lora_rank: Size of the latent, instead of ``keep``.
-        qk_rope_head_dim: Size of a roped key, beside ``kv_lora_rank``; a model that has latent attention already keeps
-            its own.
-        preset: Sizes that fast kernels are made for, instead of ``keep``.
-        fast: ``calibrated``: the closed form only, seconds instead of minutes.
-        polish: ``calibrated``: train the converted layers together for a few steps. The whole model has to be in
-            memory; by default where that is small.
-        freqfold: ``transmla``, ``care``: frequencies folded together; searched when not given.
-        selection: ``mha2mla``: which pairs keep RoPE.
-        svd: ``mha2mla``: keys and values in one SVD or in two.
-        damping: ``care``: fraction of the mean diagonal added to the input covariance.
-        data: Text files or hub data sets; without any, the Python standard library's text.
-        dtype: Precision that weights are saved in; ``float16`` also for what is to run in it.
-        tokens: Calibration tokens of the user's text; by default 131,072 where layers are refined and 32,768 where not.
-        self_generated: ``calibrated``: how many the model writes itself beside them, as a share of them. The whole
-            model has to be in memory for it; by default a half where that is small and layers are refined, else none.
-        restyled: ``calibrated``: share of them that are the user's text in other styles (lower case, spaces around
-            marks, no marks, a line for each sentence); by default a quarter where layers are refined, else none.
-        repeated: ``calibrated``: share of them in sequences that end in a passage of theirs once more, without which
-            what copies from far back is unlearnt; by default three eighths where layers are refined, else none.
-        sequence_length: Tokens per calibration sequence.
-        context: Positions that calibration sequences are spread over, at most; never more than the model's own.
-        selection_tokens: Tokens of held-out calibration text that candidates are compared on.
-        evaluation_tokens: Tokens of held-out text that the reported quality is measured on; by default 16,384, and
-            half as many with ``fast``.
-        seed: Draws the calibration sequences.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    to: Literal["mla", "gqa", "mqa"] = "mla"
-    method: Method = "calibrated"
-    format: Literal["auto", "deepseek_v3", "native"] = "auto"
     keep: float | None = Field(None, gt=0, le=1)
+    """Cached values per token and layer, at most this share of the source's, as 25% or 0.25."""
     kv_lora_rank: int | None = Field(None, gt=0)
+    """Size of the latent, instead of ``keep``."""
     qk_rope_head_dim: int | None = Field(None, gt=0)
+    """Size of a roped key, beside the size of the latent. A model that has latent attention already keeps its own."""
+    to: Literal["mla", "gqa", "mqa"] = "mla"
+    """Attention of the result: mla, or gqa and mqa, which pool heads by their mean."""
+    method: Method = "calibrated"
+    """How latent weights are found: calibrated, which loses least, transmla, mha2mla or care."""
+    format: Literal["auto", "deepseek_v3", "native"] = "auto"
+    """deepseek_v3 loads everywhere, native holds everything, auto prefers the former."""
     preset: Literal["512+64"] | None = None
+    """512+64: sizes that fast kernels are made for, instead of ``keep``."""
     fast: bool = False
+    """Closed form only: seconds instead of minutes."""
     polish: bool | None = None
+    """Train all converted layers together for a few steps. The whole model has to be in memory for it. By default
+    where it is small."""
     freqfold: int | None = Field(None, gt=0)
+    """transmla, care: frequencies that are folded together. Searched if absent."""
     selection: Selection = "2-norm"
+    """mha2mla: which pairs keep RoPE, high, low, uniform or 2-norm."""
     svd: Literal["joint", "split"] = "joint"
+    """mha2mla: keys and values in one SVD, joint, or in two, split."""
     damping: float = Field(0.01, ge=0)
+    """care: fraction of the mean diagonal that is added to the input covariance."""
     data: tuple[str, ...] = ()
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Text: .txt, .md, .jsonl or .parquet, a folder, - for stdin, or a hub data set. Repeat for several. By default the
+    Python standard library's."""
     tokens: int | None = Field(None, gt=0)
+    """Calibration tokens of your text. By default 131072, and 32768 if nothing is refined."""
     self_generated: float | None = Field(None, ge=0, le=1)
+    """Tokens that the model writes itself beside them, as a share of them. The whole model has to be in memory for it.
+    By default 50% where it is small and layers are refined."""
     restyled: float | None = Field(None, ge=0, le=1)
+    """Share of them that is your text in other styles (lower case, spaces around marks, no marks, a line for each
+    sentence). By default 25% where layers are refined."""
     repeated: float | None = Field(None, ge=0, le=1)
+    """Share of them in sequences that end in a passage of theirs once more, without which what copies from far back is
+    unlearnt. By default 37.5% where layers are refined."""
     sequence_length: int = Field(512, gt=1)
+    """Tokens of a calibration sequence."""
     context: int = Field(32_768, gt=1)
+    """Positions that calibration sequences are spread over, at most. Never more than the model's own."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision that weights are saved in: bfloat16, float32, or float16 for what is to run in it."""
     selection_tokens: int = Field(4_096, gt=0)
+    """Tokens of held-out calibration text that candidates are compared on."""
     evaluation_tokens: int | None = Field(None, gt=0)
+    """Tokens of held-out text that the reported quality is measured on. By default 16384, half as many with fast."""
     seed: int = 0
+    """Draws the calibration sequences."""
 
     @field_validator("keep", "self_generated", "restyled", "repeated", mode="before")
     @classmethod

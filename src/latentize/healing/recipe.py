@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentize.errors import OptionError
-from latentize.training.descent import Decay, Schedule
+from latentize.recipe import Decay
+
+if TYPE_CHECKING:
+    from latentize.training.descent import Schedule
 
 __all__ = ["Healing"]
 
@@ -15,60 +18,59 @@ _RATES = {"muon": 0.01, "adamw": 3e-4, "lora": 2e-3}
 
 
 class Healing(BaseModel):
-    """A healing.
+    """A healing. Its fields are options of ``latentize heal``."""
 
-    Attributes:
-        train: What learns: the ``attention`` layers, ``all`` of the model, or ``lora`` adapters on
-            the attention's projections, merged at the end.
-        tokens: Different tokens to learn from, at most.
-        epochs: How often each is learnt from.
-        step_tokens: Tokens a step, rounded to whole sequences.
-        sequence_length: Tokens of a sequence.
-        context: Positions that sequences are spread over, at most; never more than the model's own.
-        optimiser: ``muon`` with steps relative to each tensor, or ``adamw`` with absolute ones.
-        rate: Size of a full step; by default one that suits the optimiser.
-        warmup: Steps of linear warm-up.
-        decay: Shape of the decay to zero after it.
-        ce: Share of the cross-entropy with the true next token; the rest is the KL divergence from the teacher.
-        temperature: Of both distributions in that divergence.
-        top_k: Keep only the teacher's most likely tokens, written to disk before training starts, so that the two
-            models are never in memory together. Without it the teacher runs along.
-        match_hidden: Weight of the relative squared error of every layer's hidden states.
-        cache: Formats of a latent cache, ``LATENT[+ROPE]``, whose rounding is simulated while learning.
-        lora_rank, lora_alpha: Of the adapters.
-        looks: How often held-out text is looked at, evenly; the best of what was seen is kept.
-        patience: Looks without a gain after which training ends.
-        data: Text files or hub data sets; without any, the Python standard library's text.
-        selection_tokens: Tokens that are not learnt from and tell what is best.
-        evaluation_tokens: Tokens of held-out text that the result is measured on.
-        seed: Draws the sequences. Another one than a conversion's draws other text.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    train: Literal["attention", "all", "lora"] = "attention"
-    tokens: int = Field(262_144, gt=0)
-    epochs: int = Field(1, gt=0)
-    step_tokens: int = Field(1024, gt=0)
-    sequence_length: int = Field(512, gt=1)
-    context: int = Field(32_768, gt=1)
-    optimiser: Literal["muon", "adamw"] | None = None
-    rate: float | None = Field(None, gt=0)
-    warmup: int = Field(5, ge=0)
-    decay: Decay = "linear"
-    ce: float = Field(0.0, ge=0, le=1)
-    temperature: float = Field(1.0, gt=0)
-    top_k: int | None = Field(None, gt=0)
-    match_hidden: float = Field(0.0, ge=0)
-    cache: str | None = None
-    lora_rank: int = Field(16, gt=0)
-    lora_alpha: int = Field(32, gt=0)
-    looks: int = Field(5, gt=0)
-    patience: int | None = Field(None, gt=0)
     data: tuple[str, ...] = ()
+    """Text: .txt, .md, .jsonl or .parquet, a folder, - for stdin, or a hub data set. Repeat for several. By default the
+    Python standard library's."""
+    tokens: int = Field(262_144, gt=0)
+    """Different tokens to learn from, at most."""
+    epochs: int = Field(1, gt=0)
+    """How often each is learnt from."""
+    train: Literal["attention", "all", "lora"] = "attention"
+    """What learns: the attention layers, all of the model, or lora: adapters on the attention's projections, merged at
+    the end."""
+    ce: float = Field(0.0, ge=0, le=1)
+    """Share of the cross-entropy with the true next token. The rest is the KL divergence from the teacher."""
+    temperature: float = Field(1.0, gt=0)
+    """Of both distributions in that divergence."""
+    top_k: int | None = Field(None, gt=0)
+    """Keep so many of the teacher's most likely tokens, written to disk before training starts, so that the two models
+    are never in memory together."""
+    match_hidden: float = Field(0.0, ge=0)
+    """Weight of the relative squared error of every layer's hidden states."""
+    cache: str | None = None
+    """Formats of a latent cache, LATENT[+ROPE], as int4 or int4+bf16, whose rounding is simulated while learning."""
+    optimiser: Literal["muon", "adamw"] | None = None
+    """muon with steps relative to each tensor, or adamw with absolute ones. By default muon, and adamw for lora."""
+    rate: float | None = Field(None, gt=0)
+    """Size of a full step. By default 0.01 for muon, 0.0003 for adamw, 0.002 for lora."""
+    warmup: int = Field(5, ge=0)
+    """Steps of linear warm-up."""
+    decay: Decay = "linear"
+    """Shape of the decay to zero after it: linear, cosine or 1-sqrt."""
+    step_tokens: int = Field(1024, gt=0)
+    """Tokens of a step, rounded to whole sequences."""
+    sequence_length: int = Field(512, gt=1)
+    """Tokens of a sequence."""
+    context: int = Field(32_768, gt=1)
+    """Positions that sequences are spread over, at most. Never more than the model's own."""
+    lora_rank: int = Field(16, gt=0)
+    """Of the adapters."""
+    lora_alpha: int = Field(32, gt=0)
+    """Of the adapters."""
+    looks: int = Field(5, gt=0)
+    """How often held-out text is looked at, evenly. The best of what was seen is kept."""
+    patience: int | None = Field(None, gt=0)
+    """Looks without a gain after which training ends. By default never."""
     selection_tokens: int = Field(8192, gt=0)
+    """Tokens that are not learnt from and tell what is best."""
     evaluation_tokens: int = Field(32_768, gt=0)
+    """Tokens of held-out text that the result is measured on."""
     seed: int = 1
+    """Draws the sequences. Another one than a conversion's draws other text."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -90,6 +92,8 @@ class Healing(BaseModel):
 
     def schedule(self, sequences: int) -> Schedule:
         """The steps that learn from ``sequences`` sequences, ``epochs`` times."""
+        from latentize.training.descent import Schedule
+
         rate = self.rate or _RATES["lora" if self.train == "lora" else self.method]
         size = min(max(1, self.step_tokens // self.sequence_length), sequences)
         return Schedule(

@@ -16,14 +16,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from latentize.machine import multiplies_bfloat16
+from latentize.recipe import Decay
 
-__all__ = ["WHOLE", "Adam", "Decay", "Descent", "Heads", "Muon", "Schedule", "descent", "orthogonalising"]
+__all__ = ["WHOLE", "Adam", "Descent", "Heads", "Muon", "Schedule", "descent", "orthogonalising"]
 
 _BETAS, _MOMENTUM = (0.9, 0.99), 0.9
 # Newton and Schulz' iteration as Muon has it: the quintic that leads small singular values up fastest.
@@ -32,7 +33,6 @@ _QUINTIC, _SMALLEST_NORM = (3.4445, -4.7750, 2.0315), 1e-7
 # multiplications that this may come to. Counted so it looks dearer than it is: a share of one is measured as half of a
 # step, whose attention is not counted.
 _ITERATIONS, _SHARE = 5, 1.2
-Decay = Literal["linear", "cosine", "1-sqrt"]
 
 
 class Heads(NamedTuple):
