@@ -98,7 +98,6 @@ def test_features_of_each_family(family: str) -> None:
     assert attention.qk_norm == (across or family in ("gemma3_text", "lfm2", "qwen3", "qwen3_moe"))
     assert attention.qk_norm_across == across
     assert attention.rotates_whole == (family not in ("glm", "glm4", "gpt_neox", "stablelm"))
-    assert attention.sliding_window is None
     assert attention.norm_eps == 1e-4
     kv_heads = 4 if family in ONLY_MHA else 2
     assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, kv_heads, 16)
@@ -152,6 +151,28 @@ def raw_table() -> dict[str, Any]:
 
 def test_a_table_is_its_file() -> None:
     assert Table.from_dict(raw_table()) == families()["llama"]
+
+
+def test_a_table_says_what_differs_from_another() -> None:
+    """A JSON merge patch: what is null is taken away, what is a mapping is merged, the rest is replaced."""
+    patch = {
+        "model_type": "slope",
+        "extends": "llama",
+        "architectures": ["SlopeForCausalLM"],
+        "attention": {"qk_norm": True, "heads_divide": None},
+        "layer_tensors": {"post_attention_layernorm.weight": None},
+    }
+    llama, made = families()["llama"], Table.from_dict(patch)
+    assert made.about == llama.about and made.architectures == ("SlopeForCausalLM",)
+    assert made.attention == {**{k: v for k, v in llama.attention.items() if k != "heads_divide"}, "qk_norm": True}
+    assert set(llama.layer_tensors) - set(made.layer_tensors) == {"post_attention_layernorm.weight"}
+    assert families()["llama"] == llama
+
+
+def test_a_table_that_extends_none_that_ships() -> None:
+    with pytest.raises(ConfigError, match="extends 'lama'") as raised:
+        Table.from_dict({**raw_table(), "extends": "lama"})
+    assert "llama" in str(raised.value)
 
 
 @pytest.mark.parametrize("key", ["layer_tensor", "atention"])
@@ -227,7 +248,8 @@ def test_a_mistral_config_that_is_silent_about_its_window_has_one() -> None:
 
 @pytest.mark.parametrize(("family", "change"), INACTIVE)
 def test_an_inactive_sliding_window_is_accepted(family: str, change: dict[str, Any]) -> None:
-    assert model_spec(entries(family, **change)).attention.sliding_window is None
+    spec = model_spec(entries(family, **change))
+    assert len(spec.converted) == spec.layers
 
 
 def test_a_llama_heeds_a_partial_factor_under_a_scaling_only() -> None:

@@ -1,6 +1,7 @@
 """A family is a table: which tensors it has, of which shapes, and what its attention does.
 
-Tables are JSON files in ``tables/``. Unknown keys are refused, so that a typo cannot pass as a default.
+Tables are JSON files in ``tables/``. One may say what it ``extends``, and then only what differs, as a JSON merge patch
+(RFC 7396): ``null`` takes an entry away. Unknown keys are refused, so that a typo cannot pass as a default.
 """
 
 from __future__ import annotations
@@ -164,8 +165,9 @@ class Table:
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Table:
-        """Build a table, refusing keys that no field or feature is called by."""
+        """Build a table, refusing keys that no field or feature is called by; ``extends`` names one that ships."""
         where = f"table '{entries.get('model_type')}'"
+        entries = _whole(entries, where)
         _complete(cls, entries, where, "a family table")
         nested = {"attention": _ATTENTION_KEYS, "multipliers": _MULTIPLIERS, "modules": set(MODULES)}
         unknown = set(entries) - {f.name for f in fields(cls)}
@@ -185,6 +187,36 @@ class Table:
     def module(self, role: str) -> str:
         """What plays a role is called; see ``MODULES``."""
         return self.modules.get(role, MODULES[role])
+
+
+def _whole(entries: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Entries with those of the tables that they extend."""
+    rest = {key: value for key, value in entries.items() if key != "extends"}
+    name = entries.get("extends")
+    if name is None:
+        return rest
+    if name not in _shipped():
+        known = ", ".join(sorted(_shipped()))
+        raise ConfigError(f"a family table extends '{name}', which does not ship", where=where, fix=f"one of {known}")
+    return _patched(_whole(_shipped()[name], where), rest)
+
+
+def _patched(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON merge patch, applied."""
+    made = dict(base)
+    for key, value in patch.items():
+        before = made.pop(key, None) if value is None else made.get(key)
+        if value is not None:
+            made[key] = _patched(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return made
+
+
+@lru_cache
+def _shipped() -> dict[str, dict[str, Any]]:
+    """Entries of the tables that ship, as they are in their files, by ``model_type``."""
+    folder = resources.files("latentize.families") / "tables"
+    read = [json.loads(file.read_text()) for file in folder.iterdir() if file.name.endswith(".json")]
+    return {entries["model_type"]: entries for entries in read}
 
 
 def _complete(kind: type, entries: Mapping[str, Any], where: str, what: str) -> None:
@@ -219,8 +251,7 @@ def register_family(table: Mapping[str, Any] | Path) -> Table:
 
 @lru_cache
 def _installed() -> dict[str, Table]:
-    folder = resources.files("latentize.families") / "tables"
-    tables = [Table.from_dict(json.loads(f.read_text())) for f in folder.iterdir() if f.name.endswith(".json")]
+    tables = [Table.from_dict(entries) for entries in _shipped().values()]
     for plugin in metadata.entry_points(group=PLUGINS):
         found = plugin.load()
         found = found() if callable(found) else found
