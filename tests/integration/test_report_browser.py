@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.unit.test_report import FOUND, manifest, probed
+from tests.unit.report.test_report import FOUND, manifest, probed
 
 from latentize.report.page import page
 

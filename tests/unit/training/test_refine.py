@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +12,7 @@ from tests.common import FP32, relative_error
 from tests.unit.layers import attention_spec, inputs, random_attention, stats_of
 
 from latentize.attention.grouped import grouped_attention
-from latentize.attention.latent import LatentWeights
+from latentize.attention.latent import LatentWeights, latent_attention
 from latentize.attention.spec import LatentSpec
 from latentize.methods.closed_form import convert_layer
 from latentize.methods.setting import Setting
@@ -21,6 +22,7 @@ from latentize.training.refine import Refinement, descend, expand_heads, stacked
 from latentize.training.refine import refine as refine_relative
 from latentize.training.relative import token_energy
 
+expanded = partial(latent_attention, absorb=False)
 HOW = Refinement(steps=30, tokens=96)
 ONE_STEP = Schedule(steps=1, rate=0.1, warmup=1)
 
@@ -40,7 +42,7 @@ def refine(w: LatentWeights, inputs, target: torch.Tensor, how: Refinement):
 
 
 def error(w, x, target, first: int = 0) -> float:
-    wrong = (w.to(torch.float32).expanded(x) - target).square().sum(-1)
+    wrong = (expanded(x, w.to(torch.float32)) - target).square().sum(-1)
     return float((wrong / token_energy(target, target))[:, first:].mean())
 
 
@@ -73,7 +75,7 @@ def test_no_steps_change_nothing(job) -> None:
 
 def test_what_is_exact_is_left_alone(job) -> None:
     start, x, _ = job
-    same = refine(start, x.__getitem__, start.to(torch.float32).expanded(x), HOW).weights
+    same = refine(start, x.__getitem__, expanded(x, start.to(torch.float32)), HOW).weights
     for name, tensor in projections(start).items():
         assert torch.equal(getattr(same, name), tensor.float()), name
 
@@ -149,7 +151,7 @@ def test_heads_that_shared_projections_compute_the_same_apart(job) -> None:
     apart = expand_heads(start.to(torch.float32))
     assert apart.spec.up_heads == apart.spec.num_heads == 4
     assert apart.spec.cache_values == start.spec.cache_values
-    assert relative_error(apart.expanded(x), start.to(torch.float32).expanded(x)) <= FP32
+    assert relative_error(expanded(x, apart), expanded(x, start.to(torch.float32))) <= FP32
 
 
 def test_the_rate_warms_up_and_decays() -> None:
@@ -298,7 +300,7 @@ def test_the_output_projection_is_solved_for(job, factor: float) -> None:
     start, x, _ = job
     exact = start.to(torch.float32)
     spoilt = replace(exact, o_DHV=exact.o_DHV + 0.3 * exact.o_DHV.std() * torch.randn_like(exact.o_DHV))
-    wanted = factor * exact.expanded(x)
+    wanted = factor * expanded(x, exact)
     energy = token_energy(wanted, wanted)
     how = replace(HOW, steps=3, rate=1e-3, warmup=1)
     added = {"added": lambda made: factor * made}

@@ -234,6 +234,7 @@ def test_machines_that_cannot_be(config: str, options: dict[str, Any], where: st
     assert caught.value.where == where
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured(config: str) -> None:
     machine = plan(config, context=100, device="cpu")["machine"]
     assert machine["memory_bytes"] > 1e8 and machine["bytes_per_second"] > 1e8 and machine["flops_per_second"] > 1e8

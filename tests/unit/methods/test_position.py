@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.common import FP32, FP64, relative_error
 from tests.unit.layers import attention_spec, inputs, random_attention, stats_of
-from tests.unit.test_rope_split import project, source_logits, split_logits
+from tests.unit.methods.test_rope_split import project, source_logits, split_logits
 from torch import Tensor
 
 from latentize.attention.grouped import attend, grouped_attention, queries_keys

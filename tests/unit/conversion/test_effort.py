@@ -14,7 +14,7 @@ from latentize.planning.inspection import read_spec
 from latentize.recipe import Recipe
 from latentize.training.polish import Polish
 
-BUNDLED = str(Path(__file__).parents[2] / "models" / "tiny-llama-gqa")
+BUNDLED = str(Path(__file__).parents[3] / "models" / "tiny-llama-gqa")
 
 
 def effort(model: str, *, large: bool = False, **entries: Any) -> Effort:

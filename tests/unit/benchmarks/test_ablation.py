@@ -11,7 +11,7 @@ from tests.common import SMALL
 
 import latentize
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -48,6 +48,7 @@ def whole(source: Callable[..., Path], text: str, tmp_path_factory: pytest.TempP
     return weights(source, text, tmp_path_factory.mktemp("whole") / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.common import SMALL, portable, random_tokens
-from tests.unit.test_formats import CONFIG, RANK, H, N, latent_weights
+from tests.unit.formats.test_formats import CONFIG, RANK, H, N, latent_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

@@ -15,7 +15,7 @@ import pytest
 from latentize.runtime.codecs import FORMATS
 from latentize.runtime.kernels.launch import split_count
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Of a query's sum, relative to its largest value.
 LIMITS = {"float32": 1e-4, "float16": 2e-3}
 needs_triton = pytest.mark.skipif(

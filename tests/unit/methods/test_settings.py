@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.layers import attention_spec, random_attention, stats_of
 
+from latentize.attention.latent import latent_attention
 from latentize.attention.spec import AttentionSpec, RopeSpec
 from latentize.errors import OptionError, UnsupportedModelError
 from latentize.methods.calibrated import ladder_costs
@@ -19,6 +21,7 @@ from latentize.methods.registry import settings
 from latentize.methods.setting import Setting
 from latentize.recipe import Recipe
 
+expanded = partial(latent_attention, absorb=False)
 METHODS = ("transmla", "care", "mha2mla")
 
 
@@ -141,7 +144,7 @@ def test_a_converted_layer_has_the_size_of_its_setting(method: str, keep: str, k
         assert latent.spec.kv_lora_rank == setting.kv_lora_rank, setting
         assert latent.spec.rope_heads == setting.rope_heads
         assert latent.spec.softmax_scale == spec.softmax_scale
-        assert torch.isfinite(latent.expanded(torch.randn(1, 5, spec.hidden_size, dtype=torch.float64))).all()
+        assert torch.isfinite(expanded(torch.randn(1, 5, spec.hidden_size, dtype=torch.float64), latent)).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -152,7 +155,7 @@ def test_more_budget_is_not_worse(method: str) -> None:
     stats, x = stats_of(w), torch.randn(2, 30, spec.hidden_size, dtype=torch.float64)
     split = {"selection": "2-norm", "svd": "joint"} if method == "mha2mla" else {"freqfold": 2}
     outputs = [
-        convert_layer(w, spec, stats, Setting(method, rank, 8, 2 if method == "mha2mla" else 1, **split)).expanded(x)
+        expanded(x, convert_layer(w, spec, stats, Setting(method, rank, 8, 2 if method == "mha2mla" else 1, **split)))
         for rank in (4, 12, 24, 40)
     ]
     errors = [float((y - outputs[-1]).square().sum()) for y in outputs]
@@ -209,7 +212,7 @@ def test_value_bias_becomes_an_output_bias() -> None:
     bare = replace(w, v_bias_Gd=None)
     setting = Setting("mha2mla", 32, 16, 2, selection="high", svd="joint")
     x = torch.randn(1, 1, spec.hidden_size, dtype=torch.float64)
-    with_bias, without = (convert_layer(weights, spec, stats_of(w), setting).expanded(x) for weights in (w, bare))
+    with_bias, without = (expanded(x, convert_layer(weights, spec, stats_of(w), setting)) for weights in (w, bare))
     v_bias_Hd = w.v_bias_Gd.repeat_interleave(2, dim=0)
     assert torch.allclose((with_bias - without)[0, 0], torch.einsum("DHd,Hd->D", w.o_DHd, v_bias_Hd))
 
@@ -266,7 +269,7 @@ def test_a_calibrated_layer_has_the_size_of_its_setting(keep: str, kv_heads: int
         assert latent.frequencies_PF.shape == (1, setting.qk_rope_head_dim // 2)
         if setting.stride is None:
             assert set(latent.frequencies_PF[0].tolist()) <= set(spec.rope.frequencies)
-        assert latent.expanded(torch.randn(1, 5, spec.hidden_size, dtype=torch.float64)).isfinite().all()
+        assert expanded(torch.randn(1, 5, spec.hidden_size, dtype=torch.float64), latent).isfinite().all()
 
 
 def test_the_ladder_that_costs_least_is_the_one_that_is_needed() -> None:

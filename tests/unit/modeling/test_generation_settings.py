@@ -240,6 +240,7 @@ TOKENIZER = (
 
 @mutants()
 @given(st.data(), st.sampled_from([0.0, 0.8]))
+@pytest.mark.slow
 def test_no_setting_ends_in_a_traceback(models: dict[str, Path], data: Any, temperature: float) -> None:
     entries = data.draw(st.dictionaries(st.sampled_from(names()), VALUES, max_size=4))
     refused_or_done(lambda: ask(models["converted"], entries, max_new_tokens=3, temperature=temperature))

@@ -24,7 +24,7 @@ from latentize.runtime.accelerate import backend_of
 from latentize.runtime.cache import LatentCache
 from latentize.runtime.kernels import trial
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="2026-11-24: triton is not installed (extra: triton)"
 )
