@@ -32,6 +32,7 @@ from latentize.conversion import texts as text
 from latentize.methods import calibrated, position
 from latentize.methods.mha2mla import joint_svd
 from latentize.methods.transmla import rorope
+from latentize.modeling.precision import Use
 from latentize.text import drawing
 from latentize.training import descent, polish, refine
 
@@ -142,7 +143,7 @@ def sources_inputs() -> AbstractContextManager[Any]:
     """Each layer learns on the source's inputs to give the source's outputs."""
 
     def advance(self: draft.Draft, layer: Any, _: nn.Module) -> None:
-        layer.run(self.text, fast=self.refinement is not None)
+        layer.run(self.text, use=Use.MEASURED if self.refinement is None else Use.LEARNT)
 
     return patch.object(draft.Draft, "advance", advance)
 

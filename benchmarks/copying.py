@@ -22,6 +22,7 @@ from latentize.checkpoint.opening import open_checkpoint
 from latentize.evaluation.losses import Quality, compare_streams
 from latentize.families.latent import latent_model
 from latentize.modeling.latent_source import LatentSource
+from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceModel, Stream
 from latentize.text.drawing import draw_all
 from latentize.text.tokenizer import load_tokenizer
@@ -67,13 +68,13 @@ def main() -> None:
         for row, mixed in zip(rows, streams, strict=True):
             for stream in mixed:
                 if layer.index not in row:
-                    layer.run(stream, fast=True)
+                    layer.run(stream, use=Use.LEARNT)
                     continue
                 stream.hidden_NTD.mul_(scale)
-                latent.run(stream, fast=True)
+                latent.run(stream, use=Use.LEARNT)
                 stream.hidden_NTD.div_(scale)
         for stream in own:
-            layer.run(stream, fast=True)
+            layer.run(stream, use=Use.LEARNT)
     print(f"| layers | {' | '.join(f'{gap} tokens between: loss, excess, KL' for gap in args.between)} |")
     print("|---" * (1 + len(texts)) + "|")
     for row, mixed in zip(rows, streams, strict=True):

@@ -47,7 +47,7 @@ def calibration(args: argparse.Namespace, source: SourceModel, recipe: Recipe) -
         return text
     kept = Path(args.own)
     if not kept.exists():
-        dtype = torch.bfloat16 if source.fast_matmul else torch.float32
+        dtype = torch.bfloat16 if source.precision.faster else torch.float32
         model, tokenizer = load_model(folder, dtype=dtype), load_tokenizer(folder)
         torch.save(self_generated(model, tokenizer, sequences=own, length=recipe.sequence_length), kept)
     own_NT = torch.load(kept)[:own]

@@ -26,6 +26,7 @@ from latentize.methods.closed_form import conversion
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
 from latentize.modeling.attention import LatentAttention
+from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages
@@ -81,14 +82,14 @@ def allocate(
     equal, trials, errors, tested = [], [], [], []
     for layer in source.layers():
         for trial in trials:
-            layer.run(trial, fast=True)
+            layer.run(trial, use=Use.LEARNT)
         if layer.spec is None:
-            layer.run(own, fast=True)
-            layer.run(reference, fast=True)
+            layer.run(own, use=Use.LEARNT)
+            layer.run(reference, use=Use.LEARNT)
             continue
         text, trial = own.clone(), reference.clone()
         seen = observe(layer, own, needed, residual=len(own))
-        layer.run(reference, fast=True)
+        layer.run(reference, use=Use.LEARNT)
 
         wrong = {setting: alone(layer, text, seen, setting, none).after for setting in candidates}
         best = min(wrong, key=wrong.__getitem__)
@@ -101,7 +102,7 @@ def allocate(
         # Rounding says nothing of what an error costs.
         wrong_at = [rank for rank in ranks if rank <= best.kv_lora_rank and error[rank] > short.enough]
         test = max(wrong_at, default=ranks[0])
-        layer.run(trial, LatentAttention.from_weights(tried[test].weights), fast=True)
+        layer.run(trial, LatentAttention.from_weights(tried[test].weights), use=Use.LEARNT)
         equal.append(best)
         trials.append(trial)
         errors.append(error)

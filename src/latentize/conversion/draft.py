@@ -20,6 +20,7 @@ from latentize.methods.closed_form import Conversion, conversion
 from latentize.methods.setting import Setting
 from latentize.methods.statistics import CalibrationStats, Needed, gather
 from latentize.modeling.attention import LatentAttention
+from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, Stream
 from latentize.training.refine import Refined, Refinement, expand_heads, refine
 from latentize.training.relative import stream_error, token_energy
@@ -99,7 +100,7 @@ def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int =
     jumps, reach = text.jumps(), text.reach
     total: CalibrationStats | None = None
     # What is refined does not need the last digits of where it starts.
-    for rows, x_BTD, after_BTD in layer.stream(text, fast=residual > 0 or layer.rough):
+    for rows, x_BTD, after_BTD in layer.stream(text, use=Use.LEARNT if residual else Use.STATISTICS):
         seen = 0 if total is None else total.tokens
         if seen < START_TOKENS or not residual:
             wanted = replace(needed, distances=needed.distances and seen < DISTANCE_TOKENS)
@@ -151,7 +152,7 @@ def refined_layer(
         how,
         inherited=inherited,
         positions_NT=text.positions_NT,
-        autocast=layer.fast_matmul,
+        autocast=layer.precision.narrow(Use.LEARNT),
         added=layer.added,
         factor=layer.added_factor,
     )
@@ -222,7 +223,7 @@ class Draft:
     def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
         """Take the calibration text through the converted layer, or one that stays."""
         # It is learnt from in bfloat16 anyway; and how large latents get needs no last digits.
-        layer.run(self.text, attention, fast=True)
+        layer.run(self.text, attention, use=Use.LEARNT)
 
     def latent_rms(self, layer: SourceLayer, w: LatentWeights) -> tuple[float, float]:
         """Largest and mean root mean square of a token's latent.

@@ -9,6 +9,7 @@ from typing import TypeVar
 from latentize.conversion.footprint import graph_bytes
 from latentize.conversion.pipeline import Effort
 from latentize.families import ModelSpec
+from latentize.modeling.precision import Precision
 from latentize.recipe import Recipe
 from latentize.training.descent import Schedule
 from latentize.training.polish import Polish
@@ -53,7 +54,7 @@ def effort_of(recipe: Recipe, spec: ModelSpec, *, large: bool) -> Effort:
     if not polish:
         return Effort(refinement)
     whole = sum(map(math.prod, spec.tensor_shapes().values()))
-    at_once = max(1, _GRAPH_BYTES // graph_bytes(spec, narrow=False))
+    at_once = max(1, _GRAPH_BYTES // graph_bytes(spec, Precision()))
     how = Polish(seed=recipe.seed, at_once=at_once).suited(length)
     how = replace(how, rate=how.rate * min(1.0, _WHOLE_STEPS / whole))
     return Effort(refinement, _affordable(how, recipe, whole, _POLISHED_ROUNDS))

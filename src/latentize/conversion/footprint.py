@@ -23,6 +23,7 @@ from latentize.conversion.self_generated import PIECE, pieces_at_once
 from latentize.families import ModelSpec
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
+from latentize.modeling.precision import Precision
 from latentize.modeling.source import MULTIPLIED, VOCAB_AT_ONCE, tokens_at_once
 from latentize.recipe import Recipe
 from latentize.training.descent import Schedule
@@ -80,16 +81,14 @@ class _Shapes:
 
     Attributes:
         item: Of a saved number.
-        narrow: Whether layers multiply in bfloat16.
-        fast: Whether training does, and what writes text.
+        precision: What is multiplied in bfloat16.
     """
 
     spec: ModelSpec
     checkpoint: Stored
     recipe: Recipe
     item: int
-    narrow: bool
-    fast: bool = False
+    precision: Precision
 
     def whole(self, tokens: int) -> int:
         """Tokens of the whole sequences among so many, at least of one."""
@@ -107,7 +106,7 @@ class _Shapes:
             prefix, size = self.spec.layer_prefix(index), 0
             for name in (name for name in self.checkpoint.names() if name.startswith(prefix)):
                 stored, wide = self.checkpoint.size(name), 4 * math.prod(self.checkpoint.shape(name))
-                narrow = self.narrow and name.endswith(MULTIPLIED) and stored < wide
+                narrow = self.precision.everything and name.endswith(MULTIPLIED) and stored < wide
                 size += stored + (wide if stored != wide and not narrow else 0)
             sizes.append(size)
         return sizes
@@ -118,7 +117,9 @@ class _Shapes:
         sizes = {name: math.prod(self.checkpoint.shape(name)) for name in self.checkpoint.names()}
         prefixes = tuple(self.spec.layer_prefix(index) for index in range(self.spec.layers))
         layers = {name: size for name, size in sizes.items() if name.startswith(prefixes) and inside not in name}
-        return sum((2 if self.fast and name.endswith(MULTIPLIED) else 4) * size for name, size in layers.items())
+        return sum(
+            (2 if self.precision.faster and name.endswith(MULTIPLIED) else 4) * size for name, size in layers.items()
+        )
 
     def embedding(self, item: int = 0) -> int:
         """As stored, or with items of so many bytes."""
@@ -133,11 +134,11 @@ class _Shapes:
 
     def activations(self, tokens: int, copies: int) -> int:
         """Of tokens that go through a layer at once."""
-        cast = 2 * self.spec.attention.hidden_size * self.spec.intermediate_size if self.narrow else 0
-        return tokens * _per_token(self.spec, copies, narrow=self.narrow) + cast
+        cast = 2 * self.spec.attention.hidden_size * self.spec.intermediate_size if self.precision.everything else 0
+        return tokens * _per_token(self.spec, copies, self.precision) + cast
 
     def forward(self) -> int:
-        return self.activations(self.whole(tokens_at_once(self.spec, narrow=self.narrow)), _FORWARD)
+        return self.activations(self.whole(tokens_at_once(self.spec, self.precision)), _FORWARD)
 
     def step(self, schedule: Schedule) -> int:
         """Tokens of a step of training."""
@@ -182,26 +183,26 @@ class _Shapes:
         return self.embedding() + (written if self.embedding() != written else 0) + waiting + self.left()
 
 
-def _per_token(spec: ModelSpec, copies: int, *, narrow: bool) -> int:
+def _per_token(spec: ModelSpec, copies: int, precision: Precision) -> int:
     """Activations of a token in a layer."""
     a = spec.attention
-    inside = (2 if narrow else 4) * max(spec.intermediate_size, 2 * a.num_heads * a.head_dim)
+    inside = (2 if precision.everything else 4) * max(spec.intermediate_size, 2 * a.num_heads * a.head_dim)
     return copies * inside + 12 * a.hidden_size
 
 
-def graph_bytes(spec: ModelSpec, *, narrow: bool) -> int:
+def graph_bytes(spec: ModelSpec, precision: Precision) -> int:
     """What a backward pass through all layers keeps of a token.
 
     Args:
         spec: The model.
-        narrow: Whether layers multiply in bfloat16 throughout.
+        precision: What is multiplied in bfloat16.
     """
-    return spec.layers * _per_token(spec, _BACKWARD, narrow=narrow)
+    return spec.layers * _per_token(spec, _BACKWARD, precision)
 
 
-def pooled_footprint(spec: ModelSpec, checkpoint: Stored, recipe: Recipe, *, item: int, narrow: bool) -> Footprint:
+def pooled_footprint(spec: ModelSpec, checkpoint: Stored, recipe: Recipe, item: int, precision: Precision) -> Footprint:
     """Of head pooling; arguments as for :func:`latent_footprint`."""
-    of = _Shapes(spec, checkpoint, recipe, item, narrow)
+    of = _Shapes(spec, checkpoint, recipe, item, precision)
     texts = 2 * of.stream(recipe.held_out_tokens)
     layers = texts + max(of.layers()) + of.attention(8) + of.pending() + of.forward()
     return Footprint({"converting layers": layers, "comparing": of.comparison(texts), "the embedding": of.top()})
@@ -217,8 +218,7 @@ def latent_footprint(
     written: int,
     one_by_one: bool,
     item: int,
-    narrow: bool,
-    fast: bool,
+    precision: Precision,
 ) -> Footprint:
     """Of a conversion to latent attention.
 
@@ -231,10 +231,9 @@ def latent_footprint(
         written: Tokens that the source writes itself.
         one_by_one: Whether every layer is sized for itself.
         item: Bytes of a saved number.
-        narrow: Whether layers multiply in bfloat16.
-        fast: Whether training does, and what writes text.
+        precision: What is multiplied in bfloat16.
     """
-    of = _Shapes(spec, checkpoint, recipe, item, narrow, fast)
+    of = _Shapes(spec, checkpoint, recipe, item, precision)
     refines = effort.refinement is not None
     tokens = recipe.calibration_tokens + written
     calibration = of.stream(tokens)
@@ -258,7 +257,7 @@ def latent_footprint(
         stretches["refining layers"] = waiting + drafted + max(drafted + trained, settled)
     if effort.polish is not None:
         each = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
-        graph = min(of.step(effort.polish), of.whole(effort.polish.at_once)) * graph_bytes(spec, narrow=narrow)
+        graph = min(of.step(effort.polish), of.whole(effort.polish.at_once)) * graph_bytes(spec, precision)
         table = of.comparison(of.stream(recipe.selection_tokens))
         stretches["polishing"] = calibration + of.running() + spec.layers * each + graph + table
     if written:
@@ -272,7 +271,7 @@ def latent_footprint(
 
 def _written(of: _Shapes) -> int:
     """The whole source as it runs, what it caches, and logits as often as drawing takes them."""
-    spec, item = of.spec, 2 if of.fast else 4
+    spec, item = of.spec, 2 if of.precision.faster else 4
     stored = sum(of.checkpoint.size(name) for name in of.checkpoint.names())
     model = item * sum(math.prod(of.checkpoint.shape(name)) for name in of.checkpoint.names())
     pieces = pieces_at_once(spec.vocab_size)

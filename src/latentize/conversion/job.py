@@ -96,7 +96,7 @@ class Job(ABC):
     def open(self, device: str) -> SourceModel:
         """The model to convert."""
         trust = {"trust_remote_code": self.trust_remote_code}
-        return SourceModel(self.checkpoint, self.spec, device, rough=self.recipe.hurries, **trust)
+        return SourceModel(self.checkpoint, self.spec, device, hurried=self.recipe.hurries, **trust)
 
     def other_ways(self) -> list[str]:
         """Options that may help where this conversion leaves the range of numbers."""

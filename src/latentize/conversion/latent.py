@@ -68,8 +68,7 @@ class LatentJob(Job):
             written=self.sequences_to_generate(source) * self.recipe.sequence_length,
             one_by_one=self.one_by_one,
             item=self.dtype.itemsize,
-            narrow=source.autocast,
-            fast=source.fast_matmul,
+            precision=source.precision,
         )
 
     def work(self, source: SourceModel) -> Mapping[str, Work]:
@@ -80,8 +79,7 @@ class LatentJob(Job):
             effort_of(self.recipe, self.spec, large=source.large),
             written=self.self_generated * self.recipe.sequence_length,
             one_by_one=self.one_by_one,
-            fast=source.fast_matmul,
-            narrow=source.autocast,
+            precision=source.precision,
         )
 
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
@@ -113,7 +111,7 @@ class LatentJob(Job):
         written = journal.facts("self-generated text")
         if written is None:
             trust: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-            dtype = torch.bfloat16 if source.fast_matmul else torch.float32
+            dtype = torch.bfloat16 if source.precision.faster else torch.float32
             own_NT = self_generated(
                 load_model(self.checkpoint.path, dtype=dtype, device=source.device, **trust),
                 load_tokenizer(self.checkpoint.path, **trust),

@@ -16,6 +16,7 @@ from latentize.formats.base import FormatWriter
 from latentize.formats.layer import ConvertedLayer
 from latentize.methods.lower_rank import LatentMoments, Lowered, lower
 from latentize.modeling.latent_source import ATTENTION, LatentLayer, LatentSource
+from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, Stream
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages
@@ -100,7 +101,7 @@ class _Lowering:
 
     def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
         if self.draft is not None:
-            layer.run(self.draft, attention, fast=True)
+            layer.run(self.draft, attention, use=Use.LEARNT)
 
     def _closed(self, layer: LatentLayer) -> tuple[Lowered, Tensor | None]:
         """The closed form, and the residual stream after the source's attention; advances the source's stream."""
@@ -108,7 +109,7 @@ class _Lowering:
         attention = layer.attention
         seen = LatentMoments(attention.kv_a_layernorm.variance_epsilon)
         residual_NTD = None if self.draft is None else torch.empty_like(self.own.hidden_NTD)
-        for part in layer.observe(self.own, fast=self.draft is not None):
+        for part in layer.observe(self.own, Use.STATISTICS if self.draft is None else Use.LEARNT):
             seen.add(part.y_BTr.flatten(0, 1), part.q_BTHN.flatten(0, 1))
             if residual_NTD is not None:
                 residual_NTD[part.rows] = part.residual_BTD
@@ -160,7 +161,7 @@ def _refine(
     energy_NT = token_energy(residual_NTD, hidden_NTD)
     several = {name: Heads(attention.num_heads, axis=int(name == _OUT)) for name in (_UP, *_AROUND)}
     heads = [several.get(name, WHOLE) for name in parameters]
-    options = {"inherited": inherited, "autocast": layer.fast_matmul, "heads": heads}
+    options = {"inherited": inherited, "autocast": layer.precision.narrow(Use.LEARNT), "heads": heads}
     before, after = descend(list(parameters.values()), made, target_NTD, energy_NT, how, **options)
     if not after < before:
         return start

@@ -30,6 +30,7 @@ from latentize.methods.pooling import pool_heads
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
 from latentize.modeling.attention import LatentAttention
+from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages
@@ -387,7 +388,7 @@ def run_through(
             if name not in before:
                 before[name] = reference.clone()
             # Of the closed form nothing is said but how far off it was.
-            layer.run(before[name], stages.get(name), fast=name == CLOSED)
+            layer.run(before[name], stages.get(name), Use.LEARNT if name == CLOSED else Use.MEASURED)
         layer.run(reference)
         layer.run(hidden, attention)
         after = stream_error(hidden, reference)

@@ -40,8 +40,8 @@ class PooledJob(Job):
         return ["--to mla"]
 
     def footprint(self, source: SourceModel) -> Footprint:
-        sizes = {"item": self.dtype.itemsize, "narrow": source.autocast}
-        return pooled_footprint(self.spec, self.checkpoint, self.recipe, **sizes)
+        sizes = (self.dtype.itemsize, source.precision)
+        return pooled_footprint(self.spec, self.checkpoint, self.recipe, *sizes)
 
     def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
         return convert_pooled(source, self.kv_heads, self.writer, text.evaluation, progress, dtype=self.dtype)

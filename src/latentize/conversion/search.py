@@ -22,6 +22,7 @@ from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
 from latentize.methods.statistics import Needed
 from latentize.modeling.attention import LatentAttention
+from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages
@@ -127,20 +128,20 @@ def _compared(
     streams, some = [reference.clone() for _ in finalists], set(looked_at(source.spec.converted))
     needed = needs(finalists[0], source.spec.attention)
     for layer in source.layers():
-        layer.run(reference, fast=True)
+        layer.run(reference, use=Use.LEARNT)
         if layer.index in some:
             entering = own.clone()
             seen = observe(layer, own, needed, residual=len(own))
             for setting, stream in zip(finalists, streams, strict=True):
                 learnt = alone(layer, entering, seen, setting, how).weights
-                layer.run(stream, LatentAttention.from_weights(learnt), fast=True)
+                layer.run(stream, LatentAttention.from_weights(learnt), use=Use.LEARNT)
             del entering, seen
         else:
             for stream in (own, *streams):
-                layer.run(stream, fast=True)
+                layer.run(stream, use=Use.LEARNT)
         progress("comparing the best settings", layer.index + 1, source.spec.layers)
         del layer
-    return _divergences(source, finalists, streams, reference, selection, fast=source.fast_matmul)
+    return _divergences(source, finalists, streams, reference, selection, fast=source.precision.narrow(Use.LEARNT))
 
 
 def _divergences(
@@ -195,7 +196,7 @@ def _some_layers(
             yield layer, entering, observe(layer, text, needed, residual=len(text))
             del entering
         elif layer.index < max(some):
-            layer.run(text, fast=True)
+            layer.run(text, use=Use.LEARNT)
         progress(what, layer.index + 1, source.spec.layers)
         if layer.index == max(some):
             return

@@ -21,6 +21,7 @@ from latentize.conversion.self_generated import PIECE
 from latentize.families import ModelSpec
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
+from latentize.modeling.precision import Precision, Use
 from latentize.recipe import Recipe
 from latentize.training.descent import Schedule, orthogonalising
 from latentize.training.refine import solved_tokens
@@ -93,22 +94,20 @@ class _Counter:
     """Work of parts that stages are made of.
 
     Attributes:
-        fast: Whether the machine multiplies bfloat16 faster, so that training does.
-        narrow: Whether everything does.
+        precision: What is multiplied in bfloat16.
     """
 
     spec: ModelSpec
     recipe: Recipe
-    fast: bool
-    narrow: bool
+    precision: Precision
 
     def whole(self, tokens: int) -> int:
         """Tokens of the whole sequences among so many, at least of one."""
         return max(1, tokens // self.recipe.sequence_length) * self.recipe.sequence_length
 
-    def products(self, flop: float, moved: float, *, fast: bool) -> Work:
+    def products(self, flop: float, moved: float, use: Use) -> Work:
         """In the precision that they are done in."""
-        narrow = self.narrow or (fast and self.fast)
+        narrow = self.precision.narrow(use)
         moved *= 2 if narrow else 4
         return Work(narrow=flop, moved=moved) if narrow else Work(wide=flop, moved=moved)
 
@@ -130,21 +129,21 @@ class _Counter:
         a = self.spec.attention
         return 2 * _PASSES * (a.hidden_size + self.spec.intermediate_size / 2)
 
-    def forward(self, tokens: float, *, fast: bool) -> Work:
+    def forward(self, tokens: float, use: Use) -> Work:
         """One layer of the source, or a converted one, which is about as much."""
         scores = tokens * self.scores(2 * self.spec.attention.head_dim)
-        products = self.products(tokens * 2 * self.matrices(), tokens * self.activations(), fast=fast)
+        products = self.products(tokens * 2 * self.matrices(), tokens * self.activations(), use)
         return products + Work(scores=scores)
 
-    def head(self, tokens: float, *, fast: bool = False) -> Work:
+    def head(self, tokens: float, use: Use = Use.MEASURED) -> Work:
         """To logits, and what is derived from them."""
         a, vocab = self.spec.attention, self.spec.vocab_size
-        return self.products(tokens * 2 * a.hidden_size * vocab, tokens * _PASSES * vocab, fast=fast)
+        return self.products(tokens * 2 * a.hidden_size * vocab, tokens * _PASSES * vocab, use)
 
     def written(self, tokens: int) -> Work:
         """Text that the source writes: at every token its cache is read, made longer, and written anew."""
-        forward = self.spec.layers * self.forward(tokens, fast=True) + self.head(tokens, fast=True)
-        cached = PIECE / 2 * self.spec.layers * self.spec.cache_values * (2 if self.fast else 4)
+        forward = self.spec.layers * self.forward(tokens, Use.LEARNT) + self.head(tokens, Use.LEARNT)
+        cached = PIECE / 2 * self.spec.layers * self.spec.cache_values * (2 if self.precision.faster else 4)
         # Logits are drawn from in float32.
         return forward + Work(moved=tokens * (_REWRITTEN * cached + 4 * _PASSES * self.spec.vocab_size))
 
@@ -164,7 +163,7 @@ class _Counter:
     def orthogonalised(self, setting: Setting, how: Schedule) -> Work:
         """All steps of Muon on a layer, where it is taken."""
         flop = orthogonalising(self.latent(setting), how.tokens) or 0
-        return self.products(how.steps * flop, 0.0, fast=True)
+        return self.products(how.steps * flop, 0.0, Use.LEARNT)
 
     def attention(self, tokens: float, setting: Setting, passes: int) -> Work:
         """A converted layer's attention alone; ``passes`` is 1 forward and 3 with the way back."""
@@ -175,7 +174,7 @@ class _Counter:
         # Scores and probabilities exist, in blocks.
         moved = passes * _PASSES / 2 * (2 * a.hidden_size + a.num_heads * (both + length / 2))
         products = self.products(
-            tokens * passes * 2 * sum(map(math.prod, self.latent(setting))), tokens * moved, fast=True
+            tokens * passes * 2 * sum(map(math.prod, self.latent(setting))), tokens * moved, Use.LEARNT
         )
         return products + Work(scores=tokens * scores)
 
@@ -214,8 +213,7 @@ def latent_work(
     *,
     written: int,
     one_by_one: bool,
-    fast: bool,
-    narrow: bool,
+    precision: Precision,
 ) -> Mapping[str, Work]:
     """Of a conversion to latent attention, stage by stage as its progress names them.
 
@@ -226,13 +224,12 @@ def latent_work(
         effort: Training beyond the closed form.
         written: Tokens that the source writes itself.
         one_by_one: Whether every layer is sized for itself.
-        fast: Whether the machine multiplies bfloat16 faster, so that training does.
-        narrow: Whether everything does.
+        precision: What is multiplied in bfloat16.
     """
-    of = _Counter(spec, recipe, fast, narrow)
+    of = _Counter(spec, recipe, precision)
     layers, converted, length = spec.layers, len(spec.converted), recipe.sequence_length
     tokens, evaluated = of.whole(recipe.calibration_tokens + written), of.whole(recipe.held_out_tokens)
-    setting, refinement, rough = settings[0], effort.refinement, recipe.hurries
+    setting, refinement = settings[0], effort.refinement
     distances = needs(setting, spec.attention).distances
     stages: dict[str, Work] = {}
     if written:
@@ -241,16 +238,17 @@ def latent_work(
         stages |= _choice(of, settings, distances, refines=refinement is not None, one_by_one=one_by_one)
     # Each layer: what the source does, the closed form, and the text on its way through the result.
     stated = tokens if refinement is None else min(tokens, START_TOKENS)
-    made = of.forward(tokens, fast=refinement is not None or rough) + of.statistics(stated, distances) + of.closed()
+    gathering = Use.STATISTICS if refinement is None else Use.LEARNT
+    made = of.forward(tokens, gathering) + of.statistics(stated, distances) + of.closed()
     drafted = min(tokens, REFINED_TOKENS if refinement else RMS_TOKENS)
     if refinement is not None:
         made += of.refined(setting, refinement, drafted)
-    made += of.forward(drafted, fast=True)
+    made += of.forward(drafted, Use.LEARNT)
     # Source, result, and what a layer was on its way.
-    measured = (2 + setting.linear) * (layers * of.forward(evaluated, fast=False) + of.head(evaluated))
+    measured = (2 + setting.linear) * (layers * of.forward(evaluated, Use.MEASURED) + of.head(evaluated))
     if refinement is not None:
-        measured += layers * of.forward(evaluated, fast=True) + of.head(evaluated)
-    kept = (layers - converted) * of.forward(tokens, fast=False)
+        measured += layers * of.forward(evaluated, Use.LEARNT) + of.head(evaluated)
+    kept = (layers - converted) * of.forward(tokens, Use.MEASURED)
     if effort.polish is None:
         return {**stages, "converting layers": converted * made + kept + measured}
     stages["refining layers"] = converted * made + kept
@@ -258,21 +256,21 @@ def latent_work(
         of, setting, effort.polish, of.whole(recipe.selection_tokens), effort.polish.looks + 2
     )
     few = of.whole(max(length, RMS_TOKENS))
-    stages["converting layers"] = measured + layers * of.forward(min(few, tokens), fast=True)
+    stages["converting layers"] = measured + layers * of.forward(min(few, tokens), Use.LEARNT)
     return stages
 
 
 def _polished(of: _Counter, setting: Setting, how: Schedule, selection: int, looks: int) -> Work:
     """Forward, and back through everything; the gradients of attention's matrices."""
     tokens = how.steps * of.whole(how.tokens)
-    layer = 2 * of.forward(tokens, fast=True) + of.attention(tokens, setting, 1)
+    layer = 2 * of.forward(tokens, Use.LEARNT) + of.attention(tokens, setting, 1)
     layer += of.orthogonalised(setting, how)
     # On the way back operators read what they made on the way there, too.
     layer += Work(moved=2 * tokens * of.activations())
     # Logits of both, and the way back from one.
-    step = of.spec.layers * layer + 3 * of.head(tokens, fast=True)
+    step = of.spec.layers * layer + 3 * of.head(tokens, Use.LEARNT)
     # Rounded and not, once each, before the first step.
-    looked = of.spec.layers * of.forward(selection, fast=True) + 2 * of.head(selection, fast=True)
+    looked = of.spec.layers * of.forward(selection, Use.LEARNT) + 2 * of.head(selection, Use.LEARNT)
     return step + looks * looked
 
 
@@ -283,9 +281,9 @@ def _choice(
     spec, recipe = of.spec, of.recipe
     tokens, selection = of.whole(min(SEARCH_TOKENS, recipe.calibration_tokens)), of.whole(recipe.selection_tokens)
     some, layers = len(looked_at(spec.converted)), spec.layers
-    text = layers * of.forward(tokens, fast=True) + some * of.statistics(tokens, distances)
+    text = layers * of.forward(tokens, Use.LEARNT) + some * of.statistics(tokens, distances)
     if not recipe.calibrates:
-        each = spec.layers * (of.forward(selection, fast=False) + of.closed()) + 2 * of.head(selection)
+        each = spec.layers * (of.forward(selection, Use.MEASURED) + of.closed()) + 2 * of.head(selection)
         return {"comparing settings": text + len(settings) * each}
     probed = of.attention(tokens / 4, settings[0], 1) + of.closed()
     tried = of.closed()
@@ -295,7 +293,7 @@ def _choice(
         # Each layer is tried alone, and the rest of the source follows it.
         trial = of.whole(min(TRIAL_TOKENS, recipe.selection_tokens))
         sized = len(settings) * probed + len(TRIED) * tried + of.head(trial)
-        return {"sizing layers": text + len(spec.converted) * (sized + layers / 2 * of.forward(trial, fast=True))}
+        return {"sizing layers": text + len(spec.converted) * (sized + layers / 2 * of.forward(trial, Use.LEARNT))}
     by_size: dict[tuple[int, int], int] = {}
     for setting in settings:
         size = (setting.kv_lora_rank, setting.qk_rope_head_dim)
@@ -306,6 +304,6 @@ def _choice(
     likely = sum(min(count, LADDERS + 2) for count in by_size.values())
     stages["comparing settings"] = text + some * likely * probed
     finalists = sum(sorted((min(count, 1 + refines) for count in by_size.values()), reverse=True)[:FINALISTS])
-    predicted = layers * of.forward(selection, fast=True) + of.head(selection, fast=True)
+    predicted = layers * of.forward(selection, Use.LEARNT) + of.head(selection, Use.LEARNT)
     stages["comparing the best settings"] = text + predicted + finalists * (predicted + some * tried)
     return stages

@@ -22,6 +22,7 @@ from latentize.errors import CheckpointError, UnsupportedModelError
 from latentize.families import LatentModel
 from latentize.families.model import FULL
 from latentize.modeling.canonical import stacked
+from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
 
 __all__ = ["Attended", "LatentLayer", "LatentSource", "check_latent", "fuse_experts"]
@@ -117,7 +118,7 @@ class Attended:
 class LatentLayer(SourceLayer):
     """A decoder layer with latent attention; ``weights`` is of no use."""
 
-    def observe(self, text: Stream, *, fast: bool = False) -> Iterator[Attended]:
+    def observe(self, text: Stream, use: Use = Use.STATISTICS) -> Iterator[Attended]:
         """Advance hidden states through the layer, and see what its attention does.
 
         Args:
@@ -136,7 +137,7 @@ class LatentLayer(SourceLayer):
             queries.register_forward_hook(keep("q")),
         ]
         try:
-            for rows, x_BTD, residual_BTD in self.stream(text, fast=fast):
+            for rows, x_BTD, residual_BTD in self.stream(text, use=use):
                 q_BTHN = seen["q"].unflatten(-1, heads)[..., : attention.qk_nope_head_dim]
                 yield Attended(x_BTD, seen["kv"][..., :rank], q_BTHN, residual_BTD, rows)
         finally:
@@ -213,8 +214,7 @@ class LatentSource(SourceModel):
                 names=self.latent.module,
                 _module=module.requires_grad_(False),
                 _rotary=self.angles(FULL),
-                _autocast=self.autocast,
-                fast_matmul=self.fast_matmul,
+                precision=self.precision,
             )
             del stored, wide, module
             yield layer

@@ -85,7 +85,7 @@ class _Proof:
 
     def __init__(self, source: SourceModel, trust_remote_code: bool, progress: Progress) -> None:
         self.source, self.progress, self.error = source, progress, 0.0
-        self.tolerance = _ROUGH if source.autocast else TOLERANCE
+        self.tolerance = _ROUGH if source.precision.everything else TOLERANCE
         config = load_config(source.checkpoint.path, trust_remote_code=trust_remote_code)
         config._attn_implementation = "eager" if source.spec.additive_masks else "sdpa"
         self.files: list[Path] = []

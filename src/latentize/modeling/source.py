@@ -13,7 +13,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from latentize.errors import ConfigError
 from latentize.families import ModelSpec
 from latentize.machine import give_back_freed_memory, multiplies_bfloat16
 from latentize.modeling.canonical import attention_weights, module_tensors
+from latentize.modeling.precision import Precision, Use
 from latentize.text.tokens import Passages, Placed, require_rows
 
 __all__ = ["MULTIPLIED", "VOCAB_AT_ONCE", "SourceLayer", "SourceModel", "Stream", "is_large", "tokens_at_once"]
@@ -47,9 +48,10 @@ def is_large(parameters: int) -> bool:
     return parameters > _LARGE
 
 
-def tokens_at_once(spec: ModelSpec, *, narrow: bool) -> int:
-    """How many tokens go through a layer at once; ``narrow`` where it multiplies in bfloat16."""
-    return min(_TOKENS_AT_ONCE, max(1, _ACTIVATION_BYTES // ((2 if narrow else 4) * spec.intermediate_size)))
+def tokens_at_once(spec: ModelSpec, precision: Precision) -> int:
+    """How many tokens go through a layer at once."""
+    size = 2 if precision.everything else 4
+    return min(_TOKENS_AT_ONCE, max(1, _ACTIVATION_BYTES // (size * spec.intermediate_size)))
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,7 @@ class SourceLayer:
         names: What plays which role in it.
         window: Tokens that its own attention sees, where that is a sliding window.
         additive: Whether its own attention wants a mask that is added.
-        fast_matmul: Whether bfloat16 is faster here, for what does not need more.
-        rough: Whether statistics and choices do not.
+        precision: What it multiplies in bfloat16.
         residual_scale: Factor on what the attention adds to the residual stream.
         at_once: Tokens that go through it at once; at least one sequence does.
     """
@@ -105,16 +106,14 @@ class SourceLayer:
     _rotary: Callable[..., Any]
     window: int | None = None
     additive: bool = False
-    _autocast: bool = False
-    fast_matmul: bool = False
-    rough: bool = False
+    precision: Precision = field(default_factory=Precision)
     residual_scale: float = 1.0
     at_once: int = _TOKENS_AT_ONCE
 
-    def _call(self, module: nn.Module, hidden_BTD: Tensor, positions: Tensor, *, fast: bool = False) -> Any:
+    def _call(self, module: nn.Module, hidden_BTD: Tensor, positions: Tensor, use: Use) -> Any:
         # Within somebody else's autocast it stays as that is.
         kind = hidden_BTD.device.type
-        narrow = self._autocast or torch.is_autocast_enabled(kind) or (fast and self.fast_matmul)
+        narrow = self.precision.narrow(use) or torch.is_autocast_enabled(kind)
         with torch.autocast(kind, torch.bfloat16, enabled=narrow):
             out = module(
                 hidden_states=hidden_BTD,
@@ -165,7 +164,7 @@ class SourceLayer:
 
     def narrow(self) -> None:
         """Hold as stored what is multiplied in bfloat16 anyway: it need not be converted at every step."""
-        if not self.fast_matmul:
+        if not self.precision.faster:
             return
         for name in MULTIPLIED:
             if name in self.tensors and self.tensors[name].dtype == torch.bfloat16:
@@ -180,18 +179,18 @@ class SourceLayer:
         """The layer as a differentiable function, with another attention."""
         if attention is not None:
             self.attention = attention
-        return lambda s: Stream(self._call(self._module, s.hidden_NTD, s.positions_NT), s.positions_NT)
+        return lambda s: Stream(self._call(self._module, s.hidden_NTD, s.positions_NT, Use.MEASURED), s.positions_NT)
 
     @torch.no_grad()
     def stream(
-        self, text: Stream, attention: nn.Module | None = None, *, fast: bool = False
+        self, text: Stream, attention: nn.Module | None = None, use: Use = Use.MEASURED
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Advance hidden states through the layer, in place and part by part.
 
         Args:
             text: Hidden states that enter it; each part holds those that leave it once it was yielded.
             attention: Stands in for the layer's own attention.
-            fast: May multiply in bfloat16, where the machine is faster at it.
+            use: What it is for.
 
         Yields:
             Which sequences, the attention's normalised input, and the residual stream after the attention.
@@ -207,7 +206,7 @@ class SourceLayer:
         try:
             for start in range(0, len(text), size):
                 part = text[start : start + size]
-                after = self._call(self._module, part.hidden_NTD, part.positions_NT, fast=fast)
+                after = self._call(self._module, part.hidden_NTD, part.positions_NT, use)
                 x_BTD, y_BTD = kept
                 residual = part.hidden_NTD + self.added(y_BTD)
                 part.hidden_NTD.copy_(after)
@@ -238,14 +237,14 @@ class SourceLayer:
         return attention
 
     @torch.no_grad()
-    def run(self, text: Stream, attention: nn.Module | None = None, *, fast: bool = False) -> None:
+    def run(self, text: Stream, attention: nn.Module | None = None, use: Use = Use.MEASURED) -> None:
         """Advance hidden states through the layer, in place; arguments as for :meth:`stream`."""
         if self.spec is None and attention is None:
             size = max(1, self.at_once // text.length)
             for part in text.split(size):
-                part.hidden_NTD.copy_(self._call(self._module, part.hidden_NTD, part.positions_NT, fast=fast))
+                part.hidden_NTD.copy_(self._call(self._module, part.hidden_NTD, part.positions_NT, use))
             return
-        for _ in self.stream(text, attention, fast=fast):
+        for _ in self.stream(text, attention, use):
             pass
 
 
@@ -256,12 +255,11 @@ class SourceModel:
         checkpoint: The files.
         spec: Their family's table, applied.
         device: Where layers run.
-        rough: Whether statistics and choices may be made in bfloat16, where the machine is faster at it.
+        hurried: Whether seconds count more than the last digits of statistics.
         trust_remote_code: Whether code of the checkpoint may be run.
 
     Attributes:
-        autocast: Whether layers multiply in bfloat16; the residual stream is float32 in any case.
-        fast_matmul: Whether training may too, because the machine is faster at it.
+        precision: What is multiplied in bfloat16.
         large: Whether the model is too big to be trained as a whole without being asked to.
     """
 
@@ -271,7 +269,7 @@ class SourceModel:
         spec: ModelSpec,
         device: str = "cpu",
         *,
-        rough: bool = False,
+        hurried: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -279,10 +277,9 @@ class SourceModel:
 
         from latentize.modeling.attending import attend_faster
 
-        self.checkpoint, self.spec, self.device, self.rough = checkpoint, spec, device, rough
+        self.checkpoint, self.spec, self.device = checkpoint, spec, device
         self.large = is_large(sum(math.prod(checkpoint.shape(n)) for n in checkpoint.names()))
-        self.fast_matmul = multiplies_bfloat16(torch.device(device).type)
-        self.autocast = self.large and self.fast_matmul
+        self.precision = Precision(multiplies_bfloat16(torch.device(device).type), self.large, hurried)
         try:
             trust = {"trust_remote_code": trust_remote_code}
             config = load_config(checkpoint.path, **trust)
@@ -339,11 +336,9 @@ class SourceModel:
                 self.angles(spec.kind(index)),
                 spec.window if spec.kind(index) == "sliding_attention" else None,
                 spec.additive_masks,
-                self.autocast,
-                self.fast_matmul,
-                self.rough,
+                self.precision,
                 spec.residual_scale,
-                tokens_at_once(spec, narrow=self.autocast),
+                tokens_at_once(spec, self.precision),
             )
             # Nothing here may hold a layer while the next is read.
             del stored, wide, weights, module
@@ -371,7 +366,7 @@ class SourceModel:
 
     def _running(self, name: str, tensor: Tensor) -> Tensor:
         """A layer's tensor as it runs: float32, but for what is multiplied in bfloat16 in any case and is as small."""
-        narrow = self.autocast and name.endswith(MULTIPLIED) and tensor.itemsize == 2
+        narrow = self.precision.everything and name.endswith(MULTIPLIED) and tensor.itemsize == 2
         return tensor.to(self.device) if narrow else tensor.to(self.device, torch.float32)
 
     def head(self) -> Callable[[Tensor], Tensor]:

@@ -15,6 +15,7 @@ from latentize.conversion.texts import sequences_to_generate
 from latentize.conversion.work import Rates, latent_work
 from latentize.families import ModelSpec
 from latentize.methods.registry import settings
+from latentize.modeling.precision import Precision
 from latentize.modeling.source import is_large
 from latentize.planning.devices import Machine
 from latentize.recipe import Recipe
@@ -65,14 +66,14 @@ class _AsPublished:
         return _STORED * math.prod(self._shapes[name])
 
 
-def forecast(spec: ModelSpec, recipe: Recipe, rates: Rates, *, fast: bool) -> Forecast:
+def forecast(spec: ModelSpec, recipe: Recipe, rates: Rates, *, faster: bool) -> Forecast:
     """Time and memory of a conversion.
 
     Args:
         spec: The model.
         recipe: What is to be done.
         rates: What the machine reaches.
-        fast: Whether it multiplies bfloat16 faster than float32.
+        faster: Whether it multiplies bfloat16 faster than float32.
 
     Raises:
         LatentizeError: the recipe is not possible for this model.
@@ -84,8 +85,7 @@ def forecast(spec: ModelSpec, recipe: Recipe, rates: Rates, *, fast: bool) -> Fo
     common: dict[str, Any] = {
         "written": sequences_to_generate(recipe, large=large) * recipe.sequence_length,
         "one_by_one": sized_one_by_one(kind, recipe),
-        "narrow": large and fast,
-        "fast": fast,
+        "precision": Precision(faster, large, recipe.hurries),
     }
     memory = latent_footprint(spec, stored, recipe, candidates, effort, item=_STORED, **common)
     work = latent_work(spec, recipe, candidates, effort, **common)

@@ -131,7 +131,7 @@ def _conversions(spec: ModelSpec, keep: float, machine: Machine, *, here: bool) 
     for fast in (True, False):
         try:
             made = forecast(
-                spec, Recipe.build(keep=keep, fast=fast), rates, fast=not here or multiplies_bfloat16("cpu")
+                spec, Recipe.build(keep=keep, fast=fast), rates, faster=not here or multiplies_bfloat16("cpu")
             )
         except LatentizeError:
             return []

@@ -147,7 +147,7 @@ def polish(
     if mean(part.flatten(0, 1) for part in made.hidden_NTD.split(size)) < how.enough:
         return [refined(a, w) for a, w in zip(attentions, start, strict=True)]
     del made
-    fast = torch.autocast(teacher_NTD.device.type, torch.bfloat16, enabled=source.fast_matmul)
+    fast = torch.autocast(teacher_NTD.device.type, torch.bfloat16, enabled=source.precision.faster)
     with fast:
         best, kept = look(), [p.detach().clone() for p in parameters]
     steps = descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5), shares, heads)

@@ -82,7 +82,7 @@ def test_layers_are_counted_as_they_run(source: Callable[..., Path], monkeypatch
         monkeypatch.setattr("latentize.modeling.source._LARGE", limit)
         checkpoint, spec = open_source(source("llama", 2) if stored == torch.float32 else half(source))
         model = SourceModel(checkpoint, spec)
-        shapes = _Shapes(spec, checkpoint, Recipe.build(), 2, model.autocast)
+        shapes = _Shapes(spec, checkpoint, Recipe.build(), 2, model.precision)
         for layer, expected in zip(model.layers(), shapes.layers(), strict=True):
             kept = {t.untyped_storage().data_ptr(): t for t in [*layer.tensors.values(), *layer._module.parameters()]}
             assert sum(t.untyped_storage().nbytes() for t in kept.values()) == expected

@@ -16,7 +16,7 @@ MODEL = "llama-3-8b"
 
 
 def seconds(**entries: Any) -> dict[str, float]:
-    return forecast(read_spec(MODEL), Recipe.build(**entries), RATES, fast=True).stages  # type: ignore[arg-type]
+    return forecast(read_spec(MODEL), Recipe.build(**entries), RATES, faster=True).stages  # type: ignore[arg-type]
 
 
 def test_seconds_are_of_each_precision() -> None:

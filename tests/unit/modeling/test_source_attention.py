@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from latentize.api import open_source
 from latentize.modeling.blocks import causal_blocks, suit_blocks
+from latentize.modeling.precision import Precision, Use
 from latentize.modeling.source import SourceModel
 from latentize.text.tokens import Passages
 
@@ -26,7 +27,7 @@ def _predicted(folder: Path, tokens_NT: Tensor, *, fast: bool = False, blocks: b
     checkpoint, spec = open_source(folder)
     model, positions_NT = SourceModel(checkpoint, spec), torch.arange(TOKENS).expand(len(tokens_NT), -1)
     # As on a machine that is faster in bfloat16.
-    model.fast_matmul = True
+    model.precision = Precision(faster=True)
     text = model.embed(Passages(tokens_NT, positions_NT))
     module = "latentize.modeling.attending"
     with (
@@ -34,7 +35,7 @@ def _predicted(folder: Path, tokens_NT: Tensor, *, fast: bool = False, blocks: b
         patch(f"{module}.suit_blocks", side_effect=lambda *args: blocks and suit_blocks(*args)),
     ):
         for layer in model.layers():
-            layer.run(text, fast=fast)
+            layer.run(text, use=Use.LEARNT if fast else Use.MEASURED)
     assert called.called == blocks
     with torch.no_grad():
         return model.head()(text.hidden_NTD.flatten(0, 1)).unflatten(0, tokens_NT.shape).log_softmax(-1)
