@@ -72,7 +72,6 @@ def allocate(
         The settings, and for each layer the price in nats per token of the ranks that were tried.
     """
     spec, layers = source.spec.attention, source.spec.layers
-    needed = needs(candidates[0], spec)
     calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
     short = short_refinement(calibration.length)
     none = replace(short, steps=0)
@@ -87,29 +86,10 @@ def allocate(
             layer.run(own, use=Use.LEARNT)
             layer.run(reference, use=Use.LEARNT)
             continue
-        text, trial = own.clone(), reference.clone()
-        seen = observe(layer, own, needed, residual=len(own))
-        layer.run(reference, use=Use.LEARNT)
-
-        wrong = {setting: alone(layer, text, seen, setting, none).after for setting in candidates}
-        best = min(wrong, key=wrong.__getitem__)
-        ranks = sorted({_rank(best, share, spec) for share in TRIED} | {best.kv_lora_rank})
-        how = short if refines else none
-        tried = {rank: alone(layer, text, seen, replace(best, kv_lora_rank=rank), how) for rank in ranks}
-        error = {rank: made.after for rank, made in tried.items()}
-        exactly = partial(_closed_form, layer, text, seen, best)
-        error = where_exact(error, exactly, _rank(best, _LEAST, spec))
-        # Rounding says nothing of what an error costs.
-        wrong_at = [rank for rank in ranks if rank <= best.kv_lora_rank and error[rank] > short.enough]
-        test = max(wrong_at, default=ranks[0])
-        layer.run(trial, LatentAttention.from_weights(tried[test].weights), use=Use.LEARNT)
-        equal.append(best)
-        trials.append(trial)
-        errors.append(error)
-        tested.append(test)
+        sized = _sized(layer, own, reference, candidates, short if refines else none)
         progress("sizing layers", layer.index + 1, layers)
-        del layer, seen, text, tried
-    del own
+        for found, one in zip((equal, trials, errors, tested), sized, strict=True):
+            found.append(one)
     logits, vocab = source.head(), source.spec.vocab_size
     tokens_NT, right_NTD = selection.tokens_NT, reference.hidden_NTD
     prices = []
@@ -121,6 +101,39 @@ def allocate(
     bounds = [(_rank(setting, _LEAST, spec), _rank(setting, _MOST, spec)) for setting in equal]
     ranks = exchange([setting.kv_lora_rank for setting in equal], [price(measured) for measured in prices], bounds)
     return [replace(setting, kv_lora_rank=rank) for setting, rank in zip(equal, ranks, strict=True)], prices
+
+
+def _sized(
+    layer: SourceLayer, own: Stream, reference: Stream, candidates: Sequence[Setting], how: Refinement
+) -> tuple[Setting, Stream, dict[int, float], int]:
+    """Ranks of one layer, tried; both texts are taken through it.
+
+    Args:
+        layer: The source's.
+        own: Calibration text as it enters the layer.
+        reference: Held-out text as it enters the layer.
+        candidates: Equal shares.
+        how: Steps of a trial.
+
+    Returns:
+        The best equal share, the held-out text after one trial, the error at every rank, and that trial's rank.
+    """
+    spec = layer.spec
+    assert spec is not None
+    none, text, trial = replace(how, steps=0), own.clone(), reference.clone()
+    seen = observe(layer, own, needs(candidates[0], spec), residual=len(own))
+    layer.run(reference, use=Use.LEARNT)
+    wrong = {setting: alone(layer, text, seen, setting, none).after for setting in candidates}
+    best = min(wrong, key=wrong.__getitem__)
+    ranks = sorted({_rank(best, share, spec) for share in TRIED} | {best.kv_lora_rank})
+    tried = {rank: alone(layer, text, seen, replace(best, kv_lora_rank=rank), how) for rank in ranks}
+    error = {rank: made.after for rank, made in tried.items()}
+    error = where_exact(error, partial(_closed_form, layer, text, seen, best), _rank(best, _LEAST, spec))
+    # Rounding says nothing of what an error costs.
+    wrong_at = [rank for rank in ranks if rank <= best.kv_lora_rank and error[rank] > how.enough]
+    test = max(wrong_at, default=ranks[0])
+    layer.run(trial, LatentAttention.from_weights(tried[test].weights), use=Use.LEARNT)
+    return best, trial, error, test
 
 
 def _closed_form(layer: SourceLayer, text: Stream, seen: Seen, setting: Setting, rank: int) -> float:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from latentize.attention.latent import LatentWeights
-from latentize.conversion.kept import Made, Once, at_once
+from latentize.checkpoint import Journal
+from latentize.conversion.kept import Made, cached
 from latentize.methods.closed_form import Conversion, conversion
 from latentize.methods.setting import Setting
 from latentize.methods.statistics import CalibrationStats, Needed, gather
@@ -193,15 +194,15 @@ class Draft:
         self._exact = True
 
     def convert(
-        self, layer: SourceLayer, seen: Seen, setting: Setting, once: Once = at_once, inherited: float = 0.0
+        self, layer: SourceLayer, seen: Seen, setting: Setting, journal: Journal | None = None, inherited: float = 0.0
     ) -> DraftedLayer:
-        """The layer in closed form, and refined, once.
+        """The layer in closed form, and refined.
 
         Args:
             layer: The source's.
             seen: What it does with the calibration text.
             setting: What it becomes.
-            once: Refines it, or knows what that gave.
+            journal: Has what is refined from before an interruption, and keeps it.
             inherited: Relative error of the text as it enters the layer.
         """
         assert layer.weights is not None and layer.spec is not None
@@ -217,7 +218,7 @@ class Draft:
             return [found.weights], f"error {found.before:.4f} → {found.after:.4f}"
 
         with naming_layer(layer.index):
-            (refined,), news = once(make)
+            (refined,), news = cached(journal, f"layer {layer.index}", make)
         return DraftedLayer(closed, refined, news)
 
     def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:

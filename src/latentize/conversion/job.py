@@ -20,7 +20,7 @@ from latentize.checkpoint.manifest import sha256, versions
 from latentize.checkpoint.writer import copied_files
 from latentize.conversion.footprint import Footprint
 from latentize.conversion.limits import MemoryNeed, finite_numbers, require_disk, require_memory, within_memory
-from latentize.conversion.pipeline import MASSIVE, Converted
+from latentize.conversion.measured import MASSIVE, Converted
 from latentize.conversion.rates import rates_of
 from latentize.conversion.texts import Text, draw_text
 from latentize.conversion.work import Work

@@ -11,43 +11,33 @@ from torch import Tensor
 from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Journal
 
-__all__ = ["Made", "Once", "at_once", "once"]
+__all__ = ["Made", "cached"]
 
 # Weights of some layers, and what is to be told of them.
 Made = tuple[Sequence[LatentWeights], str]
-# Makes them, unless that was done before.
-Once = Callable[[Callable[[], Made]], Made]
 
 
-def at_once(make: Callable[[], Made]) -> Made:
-    """Make them; nothing is kept."""
-    return make()
-
-
-def once(journal: Journal | None, step: str) -> Once:
-    """Make them, unless the journal has them from before an interruption; bit by bit the same.
+def cached(journal: Journal | None, step: str, compute: Callable[[], Made]) -> Made:
+    """What a step makes, unless the journal has it from before an interruption; bit by bit the same.
 
     Args:
         journal: Of the conversion, if it keeps one.
-        step: Their name there.
+        step: What it is called there.
+        compute: Makes it.
     """
-
-    def of_journal(make: Callable[[], Made]) -> Made:
-        if journal is None:
-            return make()
-        if (found := journal.tensors(step)) is not None:
-            return _read(*found)
-        weights, news = make()
-        tensors, numbers = {}, []
-        for index, w in enumerate(weights):
-            tensors |= {f"{index}.{name}": t for name, t in vars(w).items() if isinstance(t, Tensor)}
-            numbers.append({name: v for name, v in vars(w).items() if isinstance(v, float)})
-        strides = {name: t.stride() for name, t in tensors.items()}
-        devices = {name: str(t.device) for name, t in tensors.items()}
-        journal.keep(step, tensors, {"news": news, "numbers": numbers, "strides": strides, "devices": devices})
-        return weights, news
-
-    return of_journal
+    if journal is None:
+        return compute()
+    if (found := journal.tensors(step)) is not None:
+        return _read(*found)
+    weights, news = compute()
+    tensors, numbers = {}, []
+    for index, w in enumerate(weights):
+        tensors |= {f"{index}.{name}": t for name, t in vars(w).items() if isinstance(t, Tensor)}
+        numbers.append({name: v for name, v in vars(w).items() if isinstance(v, float)})
+    strides = {name: t.stride() for name, t in tensors.items()}
+    devices = {name: str(t.device) for name, t in tensors.items()}
+    journal.keep(step, tensors, {"news": news, "numbers": numbers, "strides": strides, "devices": devices})
+    return weights, news
 
 
 def _read(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Made:

@@ -14,7 +14,8 @@ from latentize.conversion.allocate import allocate
 from latentize.conversion.effort import effort_of
 from latentize.conversion.footprint import Footprint, latent_footprint
 from latentize.conversion.job import Job
-from latentize.conversion.pipeline import Converted, convert_latent
+from latentize.conversion.measured import Converted
+from latentize.conversion.pipeline import convert_latent
 from latentize.conversion.search import choose, choose_by_layers
 from latentize.conversion.self_generated import self_generated
 from latentize.conversion.texts import Text, mixed, sequences_to_generate, spread_over

@@ -7,7 +7,7 @@ from typing import Any, cast
 from latentize.checkpoint import Checkpoint, Journal
 from latentize.conversion.job import Job
 from latentize.conversion.lowering import lower_model
-from latentize.conversion.pipeline import Converted
+from latentize.conversion.measured import Converted
 from latentize.conversion.texts import Text
 from latentize.errors import FormatError, OptionError, UnsupportedModelError
 from latentize.families import LatentModel, latent_model

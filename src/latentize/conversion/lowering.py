@@ -5,13 +5,14 @@ N sequences, T tokens, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from latentize.checkpoint import Journal
-from latentize.conversion.pipeline import CLOSED, Converted, MadeLayer, run_through
+from latentize.conversion.measured import CLOSED, Converted, MadeLayer, write_and_measure
 from latentize.formats.base import FormatWriter
 from latentize.formats.layer import ConvertedLayer
 from latentize.methods.lower_rank import LatentMoments, Lowered, lower
@@ -36,29 +37,40 @@ _AROUND = ("q_proj.weight", "q_b_proj.weight", _OUT)
 def lower_model(
     source: LatentSource,
     rank: int,
-    sink: FormatWriter,
+    writer: FormatWriter,
     calibration: Passages,
     evaluation: Passages,
     refinement: Refinement | None = None,
     progress: Progress = silent,
     journal: Journal | None = None,
 ) -> Converted:
-    """Lower the rank of every layer and hand it to ``sink``.
+    """Lower the rank of every layer and write it.
 
     Args:
         source: The model.
         rank: The ``kv_lora_rank`` of the result; with the source's own every tensor stays as it is.
-        sink: Saves layers.
+        writer: Saves layers.
         calibration: Tokens for statistics and refinement.
         evaluation: Tokens that the result is measured on.
         refinement: How layers are refined, or ``None``.
         progress: Told after each layer.
         journal: Keeps what took long.
     """
-    make = _Lowering(source, rank, calibration, refinement, journal)
-    result = run_through(source, make, sink, evaluation, progress)
-    result.calibration_tokens, result.facts = make.tokens, make.facts
+    facts: list[dict[str, Any]] = []
+    layers = _lowered(source, _Lowering(source, rank, calibration, refinement, journal, facts))
+    result = write_and_measure(source, layers, writer, evaluation, progress)
+    changes = rank != source.latent.attention.kv_lora_rank
+    result.calibration_tokens, result.facts = calibration.tokens_NT.numel() if changes else 0, facts
     return result
+
+
+def _lowered(source: LatentSource, lowering: _Lowering) -> Iterator[MadeLayer]:
+    """Every layer, and the text of the converted model through it once it is written."""
+    for layer in source.layers():
+        made = lowering.made(layer)
+        yield made
+        lowering.advance(layer, made.attention)
+        made.let_go()
 
 
 class _Lowering:
@@ -71,20 +83,18 @@ class _Lowering:
         calibration: Passages,
         refinement: Refinement | None,
         journal: Journal | None,
+        facts: list[dict[str, Any]],
     ) -> None:
-        self.rank, self.refinement, self.journal = rank, refinement, journal
+        self.rank, self.refinement, self.journal, self.facts = rank, refinement, journal, facts
         self.changes = rank != source.latent.attention.kv_lora_rank
-        self.tokens = calibration.tokens_NT.numel() if self.changes else 0
         self.own: Stream | None = source.embed(calibration) if self.changes else None
         # What the converted layers before make of the text, which is what a layer will see.
         self.draft = None if self.own is None or refinement is None else self.own.clone()
-        self.facts: list[dict[str, Any]] = []
 
-    def __call__(self, layer: SourceLayer) -> MadeLayer:
-        assert isinstance(layer, LatentLayer)
+    def made(self, layer: LatentLayer) -> MadeLayer:
         if not self.changes:
             self.facts.append({"energy_lost": 0.0, "norm_spread": 0.0, "linear_norm": None})
-            return MadeLayer(ConvertedLayer(layer.index, layer.tensors), layer.attention)
+            return MadeLayer(layer, ConvertedLayer(layer.index, layer.tensors), layer.attention)
         inherited = 0.0 if self.draft is None or self.own is None else stream_error(self.draft, self.own)
         closed, residual_NTD = self._closed(layer)
         self.facts.append(closed.describe())
@@ -97,7 +107,7 @@ class _Lowering:
         stored = {name: layer.tensors[ATTENTION + name].dtype for name in tensors}
         saved = {name: tensor.to(stored[name]) for name, tensor in tensors.items()}
         made = ConvertedLayer(layer.index, layer.tensors, lowered=saved)
-        return MadeLayer(made, layer.with_tensors(saved), stages)
+        return MadeLayer(layer, made, layer.with_tensors(saved), stages)
 
     def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
         if self.draft is not None:
@@ -127,9 +137,6 @@ class _Lowering:
         if self.journal is not None:
             self.journal.keep(step, made, {})
         return made
-
-    def release(self) -> None:
-        self.own = self.draft = None
 
 
 def _refine(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from latentize.checkpoint import Journal
 from latentize.conversion.footprint import Footprint, pooled_footprint
 from latentize.conversion.job import Job
-from latentize.conversion.pipeline import Converted, convert_pooled
+from latentize.conversion.measured import Converted
+from latentize.conversion.pipeline import convert_pooled
 from latentize.conversion.texts import Text
 from latentize.errors import FormatError
 from latentize.formats.pooled import PooledWriter

@@ -15,9 +15,10 @@ from dataclasses import replace
 
 import torch
 
-from latentize.conversion.draft import Draft, Seen, alone, naming_layer, observe
+from latentize.conversion.draft import Seen, alone, naming_layer, observe
 from latentize.evaluation.losses import compare_streams
 from latentize.methods.calibrated import ladder_costs
+from latentize.methods.closed_form import conversion
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
 from latentize.methods.statistics import Needed
@@ -126,22 +127,27 @@ def _compared(
     """KL of the model with some layers converted, each learnt alone, for every finalist."""
     own, reference = source.embed(calibration), source.embed(selection)
     streams, some = [reference.clone() for _ in finalists], set(looked_at(source.spec.converted))
-    needed = needs(finalists[0], source.spec.attention)
     for layer in source.layers():
         layer.run(reference, use=Use.LEARNT)
         if layer.index in some:
-            entering = own.clone()
-            seen = observe(layer, own, needed, residual=len(own))
-            for setting, stream in zip(finalists, streams, strict=True):
-                learnt = alone(layer, entering, seen, setting, how).weights
-                layer.run(stream, LatentAttention.from_weights(learnt), use=Use.LEARNT)
-            del entering, seen
+            _learnt_alone(layer, own, finalists, streams, how)
         else:
             for stream in (own, *streams):
                 layer.run(stream, use=Use.LEARNT)
         progress("comparing the best settings", layer.index + 1, source.spec.layers)
-        del layer
     return _divergences(source, finalists, streams, reference, selection, fast=source.precision.narrow(Use.LEARNT))
+
+
+def _learnt_alone(
+    layer: SourceLayer, own: Stream, finalists: Sequence[Setting], streams: Sequence[Stream], how: Refinement
+) -> None:
+    """Take each finalist's text through the layer as learnt with its setting, and the source's through its own."""
+    assert layer.spec is not None
+    entering = own.clone()
+    seen = observe(layer, own, needs(finalists[0], layer.spec), residual=len(own))
+    for setting, stream in zip(finalists, streams, strict=True):
+        learnt = alone(layer, entering, seen, setting, how).weights
+        layer.run(stream, LatentAttention.from_weights(learnt), use=Use.LEARNT)
 
 
 def _divergences(
@@ -192,15 +198,18 @@ def _some_layers(
     text, some = source.embed(calibration), set(looked_at(source.spec.converted))
     for layer in source.layers():
         if layer.index in some:
-            entering = text.clone()
-            yield layer, entering, observe(layer, text, needed, residual=len(text))
-            del entering
+            yield _seen(layer, text, needed)
         elif layer.index < max(some):
             layer.run(text, use=Use.LEARNT)
         progress(what, layer.index + 1, source.spec.layers)
         if layer.index == max(some):
             return
-        del layer
+
+
+def _seen(layer: SourceLayer, text: Stream, needed: Needed) -> tuple[SourceLayer, Stream, Seen]:
+    """The layer, the text as it enters it, and what is seen of it on its way through."""
+    entering = text.clone()
+    return layer, entering, observe(layer, text, needed, residual=len(text))
 
 
 def likely_ladders(
@@ -277,24 +286,32 @@ def choose(
     if len(candidates) == 1:
         return candidates[0], []
     calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
-    needed = needs(candidates[0], source.spec.attention)
-    own = source.embed(calibration)
-    draft = Draft(None, own)
     reference = source.embed(selection)
     streams = [reference.clone() for _ in candidates]
+    _closed_forms(source, candidates, source.embed(calibration), reference, streams, progress)
+    scored = _divergences(source, candidates, streams, reference, selection)
+    return min(scored, key=lambda pair: pair[1])[0], scored
+
+
+def _closed_forms(
+    source: SourceModel,
+    candidates: Sequence[Setting],
+    own: Stream,
+    reference: Stream,
+    streams: Sequence[Stream],
+    progress: Progress,
+) -> None:
+    """Take a text through the source, and through every candidate in closed form."""
+    needed = needs(candidates[0], source.spec.attention)
     for layer in source.layers():
-        if layer.spec is None:
+        if layer.spec is None or layer.weights is None:
             for text in (own, reference, *streams):
                 layer.run(text)
             continue
-        seen = observe(layer, own, needed)
+        stats = observe(layer, own, needed).stats
         layer.run(reference)
         for setting, hidden in zip(candidates, streams, strict=True):
-            layer.run(
-                hidden, LatentAttention.from_weights(draft.convert(layer, seen, setting).refined.to(torch.float32))
-            )
+            with naming_layer(layer.index):
+                weights = conversion(layer.weights, layer.spec, stats, setting).weights
+            layer.run(hidden, LatentAttention.from_weights(weights.to(torch.float32)))
         progress("comparing settings", layer.index + 1, source.spec.layers)
-        del layer, seen
-    del own, draft
-    scored = _divergences(source, candidates, streams, reference, selection)
-    return min(scored, key=lambda pair: pair[1])[0], scored

@@ -12,7 +12,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class LatentLayer(SourceLayer):
 
         Args:
             text: Hidden states that enter it, advanced in place.
-            fast: May multiply in bfloat16, where the machine is faster at it.
+            use: What it is for.
         """
         attention, seen = self.attention, {}
         rank, heads = attention.kv_lora_rank, (-1, attention.qk_head_dim)
@@ -198,24 +198,24 @@ class LatentSource(SourceModel):
     def module_tensors(self, stored: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         return fuse_experts(stored)
 
-    def layers(self) -> Iterator[LatentLayer]:
-        """The decoder layers in order; for memory, let go of one before asking for the next."""
-        for index, empty in enumerate(self._skeleton.model.layers):
-            prefix = _LAYER_PREFIX.format(layer=index)
-            stored = {n.removeprefix(prefix): self.checkpoint.load(n) for n in layer_names(self.checkpoint, index)}
-            module = copy.deepcopy(empty)
-            wide = {name: t.to(self.device, torch.float32) for name, t in self.module_tensors(stored, index).items()}
-            module.load_state_dict(wide, strict=True, assign=True)
-            layer = LatentLayer(
-                index=index,
-                tensors=stored,
-                spec=None,
-                weights=None,
-                names=self.latent.module,
-                _module=module.requires_grad_(False),
-                _rotary=self.angles(FULL),
-                precision=self.precision,
-            )
-            del stored, wide, module
-            yield layer
-            del layer
+    def layer(self, index: int) -> LatentLayer:
+        """One decoder layer, read from the files."""
+        prefix = _LAYER_PREFIX.format(layer=index)
+        stored = {n.removeprefix(prefix): self.checkpoint.load(n) for n in layer_names(self.checkpoint, index)}
+        module = copy.deepcopy(self._skeleton.model.layers[index])
+        wide = {name: t.to(self.device, torch.float32) for name, t in self.module_tensors(stored, index).items()}
+        module.load_state_dict(wide, strict=True, assign=True)
+        return LatentLayer(
+            index=index,
+            tensors=stored,
+            spec=None,
+            weights=None,
+            names=self.latent.module,
+            _module=module.requires_grad_(False),
+            _rotary=self.angles(FULL),
+            precision=self.precision,
+        )
+
+    if TYPE_CHECKING:
+
+        def layers(self) -> Iterator[LatentLayer]: ...

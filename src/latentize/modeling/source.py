@@ -175,6 +175,11 @@ class SourceLayer:
         """Let go of what only a conversion needs: the tensors as stored, the source's attention as weights."""
         self.tensors, self.weights = {}, None
 
+    def release(self) -> None:
+        """Let go of all memory; whoever still holds the layer holds its description."""
+        self.forget()
+        self._module = nn.Module()
+
     def with_attention(self, attention: nn.Module | None) -> Callable[[Stream], Stream]:
         """The layer as a differentiable function, with another attention."""
         if attention is not None:
@@ -314,38 +319,38 @@ class SourceModel:
         return Stream(self.spec.embedding_scale * table[which_NT], text.positions_NT.to(self.device))
 
     def layers(self) -> Iterator[SourceLayer]:
-        """The decoder layers in order; for memory, let go of one before asking for the next."""
-        spec = self.spec
-        for index, empty in enumerate(self._body.layers):
-            prefix = self.spec.layer_prefix(index)
-            names = [n for n in self.checkpoint.names() if n.startswith(prefix) and "rotary_emb" not in n]
-            stored = {name.removeprefix(prefix): self.checkpoint.load(name) for name in names}
-            stored = self.module_tensors(stored, index)
-            module = copy.deepcopy(empty)
-            wide = {name: self._running(name, t) for name, t in stored.items()}
-            module.load_state_dict(wide, strict=True, assign=True)
-            attention = spec.layer_attention(index)
-            weights = None if attention is None else attention_weights(wide, spec)
-            layer = SourceLayer(
-                index,
-                stored,
-                attention,
-                weights,
-                spec.module,
-                module.requires_grad_(False),
-                self.angles(spec.kind(index)),
-                spec.window if spec.kind(index) == "sliding_attention" else None,
-                spec.additive_masks,
-                self.precision,
-                spec.residual_scale,
-                tokens_at_once(spec, self.precision),
-            )
-            # Nothing here may hold a layer while the next is read.
-            del stored, wide, weights, module
+        """The decoder layers in order; each lets go of its memory when the next is asked for."""
+        for index in range(len(self._body.layers)):
+            layer = self.layer(index)
             yield layer
-            del layer
+            layer.release()
             if self.large:
                 give_back_freed_memory()
+
+    def layer(self, index: int) -> SourceLayer:
+        """One decoder layer, read from the files."""
+        spec, prefix = self.spec, self.spec.layer_prefix(index)
+        names = [n for n in self.checkpoint.names() if n.startswith(prefix) and "rotary_emb" not in n]
+        stored = {name.removeprefix(prefix): self.checkpoint.load(name) for name in names}
+        stored = self.module_tensors(stored, index)
+        module = copy.deepcopy(self._body.layers[index])
+        wide = {name: self._running(name, t) for name, t in stored.items()}
+        module.load_state_dict(wide, strict=True, assign=True)
+        attention = spec.layer_attention(index)
+        return SourceLayer(
+            index,
+            stored,
+            attention,
+            None if attention is None else attention_weights(wide, spec),
+            spec.module,
+            module.requires_grad_(False),
+            self.angles(spec.kind(index)),
+            spec.window if spec.kind(index) == "sliding_attention" else None,
+            spec.additive_masks,
+            self.precision,
+            spec.residual_scale,
+            tokens_at_once(spec, self.precision),
+        )
 
     def module_tensors(self, stored: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         """Tensors of a layer as transformers' module has them, of those that files have; all without its prefix."""

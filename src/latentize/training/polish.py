@@ -108,7 +108,8 @@ def polish(
     of_layer = iter(attentions)
     entering_check, head, runs = source.embed(check), source.head(), []
     checked, made, wrong = entering_check.clone(), entering_check.clone(), []
-    for layer, w in zip(source.layers(), weights, strict=True):
+    for index, w in enumerate(weights):
+        layer = source.layer(index)
         attention = None if w is None else next(of_layer)
         layer.run(checked)
         layer.run(made, attention)
@@ -118,7 +119,6 @@ def polish(
         layer.narrow()
         runs.append(layer.with_attention(attention))
         layer.forget()
-        del layer
     at_once = max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
     parameters = [p for a in attentions for p in a.parameters()]
     usual = max(sum(wrong) / len(wrong), 1e-30)
