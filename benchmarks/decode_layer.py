@@ -75,9 +75,9 @@ def latent(batch: int, context: int, formats: tuple[str | None, ...]) -> dict[st
     for name in formats:
         layer = LatentLayer(name, None if name is None else "int8", None, 0, 0)
         layer.attends_rows = True
-        rows, same = layer.update(c, k_rope)
+        rows, _ = layer.update(c, k_rope)
         label = "latentize" if name is None else f"latentize, {name}+int8"
-        forms[label] = lambda rows=rows, same=same: decode(q_nope, q_rope, rows, same, up, None)
+        forms[label] = lambda rows=rows: decode(q_nope, q_rope, rows, up, None)
     return forms
 
 

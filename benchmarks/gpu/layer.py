@@ -104,7 +104,7 @@ def latent(
     layer.attends_rows = True
     # The last row is that of the token that asks.
     for count in (*(min(4096, rows - 1 - start) for start in range(0, rows - 1, 4096)), 1):
-        cached, same = layer.update(*(_noise(device, dtype, batch, 1, count, n) for n in (s.rank, s.rope)))
+        cached, _ = layer.update(*(_noise(device, dtype, batch, 1, count, n) for n in (s.rank, s.rope)))
     parts, lengths = layer.parts(), layer.lengths_B()
     tensors = [t for half in (parts[0].latent, parts[0].rope) for t in half.tensors]
     q, q_rope, q_nope = (_noise(device, dtype, batch, s.heads, 1, n) for n in (s.rank, s.rope, s.nope))
@@ -113,7 +113,7 @@ def latent(
 
     def run() -> Tensor:
         if whole:
-            return decode(q_nope, q_rope, cached, same, up, None, backend)
+            return decode(q_nope, q_rope, cached, up, None, backend)
         return absorbed_decode(q, q_rope, parts, lengths, s.scale)[0]
 
     def expected() -> Tensor:

@@ -26,6 +26,7 @@ from latentize.modeling.attention import LatentAttention, check_cache, no_paging
 from latentize.runtime.backends import Backend
 from latentize.runtime.cache import LatentCache
 from latentize.runtime.heads import heads
+from latentize.runtime.rows import rows_of
 from latentize.runtime.static import Room
 
 __all__ = ["accelerate", "backend_of", "decelerate", "has_latents", "is_accelerated", "no_latents"]
@@ -65,7 +66,9 @@ def _attention(
     nope, sizes = module.qk_nope_head_dim, (module.kv_lora_rank, module.qk_nope_head_dim, module.v_head_dim)
     up = up_projections(module.kv_b_proj, sizes, scaling, 0.0, query)
     q_nope, q_rope = query[..., :nope], query[..., nope:]
-    return heads(q_nope, q_rope, key, value, up, attention_mask, getattr(module, _BACKEND)).transpose(1, 2), None
+    return heads(q_nope, q_rope, rows_of(key, value), up, attention_mask, getattr(module, _BACKEND)).transpose(
+        1, 2
+    ), None
 
 
 def _mask(
@@ -106,7 +109,7 @@ def _native_heads(
     module: LatentAttention, q_nope: Tensor, q_rope: Tensor, c: Any, k_rope: Any, up: UpProjections, mask: Any
 ) -> Tensor:
     """Stands for ``LatentAttention.heads``."""
-    return heads(q_nope, q_rope, c, k_rope, up, mask, getattr(module, _BACKEND))
+    return heads(q_nope, q_rope, rows_of(c, k_rope), up, mask, getattr(module, _BACKEND))
 
 
 @dataclass

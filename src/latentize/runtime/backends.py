@@ -21,9 +21,8 @@ from torch import Tensor
 from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS
 from latentize.runtime.kernels.launch import LARGEST_FLOAT32_RANK, LARGEST_RANK, LARGEST_ROPE, absorbed_decode
-from latentize.runtime.kernels.storage import Part, Stored
 from latentize.runtime.kernels.trial import works
-from latentize.runtime.layer import Rows
+from latentize.runtime.rows import CachedRows
 
 __all__ = ["NAMES", "TORCH", "Backend", "Name", "refusal"]
 
@@ -77,8 +76,7 @@ class Backend:
         self,
         q_BHTr: Tensor,
         q_rope_BHTR: Tensor,
-        key: Tensor | Rows,
-        value: Tensor | Rows,
+        rows: CachedRows,
         scale: float,
         mask_BhTS: Tensor | None,
     ) -> Tensor | None:
@@ -86,14 +84,14 @@ class Backend:
 
         Args:
             q_BHTr, q_rope_BHTR: Absorbed queries, in the basis that latents are stored in, and roped ones.
-            key, value: As in ``heads.heads``.
+            rows: What they attend to.
             scale: Factor on the logits.
             mask_BhTS: Of all tokens, not of the rows that a window leaves; ``None`` is causal.
         """
-        why = self._declines(q_BHTr, q_rope_BHTR, key, mask_BhTS)
+        why = self._declines(q_BHTr, q_rope_BHTR, rows, mask_BhTS)
         made = None
         if why is None:
-            parts, lengths_B, options = _storage(key, value, q_BHTr, q_rope_BHTR)
+            parts, lengths_B, options = rows.storage(q_rope_BHTR)
             options |= {"mask_BTS": None if mask_BhTS is None else mask_BhTS[:, 0]}
             call = (q_BHTr, q_rope_BHTR, parts, lengths_B, scale)
             if self.name == "triton" or works(*call[:3], **options):
@@ -104,23 +102,22 @@ class Backend:
             self.used["triton" if why is None else f"torch: {why}"] += 1
         return made
 
-    def _declines(self, q: Tensor, q_rope: Tensor, key: Tensor | Rows, mask: Tensor | None) -> str | None:
+    def _declines(self, q: Tensor, q_rope: Tensor, rows: CachedRows, mask: Tensor | None) -> str | None:
         if self.name == "torch":
             return "asked for"
         if not _has_triton():
             return "triton is not installed"
         if q.device.type != "cuda" and (self.name == "auto" or not _interprets()):
             return f"tensors on '{q.device.type}'"
-        return refusal(q, q_rope, key, mask)
+        return refusal(q, q_rope, rows, mask)
 
 
 TORCH = Backend("torch")
 
 
-def refusal(q_BHTr: Tensor, q_rope_BHTR: Tensor, key: Tensor | Rows, mask_BhTS: Tensor | None) -> str | None:
+def refusal(q_BHTr: Tensor, q_rope_BHTR: Tensor, rows: CachedRows, mask_BhTS: Tensor | None) -> str | None:
     """Why the kernels cannot do this, wherever it is; ``None`` if they can."""
-    dtype = key.layer.dtype if isinstance(key, Rows) else key.dtype
-    rows = key.columns if isinstance(key, Rows) else key.shape[2]
+    dtype = rows.stored_dtype
     if q_BHTr.requires_grad:
         return "gradients are asked for"
     if q_BHTr.dtype not in FLOATS or dtype not in FLOATS:
@@ -132,24 +129,6 @@ def refusal(q_BHTr: Tensor, q_rope_BHTR: Tensor, key: Tensor | Rows, mask_BhTS: 
         return None
     if mask_BhTS.dtype != torch.bool:
         return "a mask that is added"
-    if mask_BhTS.shape[1:] != (1, q_BHTr.shape[2], rows) or mask_BhTS.shape[0] not in (1, len(q_BHTr)):
+    if mask_BhTS.shape[1:] != (1, q_BHTr.shape[2], rows.columns) or mask_BhTS.shape[0] not in (1, len(q_BHTr)):
         return "a mask of another shape, or of its own for each head"
     return None
-
-
-def _storage(
-    key: Tensor | Rows, value: Tensor | Rows, q_BHTr: Tensor, q_rope_BHTR: Tensor
-) -> tuple[list[Part], Tensor, dict]:
-    """Rows as they lie, how many each sequence has, and what a window asks for."""
-    if isinstance(key, Rows):
-        layer, options = key.layer, {}
-        if layer.window is not None:
-            turned = key.turned_back(q_rope_BHTR)
-            options = {"window": layer.window, "sinks": layer.sinks, "gone": layer.gone, "q_sink_BHTR": turned}
-        return key.parts(), key.lengths_B(), options
-    assert isinstance(value, Tensor)
-    c_BSr, k_BSR = key[:, 0], value.transpose(1, 2).flatten(2)
-    halves = [t if t.stride(-1) == 1 else t.contiguous() for t in (c_BSr, k_BSR)]
-    latent, rope = (Stored((t,), FLOATS[t.dtype], t.shape[-1]) for t in halves)
-    lengths_B = torch.full((len(key),), key.shape[2], dtype=torch.int32, device=key.device)
-    return [Part(latent, rope, key.shape[2])], lengths_B, {}

@@ -16,7 +16,7 @@ from latentize.attention.latent import expand
 from latentize.attention.projections import Up, UpProjections
 from latentize.runtime.absorbed import additive, attend_rows, fused_attention, has_fused, merge
 from latentize.runtime.backends import TORCH, Backend
-from latentize.runtime.layer import Rows
+from latentize.runtime.rows import CachedRows
 
 __all__ = ["Up", "decode", "heads", "prefill"]
 
@@ -29,8 +29,7 @@ _EXPANDED = 4096
 def heads(
     q_nope_BHTN: Tensor,
     q_rope_BHTR: Tensor,
-    key: Tensor | Rows,
-    value: Tensor | Rows,
+    rows: CachedRows,
     up: UpProjections,
     mask: Tensor | None,
     backend: Backend = TORCH,
@@ -39,43 +38,40 @@ def heads(
 
     Args:
         q_nope_BHTN, q_rope_BHTR: Queries.
-        key, value: Latents ``[B, 1, S, r]`` and roped keys ``[B, P, S, R]`` of all tokens, or one :class:`Rows` twice.
+        rows: Latents and roped keys of all tokens.
         up: Up-projections.
         mask: Boolean or additive, ``[B, h, T, S]``; ``None`` where attention is causal.
         backend: Who decodes.
     """
     tokens = q_nope_BHTN.shape[2]
-    length = key.layer.seen if isinstance(key, Rows) else key.shape[2]
-    if tokens <= _ABSORBED and tokens < length:
-        return decode(q_nope_BHTN, q_rope_BHTR, key, value, up, mask, backend)
-    return prefill(q_nope_BHTN, q_rope_BHTR, key, value, up, mask)
+    if tokens <= _ABSORBED and tokens < rows.seen:
+        return decode(q_nope_BHTN, q_rope_BHTR, rows, up, mask, backend)
+    return prefill(q_nope_BHTN, q_rope_BHTR, rows, up, mask)
 
 
 def decode(
     q_nope_BHTN: Tensor,
     q_rope_BHTR: Tensor,
-    key: Tensor | Rows,
-    value: Tensor | Rows,
+    rows: CachedRows,
     up: UpProjections,
     mask: Tensor | None,
     backend: Backend = TORCH,
 ) -> Tensor:
     """Few new tokens: queries go into the latent space, sums of latents come out of it. As :func:`heads`."""
-    count = q_nope_BHTN.shape[1]
-    shared, roped = len(up.k_up_UNr), _roped_keys(value)
-    turn_rr = key.rotation_rr if isinstance(key, Rows) else None
+    count, shared = q_nope_BHTN.shape[1], len(up.k_up_UNr)
+    turn_rr = rows.rotation_rr
     q_latent_BHTr = (q_nope_BHTN.unflatten(1, (shared, -1)) @ up.k_up_UNr[:, None]).flatten(1, 2)
     if turn_rr is not None:
         q_latent_BHTr = q_latent_BHTr @ turn_rr
-    if roped > 1:
+    if rows.roped_keys > 1:
         # A head's own roped key is one stretch of the row; zeros leave the others out.
-        own_HP = torch.eye(roped, dtype=q_rope_BHTR.dtype, device=q_rope_BHTR.device)
-        own_HP = own_HP.repeat_interleave(count // roped, dim=0)
+        own_HP = torch.eye(rows.roped_keys, dtype=q_rope_BHTR.dtype, device=q_rope_BHTR.device)
+        own_HP = own_HP.repeat_interleave(count // rows.roped_keys, dim=0)
         q_rope_BHTR = (q_rope_BHTR[..., None, :] * own_HP[:, None, :, None]).flatten(-2)
-    summed_BHTr = backend.attend(q_latent_BHTr, q_rope_BHTR, key, value, up.softmax_scale, mask)
+    summed_BHTr = backend.attend(q_latent_BHTr, q_rope_BHTR, rows, up.softmax_scale, mask)
     if summed_BHTr is None:
-        q_BHTd, mask = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), _seen(key, mask, q_nope_BHTN)
-        summed_BHTr = attend_rows(q_BHTd, _blocks(key, value), up.softmax_scale, mask, size=up.k_up_UNr.shape[2])
+        q_BHTd, mask = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), _seen(rows, mask, q_nope_BHTN)
+        summed_BHTr = attend_rows(q_BHTd, rows.blocks(), up.softmax_scale, mask, size=up.k_up_UNr.shape[2])
     if turn_rr is not None:
         summed_BHTr = summed_BHTr @ turn_rr.mT
     v_BUsTV = summed_BHTr.unflatten(1, (shared, -1)) @ up.v_up_UVr[:, None].mT
@@ -85,17 +81,10 @@ def decode(
 
 
 def prefill(
-    q_nope_BHTN: Tensor,
-    q_rope_BHTR: Tensor,
-    key: Tensor | Rows,
-    value: Tensor | Rows,
-    up: UpProjections,
-    mask: Tensor | None,
+    q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, rows: CachedRows, up: UpProjections, mask: Tensor | None
 ) -> Tensor:
     """Many new tokens: keys and values are expanded, so many at a time. As :func:`heads`."""
-    c_B1Sr, k_rope_BPSR = key.tensors() if isinstance(key, Rows) else (key, value)
-    mask = key.layer.expanded_mask(mask, key.new) if isinstance(key, Rows) else mask
-    assert isinstance(c_B1Sr, Tensor) and isinstance(k_rope_BPSR, Tensor)
+    (c_B1Sr, k_rope_BPSR), mask = rows.tensors(), rows.expanded_mask(mask)
     q_BHTd, length = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1), c_B1Sr.shape[2]
     new = q_BHTd.shape[2]
     learns = torch.is_grad_enabled() and (q_BHTd.requires_grad or c_B1Sr.requires_grad or up.requires_grad)
@@ -132,23 +121,9 @@ def _fused(
     return out[..., :v_size], lse
 
 
-def _roped_keys(value: Tensor | Rows) -> int:
-    return value.layer.roped_keys if isinstance(value, Rows) else value.shape[1]
-
-
-def _blocks(key: Tensor | Rows, value: Tensor | Rows):
-    """Rows ``[B, s, d]`` of whatever cache there is."""
-    if isinstance(key, Rows):
-        return key.blocks()
-    assert isinstance(value, Tensor)
-    return [torch.cat([key[:, 0], value.transpose(1, 2).flatten(2)], dim=-1)]
-
-
-def _seen(key: Tensor | Rows, mask: Tensor | None, q_BHTd: Tensor) -> Tensor | None:
-    """The mask for the rows of :func:`_blocks`; ``None`` where all of them are seen."""
-    if isinstance(key, Rows):
-        mask = key.allowed(mask)
-    tokens, length = q_BHTd.shape[2], key.layer.seen if isinstance(key, Rows) else key.shape[2]
+def _seen(rows: CachedRows, mask: Tensor | None, q_BHTd: Tensor) -> Tensor | None:
+    """The mask for the rows' blocks; ``None`` where all of them are seen."""
+    mask, tokens = rows.allowed(mask), q_BHTd.shape[2]
     if mask is not None or tokens == 1:
         return mask
-    return torch.ones(tokens, length, dtype=torch.bool, device=q_BHTd.device).tril(length - tokens)[None, None]
+    return torch.ones(tokens, rows.seen, dtype=torch.bool, device=q_BHTd.device).tril(rows.seen - tokens)[None, None]

@@ -13,7 +13,6 @@ B batch, S cached tokens, T new tokens, r kv_lora_rank, P roped keys, R qk_rope_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -25,6 +24,7 @@ from latentize.attention.rope import rotate_half, rotate_interleaved
 from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS, Codec, Plain, codec
 from latentize.runtime.kernels.storage import Part, Stored
+from latentize.runtime.rows import CachedRows
 
 __all__ = ["BLOCK", "LatentLayer", "Rows", "rotation", "rotation_on"]
 
@@ -96,64 +96,45 @@ def _enlarged(t: Tensor, room: int) -> Tensor:
     return larger
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a layer's attention may see, as it is stored.
+class Rows(CachedRows):
+    """Those of a :class:`LatentLayer`, as they are stored.
 
-    Attributes:
-        layer: Where it lies.
-        dtype: What to restore it to.
+    Args:
+        layer: Where they lie.
+        dtype: What to restore them to.
         new: Tokens that came in last.
     """
 
-    layer: LatentLayer
-    dtype: torch.dtype
-    new: int
-
-    @property
-    def rank(self) -> int:
-        return self.layer.rank
-
-    @property
-    def rotation_rr(self) -> Tensor | None:
-        """Latents are stored times this; queries and sums have to be, too."""
-        return self.layer.rotation(self.dtype)
+    def __init__(self, layer: LatentLayer, dtype: torch.dtype, new: int) -> None:
+        self.layer, self.dtype, self.new = layer, dtype, new
+        self.seen, self.columns = layer.seen, layer.columns
+        self.roped_keys, self.stored_dtype = layer.roped_keys, layer.dtype
+        self.rotation_rr = layer.rotation(dtype)
 
     def positions(self) -> Tensor:
         """Of every row, ``[S]``; the mask has these columns."""
         return self.layer.positions(self.new)
 
     def blocks(self) -> Iterator[Tensor]:
-        """Rows ``[B, s, d]`` in order."""
         return self.layer.blocks(self.dtype, self.new)
 
     def allowed(self, mask: Tensor | None) -> Tensor | None:
-        """The mask for the rows of ``blocks``; ``None`` is causal."""
         return self.layer.allowed(mask, self.new)
 
-    @property
-    def columns(self) -> int:
-        """Of a mask for all tokens."""
-        return self.layer.columns
+    def expanded_mask(self, mask: Tensor | None) -> Tensor | None:
+        return self.layer.expanded_mask(mask, self.new)
 
-    def parts(self) -> list[Part]:
-        """All rows that are kept, as they lie."""
-        return self.layer.parts()
-
-    def lengths_B(self) -> Tensor:
-        """Rows that are kept of every sequence, int32, on the device."""
-        return self.layer.lengths_B()
-
-    def turned_back(self, q_BHTR: Tensor) -> Tensor | None:
-        """Roped queries for the sinks, where those are to seem nearer than they are."""
-        return self.layer.turned_back(q_BHTR, self.new)
+    def storage(self, q_rope_BHTR: Tensor) -> tuple[list[Part], Tensor, dict[str, Any]]:
+        layer, options = self.layer, {}
+        if layer.window is not None:
+            turned = layer.turned_back(q_rope_BHTR, self.new)
+            options = {"window": layer.window, "sinks": layer.sinks, "gone": layer.gone, "q_sink_BHTR": turned}
+        return layer.parts(), layer.lengths_B(), options
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Latents ``[B, 1, S, r]`` in their own basis, and roped keys ``[B, P, S, R]``."""
         rows_BSd = torch.cat(list(self.layer.filled(self.dtype, self.new)), dim=1)
-        c_BSr, k_BSR = rows_BSd[..., : self.rank], rows_BSd[..., self.rank :]
-        turn = self.rotation_rr
-        k_BPSR = k_BSR.unflatten(-1, (self.layer.roped_keys, -1)).transpose(1, 2)
+        c_BSr, k_BSR = rows_BSd[..., : self.layer.rank], rows_BSd[..., self.layer.rank :]
+        turn, k_BPSR = self.rotation_rr, k_BSR.unflatten(-1, (self.roped_keys, -1)).transpose(1, 2)
         return (c_BSr if turn is None else c_BSr @ turn.mT)[:, None], k_BPSR
 
 
@@ -261,6 +242,7 @@ class LatentLayer(CacheLayerMixin):
         return [(0, self.sinks), (self._kept - self.window - new + 1, self._kept)]
 
     def positions(self, new: int) -> Tensor:
+        """Of every row that some of the ``new`` last tokens see, ``[S]``."""
         spans, gone = self._spans(new), self.seen - self._kept
         first = torch.arange(*spans[0], device=self.device)
         if len(spans) == 1:
@@ -269,6 +251,7 @@ class LatentLayer(CacheLayerMixin):
         return torch.cat([first, gone + torch.arange(*spans[1], device=self.device)])
 
     def blocks(self, dtype: torch.dtype, new: int) -> Iterator[Tensor]:
+        """Rows ``[B, s, d]`` in order, as far as some of the ``new`` last tokens see them."""
         spans, shift = self._spans(new), self._shift(new)
         if len(spans) == 1 and shift:
             spans = [(0, self.sinks), (self.sinks, self._kept)]
@@ -313,6 +296,7 @@ class LatentLayer(CacheLayerMixin):
         return self.seen - self._kept
 
     def parts(self) -> list[Part]:
+        """All rows that are kept, as they lie."""
         border, found = self.stored.length, []
         if border:
             found.append(self._part(self.stored.tensors, border))
@@ -337,10 +321,12 @@ class LatentLayer(CacheLayerMixin):
         return 1 if isinstance(self.codecs[0], Plain) else 2
 
     def lengths_B(self) -> Tensor:
+        """Rows that are kept of every sequence, int32, on the device."""
         batch = (self.stored if self.stored.length else self.recent).tensors[0].shape[0]
         return torch.full((batch,), self._kept, dtype=torch.int32, device=self.device)
 
     def turned_back(self, q_BHTR: Tensor, new: int) -> Tensor | None:
+        """Roped queries for the sinks, where those are to seem nearer than they are."""
         shift = self._shift(new)
         if not shift or not self.sinks or self.frequencies_F is None:
             return None

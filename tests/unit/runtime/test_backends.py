@@ -23,6 +23,7 @@ from latentize.runtime import backends
 from latentize.runtime.accelerate import backend_of
 from latentize.runtime.cache import LatentCache
 from latentize.runtime.kernels import trial
+from latentize.runtime.rows import TensorRows
 
 ROOT = Path(__file__).parents[3]
 needs_triton = pytest.mark.skipif(
@@ -109,7 +110,8 @@ def test_each_model_has_its_own_backend_until_it_is_decelerated() -> None:
 def test_what_kernels_decline(changes: dict[str, Any], why: str | None) -> None:
     shapes = {"q": (2, 4, 3, 6), "q_rope": (2, 4, 3, 4), "key": (2, 1, 9, 6)}
     call: dict[str, Any] = {**{n: torch.ones(s) for n, s in shapes.items()}, "mask": None, **changes}
-    said = backends.refusal(call["q"], call["q_rope"], call["key"], call["mask"])
+    rows = TensorRows(call["key"], torch.ones(2, 1, 9, 4))
+    said = backends.refusal(call["q"], call["q_rope"], rows, call["mask"])
     assert said is None if why is None else why in str(said)
 
 

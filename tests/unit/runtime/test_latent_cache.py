@@ -66,7 +66,7 @@ def test_heads_over_a_cache_against_the_reference(
     made = layer(*formats, residual=residual)
     if past:
         made.update(c[:, :, :past], k_rope[:, :, :past])
-    rows, same = made.update(c[:, :, past:], k_rope[:, :, past:])
+    rows, _ = made.update(c[:, :, past:], k_rope[:, :, past:])
     q_nope, q_rope = queries(x[:, past:], w, at[:, past:])
     allowed = torch.ones(new, past + new, dtype=torch.bool).tril(past)[None, None].expand(B, 1, -1, -1).clone()
     if padded and past > 2:
@@ -74,7 +74,7 @@ def test_heads_over_a_cache_against_the_reference(
     expected = absorbed_heads(q_nope, q_rope, *rows.tensors(), allowed, w)
     mask = allowed if padded else None
     for form in (heads, decode, prefill):
-        assert relative_error(form(q_nope, q_rope, rows, same, up(w), mask), expected) <= 3 * FP32, form.__name__
+        assert relative_error(form(q_nope, q_rope, rows, up(w), mask), expected) <= 3 * FP32, form.__name__
     # And what is restored is not far from what was put in.
     for restored, put, name in zip(rows.tensors(), (c, k_rope), formats, strict=True):
         assert relative_error(restored, put) <= LOSSY[name], name
@@ -197,9 +197,9 @@ def test_a_window_holds_constant_memory_and_sees_what_it_should() -> None:
     c, k_rope = cache_rows(x, w, at)
     sizes, got = [], []
     for t in range(300):
-        rows, same = made.update(c[:, :, t : t + 1], k_rope[:, :, t : t + 1])
+        rows, _ = made.update(c[:, :, t : t + 1], k_rope[:, :, t : t + 1])
         q_nope, q_rope = queries(x[:, t : t + 1], w, at[:, t : t + 1])
-        got.append(heads(q_nope, q_rope, rows, same, up(w), None))
+        got.append(heads(q_nope, q_rope, rows, up(w), None))
         sizes.append(made.nbytes)
     assert len(set(sizes[100:])) <= 3 and max(sizes[100:]) <= max(sizes[:100])
     for t in (0, 5, 17, 18, 50, 299):
@@ -235,12 +235,12 @@ def test_many_tokens_under_a_window_see_what_each_alone_would(past: int) -> None
     c, k_rope = cache_rows(x, w, at)
     if past:
         made.update(c[:, :, :past], k_rope[:, :, :past])
-    rows, same = made.update(c[:, :, past:], k_rope[:, :, past:])
+    rows, _ = made.update(c[:, :, past:], k_rope[:, :, past:])
     q_nope, q_rope = queries(x[:, past:], w, at[:, past:])
     far = at.mT[past:] - at
     allowed = (far >= 0) & ((far < 12) | (at < sinks))
     expected = absorbed_heads(q_nope, q_rope, c, k_rope, allowed, w)
-    assert relative_error(heads(q_nope, q_rope, rows, same, up(w), None), expected) <= 3 * FP32
+    assert relative_error(heads(q_nope, q_rope, rows, up(w), None), expected) <= 3 * FP32
 
 
 def test_refusals() -> None:

@@ -1,0 +1,99 @@
+"""What attention may see of earlier tokens, in whatever cache they lie.
+
+B batch, T new tokens, S cached tokens, s rows of a block, r kv_lora_rank, P roped keys, R qk_rope_head_dim,
+d = r + P R.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentize.runtime.codecs import FLOATS
+from latentize.runtime.kernels.storage import Part, Stored
+
+__all__ = ["CachedRows", "TensorRows", "rows_of"]
+
+
+class CachedRows(ABC):
+    """Latents and roped keys of all tokens so far.
+
+    Attributes:
+        seen: How many tokens that are.
+        columns: Of a mask for all of them; more where there is room for more.
+        roped_keys: How many a token has.
+        stored_dtype: Of the model whose rows they are.
+        rotation_rr: Latents are stored times this, queries and sums have to be, too; ``None`` is not at all.
+    """
+
+    seen: int
+    columns: int
+    roped_keys: int
+    stored_dtype: torch.dtype
+    rotation_rr: Tensor | None
+
+    @abstractmethod
+    def blocks(self) -> Iterable[Tensor]:
+        """Rows ``[B, s, d]`` in order."""
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Latents ``[B, 1, S, r]`` in their own basis, and roped keys ``[B, P, S, R]``."""
+
+    @abstractmethod
+    def allowed(self, mask: Tensor | None) -> Tensor | None:
+        """Of a mask for all tokens, ``[B, h, T, S]``, what the rows of :meth:`blocks` need; ``None`` is causal."""
+
+    @abstractmethod
+    def expanded_mask(self, mask: Tensor | None) -> Tensor | None:
+        """The same for those of :meth:`tensors`."""
+
+    @abstractmethod
+    def storage(self, q_rope_BHTR: Tensor) -> tuple[list[Part], Tensor, dict[str, Any]]:
+        """Rows as a kernel reads them: where they lie, how many each sequence has, and what a window asks for."""
+
+
+class TensorRows(CachedRows):
+    """Those of a cache that holds plain tensors.
+
+    Args:
+        c_B1Sr, k_rope_BPSR: Latents and roped keys.
+    """
+
+    rotation_rr = None
+
+    def __init__(self, c_B1Sr: Tensor, k_rope_BPSR: Tensor) -> None:
+        self._c, self._k_rope = c_B1Sr, k_rope_BPSR
+        self.seen = self.columns = c_B1Sr.shape[2]
+        self.roped_keys, self.stored_dtype = k_rope_BPSR.shape[1], c_B1Sr.dtype
+
+    def blocks(self) -> list[Tensor]:
+        return [torch.cat([self._c[:, 0], self._k_rope.transpose(1, 2).flatten(2)], dim=-1)]
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self._c, self._k_rope
+
+    def allowed(self, mask: Tensor | None) -> Tensor | None:
+        return mask
+
+    def expanded_mask(self, mask: Tensor | None) -> Tensor | None:
+        return mask
+
+    def storage(self, q_rope_BHTR: Tensor) -> tuple[list[Part], Tensor, dict[str, Any]]:
+        halves = (self._c[:, 0], self._k_rope.transpose(1, 2).flatten(2))
+        halves = [t if t.stride(-1) == 1 else t.contiguous() for t in halves]
+        latent, rope = (Stored((t,), FLOATS[t.dtype], t.shape[-1]) for t in halves)
+        lengths_B = torch.full((len(self._c),), self.seen, dtype=torch.int32, device=self._c.device)
+        return [Part(latent, rope, self.seen)], lengths_B, {}
+
+
+def rows_of(key: Tensor | CachedRows, value: Tensor | CachedRows) -> CachedRows:
+    """What a cache has returned: latents and roped keys as tensors, or rows, which stand for both."""
+    if isinstance(key, CachedRows):
+        return key
+    assert isinstance(value, Tensor)
+    return TensorRows(key, value)
