@@ -174,14 +174,14 @@ def heal(
     Raises:
         LatentizeError: anything that the user can mend; an unfinished healing stays in ``OUT.healing``.
     """
-    from latentize.healing.loop import Machine
+    from latentize.healing.loop import Execution
     from latentize.healing.parallel import Team, together
     from latentize.healing.recipe import Healing
     from latentize.healing.run import heal as run
     from latentize.machine import multiplies_bfloat16
 
     healing = Healing.build(**entries)
-    machine = Machine(
+    machine = Execution(
         autocast=multiplies_bfloat16(torch.device(device).type) if autocast is None else autocast,
         sequences=sequences,
         recompute=recompute,

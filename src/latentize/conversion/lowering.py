@@ -16,7 +16,7 @@ from latentize.conversion.measured import CLOSED, Converted, MadeLayer, write_an
 from latentize.formats.base import FormatWriter
 from latentize.formats.layer import ConvertedLayer
 from latentize.methods.lower_rank import LatentMoments, Lowered, lower
-from latentize.modeling.latent_source import ATTENTION, LatentLayer, LatentSource
+from latentize.modeling.latent_source import ATTENTION, LatentSource, LatentSourceLayer
 from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, Stream
 from latentize.progress import Progress, silent
@@ -91,7 +91,7 @@ class _Lowering:
         # What the converted layers before make of the text, which is what a layer will see.
         self.draft = None if self.own is None or refinement is None else self.own.clone()
 
-    def made(self, layer: LatentLayer) -> MadeLayer:
+    def made(self, layer: LatentSourceLayer) -> MadeLayer:
         if not self.changes:
             self.facts.append({"energy_lost": 0.0, "norm_spread": 0.0, "linear_norm": None})
             return MadeLayer(layer, ConvertedLayer(layer.index, layer.tensors), layer.attention)
@@ -113,7 +113,7 @@ class _Lowering:
         if self.draft is not None:
             layer.run(self.draft, attention, use=Use.LEARNT)
 
-    def _closed(self, layer: LatentLayer) -> tuple[Lowered, Tensor | None]:
+    def _closed(self, layer: LatentSourceLayer) -> tuple[Lowered, Tensor | None]:
         """The closed form, and the residual stream after the source's attention; advances the source's stream."""
         assert self.own is not None
         attention = layer.attention
@@ -126,7 +126,7 @@ class _Lowering:
         return lower(attention.state_dict(), seen, self.rank, scale=float(attention.scaling)), residual_NTD
 
     def _refined(
-        self, layer: LatentLayer, start: dict[str, Tensor], residual_NTD: Tensor, inherited: float
+        self, layer: LatentSourceLayer, start: dict[str, Tensor], residual_NTD: Tensor, inherited: float
     ) -> dict[str, Tensor]:
         """The layer after a few steps, now or before an interruption."""
         step = f"layer {layer.index}"
@@ -140,7 +140,7 @@ class _Lowering:
 
 
 def _refine(
-    layer: LatentLayer,
+    layer: LatentSourceLayer,
     start: dict[str, Tensor],
     text: Stream,
     residual_NTD: Tensor,

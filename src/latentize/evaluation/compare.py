@@ -23,7 +23,7 @@ from latentize.text.documents import Data
 from latentize.text.drawing import draw_all
 from latentize.text.tokenizer import load_tokenizer
 
-__all__ = ["Row", "compare", "marked"]
+__all__ = ["Compared", "compare", "marked"]
 
 # Cache format and window.
 Variant = tuple[str | None, int | None]
@@ -32,7 +32,7 @@ SOURCE = "the source"
 
 
 @dataclass(frozen=True)
-class Row:
+class Compared:
     """A model with a cache.
 
     Attributes:
@@ -56,15 +56,15 @@ class Row:
     top1_agreement: float = 1.0
     dominated_by: str | None = None
 
-    def measured(self, found: Evaluation) -> Row:
+    def measured(self, found: Evaluation) -> Compared:
         told = found.describe()
         return replace(self, **{k: told[k] for k in ("perplexity", "excess_loss", "kl", "top1_agreement")})
 
 
-def marked(rows: Sequence[Row]) -> list[Row]:
+def marked(rows: Sequence[Compared]) -> list[Compared]:
     """The rows, each with the first that is no worse in bytes and in loss, and better in one of them."""
 
-    def beats(a: Row, b: Row) -> bool:
+    def beats(a: Compared, b: Compared) -> bool:
         ours, theirs = ((r.cache_bytes_per_token, r.excess_loss) for r in (a, b))
         return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
 
@@ -94,19 +94,19 @@ def _row_bytes(parts: Sequence[tuple[int, int]], cache: str | None, *, latents: 
 
 def _rows_of(
     name: str, path: str, model: Any, variants: Sequence[Variant], length: int
-) -> tuple[list[Row], list[Predict]]:
+) -> tuple[list[Compared], list[Predict]]:
     """Rows of a model that are still to be measured, and how."""
     parts, latents, rows, predicts = _cached_parts(model), has_latents(model), [], []
     make = predictor if latents else grouped_predictor
     for cache, size in variants:
         kept = 1.0 if size is None else min(1.0, (size + SINKS) / length)
         full = name + (f", {cache}" if cache else "") + (f", window {size}" if size else "")
-        rows.append(Row(full, path, cache, size, kept * _row_bytes(parts, cache, latents=latents)))
+        rows.append(Compared(full, path, cache, size, kept * _row_bytes(parts, cache, latents=latents)))
         predicts.append(make(model, cache=cache, window=size))
     return rows, predicts
 
 
-def _quantized_rows(path: str, model: Any, caches: Sequence[str]) -> tuple[list[Row], list[Predict], list[str]]:
+def _quantized_rows(path: str, model: Any, caches: Sequence[str]) -> tuple[list[Compared], list[Predict], list[str]]:
     """The source with transformers' own quantised caches, where it can have them."""
     parts, notes = _cached_parts(model), []
     values = sum(map(sum, parts))
@@ -116,7 +116,7 @@ def _quantized_rows(path: str, model: Any, caches: Sequence[str]) -> tuple[list[
         if isinstance(found, str):
             notes.append(f"{SOURCE} with transformers' own {latent} is left out: {found}")
             continue
-        rows.append(Row(f"{SOURCE}, {found.name}", path, latent, None, values * found.bits / 8))
+        rows.append(Compared(f"{SOURCE}, {found.name}", path, latent, None, values * found.bits / 8))
         predicts.append(found.predict)
     return rows, predicts, notes
 
@@ -142,7 +142,7 @@ def compare(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress = silent,
-) -> tuple[list[Row], list[str], int]:
+) -> tuple[list[Compared], list[str], int]:
     """Measure models, with caches, against the one that they were made from, on the same held-out tokens.
 
     One model at a time is in memory beside the source.
@@ -185,7 +185,7 @@ def compare(
     return marked(done), notes, tokens_NT.numel() - len(tokens_NT)
 
 
-def describe(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def describe(rows: Sequence[Compared]) -> list[dict[str, Any]]:
     """Rows as plain values, with the share of the source's bytes."""
     whole = rows[0].cache_bytes_per_token
     return [{**asdict(row), "cache_share": row.cache_bytes_per_token / whole} for row in rows]

@@ -15,7 +15,7 @@ from latentize.attention.spec import LatentSpec, RopeSpec, kv_cache_bytes
 from latentize.errors import ConfigError
 from latentize.families.table import MODULES
 
-__all__ = ["LATENT_TYPES", "Experts", "LatentModel", "is_latent", "latent_model"]
+__all__ = ["LATENT_TYPES", "LatentExperts", "LatentModel", "is_latent", "latent_model"]
 
 # Far above any model.
 _LARGEST_HEAD = 1 << 16
@@ -54,7 +54,7 @@ LATENT_TYPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Experts:
+class LatentExperts:
     """The mixtures of experts of a model.
 
     Attributes:
@@ -98,7 +98,7 @@ class LatentModel:
     q_lora_rank: int | None
     rope: RopeSpec
     intermediate_size: int
-    experts: Experts | None
+    experts: LatentExperts | None
     vocab_size: int
     tied: bool
     max_positions: int
@@ -272,7 +272,7 @@ def _size(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _experts(config: Mapping[str, Any], layers: int) -> Experts | None:
+def _experts(config: Mapping[str, Any], layers: int) -> LatentExperts | None:
     if "n_routed_experts" not in config:
         return None
     types = config.get("mlp_layer_types")
@@ -286,7 +286,7 @@ def _experts(config: Mapping[str, Any], layers: int) -> Experts | None:
     if sparse == 0:
         return None
     shared = config.get("n_shared_experts", 0)
-    return Experts(
+    return LatentExperts(
         layers=sparse,
         routed=_size(config, "n_routed_experts"),
         per_token=_size(config, "num_experts_per_tok"),

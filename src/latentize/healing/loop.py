@@ -25,13 +25,13 @@ from latentize.progress import Progress
 from latentize.text.tokens import Passages
 from latentize.training.descent import Muon, Schedule
 
-__all__ = ["Looked", "Machine", "train"]
+__all__ = ["Execution", "Looked", "train"]
 
 _MAX_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class Machine:
+class Execution:
     """How the work is done; it decides no more than the rounding.
 
     Attributes:
@@ -86,7 +86,7 @@ def train(
     text: Passages,
     look: Callable[[Callable[..., Losses]], Looked],
     workspace: Workspace,
-    machine: Machine,
+    machine: Execution,
     team: Team,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class _Run:
         text: Passages,
         look: Callable[[Callable[..., Losses]], Looked],
         workspace: Workspace,
-        machine: Machine,
+        machine: Execution,
         team: Team,
         progress: Progress,
     ) -> None:

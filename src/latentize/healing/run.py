@@ -15,7 +15,7 @@ from latentize.checkpoint.manifest import sha256
 from latentize.checkpoint.places import write_file
 from latentize.errors import DataError, OptionError, UnsupportedModelError
 from latentize.evaluation.quality import evaluate
-from latentize.healing.loop import Looked, Machine, train
+from latentize.healing.loop import Execution, Looked, train
 from latentize.healing.parallel import Team, shard
 from latentize.healing.recipe import Healing
 from latentize.healing.state import Workspace, learnt
@@ -44,7 +44,7 @@ def heal(
     teacher: Path,
     healing: Healing,
     *,
-    machine: Machine,
+    machine: Execution,
     team: Team,
     resume: bool = False,
     track: str | None = None,
@@ -182,7 +182,7 @@ def _teacher(
     text: Passages,
     held: Passages,
     workspace: Workspace,
-    machine: Machine,
+    machine: Execution,
     team: Team,
     progress: Progress,
 ) -> tuple[Teacher | None, Callable[..., Looked]]:
@@ -206,7 +206,7 @@ def _teacher(
     return asked[0], _looks(asked[1], held, machine, team)
 
 
-def _looks(teacher: Teacher | None, held: Passages, machine: Machine, team: Team) -> Callable[..., Looked]:
+def _looks(teacher: Teacher | None, held: Passages, machine: Execution, team: Team) -> Callable[..., Looked]:
     def look(student: Callable[..., Losses]) -> Looked:
         # All processes look at all of it: a sharded model needs all of them for any of it.
         total = torch.zeros(3)
@@ -227,7 +227,7 @@ def _learn(
     text: Passages,
     held: Passages,
     workspace: Workspace,
-    machine: Machine,
+    machine: Execution,
     team: Team,
     progress: Progress,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from latentize.attention.grouped import capped
 from latentize.attention.latent import LatentWeights, absorbed_heads, expand, turned
+from latentize.attention.masks import causal_mask
 from latentize.attention.projections import UpProjections, affine, matrix, up_projections
 from latentize.attention.spec import LatentSpec
 from latentize.errors import OptionError
@@ -51,7 +52,7 @@ def prefill(
         return causal_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale)
     if mask is None and q_BHTd.shape[2] != k_BHSd.shape[2]:
         tokens, keys = q_BHTd.shape[2], k_BHSd.shape[2]
-        mask = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTd.device).tril(keys - tokens)
+        mask = causal_mask(tokens, keys, device=q_BHTd.device)
     # Unequal head sizes would fall to an unfused path on CPU, ten times slower; zeros cost a little.
     padded = max(size, v_size)
     q_BHTd, k_BHSd = F.pad(q_BHTd, (0, padded - size)), F.pad(k_BHSd, (0, padded - size))
@@ -78,7 +79,7 @@ def capped_blocks(
     """
     tokens, keys = q_BHTd.shape[2], k_BHSd.shape[2]
     if mask is None:
-        mask = torch.ones(tokens, keys, dtype=torch.bool, device=q_BHTd.device).tril(keys - tokens)[None, None]
+        mask = causal_mask(tokens, keys, device=q_BHTd.device)[None, None]
     mask = mask.expand(*mask.shape[:2], tokens, keys)
     heads = []
     for start in range(0, tokens, _CAPPED):

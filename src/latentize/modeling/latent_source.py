@@ -25,7 +25,7 @@ from latentize.modeling.canonical import stacked
 from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
 
-__all__ = ["Attended", "LatentLayer", "LatentSource", "check_latent", "fuse_experts"]
+__all__ = ["Attended", "LatentSource", "LatentSourceLayer", "check_latent", "fuse_experts"]
 
 # Types whose layers do nothing around their attention that is not done here.
 LOWERED = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu")
@@ -115,7 +115,7 @@ class Attended:
     rows: slice
 
 
-class LatentLayer(SourceLayer):
+class LatentSourceLayer(SourceLayer):
     """A decoder layer with latent attention; ``weights`` is of no use."""
 
     def observe(self, text: Stream, use: Use = Use.STATISTICS) -> Iterator[Attended]:
@@ -198,14 +198,14 @@ class LatentSource(SourceModel):
     def module_tensors(self, stored: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         return fuse_experts(stored)
 
-    def layer(self, index: int) -> LatentLayer:
+    def layer(self, index: int) -> LatentSourceLayer:
         """One decoder layer, read from the files."""
         prefix = _LAYER_PREFIX.format(layer=index)
         stored = {n.removeprefix(prefix): self.checkpoint.load(n) for n in layer_names(self.checkpoint, index)}
         module = copy.deepcopy(self._skeleton.model.layers[index])
         wide = {name: t.to(self.device, torch.float32) for name, t in self.module_tensors(stored, index).items()}
         module.load_state_dict(wide, strict=True, assign=True)
-        return LatentLayer(
+        return LatentSourceLayer(
             index=index,
             tensors=stored,
             spec=None,
@@ -218,4 +218,4 @@ class LatentSource(SourceModel):
 
     if TYPE_CHECKING:
 
-        def layers(self) -> Iterator[LatentLayer]: ...
+        def layers(self) -> Iterator[LatentSourceLayer]: ...

@@ -11,7 +11,7 @@ from typing import Any
 from latentize.attention.spec import kv_cache_bytes
 from latentize.families import LatentModel, ModelSpec
 
-__all__ = ["STANDARD", "Row", "as_json", "kept_bytes", "plan", "plan_latent"]
+__all__ = ["STANDARD", "CacheSize", "as_json", "kept_bytes", "plan", "plan_latent"]
 
 GIB = 1 << 30
 # Sizes that every engine's MLA kernels are made for (DeepSeek-V2 and V3).
@@ -19,7 +19,7 @@ STANDARD = (512, 64)
 
 
 @dataclass(frozen=True)
-class Row:
+class CacheSize:
     """A way to keep the context.
 
     Attributes:
@@ -56,7 +56,7 @@ def kept_bytes(model: ModelSpec, *, tokens: int, batch: int = 1, bits: float = 1
     )
 
 
-def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, window: int = 4096) -> list[Row]:
+def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, window: int = 4096) -> list[CacheSize]:
     """Bytes of the KV cache under every mechanism.
 
     The latent is counted once: it serves keys and values.
@@ -72,12 +72,12 @@ def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, 
     layers = len(model.converted)
     source = kv_cache_bytes(a.cache_values, layers=layers, tokens=context, batch=batch)
     source += kept_bytes(model, tokens=context, batch=batch)
-    rows: list[Row] = []
+    rows: list[CacheSize] = []
 
     def add(name: str, values: int, *, bits: float = 16, tokens: int = context, **more: Any) -> None:
         size = kv_cache_bytes(values, layers=layers, tokens=tokens, batch=batch, bits=bits)
         kept = kept_bytes(model, tokens=tokens, batch=batch, bits=16 if "latent" in more else bits)
-        rows.append(Row(name, values, bits, tokens, size + kept, source / (size + kept), kept_bytes=kept, **more))
+        rows.append(CacheSize(name, values, bits, tokens, size + kept, source / (size + kept), kept_bytes=kept, **more))
 
     def heads(name: str, count: int, **more: Any) -> None:
         add(name, 2 * count * a.head_dim, kv_heads=count, **more)
@@ -104,7 +104,7 @@ def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, 
 
 def plan_latent(
     model: LatentModel, *, context: int, batch: int = 1, keep: float = 0.25, window: int = 4096
-) -> list[Row]:
+) -> list[CacheSize]:
     """The same for a model that has latent attention as it comes.
 
     Args:
@@ -117,12 +117,12 @@ def plan_latent(
     a = model.attention
     source = kv_cache_bytes(model.cache_values, layers=model.layers, tokens=context, batch=batch)
 
-    def row(name: str, rank: int | None, *, tokens: int = context, note: str = "") -> Row:
+    def row(name: str, rank: int | None, *, tokens: int = context, note: str = "") -> CacheSize:
         values = model.expanded_values if rank is None else rank + a.qk_rope_head_dim
         size = kv_cache_bytes(values, layers=model.layers, tokens=tokens, batch=batch)
         if rank is None:
-            return Row(name, values, 16, tokens, size, source / size, note, kv_heads=a.num_heads)
-        return Row(name, values, 16, tokens, size, source / size, note, latent=(rank, a.qk_rope_head_dim))
+            return CacheSize(name, values, 16, tokens, size, source / size, note, kv_heads=a.num_heads)
+        return CacheSize(name, values, 16, tokens, size, source / size, note, latent=(rank, a.qk_rope_head_dim))
 
     rows = [
         row("MLA (the model as it is)", a.kv_lora_rank),
@@ -144,10 +144,10 @@ def _split(budget: int, head_dim: int) -> tuple[int, int]:
     return budget - rope, rope
 
 
-def as_json(rows: list[Row]) -> list[dict[str, Any]]:
+def as_json(rows: list[CacheSize]) -> list[dict[str, Any]]:
     """Rows as plain values, with GiB beside bytes."""
     return [{**_plain(row), "gib": round(row.cache_bytes / GIB, 4)} for row in rows]
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: CacheSize) -> dict[str, Any]:
     return {name: value for name, value in asdict(row).items() if name not in ("kv_heads", "latent", "kept_bytes")}

@@ -20,7 +20,7 @@ from typing import Any
 
 from latentize.attention.spec import kv_cache_bytes
 from latentize.families import LatentModel, ModelSpec
-from latentize.planning.cache_sizes import STANDARD, Row, as_json, kept_bytes
+from latentize.planning.cache_sizes import STANDARD, CacheSize, as_json, kept_bytes
 from latentize.planning.devices import Machine
 
 __all__ = ["Capacity", "capacities", "describe", "with_small_caches"]
@@ -107,7 +107,7 @@ class _Load:
         return max((memory, "memory"), (arithmetic, "arithmetic"))
 
 
-def _attention_parameters(model: ModelSpec, row: Row) -> int:
+def _attention_parameters(model: ModelSpec, row: CacheSize) -> int:
     """Of one layer, biases and norms of the source included only where the source's attention stays."""
     a = model.attention
     if row.latent is None:
@@ -122,7 +122,7 @@ def _attention_parameters(model: ModelSpec, row: Row) -> int:
     return query + down + up + a.num_heads * a.head_dim * a.hidden_size
 
 
-def _latent_load(model: LatentModel, row: Row, context: int, weight_bits: float) -> _Load:
+def _latent_load(model: LatentModel, row: CacheSize, context: int, weight_bits: float) -> _Load:
     """Of a model that has latent attention as it comes, with whatever rank a row has."""
     a, e = model.attention, model.experts
     if row.latent is None:
@@ -145,7 +145,7 @@ def _latent_load(model: LatentModel, row: Row, context: int, weight_bits: float)
     )
 
 
-def _load(model: ModelSpec | LatentModel, row: Row, context: int, weight_bits: float) -> _Load:
+def _load(model: ModelSpec | LatentModel, row: CacheSize, context: int, weight_bits: float) -> _Load:
     if isinstance(model, LatentModel):
         return _latent_load(model, row, context, weight_bits)
     a, embedding = model.attention, model.vocab_size * model.attention.hidden_size
@@ -175,7 +175,7 @@ def _load(model: ModelSpec | LatentModel, row: Row, context: int, weight_bits: f
     )
 
 
-def with_small_caches(rows: Sequence[Row]) -> list[Row]:
+def with_small_caches(rows: Sequence[CacheSize]) -> list[CacheSize]:
     """The rows, and after each latent one that with 8 bits, and with 4 and roped keys in 8, as :class:`LatentCache`
     stores them: a scale of 16 bits for either part."""
     found = []
@@ -193,7 +193,7 @@ def with_small_caches(rows: Sequence[Row]) -> list[Row]:
 
 
 def capacities(
-    model: ModelSpec | LatentModel, rows: Sequence[Row], machine: Machine, *, context: int, batch: int = 1
+    model: ModelSpec | LatentModel, rows: Sequence[CacheSize], machine: Machine, *, context: int, batch: int = 1
 ) -> list[Capacity]:
     """What every row of a plan means on a machine; the first row is the model as it is.
 
@@ -256,7 +256,7 @@ def _break_even(load: _Load, source: _Load, batch: int) -> int | None:
     return max(0, math.ceil(more / fewer)) if fewer > 0 else None
 
 
-def _kernels(row: Row) -> str:
+def _kernels(row: CacheSize) -> str:
     if row.latent is None:
         return ""
     if row.bits != 16:
@@ -269,7 +269,7 @@ def _kernels(row: Row) -> str:
     )
 
 
-def describe(machine: Machine, rows: Sequence[Row], found: Sequence[Capacity]) -> dict[str, Any]:
+def describe(machine: Machine, rows: Sequence[CacheSize], found: Sequence[Capacity]) -> dict[str, Any]:
     """The keys that a machine adds to what ``latentize plan --json`` prints."""
     joined = [{**row, **asdict(c)} for row, c in zip(as_json(list(rows)), found, strict=True)]
     return {"machine": asdict(machine), "rows": joined}

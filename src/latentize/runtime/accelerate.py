@@ -27,7 +27,7 @@ from latentize.runtime.backends import Backend
 from latentize.runtime.cache import LatentCache
 from latentize.runtime.heads import heads
 from latentize.runtime.rows import rows_of
-from latentize.runtime.static import Room
+from latentize.runtime.static import MaskColumns
 
 __all__ = ["accelerate", "backend_of", "decelerate", "has_latents", "is_accelerated", "no_latents"]
 
@@ -66,9 +66,8 @@ def _attention(
     nope, sizes = module.qk_nope_head_dim, (module.kv_lora_rank, module.qk_nope_head_dim, module.v_head_dim)
     up = up_projections(module.kv_b_proj, sizes, scaling, 0.0, query)
     q_nope, q_rope = query[..., :nope], query[..., nope:]
-    return heads(q_nope, q_rope, rows_of(key, value), up, attention_mask, getattr(module, _BACKEND)).transpose(
-        1, 2
-    ), None
+    rows, backend = rows_of(key, value), getattr(module, _BACKEND)
+    return heads(q_nope, q_rope, rows, up, attention_mask, backend).transpose(1, 2), None
 
 
 def _mask(
@@ -84,8 +83,8 @@ def _mask(
 
     A static cache's offset stands on the device, and must not be asked for.
     """
-    if isinstance(q_offset, Tensor) or isinstance(kv_length, Room):
-        last = isinstance(kv_length, Room) and attention_mask is None
+    if isinstance(q_offset, Tensor) or isinstance(kv_length, MaskColumns):
+        last = isinstance(kv_length, MaskColumns) and attention_mask is None
     else:
         last = kv_offset == 0 and q_offset + q_length == kv_length
     if last and mask_function is causal_mask_function and (attention_mask is None or bool(attention_mask.all())):

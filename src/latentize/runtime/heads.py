@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentize.attention.latent import expand
+from latentize.attention.masks import causal_mask
 from latentize.attention.projections import Up, UpProjections
 from latentize.runtime.absorbed import additive, attend_rows, fused_attention, has_fused, merge
 from latentize.runtime.backends import TORCH, Backend
@@ -91,7 +92,7 @@ def prefill(
     if q_BHTd.device.type != "cpu" or learns or not has_fused():
         k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, up, q_BHTd.shape[1])
         if mask is None and new < length:
-            mask = torch.ones(new, length, dtype=torch.bool, device=q_BHTd.device).tril(length - new)
+            mask = causal_mask(new, length, device=q_BHTd.device)
         causal = mask is None and new > 1
         return F.scaled_dot_product_attention(
             q_BHTd, k_BHSd, v_BHSV, attn_mask=mask, is_causal=causal, scale=up.softmax_scale
@@ -126,4 +127,4 @@ def _seen(rows: CachedRows, mask: Tensor | None, q_BHTd: Tensor) -> Tensor | Non
     mask, tokens = rows.allowed(mask), q_BHTd.shape[2]
     if mask is not None or tokens == 1:
         return mask
-    return torch.ones(tokens, rows.seen, dtype=torch.bool, device=q_BHTd.device).tril(rows.seen - tokens)[None, None]
+    return causal_mask(tokens, rows.seen, device=q_BHTd.device)[None, None]

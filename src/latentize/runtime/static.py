@@ -19,10 +19,10 @@ from latentize.errors import OptionError
 from latentize.runtime.kernels.storage import Part
 from latentize.runtime.layer import BLOCK, LatentLayer, Rows
 
-__all__ = ["Room", "StaticLatentLayer"]
+__all__ = ["MaskColumns", "StaticLatentLayer"]
 
 
-class Room(int):
+class MaskColumns(int):
     """Columns of a mask, where there needs to be none: the layer knows on the device which rows are filled."""
 
 
@@ -31,7 +31,7 @@ class StaticLatentLayer(LatentLayer):
 
     Args:
         latent, rope: Formats of latents and roped keys; ``None`` is that of the model.
-        max_length: Room, in tokens.
+        max_length: MaskColumns, in tokens.
     """
 
     def __init__(self, latent: str | None, rope: str | None, max_length: int) -> None:
@@ -117,7 +117,7 @@ class StaticLatentLayer(LatentLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # A model that is not accelerated gets the tokens that are there, and so does the first prompt.
-        return (Room(self.max_length) if self.attends_rows else self.seen + query_length), 0
+        return (MaskColumns(self.max_length) if self.attends_rows else self.seen + query_length), 0
 
     def get_max_length(self) -> int:
         return self.max_length

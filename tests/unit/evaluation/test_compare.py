@@ -14,7 +14,7 @@ from tests.common import SMALL, random_tokens, relative_error
 from latentize.api import compare, convert, evaluate
 from latentize.errors import DataError, OptionError
 from latentize.evaluation import quantized as module
-from latentize.evaluation.compare import Row, marked, names_of
+from latentize.evaluation.compare import Compared, marked, names_of
 from latentize.evaluation.quantized import Quantized, quantized
 from latentize.modeling.load import load_model
 from latentize.report.pareto import pareto_chart
@@ -32,8 +32,8 @@ def models(source: Callable[..., Path], text: str, tmp_path_factory: pytest.Temp
     return {"source": model, **{name: folder / name for name in ("half", "native", "mqa")}}
 
 
-def row(name: str, size: float, loss: float) -> Row:
-    return Row(name, name, None, None, size, excess_loss=loss)
+def row(name: str, size: float, loss: float) -> Compared:
+    return Compared(name, name, None, None, size, excess_loss=loss)
 
 
 def test_who_dominates_whom() -> None:
