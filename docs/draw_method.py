@@ -17,7 +17,7 @@ from latentize.api import open_source
 from latentize.cli.demo import bundled_model
 from latentize.conversion.draft import observe
 from latentize.conversion.texts import draw_text
-from latentize.methods.position import dearest, dropping_cost, key_components, ladder, on_ladder
+from latentize.methods.position import costliest, dropping_cost, key_components, ladder, on_ladder
 from latentize.methods.statistics import Needed
 from latentize.modeling.source import SourceModel
 from latentize.recipe import Recipe
@@ -84,7 +84,7 @@ def rope_figure() -> str:
         c = key_components(layer.weights.to(torch.float64), a, seen.stats)
         cost_LF.append(dropping_cost(c).sum(1).tolist())
         marks["●"].append(on_ladder(c, rungs_J)[0][:, 0].tolist())
-        marks["○"].append(dearest(c, ROPE_DIM // 2)[0][:, 0].tolist())
+        marks["○"].append(costliest(c, ROPE_DIM // 2)[0][:, 0].tolist())
     title = f"What losing rotation costs (shade), what keeps it: ● on the ladder of stride {stride:g}, ○ free (native)"
     return rope_map(cost_LF, marks, title=title)
 

@@ -281,8 +281,7 @@ def compare(
         options: As in :func:`latentize.evaluation.compare.compare`.
     """
     from latentize.evaluation.compare import compare as run
-    from latentize.evaluation.compare import describe as told
-    from latentize.evaluation.compare import names_of
+    from latentize.evaluation.compare import describe, names_of
 
     folders = {name: resolve(model) for name, model in zip(names_of(models), models, strict=True)}
     options["dtype"] = _torch_dtype(dtype)
@@ -291,7 +290,7 @@ def compare(
         "source": str(source),
         "tokens": count,
         "text": describe(options.get("data", ())),
-        "rows": told(rows),
+        "rows": describe(rows),
         "notes": notes,
     }
 

@@ -30,7 +30,7 @@ class Timed:
     What is left is what was predicted, times what the clock has shown so far of what was predicted for it.
 
     Args:
-        told: Who is told.
+        inner: Who is told.
         seconds: What was predicted for each stage, in their order.
         clock: Seconds.
 
@@ -39,9 +39,9 @@ class Timed:
     """
 
     def __init__(
-        self, told: Progress, seconds: Mapping[str, float], clock: Callable[[], float] = time.monotonic
+        self, inner: Progress, seconds: Mapping[str, float], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._told, self._seconds, self._clock = told, dict(seconds), clock
+        self._inner, self._seconds, self._clock = inner, dict(seconds), clock
         self._total = sum(self._seconds.values())
         self._at, self._when = 0.0, clock()
         self._spent = self._due = _TRUST * self._total
@@ -49,7 +49,7 @@ class Timed:
 
     def __call__(self, what: str, done: int, total: int, detail: str = "") -> None:
         if what not in self._seconds:
-            self._told(what, done, total, detail)
+            self._inner(what, done, total, detail)
             return
         names = list(self._seconds)
         at = sum(self._seconds[name] for name in names[: names.index(what)])
@@ -61,7 +61,7 @@ class Timed:
             self._spent, self._due = self._spent + took, self._due + due
         self.left = max(0.0, self._total - at) * self._spent / max(self._due, 1e-9)
         left = f"{said_time(self.left)} left" if self.left >= 1 else ""
-        self._told(what, done, total, ", ".join(filter(None, (detail, left))))
+        self._inner(what, done, total, ", ".join(filter(None, (detail, left))))
 
 
 def said_time(seconds: float) -> str:

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from latentize.attention.spec import AttentionSpec
-from latentize.conversion.draft import Seen, alone, is_exact, observe
+from latentize.conversion.draft import Observed, alone, is_exact, observe
 from latentize.conversion.search import SEARCH_TOKENS, short_refinement
 from latentize.evaluation.losses import compare_streams
 from latentize.methods.closed_form import conversion
@@ -121,14 +121,14 @@ def _sized(
     spec = layer.spec
     assert spec is not None
     none, text, trial = replace(how, steps=0), own.clone(), reference.clone()
-    seen = observe(layer, own, needs(candidates[0], spec), residual=len(own))
+    observed = observe(layer, own, needs(candidates[0], spec), residual=len(own))
     layer.run(reference, use=Use.LEARNT)
-    wrong = {setting: alone(layer, text, seen, setting, none).after for setting in candidates}
+    wrong = {setting: alone(layer, text, observed, setting, none).after for setting in candidates}
     best = min(wrong, key=wrong.__getitem__)
     ranks = sorted({_rank(best, share, spec) for share in TRIED} | {best.kv_lora_rank})
-    tried = {rank: alone(layer, text, seen, replace(best, kv_lora_rank=rank), how) for rank in ranks}
+    tried = {rank: alone(layer, text, observed, replace(best, kv_lora_rank=rank), how) for rank in ranks}
     error = {rank: made.after for rank, made in tried.items()}
-    error = where_exact(error, partial(_closed_form, layer, text, seen, best), _rank(best, _LEAST, spec))
+    error = where_exact(error, partial(_closed_form, layer, text, observed, best), _rank(best, _LEAST, spec))
     # Rounding says nothing of what an error costs.
     wrong_at = [rank for rank in ranks if rank <= best.kv_lora_rank and error[rank] > how.enough]
     test = max(wrong_at, default=ranks[0])
@@ -136,13 +136,13 @@ def _sized(
     return best, trial, error, test
 
 
-def _closed_form(layer: SourceLayer, text: Stream, seen: Seen, setting: Setting, rank: int) -> float:
+def _closed_form(layer: SourceLayer, text: Stream, observed: Observed, setting: Setting, rank: int) -> float:
     """The error of a layer in closed form at a rank; zero where it is only rounding."""
     setting = replace(setting, kv_lora_rank=rank)
     assert layer.weights is not None and layer.spec is not None
-    if is_exact(layer, text, conversion(layer.weights, layer.spec, seen.stats, setting).weights):
+    if is_exact(layer, text, conversion(layer.weights, layer.spec, observed.stats, setting).weights):
         return 0.0
-    return alone(layer, text, seen, setting, Refinement(steps=0)).after
+    return alone(layer, text, observed, setting, Refinement(steps=0)).after
 
 
 def where_exact(error: dict[int, float], measure: Callable[[int], float], least: int) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""A converted model in the making: what a layer of the source is seen to do, and what it becomes.
+"""A converted model in the making: what a layer of the source does, and what it becomes.
 
 N sequences, T tokens, D hidden.
 """
@@ -31,7 +31,7 @@ __all__ = [
     "START_TOKENS",
     "Draft",
     "DraftedLayer",
-    "Seen",
+    "Observed",
     "alone",
     "is_exact",
     "naming_layer",
@@ -48,7 +48,7 @@ EXACT_TOKENS, _ROUNDING = 2048, 1e-10
 
 
 @dataclass
-class Seen:
+class Observed:
     """One layer of the source, as the calibration text saw it.
 
     Attributes:
@@ -66,12 +66,12 @@ class DraftedLayer(NamedTuple):
     Attributes:
         closed: In closed form.
         refined: The weights after refinement; the same where nothing is refined.
-        news: What refinement did, for people.
+        summary: What refinement did, for people.
     """
 
     closed: Conversion
     refined: LatentWeights
-    news: str = ""
+    summary: str = ""
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def naming_layer(index: int) -> Iterator[None]:
         raise ArithmeticError(f"layer {index}: {error}") from error
 
 
-def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int = 0) -> Seen:
+def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int = 0) -> Observed:
     """Advance the source's calibration stream through a layer that will be converted.
 
     Args:
@@ -102,15 +102,15 @@ def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int =
     total: CalibrationStats | None = None
     # What is refined does not need the last digits of where it starts.
     for rows, x_BTD, after_BTD in layer.stream(text, use=Use.LEARNT if residual else Use.STATISTICS):
-        seen = 0 if total is None else total.tokens
-        if seen < START_TOKENS or not residual:
-            wanted = replace(needed, distances=needed.distances and seen < DISTANCE_TOKENS)
+        count = 0 if total is None else total.tokens
+        if count < START_TOKENS or not residual:
+            wanted = replace(needed, distances=needed.distances and count < DISTANCE_TOKENS)
             part = gather(x_BTD, layer.weights, layer.spec, wanted, text.positions_NT[rows] if jumps else None, reach)
             total = part if total is None else total + part
         if kept is not None and rows.start < residual:
             kept[rows] = after_BTD[: residual - rows.start]
     assert total is not None
-    return Seen(total, kept)
+    return Observed(total, kept)
 
 
 def is_exact(layer: SourceLayer, text: Stream, w: LatentWeights) -> bool:
@@ -131,19 +131,19 @@ def is_exact(layer: SourceLayer, text: Stream, w: LatentWeights) -> bool:
 
 
 def refined_layer(
-    layer: SourceLayer, text: Stream, seen: Seen, start: LatentWeights, how: Refinement, inherited: float = 0.0
+    layer: SourceLayer, text: Stream, observed: Observed, start: LatentWeights, how: Refinement, inherited: float = 0.0
 ) -> Refined:
     """A layer, refined on a text.
 
     Args:
         layer: The source's.
         text: The calibration text as it enters the layer: what the converted layers before it have made.
-        seen: What the source's layer does with the same text, the residual stream too.
+        observed: What the source's layer does with the same text, the residual stream too.
         start: The closed form.
         how: Steps and rates.
         inherited: Relative error of the text as it enters the layer.
     """
-    hidden_NTD, residual_NTD = text.hidden_NTD, seen.residual_NTD
+    hidden_NTD, residual_NTD = text.hidden_NTD, observed.residual_NTD
     assert residual_NTD is not None
     return refine(
         expand_heads(start),
@@ -159,13 +159,13 @@ def refined_layer(
     )
 
 
-def alone(layer: SourceLayer, text: Stream, seen: Seen, setting: Setting, how: Refinement) -> Refined:
+def alone(layer: SourceLayer, text: Stream, observed: Observed, setting: Setting, how: Refinement) -> Refined:
     """A layer converted with a setting, in a model that is otherwise the source's.
 
     Args:
         layer: The source's.
         text: The calibration text as it enters the layer in the source.
-        seen: What the layer does with it, the residual stream too.
+        observed: What the layer does with it, the residual stream too.
         setting: What to try.
         how: Steps and rates; no steps for the closed form.
 
@@ -174,8 +174,8 @@ def alone(layer: SourceLayer, text: Stream, seen: Seen, setting: Setting, how: R
     """
     assert layer.weights is not None and layer.spec is not None
     with naming_layer(layer.index):
-        closed = conversion(layer.weights, layer.spec, seen.stats, setting)
-        found = refined_layer(layer, text, seen, closed.weights, how)
+        closed = conversion(layer.weights, layer.spec, observed.stats, setting)
+        found = refined_layer(layer, text, observed, closed.weights, how)
     return found._replace(after=found.after if found.after == found.after else math.inf)
 
 
@@ -194,32 +194,37 @@ class Draft:
         self._exact = True
 
     def convert(
-        self, layer: SourceLayer, seen: Seen, setting: Setting, journal: Journal | None = None, inherited: float = 0.0
+        self,
+        layer: SourceLayer,
+        observed: Observed,
+        setting: Setting,
+        journal: Journal | None = None,
+        inherited: float = 0.0,
     ) -> DraftedLayer:
         """The layer in closed form, and refined.
 
         Args:
             layer: The source's.
-            seen: What it does with the calibration text.
+            observed: What it does with the calibration text.
             setting: What it becomes.
             journal: Has what is refined from before an interruption, and keeps it.
             inherited: Relative error of the text as it enters the layer.
         """
         assert layer.weights is not None and layer.spec is not None
         with naming_layer(layer.index):
-            closed = conversion(layer.weights, layer.spec, seen.stats, setting)
+            closed = conversion(layer.weights, layer.spec, observed.stats, setting)
         if self.refinement is None:
             return DraftedLayer(closed, closed.weights)
         self._exact = self._exact and is_exact(layer, self.text, closed.weights)
         how = replace(self.refinement, steps=0) if self._exact else self.refinement
 
         def make() -> Made:
-            found = refined_layer(layer, self.text, seen, closed.weights, how, inherited)
+            found = refined_layer(layer, self.text, observed, closed.weights, how, inherited)
             return [found.weights], f"error {found.before:.4f} → {found.after:.4f}"
 
         with naming_layer(layer.index):
-            (refined,), news = cached(journal, f"layer {layer.index}", make)
-        return DraftedLayer(closed, refined, news)
+            (refined,), summary = cached(journal, f"layer {layer.index}", make)
+        return DraftedLayer(closed, refined, summary)
 
     def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
         """Take the calibration text through the converted layer, or one that stays."""

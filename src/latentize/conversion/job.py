@@ -65,7 +65,7 @@ class Job(ABC):
         restyled, repeated: Calibration tokens that are the user's text in another style, and that are in sequences
             where a passage is read twice.
         memory: What the process is expected to take.
-        proved: Largest relative error of the source as it is read, against transformers; ``None`` where it is not told.
+        proved: Largest relative error of the source as it is read, against transformers; ``None`` where it is not known.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Job(ABC):
 
     @abstractmethod
     def footprint(self, source: SourceModel) -> Footprint | None:
-        """The memory that it will take, where that can be told."""
+        """The memory that it will take, where that can be predicted."""
 
     def work(self, source: SourceModel) -> Mapping[str, Work]:
         """The arithmetic of each stage that progress names; nothing where it is not counted."""
@@ -234,8 +234,8 @@ class Job(ABC):
             notes=self.notes,
         )
         folder.copy_tokenizer(self.checkpoint.path)
-        told = (self.spec, self.recipe, report, self.notes)
-        folder.write_text("README.md", card.render(model, self.checkpoint.path, *told))
+        facts = (self.spec, self.recipe, report, self.notes)
+        folder.write_text("README.md", card.render(model, self.checkpoint.path, *facts))
 
         def last(partial: Path) -> None:
             write_report(partial, name=folder.out.name)

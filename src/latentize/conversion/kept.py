@@ -29,15 +29,15 @@ def cached(journal: Journal | None, step: str, compute: Callable[[], Made]) -> M
         return compute()
     if (found := journal.tensors(step)) is not None:
         return _read(*found)
-    weights, news = compute()
+    weights, summary = compute()
     tensors, numbers = {}, []
     for index, w in enumerate(weights):
         tensors |= {f"{index}.{name}": t for name, t in vars(w).items() if isinstance(t, Tensor)}
         numbers.append({name: v for name, v in vars(w).items() if isinstance(v, float)})
     strides = {name: t.stride() for name, t in tensors.items()}
     devices = {name: str(t.device) for name, t in tensors.items()}
-    journal.keep(step, tensors, {"news": news, "numbers": numbers, "strides": strides, "devices": devices})
-    return weights, news
+    journal.keep(step, tensors, {"news": summary, "numbers": numbers, "strides": strides, "devices": devices})
+    return weights, summary
 
 
 def _read(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Made:

@@ -124,15 +124,15 @@ class _Drafting:
         refines, setting = self.draft.refinement is not None, self.settings[layer.index]
         few = len(self.draft.text) if refines else 0
         inherited = stream_error(self.draft.text, self.own[:few]) if refines else 0.0
-        seen = observe(layer, self.own, needs(setting, layer.spec), residual=few)
-        made = self.draft.convert(layer, seen, setting, self.journal, inherited)
+        observed = observe(layer, self.own, needs(setting, layer.spec), residual=few)
+        made = self.draft.convert(layer, observed, setting, self.journal, inherited)
         self.facts.append(made.closed.describe())
         stages = {}
         if refines:
             stages[CLOSED] = made.closed.weights.to(torch.float32)
         if setting.linear:
             with naming_layer(layer.index):
-                stages[LINEAR] = linear_fit(layer.weights, layer.spec, seen.stats).to(torch.float32)
+                stages[LINEAR] = linear_fit(layer.weights, layer.spec, observed.stats).to(torch.float32)
         return made, stages
 
     def stay(self, layer: SourceLayer) -> None:
@@ -174,11 +174,11 @@ def _polished(
     stages: list[dict[str, LatentWeights]] = []
     refined: list[LatentWeights | None] = []
     for layer in source.layers():
-        weights, passed, news = _refined(layer, drafting)
+        weights, passed, summary = _refined(layer, drafting)
         stages.append(passed)
         refined.append(weights)
         if weights is not None:
-            progress("refining layers", layer.index + 1, source.spec.layers, news)
+            progress("refining layers", layer.index + 1, source.spec.layers, summary)
     # Only what the source makes of the text is needed while all are polished.
     final = _learnt(source, refined, drafting, calibration, selection, how, progress)
     draft = Draft(None, source.embed(calibration[: max(1, RMS_TOKENS // calibration.length)]))
@@ -197,7 +197,7 @@ def _refined(layer: SourceLayer, drafting: _Drafting) -> tuple[LatentWeights | N
         return None, {}, ""
     drafted, passed = drafting.weights(layer)
     drafting.draft.advance(layer, LatentAttention.from_weights(drafted.refined.to(torch.float32)))
-    return drafted.refined, passed, drafted.news
+    return drafted.refined, passed, drafted.summary
 
 
 def _learnt(

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from latentize.conversion.draft import Seen, alone, naming_layer, observe
+from latentize.conversion.draft import Observed, alone, naming_layer, observe
 from latentize.evaluation.losses import compare_streams
 from latentize.methods.calibrated import ladder_costs
 from latentize.methods.closed_form import conversion
@@ -36,8 +36,8 @@ __all__ = [
     "choose",
     "choose_by_layers",
     "likely_ladders",
-    "looked_at",
     "most_promising",
+    "sampled_layers",
     "short_refinement",
 ]
 
@@ -60,7 +60,7 @@ def short_refinement(length: int) -> Refinement:
     return Refinement(steps=24, warmup=3, probe=2048).suited(length)
 
 
-def looked_at(layers: Sequence[int]) -> list[int]:
+def sampled_layers(layers: Sequence[int]) -> list[int]:
     """Of the layers that will be converted those that choices are made on: the first, the last, and evenly between."""
     count = min(_LAYERS, len(layers))
     if count == 1:
@@ -126,7 +126,7 @@ def _compared(
 ) -> list[tuple[Setting, float]]:
     """KL of the model with some layers converted, each learnt alone, for every finalist."""
     own, reference = source.embed(calibration), source.embed(selection)
-    streams, some = [reference.clone() for _ in finalists], set(looked_at(source.spec.converted))
+    streams, some = [reference.clone() for _ in finalists], set(sampled_layers(source.spec.converted))
     for layer in source.layers():
         layer.run(reference, use=Use.LEARNT)
         if layer.index in some:
@@ -144,9 +144,9 @@ def _learnt_alone(
     """Take each finalist's text through the layer as learnt with its setting, and the source's through its own."""
     assert layer.spec is not None
     entering = own.clone()
-    seen = observe(layer, own, needs(finalists[0], layer.spec), residual=len(own))
+    observed = observe(layer, own, needs(finalists[0], layer.spec), residual=len(own))
     for setting, stream in zip(finalists, streams, strict=True):
-        learnt = alone(layer, entering, seen, setting, how).weights
+        learnt = alone(layer, entering, observed, setting, how).weights
         layer.run(stream, LatentAttention.from_weights(learnt), use=Use.LEARNT)
 
 
@@ -193,9 +193,9 @@ def _width(setting: Setting) -> float:
 
 def _some_layers(
     source: SourceModel, calibration: Passages, needed: Needed, progress: Progress, what: str
-) -> Iterator[tuple[SourceLayer, Stream, Seen]]:
-    """Some layers, the text as it enters each, and what was seen of it."""
-    text, some = source.embed(calibration), set(looked_at(source.spec.converted))
+) -> Iterator[tuple[SourceLayer, Stream, Observed]]:
+    """Some layers, the text as it enters each, and what was observed."""
+    text, some = source.embed(calibration), set(sampled_layers(source.spec.converted))
     for layer in source.layers():
         if layer.index in some:
             yield _seen(layer, text, needed)
@@ -206,8 +206,8 @@ def _some_layers(
             return
 
 
-def _seen(layer: SourceLayer, text: Stream, needed: Needed) -> tuple[SourceLayer, Stream, Seen]:
-    """The layer, the text as it enters it, and what is seen of it on its way through."""
+def _seen(layer: SourceLayer, text: Stream, needed: Needed) -> tuple[SourceLayer, Stream, Observed]:
+    """The layer, the text as it enters it, and what is observed on its way through."""
     entering = text.clone()
     return layer, entering, observe(layer, text, needed, residual=len(text))
 
@@ -230,10 +230,10 @@ def likely_ladders(
         return list(candidates)
     costs = [0.0] * len(candidates)
     needed = needs(candidates[0], source.spec.attention)
-    for layer, _, seen in _some_layers(source, calibration, needed, progress, "choosing the ladder"):
+    for layer, _, observed in _some_layers(source, calibration, needed, progress, "choosing the ladder"):
         assert layer.weights is not None and layer.spec is not None
         with naming_layer(layer.index):
-            found = ladder_costs(layer.weights, layer.spec, seen.stats, list(candidates))
+            found = ladder_costs(layer.weights, layer.spec, observed.stats, list(candidates))
         # Logits of some layers are hundreds of times as large as those of others, and softmax bears as much more.
         mean = max(sum(found) / len(found), 1e-30)
         costs = [cost + one / mean for cost, one in zip(costs, found, strict=True)]
@@ -256,9 +256,9 @@ def _errors(
     """Mean relative error of a layer that is converted alone, for each candidate, after the steps of ``how``."""
     total, count = [0.0] * len(candidates), 0
     needed = needs(candidates[0], source.spec.attention)
-    for layer, text, seen in _some_layers(source, calibration, needed, progress, what):
+    for layer, text, observed in _some_layers(source, calibration, needed, progress, what):
         for index, setting in enumerate(candidates):
-            total[index] += alone(layer, text, seen, setting, how).after
+            total[index] += alone(layer, text, observed, setting, how).after
         count += 1
     return [(setting, error / count) for setting, error in zip(candidates, total, strict=True)]
 

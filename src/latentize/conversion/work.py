@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from latentize.conversion.allocate import TRIAL_TOKENS, TRIED
 from latentize.conversion.draft import DISTANCE_TOKENS, START_TOKENS
 from latentize.conversion.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
-from latentize.conversion.search import FINALISTS, LADDERS, SEARCH_TOKENS, looked_at, short_refinement
+from latentize.conversion.search import FINALISTS, LADDERS, SEARCH_TOKENS, sampled_layers, short_refinement
 from latentize.conversion.self_generated import PIECE
 from latentize.families import ModelSpec
 from latentize.methods.registry import needs
@@ -280,7 +280,7 @@ def _choice(
     """Sizes and ladders."""
     spec, recipe = of.spec, of.recipe
     tokens, selection = of.whole(min(SEARCH_TOKENS, recipe.calibration_tokens)), of.whole(recipe.selection_tokens)
-    some, layers = len(looked_at(spec.converted)), spec.layers
+    some, layers = len(sampled_layers(spec.converted)), spec.layers
     text = layers * of.forward(tokens, Use.LEARNT) + some * of.statistics(tokens, distances)
     if not recipe.calibrates:
         each = spec.layers * (of.forward(selection, Use.MEASURED) + of.closed()) + 2 * of.head(selection)

@@ -121,11 +121,11 @@ def run_engine(
                 where=str(model),
                 fix=f"try it by hand: {python} -c 'import {ENGINES[engine]}'",
             )
-        told = json.loads(done.stdout.strip().splitlines()[-1])
+        answered = json.loads(done.stdout.strip().splitlines()[-1])
         with np.load(out) as arrays:
             logits = [arrays[f"logits_{number}"] for number in range(len(prompts))]
             greedy = [arrays[f"greedy_{number}"].tolist() for number in range(len(prompts))]
-    return Answers(logits, greedy, told["tokens"], told["versions"], told["settings"])
+    return Answers(logits, greedy, answered["tokens"], answered["versions"], answered["settings"])
 
 
 def _last_words(stderr: str) -> str:

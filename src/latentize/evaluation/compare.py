@@ -57,8 +57,8 @@ class Compared:
     dominated_by: str | None = None
 
     def measured(self, found: Evaluation) -> Compared:
-        told = found.describe()
-        return replace(self, **{k: told[k] for k in ("perplexity", "excess_loss", "kl", "top1_agreement")})
+        entries = found.describe()
+        return replace(self, **{k: entries[k] for k in ("perplexity", "excess_loss", "kl", "top1_agreement")})
 
 
 def marked(rows: Sequence[Compared]) -> list[Compared]:

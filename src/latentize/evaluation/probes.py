@@ -180,8 +180,8 @@ def probe(
     if reference is not None:
         source = predictor(load_model(reference, dtype=dtype, device=device))
         expected = _all_answers(source, asked, "probing the source", progress)
-    told = {"lengths": list(lengths), "depths": list(DEPTHS), "samples": samples, "seed": seed}
-    return {**told, **summary(asked, found, expected)}
+    entries = {"lengths": list(lengths), "depths": list(DEPTHS), "samples": samples, "seed": seed}
+    return {**entries, **summary(asked, found, expected)}
 
 
 def summary(asked: Sequence[Example], found: Sequence[Answer], expected: Sequence[Answer] | None) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def summary(asked: Sequence[Example], found: Sequence[Answer], expected: Sequenc
     for number, example in enumerate(asked):
         for depth in (None, example.depth):
             groups.setdefault((example.probe, example.length, depth), []).append(number)
-    told, order = [], list(PUZZLES)
+    entries, order = [], list(PUZZLES)
     for (name, length, depth), members in sorted(groups.items(), key=lambda g: (order.index(g[0][0]), g[0][1])):
         entry: dict[str, Any] = {"probe": name, "length": length, "depth": depth, "examples": len(members)}
         depths = [asked[n].depth for n in members]
@@ -205,10 +205,10 @@ def summary(asked: Sequence[Example], found: Sequence[Answer], expected: Sequenc
                 values = None if given is None else [getattr(given[n], what) for n in members]
                 entry |= _mean(prefix + what, values, depths)
         lost = None if expected is None else [expected[n].gain - found[n].gain for n in members]
-        told.append(entry | _mean("gain_lost", lost, depths))
+        entries.append(entry | _mean("gain_lost", lost, depths))
     return {
-        "rows": [entry for entry in told if entry["depth"] is None],
-        "cells": [entry for entry in told if entry["depth"] is not None],
+        "rows": [entry for entry in entries if entry["depth"] is None],
+        "cells": [entry for entry in entries if entry["depth"] is not None],
     }
 
 

@@ -343,8 +343,8 @@ def run_tasks(
         progress("running tasks", number, len(folders), folder.name)
     aggregates = {name: task.aggregation() for name, task in _leaves(loaded)}
     rows = rows_of(found[0], found[1] if reference is not None else None, aggregates)
-    told = {"lm_eval": version("lm_eval"), "limit": limit, "num_fewshot": num_fewshot, "draws": DRAWS}
-    return {**told, "rows": [asdict(row) for row in rows]}
+    settings = {"lm_eval": version("lm_eval"), "limit": limit, "num_fewshot": num_fewshot, "draws": DRAWS}
+    return {**settings, "rows": [asdict(row) for row in rows]}
 
 
 def _leaves(loaded: Sequence[Any]) -> Iterator[tuple[str, Any]]:

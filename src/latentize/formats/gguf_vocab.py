@@ -118,8 +118,8 @@ def _ends(folder: Path, special: dict[str, int], count: int) -> tuple[dict[str, 
             entries = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        told = entries.get("eos_token_id") if isinstance(entries, dict) else None
-        ids += told if isinstance(told, list) else [told]
+        stated = entries.get("eos_token_id") if isinstance(entries, dict) else None
+        ids += stated if isinstance(stated, list) else [stated]
     known = [i for i in ids if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count]
     names = [name for name in ("eos", "eot", "eom") if name not in special]
     more = [i for i in dict.fromkeys(known) if i != special.get("eos")]
@@ -131,8 +131,8 @@ def _ends(folder: Path, special: dict[str, int], count: int) -> tuple[dict[str, 
 
 def _templates(tokenizer: Any) -> tuple[str | None, dict[str, str], list[str]]:
     """The default chat template, others by GGUF's name, and what is left out, in sentences."""
-    told = tokenizer.chat_template
-    templates = told if isinstance(told, dict) else {"default": told}
+    stated = tokenizer.chat_template
+    templates = stated if isinstance(stated, dict) else {"default": stated}
     default, named, notes = None, {}, []
     for name, template in templates.items():
         # As llama.cpp's converter names them.

@@ -225,8 +225,10 @@ class _Run:
         timing = {"seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
         self.workspace.note(step=step, tokens=tokens, rate=rate, **values, **timing, peak_rss_bytes=peak_rss_bytes())
         best = self.facts["best"]
-        news = f"loss {values['total']:.4f}, held out {best['loss']:.4f}, {timing['tokens_per_second']:,.0f} tokens/s"
-        self.progress("healing", step, self.schedule.steps, news)
+        summary = (
+            f"loss {values['total']:.4f}, held out {best['loss']:.4f}, {timing['tokens_per_second']:,.0f} tokens/s"
+        )
+        self.progress("healing", step, self.schedule.steps, summary)
 
 
 def _recompute(student: Student) -> None:

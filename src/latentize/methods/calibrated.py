@@ -18,7 +18,7 @@ from latentize.methods.low_rank import Factors
 from latentize.methods.method import Method, budget_of
 from latentize.methods.position import (
     Components,
-    dearest,
+    costliest,
     dropping_cost,
     key_components,
     ladder,
@@ -139,6 +139,6 @@ def _rungs(setting: Setting, spec: AttentionSpec, components: Components) -> tup
     """What rotates, and at which frequencies."""
     size = setting.qk_rope_head_dim
     if setting.stride is None:
-        return dearest(components, size // 2)
+        return costliest(components, size // 2)
     rungs_J = ladder(spec.rope.theta, spec.rope.rotary_dim, size, setting.stride)
     return on_ladder(components, rungs_J.to(components.frequencies_F.device))

@@ -38,7 +38,7 @@ class LatentMoments:
 
     Attributes:
         eps: Of the latent's norm.
-        tokens: How many were seen.
+        tokens: How many were counted.
         n_r: ``Σ n`` of the normalised latent, without the norm's weight.
         nn_rr: ``Σ n nᵀ``.
         qq_HNN: ``Σ q qᵀ`` of the un-roped queries.
@@ -94,21 +94,21 @@ def _normalised(y_nr: Tensor, eps: float) -> Tensor:
     return y_nr * torch.rsqrt(y_nr.square().mean(-1, keepdim=True) + eps)
 
 
-def _importance(kv_b_Hdr: Tensor, o_DHV: Tensor, seen: LatentMoments, scale: float) -> Tensor:
+def _importance(kv_b_Hdr: Tensor, o_DHV: Tensor, moments: LatentMoments, scale: float) -> Tensor:
     """``[r, r]``, what an error of the normalised latent costs, to second order.
 
     An error of a value goes through ``W_O``. One of a key moves logits, by the query, and so mixes in other values: as
     much as values differ. How the two compare depends on how errors of different tokens go together; each is measured
     by what it would cost to lose all.
     """
-    nope = seen.qq_HNN.shape[-1]  # type: ignore[union-attr]
-    mean_r = seen.n_r / seen.tokens
-    spread_rr = seen.nn_rr / seen.tokens - torch.outer(mean_r, mean_r)  # type: ignore[arg-type]
+    nope = moments.qq_HNN.shape[-1]  # type: ignore[union-attr]
+    mean_r = moments.n_r / moments.tokens
+    spread_rr = moments.nn_rr / moments.tokens - torch.outer(mean_r, mean_r)  # type: ignore[arg-type]
     k_HNr, v_HVr = kv_b_Hdr[:, :nope], kv_b_Hdr[:, nope:]
     o_HVV = torch.einsum("dhv,dhw->hvw", o_DHV, o_DHV)
     v_cost_Hrr = v_HVr.mT @ o_HVV @ v_HVr
     differ_H = (v_cost_Hrr * spread_rr).sum((-2, -1)).clamp_min(0)
-    queries_HNN = seen.qq_HNN / seen.tokens * (scale**2 * differ_H)[:, None, None]  # type: ignore[operator]
+    queries_HNN = moments.qq_HNN / moments.tokens * (scale**2 * differ_H)[:, None, None]  # type: ignore[operator]
     costs = v_cost_Hrr.sum(0), (k_HNr.mT @ queries_HNN @ k_HNr).sum(0)
     first, second = (cost_rr / (cost_rr * spread_rr).sum().clamp_min(1e-300) for cost_rr in costs)
     return first + second
@@ -137,24 +137,24 @@ def _scales(w_ns: Tensor, y_nr: Tensor, eps: float) -> Tensor:
     return a_s
 
 
-def lower(tensors: Mapping[str, Tensor], seen: LatentMoments, rank: int, *, scale: float) -> Lowered:
+def lower(tensors: Mapping[str, Tensor], moments: LatentMoments, rank: int, *, scale: float) -> Lowered:
     """A layer's attention with a latent of ``rank`` values.
 
     Args:
         tensors: Of the attention, by name within it.
-        seen: What calibration text has made of it.
+        moments: What calibration text has made of it.
         rank: Values of the new latent.
         scale: Factor on the logits.
     """
     down, weight_r, kv_b = (
         tensors[name].double() for name in ("kv_a_proj_with_mqa.weight", "kv_a_layernorm.weight", "kv_b_proj.weight")
     )
-    full, heads = len(weight_r), seen.qq_HNN.shape[0]  # type: ignore[union-attr]
+    full, heads = len(weight_r), moments.qq_HNN.shape[0]  # type: ignore[union-attr]
     kv_b_or = kv_b * weight_r
     o_DHV = tensors["o_proj.weight"].double().unflatten(1, (heads, -1))
-    cost_rr = _importance(kv_b_or.unflatten(0, (heads, -1)), o_DHV, seen, scale)
+    cost_rr = _importance(kv_b_or.unflatten(0, (heads, -1)), o_DHV, moments, scale)
     # Directions that carry most of the cost: a truncated eigendecomposition between roots of the second moment.
-    values_r, vectors_rr = eigh(seen.nn_rr / seen.tokens)  # type: ignore[arg-type]
+    values_r, vectors_rr = eigh(moments.nn_rr / moments.tokens)  # type: ignore[arg-type]
     root_r = (values_r.clamp_min(0) + _DAMPING * values_r.mean()).clamp_min(_LEAST).sqrt()
     root_rr, inverse_rr = (vectors_rr * root_r) @ vectors_rr.T, (vectors_rr / root_r) @ vectors_rr.T
     energy_r, axes_rr = eigh(root_rr @ cost_rr @ root_rr)
@@ -163,12 +163,12 @@ def lower(tensors: Mapping[str, Tensor], seen: LatentMoments, rank: int, *, scal
     up_rs, triangle_ss = torch.linalg.qr(root_rr @ axes_rs)
     basis_rs = inverse_rr @ axes_rs @ triangle_ss.mT
     # Where they are uncorrelated each has a scale of its own.
-    y_nr = seen.y_nr
+    y_nr = moments.y_nr
     _, turn_ss = eigh(basis_rs.T @ (y_nr.T @ y_nr) @ basis_rs)
     basis_rs, up_rs = basis_rs @ turn_ss, up_rs @ turn_ss
-    scales_s = _scales(y_nr @ basis_rs, y_nr, seen.eps).sqrt()
+    scales_s = _scales(y_nr @ basis_rs, y_nr, moments.eps).sqrt()
     basis_rs, up_rs = basis_rs * scales_s, up_rs / scales_s
-    up_rs, spread = _after_norm(basis_rs, up_rs, y_nr, seen.eps)
+    up_rs, spread = _after_norm(basis_rs, up_rs, y_nr, moments.eps)
     level = weight_r.square().mean().sqrt().clamp_min(_LEAST)
     made = {
         "kv_a_proj_with_mqa.weight": torch.cat([basis_rs.T @ down[:full], down[full:]]),
@@ -180,7 +180,7 @@ def lower(tensors: Mapping[str, Tensor], seen: LatentMoments, rank: int, *, scal
         made["kv_a_proj_with_mqa.bias"] = torch.cat([basis_rs.T @ bias[:full], bias[full:]])
     energy_r = energy_r.clamp_min(0)
     lost = float(energy_r[rank:].sum() / energy_r.sum().clamp_min(1e-300))
-    linear = bool(y_nr.square().mean(-1).max() < _LINEAR * seen.eps)
+    linear = bool(y_nr.square().mean(-1).max() < _LINEAR * moments.eps)
     return Lowered({name: t.float() for name, t in made.items()}, lost, spread, linear)
 
 

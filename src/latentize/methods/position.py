@@ -26,7 +26,7 @@ from latentize.methods.statistics import CalibrationStats
 __all__ = [
     "Components",
     "assign_rungs",
-    "dearest",
+    "costliest",
     "dropping_cost",
     "key_components",
     "ladder",
@@ -179,7 +179,7 @@ def rung_gains(c: Components, rungs_J: Tensor) -> Tensor:
     return (_constant_cost(c) - mismatch_JF)[..., None] * c.energy_FG
 
 
-def dearest(c: Components, count: int) -> tuple[Tensor, Tensor]:
+def costliest(c: Components, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` components that cost most to give up, wherever they lie, each at its own frequency.
 
     Returns:

@@ -275,7 +275,7 @@ def _rope(layers: Sequence[Mapping[str, Any]]) -> str:
         return ""
     title = "What losing rotation would cost (shade); what keeps it (●)"
     drawn = rope_map([e["rope_cost"] for e in layers], {"●": [e["rope_kept"] for e in layers]}, title=title)
-    caption = "Frequency 0 turns fastest. Shade is relative to the dearest frequency of the layer."
+    caption = "Frequency 0 turns fastest. Shade is relative to the costliest frequency of the layer."
     return f"<h2>Where RoPE went</h2>{figure(drawn, caption, wide=True)}"
 
 

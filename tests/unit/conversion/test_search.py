@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from latentize.api import open_source
-from latentize.conversion.search import choose, choose_by_layers, likely_ladders, looked_at, most_promising
+from latentize.conversion.search import choose, choose_by_layers, likely_ladders, most_promising, sampled_layers
 from latentize.conversion.texts import draw_text
 from latentize.methods.registry import settings
 from latentize.methods.setting import Setting
@@ -84,7 +84,7 @@ def test_what_costs_layers_least_is_nearest_to_the_source(model) -> None:
     ],
 )
 def test_choices_are_made_on_layers_from_all_over(layers, expected: list[int]) -> None:
-    assert looked_at(list(layers)) == expected
+    assert sampled_layers(list(layers)) == expected
 
 
 def test_the_best_of_those_compared_is_taken(model) -> None:

@@ -23,7 +23,7 @@ from latentize.methods.closed_form import linear_fit
 from latentize.methods.distances import attended_distances, expected_rotation
 from latentize.methods.position import (
     assign_rungs,
-    dearest,
+    costliest,
     key_components,
     ladder,
     linearised,
@@ -221,7 +221,7 @@ def test_free_frequencies_lose_no_more_than_any_ladder() -> None:
     spec = attention_spec(2)
     w, (stats, _) = random_attention(spec), position_stats(spec)
     c = key_components(w, spec, stats)
-    at_J2, rungs_J = dearest(c, 4)
+    at_J2, rungs_J = costliest(c, 4)
     assert rungs_J.tolist() == sorted(rungs_J.tolist(), reverse=True)
     # Each rotates at its own frequency: what is lost is what is given up.
     constant_F = 1 - expected_rotation(c.frequencies_F, c.distances_T[None])[0].abs().square()

@@ -281,7 +281,7 @@ def test_a_map_marks_what_rotates_and_how_often() -> None:
     checked(svg)
     assert svg.count(">●<") == 1
     assert ">●7<" in svg, "many are counted, not drawn"
-    assert 'fill-opacity="0.25"' in svg, "shade is relative to the layer's dearest"
+    assert 'fill-opacity="0.25"' in svg, "shade is relative to the layer's costliest"
 
 
 def test_bars_are_as_long_as_their_values() -> None:
