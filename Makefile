@@ -41,7 +41,6 @@ test-fast: $(DEV) ## the inner loop: tests of single modules that take no more t
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not gpu and not engine and not network' tests/unit $(ARGS)
 
 docs: $(DEV) ## the documentation as a site in build/docs; a broken link is an error
-	@$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || $(INSTALL) -e '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
 # pyright runs on node. Without one on the machine it would fetch it from nodejs.org; the index has it too.
