@@ -142,11 +142,16 @@ def _learnt_alone(
     layer: SourceLayer, own: Stream, finalists: Sequence[Setting], streams: Sequence[Stream], how: Refinement
 ) -> None:
     """Take each finalist's text through the layer as learnt with its setting, and the source's through its own."""
-    assert layer.spec is not None
+    assert layer.spec is not None and layer.weights is not None
     entering = own.clone()
     observed = observe(layer, own, needs(finalists[0], layer.spec), residual=len(own))
     for setting, stream in zip(finalists, streams, strict=True):
-        learnt = alone(layer, entering, observed, setting, how).weights
+        if how.steps:
+            learnt = alone(layer, entering, observed, setting, how).weights
+        else:
+            # No error is asked for.
+            with naming_layer(layer.index):
+                learnt = conversion(layer.weights, layer.spec, observed.stats, setting).weights.to(torch.float32)
         layer.run(stream, LatentAttention.from_weights(learnt), use=Use.LEARNT)
 
 
