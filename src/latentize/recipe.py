@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentize.errors import OptionError
 from latentize.paths import expanded
 
-__all__ = ["Decay", "Method", "Recipe", "Selection", "parse_keep"]
+__all__ = ["Decay", "Method", "Recipe", "Request", "Selection", "parse_keep"]
 
 Method = Literal["calibrated", "transmla", "mha2mla", "care"]
 Selection = Literal["high", "low", "uniform", "2-norm"]
@@ -30,10 +30,33 @@ def parse_keep(value: Any) -> Any:
     return value
 
 
-class Recipe(BaseModel):
-    """A conversion. Its fields are the options of ``latentize convert``."""
+class Request(BaseModel):
+    """What a user asks for, checked. Its fields are options of a command, and mean what stands below them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # As errors call it that are not about one field.
+    called: ClassVar[str]
+
+    @classmethod
+    def build(cls, **entries: Any) -> Self:
+        """Validate entries from a file or a command line.
+
+        Raises:
+            OptionError: an unknown entry, or a value that is out of range.
+        """
+        try:
+            return cls(**entries)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(p) for p in first["loc"]) or cls.called
+            got = "" if name == cls.called else f" (got {first.get('input')!r})"
+            raise OptionError(f"{first['msg']}{got}", where=f"--{name.replace('_', '-')}") from None
+
+
+class Recipe(Request):
+    """A conversion, by ``latentize convert``."""
+
+    called = "recipe"
 
     keep: float | None = Field(None, gt=0, le=1)
     """Cached values per token and layer, at most this share of the source's, as 25% or 0.25."""
@@ -169,21 +192,6 @@ class Recipe(BaseModel):
     def budget(self) -> float:
         """The share of the source's cache to keep when no sizes are given."""
         return 0.25 if self.keep is None else self.keep
-
-    @classmethod
-    def build(cls, **entries: Any) -> Recipe:
-        """Validate entries from a file or a command line.
-
-        Raises:
-            OptionError: an unknown entry, or a value that is out of range.
-        """
-        try:
-            return cls(**entries)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(p) for p in first["loc"]) or "recipe"
-            got = "" if name == "recipe" else f" (got {first.get('input')!r})"
-            raise OptionError(f"{first['msg']}{got}", where=f"--{name.replace('_', '-')}") from None
 
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> Recipe:

@@ -9,13 +9,14 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from latentize.recipe import Request
 
 __all__ = ["options_of"]
 
 
-def options_of(recipe: type[BaseModel], *, leave_out: Sequence[str] = ()) -> Callable[[Callable[..., None]], Any]:
+def options_of(recipe: type[Request], *, leave_out: Sequence[str] = ()) -> Callable[[Callable[..., None]], Any]:
     """Give a command an option for every field of a recipe, in the place of its parameter ``given``.
 
     The command gets those that were given, by name. What a field means is its help, and its default is said.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from latentize.errors import OptionError
-from latentize.recipe import Decay
+from latentize.recipe import Decay, Request
 
 if TYPE_CHECKING:
     from latentize.training.descent import Schedule
@@ -17,10 +16,10 @@ __all__ = ["Healing"]
 _RATES = {"muon": 0.01, "adamw": 3e-4, "lora": 2e-3}
 
 
-class Healing(BaseModel):
-    """A healing. Its fields are options of ``latentize heal``."""
+class Healing(Request):
+    """A healing, by ``latentize heal``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    called = "heal"
 
     data: tuple[str, ...] = ()
     """Text: .txt, .md, .jsonl or .parquet, a folder, - for stdin, or a hub data set. Repeat for several. By default the
@@ -104,18 +103,3 @@ class Healing(BaseModel):
             decay=self.decay,
             seed=self.seed,
         )
-
-    @classmethod
-    def build(cls, **entries: Any) -> Healing:
-        """Validate entries from a command line.
-
-        Raises:
-            OptionError: an unknown entry, or a value that is out of range.
-        """
-        try:
-            return cls(**entries)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(p) for p in first["loc"]) or "heal"
-            got = "" if name == "heal" else f" (got {first.get('input')!r})"
-            raise OptionError(f"{first['msg']}{got}", where=f"--{name.replace('_', '-')}") from None
