@@ -50,7 +50,9 @@ class Request(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(p) for p in first["loc"]) or cls.called
             got = "" if name == cls.called else f" (got {first.get('input')!r})"
-            raise OptionError(f"{first['msg']}{got}", where=f"--{name.replace('_', '-')}") from None
+            raise OptionError(
+                first["msg"].removeprefix("Value error, ") + got, where=f"--{name.replace('_', '-')}"
+            ) from None
 
 
 class Recipe(Request):
