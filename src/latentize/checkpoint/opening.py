@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from latentize.checkpoint.base import Checkpoint
-from latentize.checkpoint.gguf import GgufCheckpoint, gguf_config, is_gguf
+from latentize.checkpoint.gguf import GgufCheckpoint, is_gguf
+from latentize.checkpoint.gguf_config import gguf_config
 from latentize.checkpoint.reader import SafetensorsCheckpoint
 from latentize.errors import CheckpointError, LatentizeError
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from latentize.checkpoint import load_config, loading, pretrained
-from latentize.checkpoint.gguf import gguf_ends, is_gguf
+from latentize.checkpoint.gguf import is_gguf
+from latentize.checkpoint.gguf_config import gguf_ends
 from latentize.errors import CheckpointError
 from latentize.modeling.generation import settle, stored_settings
 from latentize.text.tokens import require_rows

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from latentize.attention.rope import half_to_interleaved, rope_angles, rotate_half, rotate_interleaved
 from latentize.attention.spec import RopeSpec
 from latentize.errors import UnsupportedModelError
-from latentize.families.model import model_spec, rope_spec
+from latentize.families.config import model_spec, rope_spec
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 500_000.0},

@@ -34,7 +34,7 @@ from tests.killing import contents
 import latentize
 from latentize.api import open_source
 from latentize.checkpoint import Journal, gguf_header, load_config, open_checkpoint, resolve
-from latentize.checkpoint import gguf as reader
+from latentize.checkpoint import gguf_config as reader
 from latentize.checkpoint.manifest import Manifest, sha256
 from latentize.errors import CheckpointError, LatentizeError, ResumeError
 from latentize.modeling.load import load_model
@@ -358,7 +358,7 @@ def test_a_package_that_is_missing(saved: Path, package: str, monkeypatch: pytes
         return original(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", lacking)
-    reader._read.cache_clear()
+    reader.header_and_config.cache_clear()
     with pytest.raises(CheckpointError, match=r"pip install 'latentize\[gguf\]'") as caught:
         load_model(saved)
     assert caught.value.code == "LZ120"
