@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentize.api import open_source
 from latentize.checkpoint.opening import open_checkpoint
 from latentize.evaluation.losses import Quality, compare_streams
 from latentize.families.latent import latent_model
+from latentize.families.opening import open_source
 from latentize.modeling.latent_source import LatentSource
 from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceModel, Stream

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from latentize.api import open_source
 from latentize.conversion.draft import Draft, observe
 from latentize.conversion.self_generated import self_generated
 from latentize.conversion.texts import draw_text, mixed, sequences_to_generate, spread_over
 from latentize.evaluation.losses import compare_streams
+from latentize.families.opening import open_source
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
 from latentize.modeling.attention import LatentAttention

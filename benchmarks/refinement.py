@@ -23,8 +23,8 @@ from unittest.mock import patch
 import torch
 
 import latentize
-from latentize.api import open_source
 from latentize.conversion.draft import alone, observe
+from latentize.families.opening import open_source
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
 from latentize.modeling.source import SourceModel

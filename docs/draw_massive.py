@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from latentize.api import open_source
 from latentize.conversion.texts import draw_text
+from latentize.families.opening import open_source
 from latentize.modeling.source import SourceModel
 from latentize.recipe import Recipe
 from latentize.report.chart import line_chart

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from latentize.api import open_source
 from latentize.cli.demo import bundled_model
 from latentize.conversion.draft import observe
 from latentize.conversion.texts import draw_text
+from latentize.families.opening import open_source
 from latentize.methods.position import costliest, dropping_cost, key_components, ladder, on_ladder
 from latentize.methods.statistics import Needed
 from latentize.modeling.source import SourceModel

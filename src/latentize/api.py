@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latentize.checkpoint import Checkpoint, Manifest, open_checkpoint, resolve
-from latentize.checkpoint.opening import load_config
+from latentize.checkpoint import Manifest, open_checkpoint, resolve
 from latentize.conversion.job import Job
 from latentize.conversion.latent import LatentJob
 from latentize.conversion.lowered import LowerJob
 from latentize.conversion.pooled import PooledJob
-from latentize.errors import CheckpointError, ConfigError, OptionError, OutputError
-from latentize.families import ModelSpec, is_latent, model_spec, require_supported
-from latentize.families.stored import match_tensors
+from latentize.errors import CheckpointError, OptionError, OutputError
+from latentize.families import is_latent
+from latentize.families.opening import checked_spec, open_source
 from latentize.paths import expanded
 from latentize.progress import Progress, silent
 from latentize.recipe import Recipe
@@ -31,60 +30,6 @@ if TYPE_CHECKING:
     from latentize.healing.parallel import Parallel
 
 __all__ = ["convert", "evaluate", "export", "generate", "heal", "open_source", "verify"]
-
-
-def open_source(model: str | Path, *, trust_remote_code: bool = False) -> tuple[Checkpoint, ModelSpec]:
-    """Open a checkpoint and hold it against its family's table.
-
-    Args:
-        model: A folder, a GGUF file or a hub id.
-        trust_remote_code: Whether code of the checkpoint may be run; here none is.
-
-    Raises:
-        CheckpointError, ConfigError: files are damaged, or contradict ``config.json``.
-        UnsupportedModelError: not a family that can be converted.
-    """
-    checkpoint = open_checkpoint(resolve(model, code=trust_remote_code))
-    return checkpoint, checked_spec(checkpoint, trust_remote_code=trust_remote_code)
-
-
-def checked_spec(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> ModelSpec:
-    """The shape of an opened checkpoint, once its tensors are those of its family; raises as :func:`open_source`."""
-    spec = _asked(checkpoint, trust_remote_code=trust_remote_code)
-    match_tensors(checkpoint, spec)
-    head_name, embedding_name = (spec.module(role) + ".weight" for role in ("head", "embedding"))
-    if spec.tied and head_name in checkpoint:
-        head, embedding = checkpoint.load(head_name), checkpoint.load(embedding_name)
-        if head.shape != embedding.shape or not torch.equal(head, embedding):
-            raise ConfigError(
-                f"tie_word_embeddings is true, yet {head_name} differs from the embedding",
-                code="LZ112",
-                where=str(checkpoint.config_path),
-                fix="set tie_word_embeddings to false",
-            )
-    return spec
-
-
-def _asked(checkpoint: Checkpoint, *, trust_remote_code: bool) -> ModelSpec:
-    """The shape of a checkpoint, its config as transformers reads it.
-
-    Raises:
-        ConfigError: transformers refuses an entry.
-        UnsupportedModelError: as :func:`latentize.families.model_spec`.
-    """
-    trust = {"trust_remote_code": trust_remote_code}
-    require_supported(checkpoint.config, **trust)
-    try:
-        entries = load_config(checkpoint.path, **trust).to_dict()
-    # Whatever its classes find wrong.
-    except Exception as error:
-        said = str(error).strip().splitlines() or [repr(error)]
-        raise ConfigError(
-            f"transformers refuses the config: {said[-1].strip()}",
-            where=str(checkpoint.config_path),
-            fix="take config.json from where the model was published",
-        ) from error
-    return model_spec(entries, stated=checkpoint.config, **trust)
 
 
 def convert(
@@ -280,8 +225,8 @@ def compare(
         dtype: Precision to run in.
         options: As in :func:`latentize.evaluation.compare.compare`.
     """
+    from latentize.evaluation.compare import as_json, names_of
     from latentize.evaluation.compare import compare as run
-    from latentize.evaluation.compare import describe, names_of
 
     folders = {name: resolve(model) for name, model in zip(names_of(models), models, strict=True)}
     options["dtype"] = _torch_dtype(dtype)
@@ -290,7 +235,7 @@ def compare(
         "source": str(source),
         "tokens": count,
         "text": describe(options.get("data", ())),
-        "rows": describe(rows),
+        "rows": as_json(rows),
         "notes": notes,
     }
 

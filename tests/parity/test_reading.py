@@ -15,10 +15,10 @@ from tests.latent_models import MIXTURES, mixture, saved
 from torch import Tensor
 
 import latentize
-from latentize.api import open_source
 from latentize.checkpoint import Checkpoint, open_checkpoint
 from latentize.errors import CheckpointError, LatentizeError
 from latentize.families import ModelSpec, latent_model
+from latentize.families.opening import open_source
 from latentize.modeling.latent_source import LatentSource
 from latentize.modeling.reading import prove
 from latentize.modeling.source import SourceModel

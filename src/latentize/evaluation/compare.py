@@ -185,7 +185,7 @@ def compare(
     return marked(done), notes, tokens_NT.numel() - len(tokens_NT)
 
 
-def describe(rows: Sequence[Compared]) -> list[dict[str, Any]]:
+def as_json(rows: Sequence[Compared]) -> list[dict[str, Any]]:
     """Rows as plain values, with the share of the source's bytes."""
     whole = rows[0].cache_bytes_per_token
     return [{**asdict(row), "cache_share": row.cache_bytes_per_token / whole} for row in rows]

@@ -32,11 +32,11 @@ from tests.gguf_files import CHAT_TEMPLATE, source_model, write_source
 from tests.killing import contents
 
 import latentize
-from latentize.api import open_source
 from latentize.checkpoint import Journal, gguf_header, load_config, open_checkpoint, resolve
 from latentize.checkpoint import gguf_config as reader
 from latentize.checkpoint.manifest import Manifest, sha256
 from latentize.errors import CheckpointError, LatentizeError, ResumeError
+from latentize.families.opening import open_source
 from latentize.modeling.load import load_model
 from latentize.planning.inspection import inspect, plan
 from latentize.report import card

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.common import pico
 
-from latentize.api import open_source
 from latentize.checkpoint import open_checkpoint, resolve
 from latentize.errors import CheckpointError, ConfigError, LatentizeError, UnsupportedModelError
+from latentize.families.opening import open_source
 
 INDEX = "model.safetensors.index.json"
 LAYER = "model.layers.0.self_attn.q_proj.weight"

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tests.common import FAMILIES
 
-from latentize.api import open_source
 from latentize.conversion.footprint import Footprint
 from latentize.conversion.latent import LatentJob
 from latentize.conversion.pooled import PooledJob
+from latentize.families.opening import open_source
 from latentize.modeling.source import SourceModel
 from latentize.recipe import Recipe
 

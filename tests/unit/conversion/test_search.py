@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from latentize.api import open_source
 from latentize.conversion.search import choose, choose_by_layers, likely_ladders, most_promising, sampled_layers
 from latentize.conversion.texts import draw_text
+from latentize.families.opening import open_source
 from latentize.methods.registry import settings
 from latentize.methods.setting import Setting
 from latentize.modeling.source import SourceModel

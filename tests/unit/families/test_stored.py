@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tests.common import SMALL, pico, pico_model, text_file
 
 import latentize
-from latentize.api import open_source
 from latentize.errors import CheckpointError
 from latentize.families import families, model_spec
+from latentize.families.opening import open_source
 from latentize.planning.inspection import inspect
 
 Tensors = dict[str, torch.Tensor]

@@ -12,7 +12,7 @@ from tests.common import FP32, random_tokens, relative_error
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from latentize.api import open_source
+from latentize.families.opening import open_source
 from latentize.modeling.blocks import causal_blocks, suit_blocks
 from latentize.modeling.precision import Precision, Use
 from latentize.modeling.source import SourceModel

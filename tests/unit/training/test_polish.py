@@ -11,8 +11,8 @@ import torch
 from tests.common import FP32, random_tokens, relative_error
 from torch.nn import functional as F
 
-from latentize.api import open_source
 from latentize.conversion.draft import observe
+from latentize.families.opening import open_source
 from latentize.methods.closed_form import convert_layer
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
