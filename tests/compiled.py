@@ -34,13 +34,11 @@ def pointer(t: torch.Tensor) -> str:
 
 
 def attend(
-    latent: str, rope: str, dtype: torch.dtype, rank: int, roped: int, page: int, *flags: bool, queries: int = 32
+    latent: str, rope: str, dtype: torch.dtype, rank: int, roped: int, *flags: bool, queries: int = 32
 ) -> ASTSource:
     """``attend_splits`` with the constants that ``launch`` would give it; flags: window, turned sinks, mask."""
-    halves = [
-        Stored(codec(f, n).encode(torch.randn(1, page or 16, n)), f, n) for f, n in ((latent, rank), (rope, roped))
-    ]
-    part = Part(*halves, count=4, table_BP=torch.zeros(1, 1, dtype=torch.int32) if page else None)
+    halves = [Stored(codec(f, n).encode(torch.randn(1, 16, n)), f, n) for f, n in ((latent, rank), (rope, roped))]
+    part = Part(*halves, count=4)
     cut = launch.tiles(queries, rank, dtype)
     constexprs = launch.constants(part, cut, dtype, *flags)
     stored = {
@@ -49,7 +47,7 @@ def attend(
         for s, t in (("", h.codes), ("_scale", h.scale))
     }
     own = f"*{FLOATS[dtype]}"
-    pointers = {"q_ptr": own, "q_rope_ptr": own, "q_sink_ptr": own, **stored, "table_ptr": "*i32", "length_ptr": "*i32"}
+    pointers = {"q_ptr": own, "q_rope_ptr": own, "q_sink_ptr": own, **stored, "length_ptr": "*i32"}
     pointers |= {"mask_ptr": "*u8" if flags[2] else own, "out_ptr": "*fp32", "lse_ptr": "*fp32"}
     made = source(latent_decode.attend_splits, pointers, constexprs)
     strides = {f"{n}_{axis}": h.codes.stride(at) for n, h in zip("ck", halves, strict=True) for at, axis in AXES}
@@ -69,7 +67,7 @@ def source(kernel: triton.JITFunction, pointers: dict[str, str], constexprs: dic
 
 
 def variants(sizes: list[tuple[int, int]], queries: list[int]) -> dict[str, tuple[ASTSource, launch.Tiles]]:
-    """Every format in every precision: plain, and with pages, window, turned sinks and mask; aligned, and not."""
+    """Every format in every precision: plain, and with window, turned sinks and mask; aligned, and not."""
     found = {}
     for kind in ("bf16", "fp16", "fp32", "fp8", "int8", "int4"):
         for name, dtype in DTYPES.items():
@@ -78,9 +76,9 @@ def variants(sizes: list[tuple[int, int]], queries: list[int]) -> dict[str, tupl
             roped = "int8" if kind in ("fp8", "int8", "int4") else kind
             for (rank, rope), count in itertools.product(sizes, queries):
                 cut = launch.tiles(count, rank, dtype)
-                for what, page, flag in (("plain", 0, False), ("everything", 16, True)):
+                for what, flag in (("plain", False), ("everything", True)):
                     label = f"{kind}+{roped} in {name}, {rank}+{rope}, {count} queries, {what}"
-                    made = attend(kind, roped, dtype, rank, rope, page, flag, flag, flag, queries=count)
+                    made = attend(kind, roped, dtype, rank, rope, flag, flag, flag, queries=count)
                     found[f"{label}, aligned"] = made, cut
                     unaligned = copy.copy(made)
                     unaligned.attrs = {}

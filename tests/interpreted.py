@@ -40,35 +40,19 @@ def roomy(t_BSm: Tensor, more: int) -> Tensor:
     return room
 
 
-def paged(t_BSm: Tensor, page: int, order: Tensor) -> Tensor:
-    """``[G, page, m]``: the pages of all sequences, shuffled."""
-    B, S, m = t_BSm.shape
-    room = poison(t_BSm, (B, -(-S // page) * page, m))
-    room[:, :S] = t_BSm
-    pages = room.unflatten(1, (-1, page)).flatten(0, 1)
-    shuffled = torch.empty_like(pages)
-    shuffled[order] = pages
-    return shuffled
-
-
-def part(c_BSr: Tensor, k_BSR: Tensor, latent: str, rope: str, first: int, page: int) -> Part:
-    """Rows as a cache stores them, side by side or in pages."""
-    B, S = c_BSr.shape[:2]
+def part(c_BSr: Tensor, k_BSR: Tensor, latent: str, rope: str, first: int) -> Part:
+    """Rows as a cache stores them."""
+    S = c_BSr.shape[1]
     more = random.randint(0, 5)
     halves = [codec(f, x.shape[-1]).encode(x) for f, x in ((latent, c_BSr), (rope, k_BSR))]
-    table = None
-    if page:
-        order = torch.randperm(B * -(-S // page))
-        halves = [tuple(paged(t, page, order) for t in half) for half in halves]
-        table = order.view(B, -1).to(torch.int32)
-    elif latent == rope and latent in ("bf16", "fp16", "fp32"):
+    if latent == rope and latent in ("bf16", "fp16", "fp32"):
         # Both halves are views of one row, as in a cache that quantises nothing.
         row = roomy(torch.cat([halves[0][0], halves[1][0]], dim=-1), more)
         halves = [(row[..., : c_BSr.shape[-1]],), (row[..., c_BSr.shape[-1] :],)]
     else:
         halves = [tuple(roomy(t, more) for t in half) for half in halves]
     stored = [Stored(t, f, x.shape[-1]) for t, f, x in zip(halves, (latent, rope), (c_BSr, k_BSR), strict=True)]
-    return Part(*stored, count=S, first=first, table_BP=table)
+    return Part(*stored, count=S, first=first)
 
 
 def configuration(latent: str) -> dict:
@@ -88,7 +72,6 @@ def configuration(latent: str) -> dict:
         "rank": random.choice([7, 16, 24, 33, 40, 70]),
         "rope_dim": random.choice([2, 6, 16, 20]),
         "rows": rows,
-        "page": random.choice([0, 0, 1, 4, 7, 16]),
         "parts": random.choice([1, 1, 2]) if rows > 1 else 1,
         "window": window,
         "sinks": random.choice([0, 1, 4, 20]) if window else 0,
@@ -111,9 +94,7 @@ def errors(made: dict) -> dict:
     cuts = [0, random.randint(1, S - 1), S] if made["parts"] == 2 else [0, S]
     own = "fp32" if dtype == torch.float32 else "fp16"
     formats = [(made["latent"], made["rope"]), (own, own)]
-    parts = [
-        part(c[:, a:b], k[:, a:b], *formats[n], a, made["page"]) for n, (a, b) in enumerate(itertools.pairwise(cuts))
-    ]
+    parts = [part(c[:, a:b], k[:, a:b], *formats[n], a) for n, (a, b) in enumerate(itertools.pairwise(cuts))]
     lengths = torch.randint(0, S + 1, (B,)) if made["ragged"] else torch.full((B,), S)
     lengths = lengths.to(torch.int32)
     mask = torch.rand(random.choice([1, B]), T, S + made["gone"]) < 0.7 if made["masked"] else None

@@ -36,7 +36,7 @@ def printed(script: str, *args: object) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("latent", FORMATS)
 def test_interpreted_over_random_shapes(latent: str) -> None:
-    """36 configurations of each format: ranks, heads, pages, windows, sinks, masks, lengths, several new tokens."""
+    """36 configurations of each format: ranks, heads, windows, sinks, masks, lengths, several new tokens."""
     found = printed("interpreted.py", "--latent", latent, "--count", 36)
     assert len(found) == 36 and sum(made["queries"] for made in found) > 300
     for made in found:

@@ -75,7 +75,7 @@ def _dots(q, q_odd, tile, tile_odd, FORMAT: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         *("rows", "new", "first", "stop", "window", "sinks", "gone", "splits", "split_from", "all_splits"),
-        *("c_scale_outer", "k_scale_outer", "table_outer", "mask_outer", "mask_token"),
+        *("c_scale_outer", "k_scale_outer", "mask_outer", "mask_token"),
     ]
 )
 def attend_splits(
@@ -86,7 +86,6 @@ def attend_splits(
     c_scale_ptr,
     k_ptr,
     k_scale_ptr,
-    table_ptr,
     length_ptr,
     mask_ptr,
     out_ptr,
@@ -110,14 +109,12 @@ def attend_splits(
     k_token,
     k_scale_outer,
     k_scale_token,
-    table_outer,
     mask_outer,
     mask_token,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     LATENT: tl.constexpr,
     ROPED: tl.constexpr,
-    PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS_TURNED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -166,12 +163,8 @@ def attend_splits(
         j_N = tl.where(in_sinks, first + i * BLOCK_N, begin + (i - sink_tiles) * BLOCK_N) + tl.arange(0, BLOCK_N)
         ok_N = j_N < tl.where(in_sinks, sink_end, end)
         inner_N = (j_N - first).to(tl.int64)
-        outer = sequence
-        if PAGE > 0:
-            outer = tl.load(table_ptr + sequence * table_outer + inner_N // PAGE, mask=ok_N, other=0).to(tl.int64)
-            inner_N = inner_N % PAGE
-        tile, tile_odd = _tile(c_ptr, outer * c_outer + inner_N * c_token, ok_N, RANK, BLOCK_RANK, LATENT, COMPUTE)
-        roped, roped_odd = _tile(k_ptr, outer * k_outer + inner_N * k_token, ok_N, ROPE, BLOCK_ROPE, ROPED, COMPUTE)
+        tile, tile_odd = _tile(c_ptr, sequence * c_outer + inner_N * c_token, ok_N, RANK, BLOCK_RANK, LATENT, COMPUTE)
+        roped, roped_odd = _tile(k_ptr, sequence * k_outer + inner_N * k_token, ok_N, ROPE, BLOCK_ROPE, ROPED, COMPUTE)
         score_QN = _dots(q, q_odd, tile, tile_odd, LATENT)
         if SINKS_TURNED:
             here, here_odd = tl.where(in_sinks, q_sink, q_rope), tl.where(in_sinks, q_sink_odd, q_rope_odd)
@@ -179,10 +172,10 @@ def attend_splits(
         else:
             rope_QN = _dots(q_rope, q_rope_odd, roped, roped_odd, ROPED)
         if ROPED != "float":
-            k_scale_N = _scales(k_scale_ptr, outer * k_scale_outer + inner_N * k_scale_token, ok_N, ROPED)
+            k_scale_N = _scales(k_scale_ptr, sequence * k_scale_outer + inner_N * k_scale_token, ok_N, ROPED)
             rope_QN = rope_QN * k_scale_N[None, :]
         if LATENT != "float":
-            c_scale_N = _scales(c_scale_ptr, outer * c_scale_outer + inner_N * c_scale_token, ok_N, LATENT)
+            c_scale_N = _scales(c_scale_ptr, sequence * c_scale_outer + inner_N * c_scale_token, ok_N, LATENT)
             score_QN = score_QN * c_scale_N[None, :]
         score_QN = (score_QN + rope_QN) * (scale * 1.4426950408889634)
 

@@ -95,7 +95,6 @@ def constants(part: Part, cut: Tiles, dtype: torch.dtype, window: bool, turned: 
         "ROPE": rope.size,
         "LATENT": latent.kind,
         "ROPED": rope.kind,
-        "PAGE": 0 if part.table_BP is None else latent.codes.shape[1],
         "WINDOW": window,
         "SINKS_TURNED": turned,
         "MASKED": masked,
@@ -166,13 +165,12 @@ def absorbed_decode(
     with torch.cuda.device_of(q):
         done = 0
         for part, share in zip(parts, shares, strict=True):
-            table = lengths_B if part.table_BP is None else part.table_BP
             halves = [t for half in (part.latent, part.rope) for t in (half.codes, half.scale)]
             attend_splits[(q_tiles, share, batch)](
-                *(q, q_rope, q_sink, *halves, table, lengths_B, mask, out_Qsr, lse_Qs),
+                *(q, q_rope, q_sink, *halves, lengths_B, mask, out_Qsr, lse_Qs),
                 *(scale, count, new, part.first, part.first + part.count, window or 0, sinks, gone, share, done, total),
                 *(stride for t in halves for stride in t.stride()[:2]),
-                *(table.stride(0), *mask_strides),
+                *mask_strides,
                 **constants(part, cut, dtype, window is not None, q_sink_BHTR is not None, mask_BTS is not None),
                 num_warps=cut.warps,
                 num_stages=cut.stages,

@@ -1,6 +1,6 @@
 """What a decode kernel reads: tensors of a cache as they lie, without a copy.
 
-B sequences, S rows of a storage, n values of a row, G pages, L rows of a page.
+B sequences, S rows of a storage, n values of a row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Stored:
 
     Attributes:
         tensors: What a codec's ``encode`` returns: floating-point values, or codes and one scale a token.
-            ``[B, S, …]``, or ``[G, L, …]`` in pages; the last axis is contiguous.
+            ``[B, S, …]``; the last axis is contiguous.
         format: Of ``codecs.FORMATS``.
         size: Values of a row, ``n``.
     """
@@ -48,7 +48,7 @@ class Stored:
         return self.tensors[-1]
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """``[B, S, n]`` or ``[G, L, n]``."""
+        """``[B, S, n]``."""
         return codec(self.format, self.size).decode((self.codes, *self.tensors[1:]), dtype)
 
 
@@ -60,19 +60,14 @@ class Part:
         latent, rope: Where they lie.
         count: How many there are, at most; what lies beyond is not read.
         first: The number of the first of them in its sequence.
-        table_BP: Pages of every sequence, in order, int32; without one, sequences lie side by side.
     """
 
     latent: Stored
     rope: Stored
     count: int
     first: int = 0
-    table_BP: Tensor | None = None
 
     def rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Latents ``[B, count, r]`` and roped keys ``[B, count, R]``, gathered and restored."""
-        both = []
-        for half in (self.latent, self.rope):
-            value = half.decoded(dtype)
-            both.append((value if self.table_BP is None else value[self.table_BP].flatten(1, 2))[:, : self.count])
-        return both[0], both[1]
+        latent, rope = (half.decoded(dtype)[:, : self.count] for half in (self.latent, self.rope))
+        return latent, rope

@@ -20,7 +20,7 @@ from latentize.runtime.kernels.storage import Part, Stored
 
 __all__ = ["Variant", "passes", "works"]
 
-_ROWS, _PAGE = 80, 16
+_ROWS = 80
 # Of a query's sum, relative to its largest value.
 _LIMITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -35,7 +35,7 @@ class Variant:
         rank, rope_dim: Their sizes.
         queries: Heads times new tokens.
         new: New tokens.
-        paged, window, turned, masked: What is asked for.
+        window, turned, masked: What is asked for.
     """
 
     device: torch.device
@@ -46,7 +46,6 @@ class Variant:
     rope_dim: int
     queries: int
     new: int
-    paged: bool = False
     window: bool = False
     turned: bool = False
     masked: bool = False
@@ -69,9 +68,8 @@ def works(
     options = {"window": window is not None, "turned": q_sink_BHTR is not None, "masked": mask_BTS is not None}
     heads, new = q_BHTr.shape[1:3]
     for part in parts:
-        formats, paged = (part.latent.format, part.rope.format), part.table_BP is not None
-        sizes = (part.latent.size, part.rope.size, heads * new, new)
-        variant = Variant(q_BHTr.device, q_BHTr.dtype, *formats, *sizes, paged=paged, **options)
+        formats, sizes = (part.latent.format, part.rope.format), (part.latent.size, part.rope.size, heads * new, new)
+        variant = Variant(q_BHTr.device, q_BHTr.dtype, *formats, *sizes, **options)
         if variant not in _tried:
             if q_BHTr.is_cuda and torch.cuda.is_current_stream_capturing():
                 # Nothing can be compared here; whoever captures has warmed up, or gets the twin.
@@ -102,13 +100,9 @@ def passes(variant: Variant) -> tuple[float, float]:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=v.device)
 
-    halves = []
-    for name, size in ((v.latent, v.rank), (v.rope, v.rope_dim)):
-        tensors = codec(name, size).encode(noise(1, _ROWS, size))
-        tensors = tuple(t.view(-1, _PAGE, t.shape[-1]) for t in tensors) if v.paged else tensors
-        halves.append(Stored(tensors, name, size))
-    table = torch.arange(_ROWS // _PAGE, dtype=torch.int32, device=v.device)[None] if v.paged else None
-    part = Part(halves[0], halves[1], _ROWS, table_BP=table)
+    named = ((v.latent, v.rank), (v.rope, v.rope_dim))
+    latent, rope = (Stored(codec(name, size).encode(noise(1, _ROWS, size)), name, size) for name, size in named)
+    part = Part(latent, rope, _ROWS)
     q, q_rope, q_sink = (noise(1, heads, v.new, n).to(v.dtype) for n in (v.rank, v.rope_dim, v.rope_dim))
     lengths = torch.full((1,), _ROWS - 1, dtype=torch.int32, device=v.device)
     options = {
