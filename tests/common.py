@@ -40,6 +40,7 @@ FAMILIES = (
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "seed_oss",
     "smollm3",
     "stablelm",
     "starcoder2",
@@ -63,6 +64,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "olmo3": _ALTERNATING,
     "olmoe": _EXPERTS,
     "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "seed_oss": {"attention_out_bias": True},
     "smollm3": {"no_rope_layers": [1, 0]},
     "stablelm": {"use_qkv_bias": True},
 }

@@ -92,8 +92,8 @@ def test_tensor_shapes_are_the_models_own(family: str, switch: dict[str, Any], k
 def test_features_of_each_family(family: str) -> None:
     table = families()[family]
     attention = model_spec(entries(family, **{table.norm_eps: 1e-4})).attention
-    assert attention.qkv_bias == (family in ("glm", "glm4", "gpt_neox", "qwen2", "stablelm", "starcoder2"))
-    assert attention.o_bias == (family in ("gpt_neox", "starcoder2"))
+    assert attention.qkv_bias == (family in ("glm", "glm4", "gpt_neox", "qwen2", "seed_oss", "stablelm", "starcoder2"))
+    assert attention.o_bias == (family in ("gpt_neox", "seed_oss", "starcoder2"))
     across = family in ("olmo2", "olmo3", "olmoe")
     assert attention.qk_norm == (across or family in ("gemma3_text", "lfm2", "qwen3", "qwen3_moe"))
     assert attention.qk_norm_across == across
