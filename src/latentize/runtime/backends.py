@@ -21,6 +21,7 @@ from torch import Tensor
 from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS
 from latentize.runtime.kernels.launch import LARGEST_FLOAT32_RANK, LARGEST_RANK, LARGEST_ROPE, absorbed_decode
+from latentize.runtime.kernels.storage import KINDS
 from latentize.runtime.kernels.trial import works
 from latentize.runtime.rows import CachedRows
 
@@ -94,7 +95,10 @@ class Backend:
             parts, lengths_B, options = rows.storage(q_rope_BHTR)
             options |= {"mask_BTS": None if mask_BhTS is None else mask_BhTS[:, 0]}
             call = (q_BHTr, q_rope_BHTR, parts, lengths_B, scale)
-            if self.name == "triton" or works(*call[:3], **options):
+            unknown = {half.kind for part in parts for half in (part.latent, part.rope)} - set(KINDS)
+            if unknown:
+                why = f"rows in {', '.join(sorted(unknown))}"
+            elif self.name == "triton" or works(*call[:3], **options):
                 made = absorbed_decode(*call, **options)[0]
             else:
                 why = "the kernel failed its trial on this device"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -158,3 +159,16 @@ def test_a_trial_that_is_passed_is_not_repeated(monkeypatch: pytest.MonkeyPatch)
     model = latentize.accelerate(stock("deepseek_v3"))
     assert torch.equal(model.generate(prompt(), max_new_tokens=5), expected)
     assert dict(backend_of(model).used) == {"triton": 8} and calls == {"trial": 1, "decode": 8}
+
+
+def test_a_format_that_kernels_do_not_know_is_the_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unknown(TensorRows):
+        def storage(self, q_rope_BHTR: torch.Tensor) -> Any:
+            (part,), lengths, options = super().storage(q_rope_BHTR)
+            return [dataclasses.replace(part, latent=dataclasses.replace(part.latent, format="int6"))], lengths, options
+
+    backend = backends.Backend("auto")
+    monkeypatch.setattr(backends.Backend, "_declines", lambda *_: None)
+    rows, q = Unknown(torch.ones(1, 1, 5, 6), torch.ones(1, 1, 5, 4)), torch.ones(1, 2, 1, 6)
+    assert backend.attend(q, torch.ones(1, 2, 1, 4), rows, 1.0, None) is None
+    assert backend.used == {"torch: rows in int6": 1}

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentize.runtime.codecs import codec
+from latentize.runtime.codecs import FLOATS, codec
 
-__all__ = ["Part", "Stored"]
+__all__ = ["KINDS", "Part", "Stored"]
 
-_QUANTISED = ("fp8", "int8", "int4")
+# Formats as kernels know them.
+KINDS = ("float", "fp8", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Stored:
 
     @property
     def kind(self) -> str:
-        """The format as kernels know it."""
-        return self.format if self.format in _QUANTISED else "float"
+        """The format as kernels know it, one of ``KINDS`` where they do."""
+        return "float" if self.format in FLOATS.values() else self.format
 
     @property
     def codes(self) -> Tensor:
