@@ -23,6 +23,7 @@ STOCK = 1e-4  # stock DeepSeek-V3, whose latent norm is linear to 2**-16
 STREAM = 1e-4  # one measurement made in two ways
 
 FAMILIES = (
+    "ernie4_5",
     "gemma2",
     "gemma3_text",
     "glm",

@@ -22,7 +22,7 @@ from latentize.modeling.load import load_model
 from latentize.runtime.cache import LatentCache
 
 # What the portable format holds exactly, up to compression, or after a linear fit; the rest stays in its own form.
-EXACT = ("granite", "llama", "mistral", "phi3", "smollm3")
+EXACT = ("ernie4_5", "granite", "llama", "mistral", "phi3", "smollm3")
 FITTED = ("glm", "qwen2", "qwen3", "seed_oss")
 
 
