@@ -77,6 +77,79 @@ def divergence(
     return total / len(hidden_nD), torch.cat(gradients)
 
 
+class _Student:
+    """The whole converted model as a function of its attention layers.
+
+    Attributes:
+        parameters: Of all converted layers, in order.
+        heads: How many matrices each of them is.
+        shares: Size of a step of each, relative to the mean of all layers.
+        teacher: The checked text as it leaves the source.
+        untouched: The checked text as it leaves the converted model before it is rounded or trained, in parts.
+    """
+
+    def __init__(
+        self, source: SourceModel, weights: Sequence[LatentWeights | None], check: Passages, how: Polish
+    ) -> None:
+        self._source, self._size = source, how.sequences(check.length)
+        self._start = [w for w in weights if w is not None]
+        self._attentions = [trainable(w) for w in self._start]
+        self._checked, self._layers = source.embed(check), []
+        of_layer, wrong = iter(self._attentions), []
+        teacher, made = self._checked.clone(), self._checked.clone()
+        for index, w in enumerate(weights):
+            layer, attention = source.layer(index), None if w is None else next(of_layer)
+            layer.run(teacher)
+            layer.run(made, attention)
+            if attention is not None:
+                wrong.append(stream_error(made, teacher))
+            # From here on only what a step runs is needed of it.
+            layer.narrow()
+            self._layers.append(layer.with_attention(attention))
+            layer.forget()
+        self.teacher, self.untouched = teacher, made.hidden_NTD.split(self._size)
+        usual = max(sum(wrong) / len(wrong), 1e-30)
+        pairs = list(zip(wrong, self._attentions, strict=True))
+        self.shares = [(error / usual) ** 0.5 for error, a in pairs for _ in a.parameters()]
+        self.parameters = [p for a in self._attentions for p in a.parameters()]
+        self.heads = [each for a in self._attentions for each in stacked_heads(a)]
+        self._head, self._at_once = source.head(), max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
+
+    def run(self, stream: Stream) -> Tensor:
+        """Hidden states that leave the last layer, ``[n, D]``."""
+        for layer in self._layers:
+            stream = layer(stream)
+        return stream.hidden_NTD.flatten(0, 1)
+
+    @torch.enable_grad()
+    def learn(self, stream: Stream) -> Tensor:
+        """:meth:`run`, so that gradients can come back."""
+        return self.run(stream)
+
+    def compared(self, hidden_nD: Tensor, teacher_BTD: Tensor) -> tuple[float, Tensor]:
+        """:func:`divergence` of these from what leaves the source."""
+        return divergence(hidden_nD, teacher_BTD.flatten(0, 1), self._head, at_once=self._at_once)
+
+    def mean(self, finals: Iterable[Tensor]) -> float:
+        """Divergence of final hidden states of the checked text, in parts."""
+        pairs = zip(finals, self.teacher.hidden_NTD.split(self._size), strict=True)
+        total = sum(self.compared(hidden_nD, teacher)[0] * len(teacher) for hidden_nD, teacher in pairs)
+        return total / len(self.teacher)
+
+    @torch.no_grad()
+    def look(self) -> float:
+        """Divergence on the checked text, as it is now."""
+        return self.mean(self.run(part) for part in self._checked.split(self._size))
+
+    def state(self) -> list[Tensor]:
+        """A copy of all parameters."""
+        return [p.detach().clone() for p in self.parameters]
+
+    def weights(self) -> list[LatentWeights]:
+        """As they are now, in float32."""
+        return [refined(a, w) for a, w in zip(self._attentions, self._start, strict=True)]
+
+
 def polish(
     source: SourceModel,
     weights: Sequence[LatentWeights | None],
@@ -103,62 +176,23 @@ def polish(
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    start = [w for w in weights if w is not None]
-    attentions = [trainable(w) for w in start]
-    of_layer = iter(attentions)
-    entering_check, head, runs = source.embed(check), source.head(), []
-    checked, made, wrong = entering_check.clone(), entering_check.clone(), []
-    for index, w in enumerate(weights):
-        layer = source.layer(index)
-        attention = None if w is None else next(of_layer)
-        layer.run(checked)
-        layer.run(made, attention)
-        if attention is not None:
-            wrong.append(stream_error(made, checked))
-        # From here on only what a step runs is needed of it.
-        layer.narrow()
-        runs.append(layer.with_attention(attention))
-        layer.forget()
-    at_once = max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
-    parameters = [p for a in attentions for p in a.parameters()]
-    usual = max(sum(wrong) / len(wrong), 1e-30)
-    shares = [(error / usual) ** 0.5 for error, a in zip(wrong, attentions, strict=True) for _ in a.parameters()]
-    heads = [each for a in attentions for each in stacked_heads(a)]
-    size = how.sequences(text.length)
-
-    def run(stream: Stream) -> Tensor:
-        for layer in runs:
-            stream = layer(stream)
-        return stream.hidden_NTD.flatten(0, 1)
-
-    def compared(hidden_nD: Tensor, teacher_BTD: Tensor) -> tuple[float, Tensor]:
-        return divergence(hidden_nD, teacher_BTD.flatten(0, 1), head, at_once=at_once)
-
-    def mean(finals: Iterable[Tensor]) -> float:
-        """Of final hidden states of the checked text, in parts."""
-        pairs = zip(finals, checked.hidden_NTD.split(size), strict=True)
-        return sum(compared(hidden_nD, teacher)[0] * len(teacher) for hidden_nD, teacher in pairs) / len(check)
-
-    def look() -> float:
-        with torch.no_grad():
-            return mean(run(part) for part in entering_check.split(size))
-
+    student = _Student(source, weights, check, how)
     # Before anything is rounded: what is exact stays as it is.
-    if mean(part.flatten(0, 1) for part in made.hidden_NTD.split(size)) < how.enough:
-        return [refined(a, w) for a, w in zip(attentions, start, strict=True)]
-    del made
+    if student.mean(part.flatten(0, 1) for part in student.untouched) < how.enough:
+        return student.weights()
+    student.untouched = ()
     fast = torch.autocast(teacher_NTD.device.type, torch.bfloat16, enabled=source.precision.faster)
     with fast:
-        best, kept = look(), [p.detach().clone() for p in parameters]
-    steps = descent(parameters, replace(how, rate=how.rate * min(1.0, best) ** 0.5), shares, heads)
+        best, kept = student.look(), student.state()
+    how = replace(how, rate=how.rate * min(1.0, best) ** 0.5)
+    steps = descent(student.parameters, how, student.shares, student.heads)
     for step, rows in enumerate(how.batches(len(text), text.length)):
         value = 0.0
         for part in rows.split(max(1, how.at_once // text.length)):
-            with fast:
-                with torch.enable_grad():
-                    hidden_nD = run(source.embed(text[part]))
-                lost, by_hidden_nD = compared(hidden_nD, teacher_NTD[part])
             share = len(part) / len(rows)
+            with fast:
+                hidden_nD = student.learn(source.embed(text[part]))
+                lost, by_hidden_nD = student.compared(hidden_nD, teacher_NTD[part])
             value += share * lost
             steps.gather(hidden_nD, by_hidden_nD.mul_(share))
             del hidden_nD
@@ -168,10 +202,10 @@ def polish(
         if (step + 1) * how.looks % how.steps < how.looks:
             # Steps shrink to nothing, and the gain may come with the last: not having gained yet is no reason to end.
             with fast:
-                seen = look()
-            if seen < best:
-                best, kept = seen, [p.detach().clone() for p in parameters]
+                found = student.look()
+            if found < best:
+                best, kept = found, student.state()
         progress("polishing", step + 1, how.steps, f"KL {value:.4f}, held out {best:.4f}")
-    for parameter, value in zip(parameters, kept, strict=True):
+    for parameter, value in zip(student.parameters, kept, strict=True):
         parameter.data.copy_(value)
-    return [refined(a, w) for a, w in zip(attentions, start, strict=True)]
+    return student.weights()
