@@ -52,7 +52,8 @@ def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
     if kind is bool and info.default is None:
         # It may be left open, switched on, or switched off.
         names = [f"{names[0]}/--no-{name.replace('_', '-')}"]
-    known = info.default not in (None, (), False)
+    # Zero is a default like any other, and equal to False.
+    known = info.default is not False and info.default not in (None, ())
     described = " ".join((info.description or "").split())
     help_text = f"{described}{f' Default: {info.default}.' if known else ''}".replace("``", "")
     annotation = Annotated[kind | None, typer.Option(*names, help=help_text)]

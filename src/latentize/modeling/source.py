@@ -162,8 +162,8 @@ class SourceLayer:
         name = self.names(role)
         return getattr(self._module, name)(x_BTD) if name else x_BTD
 
-    def narrow(self) -> None:
-        """Hold as stored what is multiplied in bfloat16 anyway: it need not be converted at every step."""
+    def hold_as_stored(self) -> None:
+        """What is multiplied in bfloat16 anyway need not be converted at every step."""
         if not self.precision.faster:
             return
         for name in MULTIPLIED:

@@ -104,7 +104,7 @@ class _Student:
             if attention is not None:
                 wrong.append(stream_error(made, teacher))
             # From here on only what a step runs is needed of it.
-            layer.narrow()
+            layer.hold_as_stored()
             self._layers.append(layer.with_attention(attention))
             layer.forget()
         self.teacher, self.untouched = teacher, made.hidden_NTD.split(self._size)

@@ -35,8 +35,13 @@ def test_every_field_is_an_option_that_says_what_it_means(
         assert found[name].help.startswith(" ".join(field.description.split()).replace("``", ""))
         assert f"--{name.replace('_', '-')}" in found[name].opts
         assert found[name].default is None, "what is not given is left to the recipe"
-        if field.default not in (None, (), False):
+        if field.default is not False and field.default not in (None, ()):
             assert found[name].help.endswith(f"Default: {field.default}.")
+
+
+def test_a_default_of_zero_is_said() -> None:
+    assert options("convert")["seed"].help.endswith("Default: 0.")
+    assert options("heal")["ce"].help.endswith("Default: 0.0.")
 
 
 def test_a_switch_may_be_left_open() -> None:
