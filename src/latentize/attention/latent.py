@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from latentize.attention.cache import GrowingCache
+from latentize.attention.coding import RowCode
 from latentize.attention.grouped import attend, capped, head_norm
 from latentize.attention.masks import causal_mask
 from latentize.attention.projections import UpProjections
@@ -53,6 +54,7 @@ class LatentWeights:
             ``None``; exact only where the whole head is roped.
         norm_eps: Epsilon of that norm.
         softcap: Logits are ``softcap · tanh(logits / softcap)``; 0 is not at all.
+        code: How cached rows are rounded, or ``None``; not trained.
     """
 
     q_nope_HND: Tensor
@@ -72,6 +74,7 @@ class LatentWeights:
     k_norm_R: Tensor | None = None
     norm_eps: float = 1e-6
     softcap: float = 0.0
+    code: RowCode | None = None
 
     @property
     def spec(self) -> LatentSpec:
@@ -224,6 +227,8 @@ def latent_attention(
         positions_BT = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
     q_nope_BHTN, q_rope_BHTR = queries(x_BTD, w, positions_BT)
     c_B1Sr, k_rope_BPSR = cache_rows(x_BTD, w, positions_BT)
+    if w.code is not None:
+        c_B1Sr, k_rope_BPSR = w.code.rounded(c_B1Sr, k_rope_BPSR, w.code.exact(positions_BT, past))
     if cache is not None:
         c_B1Sr, k_rope_BPSR = cache.update(c_B1Sr, k_rope_BPSR, layer_idx)
     allowed_TS = causal_mask(x_BTD.shape[1], c_B1Sr.shape[2], window=window, device=x_BTD.device)

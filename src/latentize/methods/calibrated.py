@@ -16,6 +16,7 @@ from latentize.attention.spec import AttentionSpec
 from latentize.errors import OptionError
 from latentize.methods.low_rank import Factors
 from latentize.methods.method import Method, budget_of
+from latentize.methods.mha2mla import split_per_head
 from latentize.methods.position import (
     Components,
     costliest,
@@ -48,6 +49,10 @@ class Calibrated(Method):
 
     def candidates(self, recipe: Recipe, spec: AttentionSpec) -> Iterator[Setting]:
         """Ladders for formats with one base for all layers; free frequencies for the others."""
+        if recipe.whole:
+            keys, values = spec.num_kv_heads, spec.num_kv_heads * spec.head_dim
+            yield Setting(self.name, min(values, spec.hidden_size), spec.head_dim, keys, whole=True)
+            return
         not_linear = spec.qkv_bias or spec.o_bias or spec.qk_norm
         for rank, rope in _sizes(recipe, spec):
             # A roped key larger than a head's has rungs between the source's frequencies.
@@ -62,9 +67,13 @@ class Calibrated(Method):
             yield from found
 
     def needs(self, setting: Setting, spec: AttentionSpec) -> Needed:
+        if setting.whole:
+            return Needed()
         return Needed(distances=True, cross=setting.linear and spec.qk_norm)
 
     def split(self, w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> RopeSplit:
+        if setting.whole:
+            return split_per_head(w, spec, torch.arange(spec.head_dim // 2).expand(spec.num_kv_heads, -1))
         if setting.stride is not None and not spec.rotates:
             # A ladder that all layers share would turn what should not turn: its key stays empty here.
             rungs_J = ladder(spec.rope.theta, spec.rope.rotary_dim, setting.qk_rope_head_dim, setting.stride)

@@ -25,6 +25,7 @@ class Setting:
         damping: ``care``.
         stride: ``calibrated``: rungs of the ladder lie this many of the source's apart. Without one, each layer keeps
             the frequencies that serve it best, which only the native format holds.
+        whole: ``calibrated``: every key keeps its head, its rotation and its norm, and nothing is compressed.
         linear: ``calibrated``: biases and per-head norms are replaced by the nearest linear projections.
     """
 
@@ -38,6 +39,7 @@ class Setting:
     damping: float | None = None
     stride: float | None = None
     linear: bool = False
+    whole: bool = False
 
     @property
     def cache_values(self) -> int:
@@ -50,7 +52,7 @@ class Setting:
 
     def on_source_frequencies(self, spec: AttentionSpec) -> bool:
         """Whether all that rotates does so as something in the source did, up to biases and norms kept as they are."""
-        if self.freqfold is not None or self.selection is not None:
+        if self.whole or self.freqfold is not None or self.selection is not None:
             return True
         whole = self.stride is None or (
             spec.rope.is_plain

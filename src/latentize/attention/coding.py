@@ -1,0 +1,228 @@
+"""Transform coding of cached rows: components in a basis of their own, each in as many bits as it is worth.
+
+A latent of rank ``r`` in ``b`` bits a value is a special case, in which ``r`` components get ``b`` bits and all others
+none (reverse water-filling: Cover & Thomas, Elements of Information Theory, section 10.3). The basis of the latent is
+in the weights around it. Roped keys may only be mixed where that commutes with RoPE: the pairs of several keys that
+turn at one frequency are a complex vector, and any complex matrix commutes with its rotation.
+
+Components come with the widest codes first, and in units of their steps: what is stored of a value is an integer, and
+all values of a token's half (latent or roped) share one gain of eight bits.
+
+B batch, T tokens, H query heads, P roped keys, R size of a roped key, F = R / 2 pairs, J = P F components of the roped
+keys, n = 2 J real values of them, r kv_lora_rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "GAUSSIAN_STEPS",
+    "MOST_BITS",
+    "RowCode",
+    "Segments",
+    "bits_of",
+    "coded",
+    "gain_codes",
+    "gain_values",
+    "levels",
+    "row_bytes",
+]
+
+# ``(bits, values)`` along an axis, the widest first. What gets no bits comes last.
+Segments = tuple[tuple[int, int], ...]
+
+MOST_BITS = 8
+# Step of the best uniform quantiser of so many bits for a Gaussian, in standard deviations (Max, IRE Trans. Inf. Theory
+# 6, 1960, table II; from six bits on by the same computation).
+GAUSSIAN_STEPS = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
+# Codes of a gain for a factor of two, and the least and the largest of them.
+_OCTAVE, _LEAST, _LARGEST = 8, -128, 127
+
+
+def bits_of(segments: Segments) -> Tensor:
+    """Bits of each value, ``[n]`` int64."""
+    return torch.tensor([bits for bits, count in segments for _ in range(count)], dtype=torch.int64)
+
+
+def row_bytes(latent: Segments, rope: Segments) -> int:
+    """Bytes of a token: a gain for each half, and eight values of a width in as many bytes as it has bits."""
+    return 2 + sum(bits * -(-count // 8) for part in (latent, rope) for bits, count in part)
+
+
+def gain_codes(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
+    """What is stored of each token's gain, ``[B, s, 1]`` int16.
+
+    Args:
+        x_Bsn: Values, in steps.
+        segments: Their widths.
+        spread: Factor on the root mean square of all values, each relative to what its width is best for.
+    """
+    steps_n = torch.tensor(GAUSSIAN_STEPS, device=x_Bsn.device)[bits_of(segments).to(x_Bsn.device)]
+    count = max(1, sum(values for bits, values in segments if bits))
+    square_Bs1 = (x_Bsn.float() * steps_n).square().sum(-1, keepdim=True) / count
+    wanted_Bs1 = _OCTAVE * (0.5 * square_Bs1.clamp_min(1e-30).log2() + torch.log2(torch.tensor(spread)))
+    return wanted_Bs1.round().clamp(_LEAST, _LARGEST).to(torch.int16)
+
+
+def gain_values(codes: Tensor) -> Tensor:
+    """Gains of their codes, float32."""
+    return torch.exp2(codes.float() / _OCTAVE)
+
+
+def levels(x_Bsn: Tensor, gain_Bs1: Tensor, segments: Segments) -> Tensor:
+    """Codes of values, ``[B, s, n]`` uint8: the first of ``2^bits`` intervals is 0, and what gets no bits is, too."""
+    half_n = (2.0 ** (bits_of(segments) - 1)).to(x_Bsn.device)
+    level_Bsn = (x_Bsn.float() / gain_Bs1).floor() + half_n
+    top_n = (2 * half_n - 1).clamp_min(0)
+    return level_Bsn.maximum(torch.zeros((), device=x_Bsn.device)).minimum(top_n).nan_to_num().to(torch.uint8)
+
+
+def coded(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
+    """Values as they come back from their codes, float32."""
+    bits_n = bits_of(segments).to(x_Bsn.device)
+    gain_Bs1 = gain_values(gain_codes(x_Bsn, segments, spread))
+    middle_n = 2.0 ** (bits_n - 1) - 0.5
+    value_Bsn = (levels(x_Bsn, gain_Bs1, segments).float() - middle_n) * gain_Bs1
+    return torch.where(bits_n > 0, value_Bsn, 0.0)
+
+
+@dataclass(frozen=True)
+class RowCode:
+    """How one layer's rows are stored.
+
+    Attributes:
+        latent: Widths of the latent's values; their basis is in the weights.
+        rope: Widths of the roped components' values, a real and an imaginary part each.
+        mix_JP2: From the pairs of all roped keys that turn at a component's frequency to the component: the real and
+            the imaginary parts of ``z_j = Σ_p mix[j, p] κ[p, pair_j]``.
+        pair_J: Number of each component's pair.
+        spreads: Factors on the gains of latent and roped components.
+        sinks: Tokens at the start of a text that are stored as they are.
+    """
+
+    latent: Segments
+    rope: Segments
+    mix_JP2: Tensor
+    pair_J: Tensor
+    spreads: tuple[float, float] = (1.0, 1.0)
+    sinks: int = 4
+
+    @cached_property
+    def _of_pair_FP(self) -> Tensor:
+        """Numbers of the components of each pair."""
+        keys = self.mix_JP2.shape[1]
+        return self.pair_J.argsort(stable=True).view(-1, keys)
+
+    @cached_property
+    def _unmix_JP(self) -> Tensor:
+        """From components back to keys, complex: the inverse of the mix, pair by pair."""
+        mix_JP = torch.view_as_complex(self.mix_JP2.double().contiguous())
+        order_FP = self._of_pair_FP
+        inverse_FPC = torch.linalg.inv(mix_JP[order_FP])
+        unmix_JP = torch.empty_like(mix_JP)
+        unmix_JP[order_FP.flatten()] = inverse_FPC.mT.flatten(0, 1)
+        return unmix_JP.to(torch.complex64)
+
+    @property
+    def rope_values(self) -> int:
+        """Real values of the roped components."""
+        return 2 * len(self.pair_J)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token that is not stored as it is, both gains included."""
+        return row_bytes(self.latent, self.rope)
+
+    def to(self, device: torch.device) -> RowCode:
+        """The same on a device."""
+        return replace(self, mix_JP2=self.mix_JP2.to(device), pair_J=self.pair_J.to(device))
+
+    def components(self, k_rope_BPTR: Tensor) -> Tensor:
+        """Roped keys after RoPE as components, ``[B, T, n]`` float32."""
+        re_BPTF, im_BPTF = k_rope_BPTR.float().chunk(2, dim=-1)
+        pair_J = self.pair_J.long()
+        re_BPTJ, im_BPTJ = re_BPTF[..., pair_J], im_BPTF[..., pair_J]
+        a_PTJ, b_PTJ = (part_JP.float().mT[:, None] for part_JP in self.mix_JP2.unbind(-1))
+        z_re_BTJ = (a_PTJ * re_BPTJ - b_PTJ * im_BPTJ).sum(1)
+        z_im_BTJ = (a_PTJ * im_BPTJ + b_PTJ * re_BPTJ).sum(1)
+        return torch.stack([z_re_BTJ, z_im_BTJ], dim=-1).flatten(-2)
+
+    def keys(self, z_BTn: Tensor) -> Tensor:
+        """Roped keys ``[B, P, T, R]`` of components: the inverse of :meth:`components`."""
+        z_BTFP2 = z_BTn.unflatten(-1, (-1, 2))[..., self._of_pair_FP, :]
+        unmix_FPP = self._unmix_JP[self._of_pair_FP]
+        # Axes: component, then key.
+        a_FCP, b_FCP = unmix_FPP.real, unmix_FPP.imag
+        re_BTFC, im_BTFC = z_BTFP2.float().unbind(-1)
+        re = torch.einsum("btfc,fcp->bptf", re_BTFC, a_FCP) - torch.einsum("btfc,fcp->bptf", im_BTFC, b_FCP)
+        im = torch.einsum("btfc,fcp->bptf", im_BTFC, a_FCP) + torch.einsum("btfc,fcp->bptf", re_BTFC, b_FCP)
+        return torch.cat([re, im], dim=-1)
+
+    def queries(self, q_rope_BHTR: Tensor) -> Tensor:
+        """Roped queries whose products with components are those of the queries with keys, ``[B, H, T, n]``."""
+        heads, keys = q_rope_BHTR.shape[1], self.mix_JP2.shape[1]
+        re_BHTF, im_BHTF = q_rope_BHTR.float().chunk(2, dim=-1)
+        pair_J = self.pair_J.long()
+        re_BHTJ, im_BHTJ = re_BHTF[..., pair_J], im_BHTF[..., pair_J]
+        own_HJ = self._unmix_JP.mT.repeat_interleave(heads // keys, dim=0)
+        a_H1J, b_H1J = own_HJ.real[:, None], own_HJ.imag[:, None]
+        # The conjugate, as for any inner product.
+        made = (a_H1J * re_BHTJ + b_H1J * im_BHTJ, a_H1J * im_BHTJ - b_H1J * re_BHTJ)
+        return torch.stack(made, dim=-1).flatten(-2).to(q_rope_BHTR.dtype)
+
+    def exact(self, positions_BT: Tensor, past: int) -> Tensor:
+        """Which of the new tokens are stored as they are, ``[B, T]``: the first of each text, wherever it begins.
+
+        Args:
+            positions_BT: Of the new tokens. Padding before a text has positions that are no smaller than its first.
+            past: Tokens before them.
+        """
+        if past:
+            return positions_BT < self.sinks
+        # The last of the smallest: padding may have the same.
+        number_T = torch.arange(positions_BT.shape[1], device=positions_BT.device)
+        first_B1 = positions_BT.shape[1] - 1 - positions_BT.flip(1).argmin(1, keepdim=True)
+        return (number_T >= first_B1) & (number_T < first_B1 + self.sinks)
+
+    def rounded(self, c_B1Tr: Tensor, k_rope_BPTR: Tensor, exact_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents and roped keys as a cache gives them back. Gradients go through as if nothing were rounded
+        (straight-through: Bengio et al., arXiv 1308.3432).
+
+        Args:
+            c_B1Tr, k_rope_BPTR: Of new tokens.
+            exact_BT: Which of them are stored as they are.
+        """
+        with torch.no_grad(), torch.autocast(c_B1Tr.device.type, enabled=False):
+            c_hat = coded(c_B1Tr, self.latent, self.spreads[0])
+            k_hat = self.keys(coded(self.components(k_rope_BPTR), self.rope, self.spreads[1]))
+            exact_B1T1 = exact_BT[:, None, :, None]
+            c_lost = torch.where(exact_B1T1, 0.0, c_hat - c_B1Tr.float()).to(c_B1Tr.dtype)
+            k_lost = torch.where(exact_B1T1, 0.0, k_hat - k_rope_BPTR.float()).to(k_rope_BPTR.dtype)
+        return c_B1Tr + c_lost, k_rope_BPTR + k_lost
+
+    def describe(self) -> dict[str, Any]:
+        """What a config says of it; the rest is tensors."""
+        return {
+            "latent_bits": [list(segment) for segment in self.latent],
+            "rope_bits": [list(segment) for segment in self.rope],
+            "gain_spreads": list(self.spreads),
+            "exact_tokens": self.sinks,
+        }
+
+    @classmethod
+    def described(cls, entry: dict[str, Any], mix_JP2: Tensor, pair_J: Tensor) -> RowCode:
+        """The inverse of :meth:`describe`."""
+        latent, rope = (_segments(entry[name]) for name in ("latent_bits", "rope_bits"))
+        first, second = entry["gain_spreads"]
+        return cls(latent, rope, mix_JP2, pair_J, (first, second), entry["exact_tokens"])
+
+
+def _segments(entries: Sequence[Sequence[int]]) -> Segments:
+    return tuple((bits, count) for bits, count in entries)

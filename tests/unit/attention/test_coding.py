@@ -1,0 +1,119 @@
+"""Coded rows: their basis is exact, their rounding is what theory says, and gradients go through it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.common import FP32, relative_error
+
+from latentize.attention.cache import GrowingCache
+from latentize.attention.coding import GAUSSIAN_STEPS, MOST_BITS, RowCode, coded
+from latentize.attention.latent import LatentWeights, latent_attention
+from latentize.attention.rope import rope_angles, rotate_half, rotate_interleaved
+
+# Mean squared error of the best uniform quantiser for a Gaussian of variance one (Max 1960, table II).
+MAX_ERRORS = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.003490}
+
+
+def row_code(keys: int, pairs: int, latent: int = 8, *, seed: int = 0, sinks: int = 2) -> RowCode:
+    """Some code: a quarter of the values in 6 bits, a quarter in 3, the rest in none."""
+    g = torch.Generator().manual_seed(seed)
+    count = keys * pairs
+    order = torch.arange(pairs).repeat_interleave(keys)[torch.randperm(count, generator=g)]
+
+    def segments(size: int) -> tuple[tuple[int, int], ...]:
+        return tuple((bits, n) for bits, n in ((6, size // 4), (3, size // 4), (0, size - 2 * (size // 4))) if n)
+
+    mix = torch.randn(count, keys, 2, generator=g) * 4
+    return RowCode(segments(latent), segments(2 * count), mix, order.int(), (1.0, 1.1), sinks)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([(1, 4), (2, 3), (3, 8)]), st.integers(1, 3), st.integers(1, 5))
+def test_components_hold_what_the_keys_hold(seed: int, shape: tuple[int, int], share: int, tokens: int) -> None:
+    keys, pairs = shape
+    code = row_code(keys, pairs, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    k = torch.randn(2, keys, tokens, 2 * pairs, generator=g)
+    q = torch.randn(2, keys * share, 3, 2 * pairs, generator=g)
+    z = code.components(k)
+    assert z.shape == (2, tokens, 2 * keys * pairs)
+    # Random mixes may be near to singular.
+    assert relative_error(code.keys(z), k) < 1e-3
+    expected = q @ k.repeat_interleave(share, dim=1).mT
+    assert relative_error(code.queries(q) @ z[:, None].mT, expected) < 1e-3
+
+
+def test_components_turn_as_keys_do() -> None:
+    code, frequencies = row_code(3, 4), torch.tensor([1.0, 0.3, 0.1, 0.02])
+    k = torch.randn(1, 3, 6, 8)
+    cos, sin = rope_angles(frequencies[None], torch.arange(6)[None] * 7)
+    turned_first = code.components(rotate_half(k, cos, sin))
+    own_cos, own_sin = (part[:, 0][..., code.pair_J.long()] for part in (cos[..., :4], sin[..., :4]))
+    assert relative_error(rotate_interleaved(code.components(k), own_cos, own_sin), turned_first) < FP32
+
+
+@pytest.mark.parametrize("bits", range(1, MOST_BITS + 1))
+def test_the_error_is_that_of_the_best_uniform_quantiser(bits: int) -> None:
+    x = torch.randn(1, 2000, 64) / GAUSSIAN_STEPS[bits]
+    error = float((coded(x, ((bits, 64),), 1.0) - x).square().mean() / x.square().mean())
+    if bits in MAX_ERRORS:
+        # The gain takes the spread of a token's own size out of it, which a Gaussian has little of.
+        assert 0.85 * MAX_ERRORS[bits] < error < 1.02 * MAX_ERRORS[bits]
+    else:
+        assert error < MAX_ERRORS[5] / 3 ** (bits - 5)
+
+
+def test_a_token_may_be_of_any_size() -> None:
+    x, segments = torch.randn(1, 5, 16), ((4, 8), (2, 8))
+    made = coded(x, segments, 1.0)
+    for power in (-9, -1, 3, 12):
+        assert torch.equal(coded(x * 2.0**power, segments, 1.0), made * 2.0**power)
+    assert coded(torch.zeros(1, 1, 16), segments, 1.0).abs().max() < 1e-3
+    assert torch.equal(coded(x, ((3, 8), (0, 8)), 1.0)[..., 8:], torch.zeros(1, 5, 8)), "no bits, no value"
+
+
+def test_exact_tokens_are_the_first_of_each_text() -> None:
+    code = row_code(1, 4, sinks=2)
+    at = torch.tensor([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2], [1, 1, 0, 1, 2], [50, 51, 90, 91, 92]])
+    first = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    assert torch.equal(code.exact(at, 0), first)
+    assert torch.equal(code.exact(torch.tensor([[1, 2, 3]]), 1), torch.tensor([[True, False, False]]))
+    assert not code.exact(torch.tensor([[700]]), 700).any()
+
+
+def test_gradients_go_through() -> None:
+    code = row_code(2, 4)
+    c, k = torch.randn(1, 1, 5, 8, requires_grad=True), torch.randn(1, 2, 5, 8, requires_grad=True)
+    exact = torch.tensor([[True, True, False, False, False]])
+    c_hat, k_hat = code.rounded(c, k, exact)
+    for put, back in ((c, c_hat), (k, k_hat)):
+        assert torch.equal(back[:, :, :2], put[:, :, :2])
+        assert not torch.allclose(back[:, :, 2:], put[:, :, 2:])
+        (gradient,) = torch.autograd.grad(back.square().sum(), put)
+        assert torch.equal(gradient, 2 * back)
+
+
+def test_a_config_says_what_tensors_do_not() -> None:
+    code = row_code(2, 4)
+    again = RowCode.described(code.describe(), code.mix_JP2, code.pair_J)
+    assert vars(again) == vars(code)
+    assert code.row_bytes == 2 + 6 * 1 + 3 * 1 + 6 * 1 + 3 * 1, "eight values of a width at a time"
+
+
+@pytest.mark.parametrize("absorb", [True, False])
+def test_the_readable_form_attends_to_rounded_rows(absorb: bool) -> None:
+    H, N, R, r, P, V, D = 4, 5, 8, 8, 2, 3, 12
+    shapes = [(H, N, D), (H, R, D), (r, D), (P, R, D), (2, N, r), (2, V, r), (D, H, V)]
+    w = LatentWeights(*map(torch.randn, shapes), torch.rand(1, R // 2).expand(P, -1), 0.3)
+    code, x = row_code(P, R // 2, r), torch.randn(1, 9, D)
+    plain, rounded = (latent_attention(x, each, absorb=absorb) for each in (w, replace(w, code=code)))
+    assert torch.equal(plain[:, :2], rounded[:, :2]), "the first tokens are exact"
+    assert relative_error(rounded, plain) > 1e-3
+    cache, made = GrowingCache(), []
+    for token in x.split(1, dim=1):
+        made.append(latent_attention(token, replace(w, code=code), absorb=absorb, cache=cache))
+    assert relative_error(torch.cat(made, dim=1), rounded) < FP32

@@ -1,0 +1,97 @@
+"""Bits go where an error costs most, and a basis that is exact changes nothing by itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import log2
+
+import pytest
+import torch
+from tests.common import relative_error
+
+from latentize.attention.latent import LatentWeights, latent_attention
+from latentize.errors import OptionError
+from latentize.methods.rate import Components, RowSamples, apply_plan, components, measured_factors, plans
+
+TOKENS, RANK, KEYS, PAIRS = 4096, 16, 2, 4
+
+
+def samples(seed: int = 0, scale: float = 1.0) -> RowSamples:
+    """Rows that are correlated, and gradients that are."""
+    g = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    spread = torch.logspace(1, -2, RANK)
+    c = drawn(TOKENS, RANK) * spread @ torch.linalg.qr(drawn(RANK, RANK))[0]
+    by_c = scale * 1e-2 * drawn(TOKENS, RANK) @ drawn(RANK, RANK)
+    k = torch.einsum("npr,pq->nqr", drawn(TOKENS, KEYS, 2 * PAIRS), drawn(KEYS, KEYS))
+    return RowSamples(c, by_c, k, scale * 1e-2 * drawn(TOKENS, KEYS, 2 * PAIRS))
+
+
+@pytest.fixture(scope="module")
+def layer() -> Components:
+    return components(samples())
+
+
+def weights() -> LatentWeights:
+    g = torch.Generator().manual_seed(1)
+    H, N, V, D, R = 4, 3, 5, 12, 2 * PAIRS
+    shapes = [(H, N, D), (H, R, D), (RANK, D), (KEYS, R, D), (2, N, RANK), (2, V, RANK), (D, H, V)]
+    tensors = [torch.randn(shape, generator=g) for shape in shapes]
+    return LatentWeights(*tensors, torch.rand(1, PAIRS, generator=g).expand(KEYS, -1), 0.2)
+
+
+def test_components_are_uncorrelated_and_their_errors_add_up(layer: Components) -> None:
+    rows = samples()
+    z = rows.c_nr.double() @ layer.encode_rr.mT
+    moment = z.mT @ z / TOKENS
+    assert relative_error(moment.diagonal().diag(), moment) < 1e-6
+    by_z = rows.by_c_nr.double() @ layer.decode_rr
+    information = 0.5 * by_z.mT @ by_z / TOKENS
+    assert relative_error(torch.eye(RANK).double(), information) < 0.05, "in nats: half of a gradient's square is one"
+    assert relative_error(layer.encode_rr @ layer.decode_rr, torch.eye(RANK).double()) < 1e-6
+
+
+def test_what_matters_more_gets_more_bits(layer: Components) -> None:
+    (plan,) = plans([layer], [(1.0, 1.0)], 16.0)
+    assert plan.row_bytes <= 16
+    assert plan.latent_m[0] > plan.latent_m[-1]
+    assert plan.latent_m.diff().max() <= 0 and plan.rope_m.diff().max() <= 0, "the widest come first"
+    more, less = plans([layer, components(samples(scale=0.1))], [(1.0, 1.0)] * 2, 16.0)
+    assert more.row_bytes > less.row_bytes
+    assert more.row_bytes + less.row_bytes <= 32
+    raised, same = plans([layer, layer], [(100.0, 100.0), (1.0, 1.0)], 16.0)
+    assert raised.row_bytes > same.row_bytes
+
+
+def test_a_bit_more_takes_three_quarters_of_the_error(layer: Components) -> None:
+    costs = [plans([layer], [(1.0, 1.0)], size)[0].nats for size in (8.0, 12.0, 16.0, 20.0, 24.0)]
+    assert costs == sorted(costs, reverse=True)
+    # 32 values: four bytes are a bit of each, six decibels; more where it is some values that get one more.
+    assert 0.8 < log2(costs[0] / costs[-1]) / 2 / 4 < 1.5
+
+
+def test_no_bytes_for_anything_are_refused(layer: Components) -> None:
+    with pytest.raises(OptionError, match="too few"):
+        plans([layer], [(1.0, 1.0)], 2.5)
+
+
+def test_in_its_own_basis_a_layer_computes_what_it_did(layer: Components) -> None:
+    (plan,) = plans([layer], [(1.0, 1.0)], 12.0)
+    w, x = weights(), torch.randn(1, 7, 12)
+    made = apply_plan(w, layer, plan, sinks=4)
+    assert made.code is not None
+    assert made.code.row_bytes == plan.row_bytes
+    plain, unrounded = (latent_attention(x, each, absorb=False) for each in (w, replace(made, code=None)))
+    assert relative_error(unrounded, plain) < 1e-4
+    assert relative_error(latent_attention(x, made, absorb=False), plain) > 1e-3
+
+
+def test_layers_that_cost_more_than_they_should_are_measured(layer: Components) -> None:
+    trial = plans([layer, layer], [(1.0, 1.0)] * 2, 8.0)
+    costs = {"latent": layer.latent.cost(trial[0].latent_m), "rope": layer.rope.cost(trial[0].rope_m)}
+    found = measured_factors([layer, layer], trial, lambda number, half: costs[half] * (9.0 if number else 1.0))
+    assert found[0] == pytest.approx((1.0, 1.0))
+    assert found[1] == pytest.approx((3.0, 3.0))
