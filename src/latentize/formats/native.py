@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from latentize.attention.coding import RowCode
 from latentize.attention.latent import LatentWeights
 from latentize.formats.base import LatentWriter
 from latentize.formats.layer import ConvertedLayer
@@ -28,17 +29,23 @@ def layer_entry(w: LatentWeights) -> dict[str, Any]:
         "qk_norm": w.q_norm_R is not None,
         "qk_norm_across": w.q_norm_R is not None and w.q_norm_R.ndim == 2,
         "norm_eps": w.norm_eps,
+        **({} if w.code is None else {"row_code": w.code.describe()}),
     }
 
 
 class NativeWriter(LatentWriter):
-    """Writes the native format."""
+    """Writes the native format.
+
+    Attributes:
+        row_codes: How rows of the layers that were written are stored, where they are coded, by the layers' numbers.
+    """
 
     name = "native"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._entries: list[dict[str, Any] | None] = []
+        self.row_codes: dict[int, RowCode] = {}
         self._table = self.spec.frequencies
 
     def saved(self, made: ConvertedLayer) -> LatentWeights:
@@ -54,6 +61,8 @@ class NativeWriter(LatentWriter):
         for name, tensor in made.stored.items():
             if latent is None or not name.startswith(attention):
                 self._add(prefix + name, tensor)
+        if latent is not None and latent.code is not None:
+            self.row_codes[made.index] = latent.code
         self._entries.append(None if latent is None else layer_entry(latent))
 
     def top(self) -> None:

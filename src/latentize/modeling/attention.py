@@ -8,12 +8,14 @@ Shape letters as in :mod:`latentize.attention.latent`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentize.attention.coding import RowCode
 from latentize.attention.grouped import capped
 from latentize.attention.latent import LatentWeights, absorbed_heads, expand, turned
 from latentize.attention.masks import causal_mask
@@ -101,9 +103,16 @@ class LatentAttention(nn.Module):
         qk_norm_across: Whether that is one norm over all heads.
         norm_eps: Epsilon of that norm.
         frequency_table: Radians per position that ``rope_pairs`` chooses from.
+        row_code: What :meth:`RowCode.describe` says of how rows are stored, where they are coded.
+
+    Attributes:
+        watch: Sees all rows, and may return others; for calibration.
     """
 
     rope_pairs: Tensor
+    row_mix: Tensor
+    row_pairs: Tensor
+    watch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __init__(
         self,
@@ -117,6 +126,7 @@ class LatentAttention(nn.Module):
         qk_norm_across: bool = False,
         norm_eps: float = 1e-6,
         frequency_table: tuple[float, ...] = (),
+        row_code: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         s = spec
@@ -136,6 +146,11 @@ class LatentAttention(nn.Module):
         pairs = torch.zeros(s.rope_heads, s.qk_rope_head_dim // 2, dtype=torch.int32)
         self.register_buffer("rope_pairs", pairs)
         self._frequencies: Tensor | None = None
+        self.row_code = row_code
+        if row_code is not None:
+            self.register_buffer("row_mix", torch.zeros(pairs.numel(), s.rope_heads, 2))
+            self.register_buffer("row_pairs", torch.zeros(pairs.numel(), dtype=torch.int32))
+        self._code: RowCode | None = None
 
     @classmethod
     def from_weights(
@@ -160,6 +175,7 @@ class LatentAttention(nn.Module):
                 qk_norm_across=w.q_norm_R is not None and w.q_norm_R.ndim == 2,
                 norm_eps=w.norm_eps,
                 frequency_table=table,
+                row_code=None if w.code is None else w.code.describe(),
             )
         module.load_state_dict(state_dict(w, table), assign=True)
         return module.requires_grad_(False)
@@ -170,6 +186,12 @@ class LatentAttention(nn.Module):
             table = torch.tensor(self.frequency_table, dtype=torch.float32, device=self.rope_pairs.device)
             self._frequencies = table[self.rope_pairs.long()]
         return self._frequencies
+
+    def code(self) -> RowCode | None:
+        """How rows are stored, where they are coded."""
+        if self.row_code is not None and (self._code is None or self._code.pair_J is not self.row_pairs):
+            self._code = RowCode.described(self.row_code, self.row_mix.float(), self.row_pairs)
+        return self._code
 
     def weights(self) -> LatentWeights:
         """The parameters, as views with named axes; adapters and whatever else wraps a projection count.
@@ -202,6 +224,7 @@ class LatentAttention(nn.Module):
             k_norm_R=self._norm(self.k_norm),
             norm_eps=self.norm_eps,
             softcap=s.softcap,
+            code=self.code(),
         )
 
     def _norm(self, weight: Tensor | None) -> Tensor | None:
@@ -267,12 +290,29 @@ class LatentAttention(nn.Module):
         up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c)
         if cache is not None:
             check_cache(cache, self.layer_idx, c, k_rope)
+        c, k_rope = self._coded(c, k_rope, position_ids, cache)
+        if cache is not None:
             c, k_rope = cache.update(c, k_rope, self.layer_idx)
         if mask is None and hidden_states.shape[1] > 1 and isinstance(c, Tensor):
             # A static cache has room beyond what was written.
             written = hidden_states.shape[1] if c.shape[2] == hidden_states.shape[1] else int(position_ids[0, -1]) + 1
             c, k_rope = c[:, :, :written], k_rope[:, :, :written]
         return self.heads(q_nope, q_rope, c, k_rope, up, mask)
+
+    def _coded(self, c: Tensor, k_rope: Tensor, position_ids: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        """Rows as a cache would give them back, unless this one stores codes itself."""
+        if self.watch is not None:
+            return self.watch(c, k_rope)
+        code = self.code()
+        if code is None:
+            return c, k_rope
+        past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+        exact_BT = code.exact(position_ids.expand(len(c), -1), int(past))
+        layers = getattr(cache, "layers", ())
+        codes = getattr(layers[self.layer_idx], "codes", None) if self.layer_idx < len(layers) else None
+        if codes is not None and codes(code, exact_BT):
+            return c, k_rope
+        return code.rounded(c, k_rope, exact_BT)
 
     def heads(
         self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, up: UpProjections, mask: Tensor | None
@@ -357,6 +397,8 @@ def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str
         "k_norm": None if w.k_norm_R is None else w.k_norm_R.flatten(),
         "rope_pairs": gap_PFf.argmin(-1).to(torch.int32),
     }
+    if w.code is not None:
+        tensors |= {"row_mix": w.code.mix_JP2, "row_pairs": w.code.pair_J}
     if w.q_nope_bias_HN is not None and w.q_rope_bias_HR is not None:
         tensors["q_proj.bias"] = torch.cat([w.q_nope_bias_HN, w.q_rope_bias_HR], dim=1).flatten()
     return {name: t.contiguous() for name, t in tensors.items() if t is not None}

@@ -1,4 +1,4 @@
-"""How cached values are stored: as they are, or in 8 or 4 bits with a scale for each token.
+"""How cached values are stored: as they are, in 8 or 4 bits with a scale for each token, or in widths of their own.
 
 A codec maps ``x [B, S, n]`` to tensors that share the first two axes, so that tokens are appended without touching
 those before them, and back. Scales are rounded before they are used: their own rounding costs nothing.
@@ -15,11 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from latentize.attention.coding import Segments, gain_codes, gain_values, levels
 from latentize.errors import OptionError
 
-__all__ = ["FLOATS", "FORMATS", "Codec", "Float8", "Int4", "Int8", "Plain", "codec"]
+__all__ = ["FLOATS", "FORMATS", "Codec", "Coded", "Float8", "Int4", "Int8", "Plain", "codec"]
 
 _TINY = 1e-30
+# Gains are stored as bytes.
+_GAIN_OFFSET = 128
 
 
 class Codec(Protocol):
@@ -89,10 +92,14 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.stack([byte & 15, byte >> 4], dim=1).to(dtype) - 7.5
 
 
+# Anything of so many bytes that is moved as one.
+_WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
 def _looked_up(byte_BSm: Tensor, table_bv: Tensor) -> Tensor:
     """The values of each byte, side by side."""
     # One wide integer for all values of a byte: one fetch instead of several.
-    wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(table_bv.shape[1] * table_bv.element_size())
+    wide = _WIDE.get(table_bv.shape[1] * table_bv.element_size())
     table = table_bv if wide is None else table_bv.contiguous().view(wide)
     found = table.index_select(0, byte_BSm.flatten().to(torch.int32))
     return found.view(table_bv.dtype).view(*byte_BSm.shape[:-1], -1)
@@ -121,6 +128,83 @@ class Int4:
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         byte_BSm, scale_BS1 = stored
         return _looked_up(byte_BSm, _pairs(dtype, byte_BSm.device))[..., : self.size] * scale_BS1.to(dtype)
+
+
+# Values of a width that are looked up at once: their bits are an index of at most twelve.
+_AT_ONCE = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 1, 8: 1}
+# Values that fill whole bytes in every width.
+_GROUP = 8
+
+
+@cache
+def _field(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values of each index, in steps, ``[2 ^ (bits · values), values]``; the lowest bits come first."""
+    count = _AT_ONCE[bits]
+    index = torch.arange(1 << (bits * count), device=device)
+    codes = torch.stack([(index >> (bits * i)) & ((1 << bits) - 1) for i in range(count)], dim=1)
+    return (codes - (2.0 ** (bits - 1) - 0.5)).to(dtype)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Values in units of their steps, in as many bits as each is worth, with one gain for each token.
+
+    A row is its gain, a byte, and the codes of all values one after the other, the lowest bits first.
+
+    Attributes:
+        segments: ``(bits, values)``, the widest first, values in multiples of eight; what has no bits comes back as
+            zero.
+        spread: Factor on the gains.
+    """
+
+    segments: Segments
+    spread: float
+
+    def encode(self, x_BSn: Tensor) -> tuple[Tensor, ...]:
+        gain_BS1 = gain_codes(x_BSn, self.segments, self.spread)
+        level_BSn = levels(x_BSn, gain_values(gain_BS1), self.segments)
+        found, start = [(gain_BS1 + _GAIN_OFFSET).to(torch.uint8)], 0
+        for bits, count in self.segments:
+            if bits:
+                found.append(_packed(level_BSn[..., start : start + count], bits))
+            start += count
+        return (torch.cat(found, dim=-1),)
+
+    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        (byte_BSm,) = stored
+        made, at = [], 1
+        for bits, count in self.segments:
+            size = bits * -(-count // _GROUP)
+            if bits:
+                made.append(_unpacked(byte_BSm[..., at : at + size], bits, dtype)[..., :count])
+            else:
+                made.append(torch.zeros((), dtype=dtype, device=byte_BSm.device).expand(*byte_BSm.shape[:-1], count))
+            at += size
+        gain_BS1 = gain_values(byte_BSm[..., :1].to(torch.int16) - _GAIN_OFFSET).to(dtype)
+        return torch.cat(made, dim=-1).mul_(gain_BS1)
+
+
+def _packed(level_BSm: Tensor, bits: int) -> Tensor:
+    """Codes of so many bits as a stream of bytes; values are filled up to whole bytes."""
+    level_BSm = torch.nn.functional.pad(level_BSm, (0, -level_BSm.shape[-1] % _GROUP))
+    if bits == 8:
+        return level_BSm
+    shifts = torch.arange(_GROUP, device=level_BSm.device) * bits
+    whole_BSg = (level_BSm.unflatten(-1, (-1, _GROUP)).long() << shifts).sum(-1, keepdim=True)
+    return ((whole_BSg >> (8 * torch.arange(bits, device=level_BSm.device))) & 255).to(torch.uint8).flatten(-2)
+
+
+def _unpacked(byte_BSm: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Values in steps, of what :func:`_packed` makes."""
+    wide = bits * _AT_ONCE[bits]
+    if wide == 8:
+        return _looked_up(byte_BSm, _field(bits, dtype, byte_BSm.device))
+    # A field begins in one byte and ends in the next, or before it.
+    start = torch.arange(0, _GROUP * bits, wide, device=byte_BSm.device)
+    group_BSgb = byte_BSm.unflatten(-1, (-1, bits)).to(torch.int32)
+    low, high = start // 8, (start // 8 + 1).clamp_max(bits - 1)
+    field_BSgf = (group_BSgb[..., low] | (group_BSgb[..., high] << 8)) >> (start % 8).to(torch.int32)
+    return _looked_up((field_BSgf & ((1 << wide) - 1)).flatten(-2), _field(bits, dtype, byte_BSm.device))
 
 
 _FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -59,16 +59,12 @@ def decode(
     backend: Backend = TORCH,
 ) -> Tensor:
     """Few new tokens: queries go into the latent space, sums of latents come out of it. As :func:`heads`."""
-    count, shared = q_nope_BHTN.shape[1], len(up.k_up_UNr)
+    shared = len(up.k_up_UNr)
     turn_rr = rows.rotation_rr
     q_latent_BHTr = (q_nope_BHTN.unflatten(1, (shared, -1)) @ up.k_up_UNr[:, None]).flatten(1, 2)
     if turn_rr is not None:
         q_latent_BHTr = q_latent_BHTr @ turn_rr
-    if rows.roped_keys > 1:
-        # A head's own roped key is one stretch of the row; zeros leave the others out.
-        own_HP = torch.eye(rows.roped_keys, dtype=q_rope_BHTR.dtype, device=q_rope_BHTR.device)
-        own_HP = own_HP.repeat_interleave(count // rows.roped_keys, dim=0)
-        q_rope_BHTR = (q_rope_BHTR[..., None, :] * own_HP[:, None, :, None]).flatten(-2)
+    q_rope_BHTR = rows.queries(q_rope_BHTR)
     summed_BHTr = backend.attend(q_latent_BHTr, q_rope_BHTR, rows, up.softmax_scale, mask)
     if summed_BHTr is None:
         q_BHTd, mask = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), _seen(rows, mask, q_nope_BHTN)

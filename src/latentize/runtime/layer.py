@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from latentize.attention.coding import RowCode
 from latentize.attention.rope import rotate_half, rotate_interleaved
 from latentize.errors import OptionError
-from latentize.runtime.codecs import FLOATS, Codec, Plain, codec
+from latentize.runtime.codecs import FLOATS, Codec, Coded, Plain, codec
+from latentize.runtime.exact import ExactRows
 from latentize.runtime.kernels.storage import Part, Stored
 from latentize.runtime.rows import CachedRows
 
@@ -30,7 +32,7 @@ __all__ = ["BLOCK", "LatentLayer", "Rows", "rotation", "rotation_on"]
 
 # Rows that are restored at once: they stay in a core's cache until they are attended.
 BLOCK = 2048
-_GROWTH, _LEAST = 32, 64
+_GROWTH, _LEAST = 64, 32
 # Room beyond so many tokens is a multiple: a kernel that is compiled for aligned strides stays the one that is needed.
 _LONG, _ALIGNED = 1024, 16
 
@@ -131,9 +133,15 @@ class Rows(CachedRows):
             options = {"window": layer.window, "sinks": layer.sinks, "gone": layer.gone, "q_sink_BHTR": turned}
         return layer.parts(), layer.lengths_B(), options
 
+    def queries(self, q_rope_BHTR: Tensor) -> Tensor:
+        code = self.layer.code
+        return super().queries(q_rope_BHTR) if code is None else code.queries(q_rope_BHTR)
+
     def tensors(self) -> tuple[Tensor, Tensor]:
-        rows_BSd = torch.cat(list(self.layer.filled(self.dtype, self.new)), dim=1)
+        rows_BSd, code = torch.cat(list(self.layer.filled(self.dtype, self.new)), dim=1), self.layer.code
         c_BSr, k_BSR = rows_BSd[..., : self.layer.rank], rows_BSd[..., self.layer.rank :]
+        if code is not None:
+            return c_BSr[:, None], code.keys(k_BSR).to(k_BSR.dtype)
         turn, k_BPSR = self.rotation_rr, k_BSR.unflatten(-1, (self.roped_keys, -1)).transpose(1, 2)
         return (c_BSr if turn is None else c_BSr @ turn.mT)[:, None], k_BPSR
 
@@ -159,28 +167,53 @@ class LatentLayer(CacheLayerMixin):
         self.attends_rows = False
         self.frequencies_F: Tensor | None = None
         self.interleaved = False
+        self.code: RowCode | None = None
         self._clear()
 
     def _clear(self) -> None:
+        self.exact, self._new_exact_BT = ExactRows(), None
         self.seen, self.rank, self.roped_keys, self.is_initialized = 0, 0, 1, False
         self.stored, self.recent = _Growing(), _Growing()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.rank = key_states.dtype, key_states.device, key_states.shape[-1]
-        own = Plain(key_states.dtype)
-        self.roped_keys = value_states.shape[1]
-        self.rope_size = self.roped_keys * value_states.shape[-1]
+        own, code = Plain(key_states.dtype), self.code
+        self.roped_keys = value_states.shape[1] if code is None else 1
+        self.rope_size = value_states.shape[1] * value_states.shape[-1]
         names, sizes = self.formats, (self.rank, self.rope_size)
         self.codecs: tuple[Codec, Codec] = tuple(  # type: ignore[assignment]
             own if name is None else codec(name, size) for name, size in zip(names, sizes, strict=True)
         )
+        if code is not None:
+            halves = zip((code.latent, code.rope), code.spreads, strict=True)
+            self.codecs = tuple(Coded(*half) for half in halves)  # type: ignore[assignment]
         self.plain = all(c == own for c in self.codecs)
         self.is_initialized = True
 
     def rotation(self, dtype: torch.dtype) -> Tensor | None:
-        if isinstance(self.codecs[0], Plain):
+        if isinstance(self.codecs[0], (Plain, Coded)):
             return None
         return rotation_on(self.rank, self.device, dtype)
+
+    def codes(self, code: RowCode, exact_BT: Tensor) -> bool:
+        """Whether the layer rounds rows itself: it takes the model's code unless it was given formats.
+
+        Args:
+            code: How the model's rows are stored.
+            exact_BT: Which of the tokens that come next are stored as they are.
+        """
+        if self.formats == (None, None):
+            self.code, self._new_exact_BT = code, exact_BT
+        return True
+
+    def _row(self, key_states: Tensor, value_states: Tensor) -> Tensor:
+        """Latents and roped keys as they are stored before they are rounded, ``[B, T, d]``."""
+        turn, c_BTr = self.rotation(torch.float32), key_states[:, 0]
+        if turn is not None:
+            c_BTr = (c_BTr.float() @ turn).to(c_BTr.dtype)
+        if self.code is not None:
+            return torch.cat([c_BTr, self.code.components(value_states).to(c_BTr.dtype)], dim=-1)
+        return torch.cat([c_BTr, value_states.transpose(1, 2).flatten(2)], dim=-1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         """Append ``c [B, 1, T, r]`` and ``k_R [B, P, T, R]``.
@@ -190,11 +223,11 @@ class LatentLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        turn, c_BTr, new = self.rotation(torch.float32), key_states[:, 0], key_states.shape[2]
-        if turn is not None:
-            c_BTr = (c_BTr.float() @ turn).to(c_BTr.dtype)
+        new, rows_BTd = key_states.shape[2], self._row(key_states, value_states)
         self._trim()
-        self.recent.append((torch.cat([c_BTr, value_states.transpose(1, 2).flatten(2)], dim=-1),))
+        if self._new_exact_BT is not None and self.code is not None:
+            self.exact.add(rows_BTd, self._new_exact_BT, self._kept, self.code.sinks)
+        self.recent.append((rows_BTd,))
         self.seen += new
         if not self.plain and self.recent.length >= 2 * self.residual + 1:
             self._store(self.recent.length - self.residual)
@@ -220,7 +253,8 @@ class LatentLayer(CacheLayerMixin):
     def _restore(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         tensors = self.stored.view(start, stop)
         count, (latent, rope) = self._latent_tensors, self.codecs
-        return torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
+        rows_Bsd = torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
+        return self.exact.laid_over(rows_Bsd, start)
 
     def _trim(self) -> None:
         """Let go of what no later token will see, now and then."""
@@ -230,6 +264,7 @@ class LatentLayer(CacheLayerMixin):
             self.stored.keep(self.sinks, self.window - self.recent.length)
         else:
             self.recent.keep(self.sinks, self.window)
+        self.exact.forget(self.sinks)
 
     @property
     def _kept(self) -> int:
@@ -310,7 +345,8 @@ class LatentLayer(CacheLayerMixin):
     def _part(self, tensors: tuple[Tensor, ...], count: int) -> Part:
         """Encoded rows, as a kernel reads them."""
         own, border = FLOATS[self.dtype], self._latent_tensors
-        names = [own if name is None else name for name in self.formats]
+        # No kernel knows rows with a code of their own.
+        names = [("coded" if self.code else own) if name is None else name for name in self.formats]
         return Part(
             Stored(tensors[:border], names[0], self.rank), Stored(tensors[border:], names[1], self.rope_size), count
         )
@@ -318,7 +354,7 @@ class LatentLayer(CacheLayerMixin):
     @property
     def _latent_tensors(self) -> int:
         # A format with a scale has two tensors, one without has one.
-        return 1 if isinstance(self.codecs[0], Plain) else 2
+        return 1 if isinstance(self.codecs[0], (Plain, Coded)) else 2
 
     def lengths_B(self) -> Tensor:
         """Rows that are kept of every sequence, int32, on the device."""
@@ -338,7 +374,11 @@ class LatentLayer(CacheLayerMixin):
         """How to turn pairs by so many positions: the function, and its cosines and sines."""
         assert self.frequencies_F is not None
         angle_F = shift * self.frequencies_F.to(self.device, torch.float64)
-        return rotate_interleaved if self.interleaved else rotate_half, (angle_F.cos(), angle_F.sin())
+        if self.code is not None:
+            # All keys turn alike, and components stand side by side.
+            angle_J = angle_F[0, self.code.pair_J.long()]
+            return rotate_interleaved, (angle_J.cos(), angle_J.sin())
+        return rotate_half if not self.interleaved else rotate_interleaved, (angle_F.cos(), angle_F.sin())
 
     def _span(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
         border = self.stored.length
@@ -368,7 +408,7 @@ class LatentLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes that the layer's tensors take up."""
-        return self.stored.nbytes + self.recent.nbytes
+        return self.stored.nbytes + self.recent.nbytes + self.exact.nbytes
 
     @property
     def columns(self) -> int:
@@ -396,10 +436,12 @@ class LatentLayer(CacheLayerMixin):
         waiting = min(count, self.recent.length)
         self.recent.length -= waiting
         self.stored.length -= count - waiting
+        self.exact.forget(self.seen)
 
     def _map(self, change: Any) -> None:
         self.stored.map(change)
         self.recent.map(change)
+        self.exact.map(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))

@@ -36,6 +36,15 @@ class CachedRows(ABC):
     stored_dtype: torch.dtype
     rotation_rr: Tensor | None
 
+    def queries(self, q_rope_BHTR: Tensor) -> Tensor:
+        """Roped queries as wide as what :meth:`blocks` holds of the roped keys."""
+        if self.roped_keys == 1:
+            return q_rope_BHTR
+        # A head's own roped key is one stretch of the row; zeros leave the others out.
+        own_HP = torch.eye(self.roped_keys, dtype=q_rope_BHTR.dtype, device=q_rope_BHTR.device)
+        own_HP = own_HP.repeat_interleave(q_rope_BHTR.shape[1] // self.roped_keys, dim=0)
+        return (q_rope_BHTR[..., None, :] * own_HP[:, None, :, None]).flatten(-2)
+
     @abstractmethod
     def blocks(self) -> Iterable[Tensor]:
         """Rows ``[B, s, d]`` in order."""

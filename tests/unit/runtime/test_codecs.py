@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from latentize.attention.coding import coded, row_bytes
 from latentize.errors import OptionError
 from latentize.runtime.cache import rotation
-from latentize.runtime.codecs import FORMATS, codec
+from latentize.runtime.codecs import FORMATS, Coded, codec
 
 # Largest error of a value, relative to the largest value of its token.
 HALF_STEP = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 0.0, "fp8": 2**-4, "int8": 0.51 / 127, "int4": 0.51 / 7.5}
@@ -74,3 +75,19 @@ def test_a_rotation_saves_what_an_outlier_costs() -> None:
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(OptionError, match="int3"):
         codec("int3", 4)
+
+
+SEGMENTS = (((8, 8), (7, 8), (6, 16), (5, 8), (4, 8), (3, 24), (2, 8), (1, 8), (0, 8)), ((5, 8), (3, 5)), ((0, 6),))
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_codes_of_all_widths_come_back(segments: tuple) -> None:
+    size = sum(count for _, count in segments)
+    widths = torch.tensor([2.0**bits for bits, count in segments for _ in range(count)])
+    x, c = rows(size=size) * widths / 4, Coded(segments, 1.1)
+    (stored,) = c.encode(x)
+    assert stored.dtype == torch.uint8
+    assert stored.shape[-1] == row_bytes(segments, ()) - 1, "the other gain is that of the other half"
+    assert torch.equal(c.decode((stored,), torch.float32), coded(x, segments, 1.1))
+    alone = torch.cat([c.encode(x[:, i : i + 1])[0] for i in range(x.shape[1])], dim=1)
+    assert torch.equal(alone, stored)
