@@ -62,6 +62,11 @@ class Recipe(Request):
 
     keep: float | None = Field(None, gt=0, le=1)
     """Cached values per token and layer, at most this share of the source's, as 25% or 0.25."""
+    bytes: float | None = Field(None, gt=0, le=1)
+    """Cached bytes, at most this share of the source's in 16 bits, as 12.5%: values get as many bits as they are worth.
+    Without ``keep`` or sizes all values stay. Scales and tokens that are stored exactly are counted."""
+    bytes_context: int = Field(2048, gt=16)
+    """Tokens of the text that ``bytes`` are counted over."""
     kv_lora_rank: int | None = Field(None, gt=0)
     """Size of the latent, instead of ``keep``."""
     qk_rope_head_dim: int | None = Field(None, gt=0)
@@ -114,7 +119,7 @@ class Recipe(Request):
     seed: int = 0
     """Draws the calibration sequences."""
 
-    @field_validator("keep", "self_generated", "restyled", "repeated", mode="before")
+    @field_validator("keep", "bytes", "self_generated", "restyled", "repeated", mode="before")
     @classmethod
     def _percent(cls, value: Any) -> Any:
         return parse_keep(value)
@@ -130,6 +135,10 @@ class Recipe(Request):
             raise ValueError("give either keep, or kv_lora_rank with qk_rope_head_dim")
         if self.preset is not None and (explicit or self.keep is not None):
             raise ValueError("a preset is a pair of sizes: give no other and no keep beside it")
+        if self.bytes is not None and not self.calibrates:
+            raise ValueError("only the calibrated method gives values as many bits as they are worth")
+        if self.bytes is not None and self.format == "deepseek_v3":
+            raise ValueError("caches of the deepseek_v3 format have one width for all values; use native")
         if self.fast and self.polish:
             raise ValueError("fast leaves out what polish would add; give one of them")
         if self.freqfold is not None and self.method not in ("transmla", "care"):
@@ -155,6 +164,11 @@ class Recipe(Request):
     def refines(self) -> bool:
         """Whether layers are trained after the closed form."""
         return self.calibrates and not self.fast
+
+    @property
+    def whole(self) -> bool:
+        """Whether all values of the source are kept, and only their bits become fewer."""
+        return self.bytes is not None and self.keep is None and self.kv_lora_rank is None and self.preset is None
 
     @property
     def hurries(self) -> bool:

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import TypeVar
 
+from latentize.conversion.coding import Coding
 from latentize.conversion.footprint import graph_bytes
 from latentize.conversion.pipeline import Effort
 from latentize.families import ModelSpec
@@ -23,7 +24,7 @@ _How = TypeVar("_How", bound=Schedule)
 # of the user's text. On a real model the second of refinement takes a fifth off the divergence, the third a tenth, the
 # fourth a twentieth.
 _FLOP = 2e13
-_REFINED_ROUNDS, _POLISHED_ROUNDS = 4.0, 0.25
+_REFINED_ROUNDS, _POLISHED_ROUNDS, _CODED_ROUNDS = 4.0, 0.25, 1.0
 # Parameters of a model up to which a polish takes whole steps; those of larger ones are smaller in proportion, for the
 # more parameters learn from a step's tokens, the more of its gradient is noise. Chosen at 5 and at 135 million.
 _WHOLE_STEPS = 7e6
@@ -41,8 +42,9 @@ def effort_of(recipe: Recipe, spec: ModelSpec, *, large: bool) -> Effort:
         spec: The source.
         large: Whether the model is too big to be trained as a whole without being asked to.
     """
+    coding = None if recipe.bytes is None else Coding(recipe.bytes, recipe.bytes_context, recipe.seed)
     if not recipe.refines:
-        return Effort()
+        return Effort(coding=coding)
     # The whole model has to be in memory for it, and moves at every step.
     polish = not large if recipe.polish is None else recipe.polish
     length = recipe.sequence_length
@@ -52,12 +54,14 @@ def effort_of(recipe: Recipe, spec: ModelSpec, *, large: bool) -> Effort:
     most = max(1, _MOST_ROUNDS * recipe.calibration_tokens // refinement.tokens)
     refinement = _affordable(replace(refinement, steps=min(refinement.steps, most)), recipe, attention, _REFINED_ROUNDS)
     if not polish:
-        return Effort(refinement)
+        return Effort(refinement, coding=coding)
     whole = sum(map(math.prod, spec.tensor_shapes().values()))
     at_once = max(1, _GRAPH_BYTES // graph_bytes(spec, Precision()))
     how = Polish(seed=recipe.seed, at_once=at_once).suited(length)
     how = replace(how, rate=how.rate * min(1.0, _WHOLE_STEPS / whole))
-    return Effort(refinement, _affordable(how, recipe, whole, _POLISHED_ROUNDS))
+    # Where nothing is left out there is nothing to refine, and its time is the polish's.
+    rounds = _CODED_ROUNDS if recipe.whole else _POLISHED_ROUNDS
+    return Effort(None if recipe.whole else refinement, _affordable(how, recipe, whole, rounds), coding)
 
 
 def _affordable(how: _How, recipe: Recipe, parameters: int, rounds: float) -> _How:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentize.attention.coding import RowCode
 from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Journal
 
@@ -34,6 +35,9 @@ def cached(journal: Journal | None, step: str, compute: Callable[[], Made]) -> M
     for index, w in enumerate(weights):
         tensors |= {f"{index}.{name}": t for name, t in vars(w).items() if isinstance(t, Tensor)}
         numbers.append({name: v for name, v in vars(w).items() if isinstance(v, float)})
+        if w.code is not None:
+            tensors |= {f"{index}.code.mix": w.code.mix_JP2, f"{index}.code.pair": w.code.pair_J}
+            numbers[-1]["code"] = w.code.describe()
     strides = {name: t.stride() for name, t in tensors.items()}
     devices = {name: str(t.device) for name, t in tensors.items()}
     journal.keep(step, tensors, {"news": summary, "numbers": numbers, "strides": strides, "devices": devices})
@@ -49,6 +53,9 @@ def _read(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Made:
             name.removeprefix(prefix): _laid(t, facts["strides"][name], facts["devices"][name])
             for name, t in own.items()
         }
+        if "code" in numbers:
+            code = RowCode.described(numbers["code"], laid.pop("code.mix"), laid.pop("code.pair"))
+            numbers = {**numbers, "code": code}
         weights.append(LatentWeights(**laid, **numbers))
     return weights, facts["news"]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from latentize.attention.coding import RowCode
 from latentize.attention.spec import mean_over_layers
 from latentize.checkpoint import Journal
 from latentize.conversion.allocate import allocate
@@ -142,6 +143,8 @@ class LatentJob(Job):
         """A setting for each layer, and what was compared; sizes of their own where the format holds them and nobody
         has fixed them."""
         texts = (text.calibration, text.selection)
+        if self.recipe.whole:
+            return self.candidates * self.spec.layers, []
         if self.one_by_one and self.recipe.sizes is None and len(self.spec.converted) > 1:
             sized, prices = allocate(source, self.candidates, *texts, self.recipe.refines, progress)
             by_layer = dict(zip(self.spec.converted, sized, strict=True))
@@ -168,11 +171,32 @@ class LatentJob(Job):
             "rope_theta": self.writer.rope_theta,
             "cache_values_per_token_layer": values,
             "keep": values / self.spec.cache_values,
+            **self._bytes(values),
+        }
+
+    @property
+    def _row_codes(self) -> dict[int, RowCode]:
+        return self.writer.row_codes if isinstance(self.writer, NativeWriter) else {}
+
+    def _bytes(self, values: float) -> dict[str, Any]:
+        """What coded rows take, on average over layers, and as a share of the source's in 16 bits."""
+        if not self._row_codes:
+            return {}
+        context, codes = self.recipe.bytes_context, self._row_codes.values()
+        row = mean_over_layers([code.row_bytes for code in codes])
+        exact = mean_over_layers([code.sinks for code in codes])
+        total = row * (context - exact) + 2 * values * exact
+        return {
+            "row_bytes_per_token_layer": row,
+            "bytes": total / (2 * self.spec.cache_values * context),
+            "bytes_context": context,
         }
 
     def layer_shapes(self) -> list[dict[str, Any]]:
         sizes = ("kv_lora_rank", "qk_rope_head_dim")
-        made = [{size: getattr(setting, size) for size in sizes} for setting in self.settings]
+        made: list[dict[str, Any]] = [{size: getattr(setting, size) for size in sizes} for setting in self.settings]
+        for layer, code in self._row_codes.items():
+            made[layer] |= {"row_bytes": code.row_bytes, **code.describe()}
         return [
             {"kept": self.spec.kind(layer)} if self.spec.layer_attention(layer) is None else entries
             for layer, entries in enumerate(made)
@@ -192,6 +216,8 @@ def format_of(
     free = [s for s in candidates if s.on_source_frequencies(spec.attention)]
     if recipe.format == "native":
         return NativeWriter, free, []
+    if recipe.bytes is not None:
+        return NativeWriter, free, ["native format, because values have bits of their own"]
     portable = [setting for setting in candidates if not portable_reasons(spec, setting)]
     if portable:
         return DeepseekWriter, portable, []

@@ -15,6 +15,7 @@ from torch import nn
 
 from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Journal
+from latentize.conversion.coding import Coding, code_rows
 from latentize.conversion.draft import Draft, DraftedLayer, naming_layer, observe
 from latentize.conversion.kept import Made, cached
 from latentize.conversion.measured import CLOSED, LINEAR, Converted, MadeLayer, write_and_measure
@@ -47,10 +48,12 @@ class Effort:
     Attributes:
         refinement: Of each layer, or ``None``.
         polish: Of the whole model, or ``None``.
+        coding: Of cached rows, or ``None``.
     """
 
     refinement: Refinement | None = None
     polish: Polish | None = None
+    coding: Coding | None = None
 
 
 @torch.no_grad()
@@ -85,9 +88,9 @@ def convert_latent(
     def layers() -> Iterator[MadeLayer]:
         # Held by who makes the layers, so that its texts go with the last of them.
         drafting = _Drafting(source, settings, calibration, effort.refinement, journal, facts)
-        if effort.polish is None:
+        if effort.polish is None and effort.coding is None:
             return _layer_by_layer(source, drafting, writer)
-        return _polished(source, drafting, writer, calibration, selection, effort.polish, progress)
+        return _as_a_whole(source, drafting, writer, calibration, selection, effort, progress)
 
     result = write_and_measure(source, layers(), writer, evaluation, progress)
     result.calibration_tokens, result.facts = calibration.tokens_NT.numel(), facts
@@ -161,16 +164,16 @@ def _layer_by_layer(source: SourceModel, drafting: _Drafting, writer: LatentWrit
         made.let_go()
 
 
-def _polished(
+def _as_a_whole(
     source: SourceModel,
     drafting: _Drafting,
     writer: LatentWriter,
     calibration: Passages,
     selection: Passages,
-    how: Polish,
+    effort: Effort,
     progress: Progress,
 ) -> Iterator[MadeLayer]:
-    """All layers, refined one by one and then polished together."""
+    """All layers, refined one by one, and then given bits and polished together."""
     stages: list[dict[str, LatentWeights]] = []
     refined: list[LatentWeights | None] = []
     for layer in source.layers():
@@ -180,7 +183,11 @@ def _polished(
         if weights is not None:
             progress("refining layers", layer.index + 1, source.spec.layers, summary)
     # Only what the source makes of the text is needed while all are polished.
-    final = _learnt(source, refined, drafting, calibration, selection, how, progress)
+    teacher, final = drafting.ended(), refined
+    if effort.coding is not None:
+        final = _coded(source, final, drafting, calibration, selection, effort.coding, progress)
+    if effort.polish is not None:
+        final = _learnt(source, final, drafting, calibration, teacher, selection, effort.polish, progress)
     draft = Draft(None, source.embed(calibration[: max(1, RMS_TOKENS // calibration.length)]))
     for layer, w, passed in zip(source.layers(), final, stages, strict=True):
         made = _kept(layer) if w is None else _saved(layer, w, passed, draft, writer)
@@ -200,17 +207,35 @@ def _refined(layer: SourceLayer, drafting: _Drafting) -> tuple[LatentWeights | N
     return drafted.refined, passed, drafted.summary
 
 
-def _learnt(
+def _coded(
     source: SourceModel,
     refined: Sequence[LatentWeights | None],
     drafting: _Drafting,
     calibration: Passages,
     selection: Passages,
+    how: Coding,
+    progress: Progress,
+) -> list[LatentWeights | None]:
+    """All layers with bits for their rows, now or before an interruption."""
+
+    def compute() -> Made:
+        return code_rows(source, refined, calibration, selection, how, progress), ""
+
+    coded = iter(cached(drafting.journal, "coding", compute)[0])
+    return [None if w is None else next(coded) for w in refined]
+
+
+def _learnt(
+    source: SourceModel,
+    refined: Sequence[LatentWeights | None],
+    drafting: _Drafting,
+    calibration: Passages,
+    teacher: Stream,
+    selection: Passages,
     how: Polish,
     progress: Progress,
 ) -> list[LatentWeights | None]:
     """All layers after the polish, now or before an interruption."""
-    teacher = drafting.ended()
 
     def compute() -> Made:
         return polish(source, refined, calibration, teacher.hidden_NTD, selection, how, progress), ""

@@ -14,11 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from latentize.conversion.allocate import TRIAL_TOKENS, TRIED
+from latentize.conversion.coding import SAMPLED_TOKENS, TRIED_TOKENS
 from latentize.conversion.draft import DISTANCE_TOKENS, START_TOKENS
 from latentize.conversion.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
 from latentize.conversion.search import FINALISTS, LADDERS, SEARCH_TOKENS, sampled_layers, short_refinement
 from latentize.conversion.self_generated import PIECE
 from latentize.families import ModelSpec
+from latentize.methods.rate import COMPARED_TOKENS
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
 from latentize.modeling.precision import Precision, Use
@@ -30,6 +32,8 @@ __all__ = ["Rates", "Work", "latent_work"]
 
 # Passes of elementwise operators over a token's hidden states and MLP activations in a layer, each a read and a write.
 _PASSES = 16
+# Times that a component's values are read or written while its widths are compared: eight of them, six steps each.
+_PRICED = 8 * 6 * 8
 # Of a cache that grows by a token: read twice, written once.
 _REWRITTEN = 3
 
@@ -249,15 +253,29 @@ def latent_work(
     if refinement is not None:
         measured += layers * of.forward(evaluated, Use.LEARNT) + of.head(evaluated)
     kept = (layers - converted) * of.forward(tokens, Use.MEASURED)
-    if effort.polish is None:
+    if effort.polish is None and effort.coding is None:
         return {**stages, "converting layers": converted * made + kept + measured}
     stages["refining layers"] = converted * made + kept
-    stages["polishing"] = _polished(
-        of, setting, effort.polish, of.whole(recipe.selection_tokens), effort.polish.looks + 2
-    )
+    if effort.coding is not None:
+        stages["choosing bits"] = _coded(of, setting, tokens)
+    if effort.polish is not None:
+        looks, selection = effort.polish.looks + 2, of.whole(recipe.selection_tokens)
+        stages["polishing"] = _polished(of, setting, effort.polish, selection, looks)
     few = of.whole(max(length, RMS_TOKENS))
     stages["converting layers"] = measured + layers * of.forward(min(few, tokens), Use.LEARNT)
     return stages
+
+
+def _coded(of: _Counter, setting: Setting, tokens: int) -> Work:
+    """Gradients of some text; components and widths of every layer; and what each of its halves costs."""
+    layers, converted = of.spec.layers, len(of.spec.converted)
+    some = of.whole(min(SAMPLED_TOKENS, tokens))
+    work = 3 * (layers * of.forward(some, Use.LEARNT) + of.head(some, Use.LEARNT))
+    rank, values = setting.kv_lora_rank, setting.cache_values
+    work += converted * Work(double=2 * 2 * some * rank**2 + 25 * rank**3, moved=_PRICED * 4 * COMPARED_TOKENS * values)
+    # A trial begins at its layer, and ends with logits of both.
+    trial = of.whole(min(TRIED_TOKENS, of.recipe.selection_tokens))
+    return work + 2 * converted * (layers / 2 * of.forward(trial, Use.LEARNT) + 2 * of.head(trial, Use.LEARNT))
 
 
 def _polished(of: _Counter, setting: Setting, how: Schedule, selection: int, looks: int) -> Work:

@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
-from latentize.modeling.source import SourceModel, Stream
+from latentize.modeling.source import SourceModel
 from latentize.text.tokens import Passages
 from latentize.training.descent import Schedule, descent
 from latentize.training.refine import refined, stacked_heads, trainable
 from latentize.training.relative import stream_error
+from latentize.training.student import Student
 
 __all__ = ["Polish", "divergence", "polish"]
-
-# Bounds the float32 logits that exist at once.
-_LOGIT_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +75,8 @@ def divergence(
     return total / len(hidden_nD), torch.cat(gradients)
 
 
-class _Student:
-    """The whole converted model as a function of its attention layers.
+class _Student(Student):
+    """A student with a text that tells how far it is from its teacher.
 
     Attributes:
         parameters: Of all converted layers, in order.
@@ -91,10 +89,11 @@ class _Student:
     def __init__(
         self, source: SourceModel, weights: Sequence[LatentWeights | None], check: Passages, how: Polish
     ) -> None:
-        self._source, self._size = source, how.sequences(check.length)
+        super().__init__(source)
+        self._size = how.sequences(check.length)
         self._start = [w for w in weights if w is not None]
         self._attentions = [trainable(w) for w in self._start]
-        self._checked, self._layers = source.embed(check), []
+        self._checked = source.embed(check)
         of_layer, wrong = iter(self._attentions), []
         teacher, made = self._checked.clone(), self._checked.clone()
         for index, w in enumerate(weights):
@@ -103,32 +102,17 @@ class _Student:
             layer.run(made, attention)
             if attention is not None:
                 wrong.append(stream_error(made, teacher))
-            # From here on only what a step runs is needed of it.
-            layer.hold_as_stored()
-            self._layers.append(layer.with_attention(attention))
-            layer.forget()
+            self.add(layer, attention)
         self.teacher, self.untouched = teacher, made.hidden_NTD.split(self._size)
         usual = max(sum(wrong) / len(wrong), 1e-30)
         pairs = list(zip(wrong, self._attentions, strict=True))
         self.shares = [(error / usual) ** 0.5 for error, a in pairs for _ in a.parameters()]
         self.parameters = [p for a in self._attentions for p in a.parameters()]
         self.heads = [each for a in self._attentions for each in stacked_heads(a)]
-        self._head, self._at_once = source.head(), max(1, _LOGIT_BYTES // (4 * source.spec.vocab_size))
-
-    def run(self, stream: Stream) -> Tensor:
-        """Hidden states that leave the last layer, ``[n, D]``."""
-        for layer in self._layers:
-            stream = layer(stream)
-        return stream.hidden_NTD.flatten(0, 1)
-
-    @torch.enable_grad()
-    def learn(self, stream: Stream) -> Tensor:
-        """:meth:`run`, so that gradients can come back."""
-        return self.run(stream)
 
     def compared(self, hidden_nD: Tensor, teacher_BTD: Tensor) -> tuple[float, Tensor]:
         """:func:`divergence` of these from what leaves the source."""
-        return divergence(hidden_nD, teacher_BTD.flatten(0, 1), self._head, at_once=self._at_once)
+        return divergence(hidden_nD, teacher_BTD.flatten(0, 1), self.head, at_once=self.at_once)
 
     def mean(self, finals: Iterable[Tensor]) -> float:
         """Divergence of final hidden states of the checked text, in parts."""

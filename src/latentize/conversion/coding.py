@@ -1,0 +1,213 @@
+"""Bits for the rows of a converted model: what its gradients say of them, and what it costs to leave some out.
+
+The whole model is in memory, so this is for models that fit. n tokens, N sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from latentize.attention.coding import RowCode
+from latentize.attention.latent import LatentWeights
+from latentize.methods.rate import Components, Plan, RowSamples, apply_plan, components, measured_factors, plans
+from latentize.modeling.attention import LatentAttention
+from latentize.modeling.source import SourceModel
+from latentize.progress import Progress
+from latentize.text.tokens import Passages
+from latentize.training.student import Student
+
+__all__ = ["SAMPLED_TOKENS", "TRIED_TOKENS", "Coding", "code_rows"]
+
+# Tokens whose gradients are looked at, and that tell what a half of a layer costs.
+SAMPLED_TOKENS, TRIED_TOKENS = 12_288, 1_024
+# Bytes of a row, of what is asked for, in the plan that layers are measured with: what one of them costs has to stand
+# out of what rounding to bfloat16 costs. And the fewest.
+_COARSE, _FEWEST = 0.6, 3.0
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What is asked for.
+
+    Attributes:
+        share: Bytes of all tokens' rows, of those that the source has in bfloat16.
+        context: Tokens of a text, of which some are stored as they are.
+        seed: Draws the model's own words.
+        sinks: Tokens at the start of a text that are stored as they are.
+    """
+
+    share: float
+    context: int
+    seed: int
+    sinks: int = 4
+
+    def row_bytes(self, source_values: float, own_values: float) -> float:
+        """Bytes of a coded row, on average over layers, where a row of the source has so many values, and an exact one
+        of the result."""
+        exact = 2 * own_values * self.sinks
+        return (self.share * 2 * source_values * self.context - exact) / (self.context - self.sinks)
+
+
+@dataclass
+class _Watch:
+    """Sees a layer's rows, and their gradients; or rounds one half of them."""
+
+    code: RowCode | None = None
+    half: str = ""
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    seen: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    def __call__(self, c_B1Tr: Tensor, k_rope_BPTR: Tensor) -> tuple[Tensor, Tensor]:
+        if self.code is not None and self.half:
+            return self._rounded(self.code, c_B1Tr, k_rope_BPTR)
+        if torch.is_grad_enabled():
+            for rows in (c_B1Tr, k_rope_BPTR):
+                if not rows.requires_grad:
+                    rows.requires_grad_(True)
+                rows.retain_grad()
+            self.rows.append((c_B1Tr, k_rope_BPTR))
+        return c_B1Tr, k_rope_BPTR
+
+    def _rounded(self, code: RowCode, c_B1Tr: Tensor, k_rope_BPTR: Tensor) -> tuple[Tensor, Tensor]:
+        exact_BT = torch.arange(c_B1Tr.shape[2], device=c_B1Tr.device)[None] < code.sinks
+        c_hat, k_hat = code.rounded(c_B1Tr, k_rope_BPTR, exact_BT)
+        return (c_hat, k_rope_BPTR) if self.half == "latent" else (c_B1Tr, k_hat)
+
+    def gather(self, sinks: int) -> None:
+        """Keep what was seen of the last text, and its gradients."""
+        for c_B1Tr, k_rope_BPTR in self.rows:
+            c = (c_B1Tr.detach()[:, 0, sinks:].flatten(0, 1), _gradient(c_B1Tr)[:, 0, sinks:].flatten(0, 1))
+            k = (t.transpose(1, 2)[:, sinks:].flatten(0, 1) for t in (k_rope_BPTR.detach(), _gradient(k_rope_BPTR)))
+            self.seen.append(tuple(t.to(torch.bfloat16) for t in (*c, *k)))
+        self.rows = []
+
+    def samples(self) -> RowSamples:
+        parts = [torch.cat(part).float() for part in zip(*self.seen, strict=True)]
+        self.seen = []
+        return RowSamples(*parts)
+
+
+def _gradient(rows: Tensor) -> Tensor:
+    assert rows.grad is not None
+    return rows.grad
+
+
+def code_rows(
+    source: SourceModel,
+    weights: Sequence[LatentWeights | None],
+    calibration: Passages,
+    selection: Passages,
+    how: Coding,
+    progress: Progress,
+) -> list[LatentWeights]:
+    """Give every converted layer a basis and bits for its rows.
+
+    Args:
+        source: The model that was converted.
+        weights: Its converted layers, float32; ``None`` for one that stays.
+        calibration: Tokens for gradients.
+        selection: Tokens that tell what a layer costs.
+        how: What is asked for.
+        progress: Told how far it is.
+
+    Returns:
+        The converted layers, in order.
+    """
+    kept = [w for w in weights if w is not None]
+    steps = 3 * len(kept)
+    fast = torch.autocast(torch.device(source.device).type, torch.bfloat16, enabled=source.precision.faster)
+    with fast:
+        watches = _sampled(source, weights, calibration, how)
+    layers: list[Components] = []
+    for watch in watches:
+        layers.append(components(watch.samples()))
+        progress("choosing bits", len(layers), steps)
+    wanted = how.row_bytes(source.spec.cache_values, sum(w.spec.cache_values for w in kept) / len(kept))
+    trial = plans(layers, [(1.0, 1.0)] * len(layers), max(_FEWEST, _COARSE * wanted))
+    with fast, torch.no_grad():
+        costs = _Costs(source, weights, layers, trial, selection, how)
+
+        def measure(number: int, half: str) -> float:
+            progress("choosing bits", len(layers) + 2 * number + (half == "rope") + 1, steps)
+            return costs.of(number, half)
+
+        factors = measured_factors(layers, trial, measure)
+    chosen = plans(layers, factors, wanted)
+    return [apply_plan(w, layer, plan, how.sinks) for w, layer, plan in zip(kept, layers, chosen, strict=True)]
+
+
+def _student(
+    source: SourceModel, weights: Sequence[LatentWeights | None], watches: Sequence[_Watch]
+) -> tuple[Student, list[int]]:
+    """The whole model, each converted layer with its watch, and the numbers of those layers."""
+    student, numbers = Student(source), []
+    for index, w in enumerate(weights):
+        attention = None
+        if w is not None:
+            attention = LatentAttention.from_weights(w.to(torch.float32))
+            attention.watch = watches[len(numbers)]
+            numbers.append(index)
+        student.add(source.layer(index), attention)
+    return student, numbers
+
+
+def _sampled(source: SourceModel, weights: Sequence[LatentWeights | None], text: Passages, how: Coding) -> list[_Watch]:
+    """Rows of every converted layer on some text, and the gradients of what the model would say itself."""
+    watches = [_Watch() for w in weights if w is not None]
+    student, _ = _student(source, weights, watches)
+    generator = torch.Generator(source.device).manual_seed(how.seed)
+    count = max(1, min(len(text), SAMPLED_TOKENS // text.length))
+    for row in torch.linspace(0, len(text) - 1, count).long().tolist():
+        hidden_TD = student.learn(source.embed(text[row : row + 1]))
+        hidden_TD.backward(_by_hidden(student, hidden_TD.detach(), generator))
+        for watch in watches:
+            watch.gather(how.sinks)
+    return watches
+
+
+def _by_hidden(student: Student, hidden_TD: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient of minus the log-likelihood of tokens that are drawn from what the model predicts."""
+    parts = []
+    for part_nD in hidden_TD.split(student.at_once):
+        part_nD = part_nD.clone().requires_grad_(True)
+        with torch.enable_grad():
+            logits_nV = student.head(part_nD)
+        p_nV = logits_nV.detach().float().softmax(-1)
+        drawn_n1 = torch.multinomial(p_nV, 1, generator=generator)
+        by_logits_nV = p_nV.scatter_add_(1, drawn_n1, -torch.ones_like(drawn_n1, dtype=p_nV.dtype))
+        parts += torch.autograd.grad(logits_nV, part_nD, by_logits_nV.to(logits_nV.dtype))
+    return torch.cat(parts)
+
+
+class _Costs:
+    """What it costs to round one half of one layer's rows, in nats per token."""
+
+    def __init__(
+        self,
+        source: SourceModel,
+        weights: Sequence[LatentWeights | None],
+        layers: Sequence[Components],
+        trial: Sequence[Plan],
+        text: Passages,
+        how: Coding,
+    ) -> None:
+        parts = iter(zip(layers, trial, strict=True))
+        coded = [None if w is None else apply_plan(w, *next(parts), how.sinks) for w in weights]
+        self._watches = [_Watch(w.code) for w in coded if w is not None]
+        self._student, self._numbers = _student(source, coded, self._watches)
+        # What enters the layer that is measured, and how far it has come.
+        self._entering, self._at = source.embed(text[: max(1, TRIED_TOKENS // text.length)]), 0
+        self._reference_nD = self._student.run(self._entering)
+
+    def of(self, number: int, half: str) -> float:
+        """For one half of the ``number``-th converted layer; layers are asked for in order."""
+        index, watch = self._numbers[number], self._watches[number]
+        self._entering = self._student.through(self._entering, self._at, index)
+        self._at, watch.half = index, half
+        made_nD = self._student.run(self._entering, start=index)
+        watch.half = ""
+        return self._student.divergence(made_nD, self._reference_nD)
