@@ -1,9 +1,13 @@
 """Transform coding of cached rows: components in a basis of their own, each in as many bits as it is worth.
 
 A latent of rank ``r`` in ``b`` bits a value is a special case, in which ``r`` components get ``b`` bits and all others
-none (reverse water-filling: Cover & Thomas, Elements of Information Theory, section 10.3). The basis of the latent is
-in the weights around it. Roped keys may only be mixed where that commutes with RoPE: the pairs of several keys that
-turn at one frequency are a complex vector, and any complex matrix commutes with its rotation.
+none (reverse water-filling: Cover & Thomas, Elements of Information Theory, section 10.3). Roped keys may only be mixed
+where that commutes with RoPE: the pairs of several keys that turn at one frequency are a complex vector, and any
+complex matrix commutes with its rotation. A latent may be mixed by any matrix. Attention reads components as they lie:
+queries and sums go through the inverse instead.
+
+Keys have a mean that is as large as what varies. It need not be stored: after RoPE it is the same for all tokens but
+for the angle, and that follows from the position. Codes are of what is left.
 
 Components come with the widest codes first, and in units of their steps: what is stored of a value is an integer, and
 all values of a token's half (latent or roped) share one gain of eight bits.
@@ -25,6 +29,7 @@ from torch import Tensor
 __all__ = [
     "GAUSSIAN_STEPS",
     "MOST_BITS",
+    "WIDTHS",
     "RowCode",
     "Segments",
     "bits_of",
@@ -38,7 +43,8 @@ __all__ = [
 # ``(bits, values)`` along an axis, the widest first. What gets no bits comes last.
 Segments = tuple[tuple[int, int], ...]
 
-MOST_BITS = 8
+# Seven bits are left out: they would be looked up one by one, as eight are.
+WIDTHS, MOST_BITS = (0, 1, 2, 3, 4, 5, 6, 8), 8
 # Step of the best uniform quantiser of so many bits for a Gaussian, in standard deviations (Max, IRE Trans. Inf. Theory
 # 6, 1960, table II; from six bits on by the same computation).
 GAUSSIAN_STEPS = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
@@ -98,19 +104,25 @@ class RowCode:
     """How one layer's rows are stored.
 
     Attributes:
-        latent: Widths of the latent's values; their basis is in the weights.
+        latent: Widths of the latent's components.
         rope: Widths of the roped components' values, a real and an imaginary part each.
+        latent_mix_rr: From the latent to its components.
         mix_JP2: From the pairs of all roped keys that turn at a component's frequency to the component: the real and
             the imaginary parts of ``z_j = Σ_p mix[j, p] κ[p, pair_j]``.
         pair_J: Number of each component's pair.
+        mean_J2: Of the roped components before RoPE, real and imaginary parts, in steps.
+        frequencies_F: Radians per position of the pairs; all keys turn alike.
         spreads: Factors on the gains of latent and roped components.
         sinks: Tokens at the start of a text that are stored as they are.
     """
 
     latent: Segments
     rope: Segments
+    latent_mix_rr: Tensor
     mix_JP2: Tensor
     pair_J: Tensor
+    mean_J2: Tensor
+    frequencies_F: Tensor
     spreads: tuple[float, float] = (1.0, 1.0)
     sinks: int = 4
 
@@ -130,6 +142,11 @@ class RowCode:
         unmix_JP[order_FP.flatten()] = inverse_FPC.mT.flatten(0, 1)
         return unmix_JP.to(torch.complex64)
 
+    @cached_property
+    def latent_unmix_rr(self) -> Tensor:
+        """From components back to the latent, float32."""
+        return torch.linalg.inv(self.latent_mix_rr.double()).float()
+
     @property
     def rope_values(self) -> int:
         """Real values of the roped components."""
@@ -142,7 +159,8 @@ class RowCode:
 
     def to(self, device: torch.device) -> RowCode:
         """The same on a device."""
-        return replace(self, mix_JP2=self.mix_JP2.to(device), pair_J=self.pair_J.to(device))
+        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor) and name[0] != "_"}
+        return replace(self, **tensors)
 
     def components(self, k_rope_BPTR: Tensor) -> Tensor:
         """Roped keys after RoPE as components, ``[B, T, n]`` float32."""
@@ -153,6 +171,14 @@ class RowCode:
         z_re_BTJ = (a_PTJ * re_BPTJ - b_PTJ * im_BPTJ).sum(1)
         z_im_BTJ = (a_PTJ * im_BPTJ + b_PTJ * re_BPTJ).sum(1)
         return torch.stack([z_re_BTJ, z_im_BTJ], dim=-1).flatten(-2)
+
+    def means(self, positions: Tensor) -> Tensor:
+        """What the mean of the roped components has become at some positions, ``[..., n]`` float32."""
+        angle_F = positions[..., None].float() * self.frequencies_F
+        pair_J = self.pair_J.long()
+        cos_J, sin_J = angle_F.cos()[..., pair_J], angle_F.sin()[..., pair_J]
+        re_J, im_J = self.mean_J2.float().unbind(-1)
+        return torch.stack([re_J * cos_J - im_J * sin_J, re_J * sin_J + im_J * cos_J], dim=-1).flatten(-2)
 
     def keys(self, z_BTn: Tensor) -> Tensor:
         """Roped keys ``[B, P, T, R]`` of components: the inverse of :meth:`components`."""
@@ -191,17 +217,23 @@ class RowCode:
         first_B1 = positions_BT.shape[1] - 1 - positions_BT.flip(1).argmin(1, keepdim=True)
         return (number_T >= first_B1) & (number_T < first_B1 + self.sinks)
 
-    def rounded(self, c_B1Tr: Tensor, k_rope_BPTR: Tensor, exact_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def rounded(
+        self, c_B1Tr: Tensor, k_rope_BPTR: Tensor, exact_BT: Tensor, positions_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Latents and roped keys as a cache gives them back. Gradients go through as if nothing were rounded
         (straight-through: Bengio et al., arXiv 1308.3432).
 
         Args:
             c_B1Tr, k_rope_BPTR: Of new tokens.
             exact_BT: Which of them are stored as they are.
+            positions_BT: Where they are.
         """
         with torch.no_grad(), torch.autocast(c_B1Tr.device.type, enabled=False):
-            c_hat = coded(c_B1Tr, self.latent, self.spreads[0])
-            k_hat = self.keys(coded(self.components(k_rope_BPTR), self.rope, self.spreads[1]))
+            c_hat = coded(c_B1Tr.float() @ self.latent_mix_rr.mT, self.latent, self.spreads[0])
+            c_hat = c_hat @ self.latent_unmix_rr.mT
+            mean_BTn = self.means(positions_BT)
+            z_hat = coded(self.components(k_rope_BPTR) - mean_BTn, self.rope, self.spreads[1]) + mean_BTn
+            k_hat = self.keys(z_hat)
             exact_B1T1 = exact_BT[:, None, :, None]
             c_lost = torch.where(exact_B1T1, 0.0, c_hat - c_B1Tr.float()).to(c_B1Tr.dtype)
             k_lost = torch.where(exact_B1T1, 0.0, k_hat - k_rope_BPTR.float()).to(k_rope_BPTR.dtype)
@@ -217,11 +249,20 @@ class RowCode:
         }
 
     @classmethod
-    def described(cls, entry: dict[str, Any], mix_JP2: Tensor, pair_J: Tensor) -> RowCode:
+    def described(
+        cls,
+        entry: dict[str, Any],
+        latent_mix_rr: Tensor,
+        mix_JP2: Tensor,
+        pair_J: Tensor,
+        mean_J2: Tensor,
+        frequencies_F: Tensor,
+    ) -> RowCode:
         """The inverse of :meth:`describe`."""
         latent, rope = (_segments(entry[name]) for name in ("latent_bits", "rope_bits"))
         first, second = entry["gain_spreads"]
-        return cls(latent, rope, mix_JP2, pair_J, (first, second), entry["exact_tokens"])
+        tensors = (latent_mix_rr, mix_JP2, pair_J, mean_J2, frequencies_F)
+        return cls(latent, rope, *tensors, (first, second), entry["exact_tokens"])
 
 
 def _segments(entries: Sequence[Sequence[int]]) -> Segments:

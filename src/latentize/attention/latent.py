@@ -228,7 +228,7 @@ def latent_attention(
     q_nope_BHTN, q_rope_BHTR = queries(x_BTD, w, positions_BT)
     c_B1Sr, k_rope_BPSR = cache_rows(x_BTD, w, positions_BT)
     if w.code is not None:
-        c_B1Sr, k_rope_BPSR = w.code.rounded(c_B1Sr, k_rope_BPSR, w.code.exact(positions_BT, past))
+        c_B1Sr, k_rope_BPSR = w.code.rounded(c_B1Sr, k_rope_BPSR, w.code.exact(positions_BT, past), positions_BT)
     if cache is not None:
         c_B1Sr, k_rope_BPSR = cache.update(c_B1Sr, k_rope_BPSR, layer_idx)
     allowed_TS = causal_mask(x_BTD.shape[1], c_B1Sr.shape[2], window=window, device=x_BTD.device)

@@ -31,6 +31,7 @@ def plan(
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of context. Default: the model's maximum.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     keep: Keep = "25%",
+    bytes: Annotated[str | None, typer.Option(help="Share of the source's bytes in a row of coded values.")] = None,
     window: Annotated[int, typer.Option(min=1, help="Tokens of the sliding-window row.")] = 4096,
     device: Annotated[
         str | None,
@@ -49,7 +50,9 @@ def plan(
     from latentize.report.tables import capacity_tables, conversions_table, plan_table
 
     machine = {"device": device, "memory": memory, "bandwidth": bandwidth, "tflops": tflops, "weight_bits": weight_bits}
-    result = compute(model, context=context, batch=batch, keep=keep, window=window, reserve=reserve, **machine)
+    result = compute(
+        model, context=context, batch=batch, keep=keep, bytes=bytes, window=window, reserve=reserve, **machine
+    )
     if as_json:
         emit(result, True)
         return

@@ -58,35 +58,38 @@ class _Watch:
 
     code: RowCode | None = None
     half: str = ""
-    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     seen: list[tuple[Tensor, ...]] = field(default_factory=list)
 
-    def __call__(self, c_B1Tr: Tensor, k_rope_BPTR: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, c_B1Tr: Tensor, k_rope_BPTR: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         if self.code is not None and self.half:
-            return self._rounded(self.code, c_B1Tr, k_rope_BPTR)
+            return self._rounded(self.code, c_B1Tr, k_rope_BPTR, positions_BT)
         if torch.is_grad_enabled():
             for rows in (c_B1Tr, k_rope_BPTR):
                 if not rows.requires_grad:
                     rows.requires_grad_(True)
                 rows.retain_grad()
-            self.rows.append((c_B1Tr, k_rope_BPTR))
+            self.rows.append((c_B1Tr, k_rope_BPTR, positions_BT))
         return c_B1Tr, k_rope_BPTR
 
-    def _rounded(self, code: RowCode, c_B1Tr: Tensor, k_rope_BPTR: Tensor) -> tuple[Tensor, Tensor]:
+    def _rounded(
+        self, code: RowCode, c_B1Tr: Tensor, k_rope_BPTR: Tensor, positions_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
         exact_BT = torch.arange(c_B1Tr.shape[2], device=c_B1Tr.device)[None] < code.sinks
-        c_hat, k_hat = code.rounded(c_B1Tr, k_rope_BPTR, exact_BT)
+        c_hat, k_hat = code.rounded(c_B1Tr, k_rope_BPTR, exact_BT, positions_BT)
         return (c_hat, k_rope_BPTR) if self.half == "latent" else (c_B1Tr, k_hat)
 
     def gather(self, sinks: int) -> None:
         """Keep what was seen of the last text, and its gradients."""
-        for c_B1Tr, k_rope_BPTR in self.rows:
+        for c_B1Tr, k_rope_BPTR, positions_BT in self.rows:
             c = (c_B1Tr.detach()[:, 0, sinks:].flatten(0, 1), _gradient(c_B1Tr)[:, 0, sinks:].flatten(0, 1))
             k = (t.transpose(1, 2)[:, sinks:].flatten(0, 1) for t in (k_rope_BPTR.detach(), _gradient(k_rope_BPTR)))
-            self.seen.append(tuple(t.to(torch.bfloat16) for t in (*c, *k)))
+            rows = [t.to(torch.bfloat16) for t in (*c, *k)]
+            self.seen.append((*rows, positions_BT[:, sinks:].flatten()))
         self.rows = []
 
     def samples(self) -> RowSamples:
-        parts = [torch.cat(part).float() for part in zip(*self.seen, strict=True)]
+        parts = [torch.cat(part) for part in zip(*self.seen, strict=True)]
         self.seen = []
         return RowSamples(*parts)
 
@@ -124,7 +127,7 @@ def code_rows(
         watches = _sampled(source, weights, calibration, how)
     layers: list[Components] = []
     for watch in watches:
-        layers.append(components(watch.samples()))
+        layers.append(components(watch.samples(), kept[len(layers)].frequencies_PF[0]))
         progress("choosing bits", len(layers), steps)
     wanted = how.row_bytes(source.spec.cache_values, sum(w.spec.cache_values for w in kept) / len(kept))
     trial = plans(layers, [(1.0, 1.0)] * len(layers), max(_FEWEST, _COARSE * wanted))

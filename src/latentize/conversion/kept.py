@@ -14,6 +14,9 @@ from latentize.checkpoint import Journal
 
 __all__ = ["Made", "cached"]
 
+# Tensors of a :class:`RowCode`, in order.
+_OF_A_CODE = ("latent_mix_rr", "mix_JP2", "pair_J", "mean_J2", "frequencies_F")
+
 # Weights of some layers, and what is to be told of them.
 Made = tuple[Sequence[LatentWeights], str]
 
@@ -36,7 +39,7 @@ def cached(journal: Journal | None, step: str, compute: Callable[[], Made]) -> M
         tensors |= {f"{index}.{name}": t for name, t in vars(w).items() if isinstance(t, Tensor)}
         numbers.append({name: v for name, v in vars(w).items() if isinstance(v, float)})
         if w.code is not None:
-            tensors |= {f"{index}.code.mix": w.code.mix_JP2, f"{index}.code.pair": w.code.pair_J}
+            tensors |= {f"{index}.code.{name}": getattr(w.code, name) for name in _OF_A_CODE}
             numbers[-1]["code"] = w.code.describe()
     strides = {name: t.stride() for name, t in tensors.items()}
     devices = {name: str(t.device) for name, t in tensors.items()}
@@ -54,7 +57,7 @@ def _read(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Made:
             for name, t in own.items()
         }
         if "code" in numbers:
-            code = RowCode.described(numbers["code"], laid.pop("code.mix"), laid.pop("code.pair"))
+            code = RowCode.described(numbers["code"], *(laid.pop(f"code.{name}") for name in _OF_A_CODE))
             numbers = {**numbers, "code": code}
         weights.append(LatentWeights(**laid, **numbers))
     return weights, facts["news"]

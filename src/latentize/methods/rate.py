@@ -19,7 +19,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from latentize.attention.coding import GAUSSIAN_STEPS, MOST_BITS, RowCode, Segments, gain_codes, gain_values, row_bytes
+from latentize.attention.coding import (
+    GAUSSIAN_STEPS,
+    MOST_BITS,
+    WIDTHS,
+    RowCode,
+    Segments,
+    gain_codes,
+    gain_values,
+    row_bytes,
+)
 from latentize.attention.latent import LatentWeights
 from latentize.errors import OptionError
 
@@ -38,6 +47,8 @@ __all__ = [
 _STEPS_TRIED = (0.65, 0.8, 1.0, 1.25, 1.6, 2.0)
 # Tokens that widths are compared on, and what is added to the information's diagonal, relative to its mean.
 COMPARED_TOKENS, _DAMPING = 4096, 1e-4
+# Least root mean square of a component, relative to the largest: a mix in bfloat16 leaks as much from one to another.
+_LEAST_DEVIATION = 2e-3
 # Real values of one width come in so many: every plane of bits is whole bytes.
 _ALIGNED = 8
 _BISECTIONS = 60
@@ -50,12 +61,14 @@ class RowSamples:
     Attributes:
         c_nr, by_c_nr: Latents.
         k_rope_nPR, by_k_rope_nPR: Roped keys after RoPE.
+        positions_n: Where the tokens are.
     """
 
     c_nr: Tensor
     by_c_nr: Tensor
     k_rope_nPR: Tensor
     by_k_rope_nPR: Tensor
+    positions_n: Tensor
 
 
 @dataclass
@@ -97,17 +110,20 @@ class Components:
 
     Attributes:
         latent, rope: Halves.
-        encode_rr, decode_rr: To the latent's components, and back.
+        encode_rr: To the latent's components.
         mix_JP: To the roped components, complex.
         pair_J: Their pairs.
+        mean_J: Their means before RoPE, complex.
+        frequencies_F: Radians per position of the pairs.
     """
 
     latent: Half
     rope: Half
     encode_rr: Tensor
-    decode_rr: Tensor
     mix_JP: Tensor
     pair_J: Tensor
+    mean_J: Tensor
+    frequencies_F: Tensor
 
 
 @dataclass(frozen=True)
@@ -129,38 +145,55 @@ class Plan:
         return row_bytes(_segments(self.latent_m, 1), _segments(self.rope_m, 2))
 
 
-def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The root of a positive matrix and the inverse of that."""
+def _root(moment: Tensor) -> Tensor:
+    """The root of a positive matrix, or of each in a stack."""
     size = moment.shape[-1]
     mean = moment.diagonal(dim1=-2, dim2=-1).real.mean().clamp_min(1e-30)
     eye = torch.eye(size, dtype=moment.dtype, device=moment.device)
     value, vector = torch.linalg.eigh(moment + _DAMPING * mean * eye)
     value = value.clamp_min(1e-3 * _DAMPING * float(mean))
-    return (vector * value.sqrt()[..., None, :]) @ vector.mH, (vector * value.rsqrt()[..., None, :]) @ vector.mH
+    return (vector * value.sqrt()[..., None, :]) @ vector.mH
 
 
-def components(rows: RowSamples) -> Components:
-    """The basis of a layer's rows, and what each component costs in each width."""
+def components(rows: RowSamples, frequencies_F: Tensor) -> Components:
+    """The basis of a layer's rows, and what each component costs in each width.
+
+    Args:
+        rows: Of some tokens.
+        frequencies_F: Radians per position of the roped keys' pairs.
+    """
     c_nr, g_nr = rows.c_nr.double(), rows.by_c_nr.double()
-    root, inverse = _roots(0.5 * g_nr.T @ g_nr / len(g_nr))
+    root = _root(0.5 * g_nr.T @ g_nr / len(g_nr))
     _, vector = torch.linalg.eigh(root @ (c_nr.T @ c_nr / len(c_nr)) @ root)
-    encode_rr, decode_rr = vector.mT @ root, inverse @ vector
+    encode_rr = vector.mT @ root
     latent_nr = (c_nr[-COMPARED_TOKENS:] @ encode_rr.mT).float()
     order_r, latent = _half(latent_nr, 1)
 
     k_nPF, by_nPF = _complex(rows.k_rope_nPR), _complex(rows.by_k_rope_nPR)
+    # Before RoPE keys have a mean; after it that is a function of the position.
+    angle_nF = rows.positions_n[:, None].double() * frequencies_F.double()
+    turn_n1F = torch.polar(torch.ones_like(angle_nF), angle_nF)[:, None]
+    mean_PF = (k_nPF * turn_n1F.conj()).mean(0)
+    k_nPF = k_nPF - mean_PF * turn_n1F
     # A quarter: of the squared product, half is the real part's, on average over the angle.
     metric = 0.25 * torch.einsum("npf,nqf->fpq", by_nPF, by_nPF.conj()) / len(by_nPF)
     moment = torch.einsum("npf,nqf->fpq", k_nPF, k_nPF.conj()) / len(k_nPF)
-    root_FPP, _ = _roots(2 * metric)
+    root_FPP = _root(2 * metric)
     _, vector_FPP = torch.linalg.eigh(root_FPP @ moment @ root_FPP)
     mix_FCP = vector_FPP.mH @ root_FPP
     z_nFC = torch.einsum("fcp,npf->nfc", mix_FCP, k_nPF[-COMPARED_TOKENS:])
     pairs, keys = z_nFC.shape[1:]
     order_J, rope = _half(torch.view_as_real(z_nFC.flatten(1)).flatten(1).float(), 2)
     pair_J = torch.arange(pairs).repeat_interleave(keys)[order_J]
+    mean_J = torch.einsum("fcp,pf->fc", mix_FCP, mean_PF).flatten()[order_J]
     return Components(
-        latent, rope, encode_rr[order_r], decode_rr[:, order_r], mix_FCP.flatten(0, 1)[order_J], pair_J.to(torch.int32)
+        latent,
+        rope,
+        encode_rr[order_r],
+        mix_FCP.flatten(0, 1)[order_J],
+        pair_J.to(torch.int32),
+        mean_J,
+        frequencies_F.float(),
     )
 
 
@@ -174,10 +207,10 @@ def _half(values_nm: Tensor, each: int) -> tuple[Tensor, Half]:
     parts_nme = values_nm.unflatten(1, (-1, each))
     order = parts_nme.square().mean((0, 2)).argsort(descending=True, stable=True)
     parts_nme = parts_nme[:, order]
-    deviation_m1 = parts_nme.square().mean((0, 2)).sqrt().clamp_min(1e-12)[:, None]
+    deviation_m1 = _deviations(parts_nme)[:, None]
     gain_n11 = _gains(parts_nme, deviation_m1)[:, None, None]
     even_nme = parts_nme / gain_n11
-    usual_m1 = even_nme.square().mean((0, 2)).sqrt().clamp_min(1e-12)[:, None]
+    usual_m1 = _deviations(even_nme)[:, None]
     nats, steps = [parts_nme.square().mean(0).sum(1)], [deviation_m1[:, 0]]
     for bits in range(1, MOST_BITS + 1):
         half, found = 2.0 ** (bits - 1), []
@@ -186,9 +219,15 @@ def _half(values_nm: Tensor, each: int) -> tuple[Tensor, Half]:
             back_nme = ((even_nme / step_m1).floor_().clamp_(-half, half - 1).add_(0.5)).mul_(step_m1)
             found.append(back_nme.sub_(even_nme).mul_(gain_n11).square_().mean(0).sum(1))
         least = torch.stack(found).min(0)
-        nats.append(least.values)
+        nats.append(least.values if bits in WIDTHS else torch.full_like(least.values, math.inf))
         steps.append(torch.tensor(_STEPS_TRIED)[least.indices] * GAUSSIAN_STEPS[bits] * usual_m1[:, 0])
     return order, Half(parts_nme.flatten(1), torch.stack(nats), torch.stack(steps), each)
+
+
+def _deviations(parts_nme: Tensor) -> Tensor:
+    """Root mean squares of components, ``[m]``; what hardly exists has steps that rounding does not fill."""
+    found_m = parts_nme.square().mean((0, 2)).sqrt()
+    return found_m.clamp_min(_LEAST_DEVIATION * float(found_m.max()) + 1e-30)
 
 
 def _gains(parts_nme: Tensor, deviation_m1: Tensor) -> Tensor:
@@ -235,7 +274,7 @@ def plans(
 
 
 def apply_plan(w: LatentWeights, layer: Components, plan: Plan, sinks: int) -> LatentWeights:
-    """The layer in the basis of its components and in units of their steps, with the code that stores its rows.
+    """The layer with the code that stores its rows: to components, in units of their steps.
 
     Args:
         w: The layer, float32.
@@ -245,20 +284,13 @@ def apply_plan(w: LatentWeights, layer: Components, plan: Plan, sinks: int) -> L
     """
     latent, of_latent = _segments(plan.latent_m, 1), _steps(layer.latent, plan.latent_m)
     rope, of_rope = _segments(plan.rope_m, 2), _steps(layer.rope, plan.rope_m)
-    encode_rr = layer.encode_rr / of_latent[:, None]
-    decode_rr = layer.decode_rr * of_latent
-    # Rounded now: its inverse is that of what is saved.
+    # Rounded now: inverses are those of what is saved.
+    latent_mix_rr = (layer.encode_rr / of_latent[:, None]).to(torch.bfloat16).float()
     mix_JP2 = torch.view_as_real(layer.mix_JP / of_rope[:, None]).to(torch.bfloat16).float()
     spreads = _spread(layer.latent, of_latent, latent), _spread(layer.rope, of_rope, rope)
-    code = RowCode(latent, rope, mix_JP2, layer.pair_J, spreads, sinks)
-    dtype = w.kv_a_rD.dtype
-    return replace(
-        w,
-        kv_a_rD=(encode_rr @ w.kv_a_rD.double()).to(dtype),
-        k_up_UNr=(w.k_up_UNr.double() @ decode_rr).to(dtype),
-        v_up_UVr=(w.v_up_UVr.double() @ decode_rr).to(dtype),
-        code=code,
-    )
+    mean_J2 = torch.view_as_real(layer.mean_J / of_rope).to(torch.bfloat16).float()
+    code = RowCode(latent, rope, latent_mix_rr, mix_JP2, layer.pair_J, mean_J2, layer.frequencies_F, spreads, sinks)
+    return replace(w, code=code)
 
 
 def _segments(bits_m: Tensor, each: int) -> Segments:
@@ -274,7 +306,7 @@ def _steps(half: Half, bits_m: Tensor) -> Tensor:
 def _spread(half: Half, steps_m: Tensor, segments: Segments) -> float:
     """The factor that makes gains what they were when steps were compared."""
     parts_nme = half.values_nm.unflatten(1, (-1, half.each))
-    deviation_m1 = parts_nme.square().mean((0, 2)).sqrt().clamp_min(1e-12)[:, None]
+    deviation_m1 = _deviations(parts_nme)[:, None]
     in_steps_nm = (parts_nme / steps_m[:, None]).flatten(1)
     plain_n = gain_values(gain_codes(in_steps_nm, segments, 1.0))[:, 0]
     return round(math.exp(float((_gains(parts_nme, deviation_m1) / plain_n).log().mean())), 4)

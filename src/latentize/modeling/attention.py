@@ -106,13 +106,15 @@ class LatentAttention(nn.Module):
         row_code: What :meth:`RowCode.describe` says of how rows are stored, where they are coded.
 
     Attributes:
-        watch: Sees all rows, and may return others; for calibration.
+        watch: Sees all rows and their positions, and may return others; for calibration.
     """
 
     rope_pairs: Tensor
+    row_latent_mix: Tensor
     row_mix: Tensor
     row_pairs: Tensor
-    watch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    row_mean: Tensor
+    watch: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __init__(
         self,
@@ -148,7 +150,9 @@ class LatentAttention(nn.Module):
         self._frequencies: Tensor | None = None
         self.row_code = row_code
         if row_code is not None:
+            self.register_buffer("row_latent_mix", torch.zeros(s.kv_lora_rank, s.kv_lora_rank))
             self.register_buffer("row_mix", torch.zeros(pairs.numel(), s.rope_heads, 2))
+            self.register_buffer("row_mean", torch.zeros(pairs.numel(), 2))
             self.register_buffer("row_pairs", torch.zeros(pairs.numel(), dtype=torch.int32))
         self._code: RowCode | None = None
 
@@ -190,7 +194,9 @@ class LatentAttention(nn.Module):
     def code(self) -> RowCode | None:
         """How rows are stored, where they are coded."""
         if self.row_code is not None and (self._code is None or self._code.pair_J is not self.row_pairs):
-            self._code = RowCode.described(self.row_code, self.row_mix.float(), self.row_pairs)
+            mixes = (self.row_latent_mix.float(), self.row_mix.float())
+            tensors = (*mixes, self.row_pairs, self.row_mean.float(), self.frequencies()[0])
+            self._code = RowCode.described(self.row_code, *tensors)
         return self._code
 
     def weights(self) -> LatentWeights:
@@ -302,17 +308,18 @@ class LatentAttention(nn.Module):
     def _coded(self, c: Tensor, k_rope: Tensor, position_ids: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
         """Rows as a cache would give them back, unless this one stores codes itself."""
         if self.watch is not None:
-            return self.watch(c, k_rope)
+            return self.watch(c, k_rope, position_ids.expand(len(c), -1))
         code = self.code()
         if code is None:
             return c, k_rope
         past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-        exact_BT = code.exact(position_ids.expand(len(c), -1), int(past))
+        positions_BT = position_ids.expand(len(c), -1)
+        exact_BT = code.exact(positions_BT, int(past))
         layers = getattr(cache, "layers", ())
         codes = getattr(layers[self.layer_idx], "codes", None) if self.layer_idx < len(layers) else None
         if codes is not None and codes(code, exact_BT):
             return c, k_rope
-        return code.rounded(c, k_rope, exact_BT)
+        return code.rounded(c, k_rope, exact_BT, positions_BT)
 
     def heads(
         self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, up: UpProjections, mask: Tensor | None
@@ -398,7 +405,8 @@ def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str
         "rope_pairs": gap_PFf.argmin(-1).to(torch.int32),
     }
     if w.code is not None:
-        tensors |= {"row_mix": w.code.mix_JP2, "row_pairs": w.code.pair_J}
+        tensors |= {"row_latent_mix": w.code.latent_mix_rr, "row_mix": w.code.mix_JP2}
+        tensors |= {"row_pairs": w.code.pair_J, "row_mean": w.code.mean_J2}
     if w.q_nope_bias_HN is not None and w.q_rope_bias_HR is not None:
         tensors["q_proj.bias"] = torch.cat([w.q_nope_bias_HN, w.q_rope_bias_HR], dim=1).flatten()
     return {name: t.contiguous() for name, t in tensors.items() if t is not None}

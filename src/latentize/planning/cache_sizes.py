@@ -56,7 +56,15 @@ def kept_bytes(model: ModelSpec, *, tokens: int, batch: int = 1, bits: float = 1
     )
 
 
-def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, window: int = 4096) -> list[CacheSize]:
+def plan(
+    model: ModelSpec,
+    *,
+    context: int,
+    batch: int = 1,
+    keep: float = 0.25,
+    window: int = 4096,
+    coded: float | None = None,
+) -> list[CacheSize]:
     """Bytes of the KV cache under every mechanism.
 
     The latent is counted once: it serves keys and values.
@@ -67,6 +75,7 @@ def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, 
         batch: Sequences at a time.
         keep: The budget of the MLA row, a share of the source's values.
         window: Tokens that the sliding-window row keeps.
+        coded: Bytes of a row of ``--bytes``, a share of the source's.
     """
     a = model.attention
     layers = len(model.converted)
@@ -95,6 +104,9 @@ def plan(model: ModelSpec, *, context: int, batch: int = 1, keep: float = 0.25, 
     for bits in (8, 4):
         note = "with scale and offset for each 32 values"
         heads(f"{a.kind} int{bits}", a.num_kv_heads, bits=bits + 1, note=note)
+    if coded is not None:
+        note = "all values, each in as many bits as it is worth; scales and exact tokens are counted"
+        heads(f"coded, --bytes {100 * coded:.4g}%", a.num_kv_heads, bits=16 * coded, note=note)
     budget = max(1, int(keep * a.cache_values + 1e-9))
     add(f"MLA, --keep {100 * keep:.4g}%", budget, latent=_split(budget, a.head_dim))
     if sum(STANDARD) < a.cache_values:

@@ -72,6 +72,7 @@ def plan(
     context: int | None = None,
     batch: int = 1,
     keep: Any = "25%",
+    bytes: Any = None,
     window: int = 4096,
     device: str | None = None,
     reserve: Any = "10%",
@@ -84,6 +85,7 @@ def plan(
         context: Tokens of each sequence; by default what the model was made for.
         batch: Sequences at a time.
         keep: Share of the source's cached values that the latent row has.
+        bytes: Share of the source's bytes that coded rows have; without it there is no such row.
         window: Tokens of the sliding-window row.
         device: A machine by name; ``cpu`` is this one, measured. With one, or with numbers of one, the rows say what
             fits and how fast it could be.
@@ -104,7 +106,8 @@ def plan(
     if isinstance(spec, LatentModel):
         rows = capacity.with_small_caches(arithmetic.plan_latent(spec, **options))
     else:
-        rows = arithmetic.plan(spec, **options)
+        coded = None if bytes is None else _share(bytes, "--bytes", "12.5% or 0.125", least=1e-9)
+        rows = arithmetic.plan(spec, **options, coded=coded)
     facts = {"model": described(spec), "context": tokens, "batch": batch}
     reserved = _share(reserve, "--reserve", "10% or 0.1", least=0.0)
     where = machine_of(_this_machine() if device == "cpu" else device, reserve=reserved, **machine)

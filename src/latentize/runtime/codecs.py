@@ -130,8 +130,8 @@ class Int4:
         return _looked_up(byte_BSm, _pairs(dtype, byte_BSm.device))[..., : self.size] * scale_BS1.to(dtype)
 
 
-# Values of a width that are looked up at once: their bits are an index of at most twelve.
-_AT_ONCE = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 1, 8: 1}
+# Values of a width that are looked up at once: their codes together are an index of at most twelve bits.
+_AT_ONCE = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 8: 1}
 # Values that fill whole bytes in every width.
 _GROUP = 8
 
@@ -185,26 +185,33 @@ class Coded:
 
 
 def _packed(level_BSm: Tensor, bits: int) -> Tensor:
-    """Codes of so many bits as a stream of bytes; values are filled up to whole bytes."""
+    """Codes of so many bits as bytes; values are filled up to whole ones.
+
+    An index of more than eight bits is in two places: the lowest eight bits of all, then the rest of all.
+    """
     level_BSm = torch.nn.functional.pad(level_BSm, (0, -level_BSm.shape[-1] % _GROUP))
-    if bits == 8:
-        return level_BSm
-    shifts = torch.arange(_GROUP, device=level_BSm.device) * bits
-    whole_BSg = (level_BSm.unflatten(-1, (-1, _GROUP)).long() << shifts).sum(-1, keepdim=True)
-    return ((whole_BSg >> (8 * torch.arange(bits, device=level_BSm.device))) & 255).to(torch.uint8).flatten(-2)
+    index_BSf = _joined(level_BSm.to(torch.int32), bits, _AT_ONCE[bits])
+    found, rest = [index_BSf & 255], bits * _AT_ONCE[bits] - 8
+    if rest > 0:
+        found.append(_joined(index_BSf >> 8, rest, 8 // rest))
+    return torch.cat(found, dim=-1).to(torch.uint8)
+
+
+def _joined(code_BSm: Tensor, bits: int, count: int) -> Tensor:
+    """So many codes as one, the first in the lowest bits."""
+    shifts = torch.arange(count, device=code_BSm.device, dtype=torch.int32) * bits
+    return (code_BSm.unflatten(-1, (-1, count)) << shifts).sum(-1, dtype=torch.int32)
 
 
 def _unpacked(byte_BSm: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Values in steps, of what :func:`_packed` makes."""
-    wide = bits * _AT_ONCE[bits]
-    if wide == 8:
-        return _looked_up(byte_BSm, _field(bits, dtype, byte_BSm.device))
-    # A field begins in one byte and ends in the next, or before it.
-    start = torch.arange(0, _GROUP * bits, wide, device=byte_BSm.device)
-    group_BSgb = byte_BSm.unflatten(-1, (-1, bits)).to(torch.int32)
-    low, high = start // 8, (start // 8 + 1).clamp_max(bits - 1)
-    field_BSgf = (group_BSgb[..., low] | (group_BSgb[..., high] << 8)) >> (start % 8).to(torch.int32)
-    return _looked_up((field_BSgf & ((1 << wide) - 1)).flatten(-2), _field(bits, dtype, byte_BSm.device))
+    table, rest = _field(bits, dtype, byte_BSm.device), bits * _AT_ONCE[bits] - 8
+    if rest <= 0:
+        return _looked_up(byte_BSm, table)
+    border = byte_BSm.shape[-1] * 8 // (8 + rest)
+    shifts = torch.arange(0, 8, rest, device=byte_BSm.device, dtype=torch.int32)
+    high_BSf = (byte_BSm[..., border:, None].to(torch.int32) >> shifts).bitwise_and_((1 << rest) - 1).flatten(-2)
+    return _looked_up(high_BSf.bitwise_left_shift_(8).bitwise_or_(byte_BSm[..., :border]), table)
 
 
 _FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -16,13 +16,30 @@ __all__ = ["ExactRows"]
 
 
 class ExactRows:
-    """Exact rows of all sequences, and where they belong."""
+    """Exact rows of all sequences, and where they belong.
+
+    Attributes:
+        starts_B1: Number of the row that each text begins with; ``None`` where all begin with the first.
+    """
 
     def __init__(self) -> None:
+        self.starts_B1: Tensor | None = None
         self._rows_BEd: Tensor | None = None
         # Numbers of rows; -1 where there is none yet.
         self._at_BE: Tensor | None = None
-        self._end, self._full = 0, False
+        self._settle()
+
+    def _settle(self) -> None:
+        """Find once what every step asks for: no step of a captured graph may."""
+        self._first, self._end, self._full = 0, 0, False
+        if self._at_BE is None:
+            return
+        there_BE = self._at_BE >= 0
+        self._sequence, self._slot = there_BE.nonzero(as_tuple=True)
+        self._row = self._at_BE[self._sequence, self._slot]
+        self._full = bool(there_BE.all())
+        if len(self._row):
+            self._first, self._end = int(self._row.min()), int(self._row.max()) + 1
 
     def add(self, rows_BTd: Tensor, exact_BT: Tensor, first: int, most: int) -> None:
         """Take what is to stay exact of new rows.
@@ -39,21 +56,27 @@ class ExactRows:
         if self._rows_BEd is None or self._at_BE is None:
             self._rows_BEd = rows_BTd.new_zeros(batch, most, size)
             self._at_BE = torch.full((batch, most), -1, device=rows_BTd.device)
+            if first == 0:
+                begins_B1 = exact_BT.int().argmax(1, keepdim=True)
+                self.starts_B1 = begins_B1 if bool(begins_B1.any()) else None
         have_B1 = (self._at_BE >= 0).sum(1, keepdim=True)
         slot_BT = exact_BT.cumsum(1) - 1 + have_B1
         sequence, token = (exact_BT & (slot_BT < most)).nonzero(as_tuple=True)
         slot = slot_BT[sequence, token]
         self._rows_BEd[sequence, slot] = rows_BTd[sequence, token]
         self._at_BE[sequence, slot] = first + token
-        self._end, self._full = int(self._at_BE.max()) + 1, bool((self._at_BE >= 0).all())
+        self._settle()
 
     def laid_over(self, rows_Bsd: Tensor, start: int) -> Tensor:
         """A block of restored rows, of which ``start`` is the first, with the exact ones in their places."""
-        if start >= self._end or self._rows_BEd is None or self._at_BE is None:
+        stop = start + rows_Bsd.shape[1]
+        if start >= self._end or stop <= self._first or self._rows_BEd is None:
             return rows_Bsd
-        here_BE = (self._at_BE >= start) & (self._at_BE < start + rows_Bsd.shape[1])
-        sequence, slot = here_BE.nonzero(as_tuple=True)
-        rows_Bsd[sequence, self._at_BE[sequence, slot] - start] = self._rows_BEd[sequence, slot].to(rows_Bsd.dtype)
+        sequence, slot, row = self._sequence, self._slot, self._row
+        if start > self._first or stop < self._end:
+            here = (row >= start) & (row < stop)
+            sequence, slot, row = sequence[here], slot[here], row[here]
+        rows_Bsd[sequence, row - start] = self._rows_BEd[sequence, slot].to(rows_Bsd.dtype)
         return rows_Bsd
 
     def forget(self, first: int) -> None:
@@ -61,12 +84,15 @@ class ExactRows:
         if self._at_BE is None or first >= self._end:
             return
         self._at_BE = self._at_BE.masked_fill(self._at_BE >= first, -1)
-        self._end, self._full = int(self._at_BE.max()) + 1, False
+        self._settle()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Choose among sequences."""
+        if self.starts_B1 is not None:
+            self.starts_B1 = change(self.starts_B1)
         if self._rows_BEd is not None and self._at_BE is not None:
             self._rows_BEd, self._at_BE = change(self._rows_BEd), change(self._at_BE)
+            self._settle()
 
     @property
     def nbytes(self) -> int:

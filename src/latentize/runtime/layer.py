@@ -140,9 +140,9 @@ class Rows(CachedRows):
     def tensors(self) -> tuple[Tensor, Tensor]:
         rows_BSd, code = torch.cat(list(self.layer.filled(self.dtype, self.new)), dim=1), self.layer.code
         c_BSr, k_BSR = rows_BSd[..., : self.layer.rank], rows_BSd[..., self.layer.rank :]
-        if code is not None:
-            return c_BSr[:, None], code.keys(k_BSR).to(k_BSR.dtype)
         turn, k_BPSR = self.rotation_rr, k_BSR.unflatten(-1, (self.roped_keys, -1)).transpose(1, 2)
+        if code is not None:
+            k_BPSR = code.keys(k_BSR).to(k_BSR.dtype)
         return (c_BSr if turn is None else c_BSr @ turn.mT)[:, None], k_BPSR
 
 
@@ -191,7 +191,9 @@ class LatentLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def rotation(self, dtype: torch.dtype) -> Tensor | None:
-        if isinstance(self.codecs[0], (Plain, Coded)):
+        if self.code is not None:
+            return self.code.latent_unmix_rr.to(self.device, dtype)
+        if isinstance(self.codecs[0], Plain):
             return None
         return rotation_on(self.rank, self.device, dtype)
 
@@ -208,11 +210,13 @@ class LatentLayer(CacheLayerMixin):
 
     def _row(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Latents and roped keys as they are stored before they are rounded, ``[B, T, d]``."""
-        turn, c_BTr = self.rotation(torch.float32), key_states[:, 0]
+        c_BTr = key_states[:, 0]
+        if self.code is not None:
+            halves = (c_BTr.float() @ self.code.latent_mix_rr.mT, self.code.components(value_states))
+            return torch.cat(halves, dim=-1).to(c_BTr.dtype)
+        turn = self.rotation(torch.float32)
         if turn is not None:
             c_BTr = (c_BTr.float() @ turn).to(c_BTr.dtype)
-        if self.code is not None:
-            return torch.cat([c_BTr, self.code.components(value_states).to(c_BTr.dtype)], dim=-1)
         return torch.cat([c_BTr, value_states.transpose(1, 2).flatten(2)], dim=-1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
@@ -245,6 +249,8 @@ class LatentLayer(CacheLayerMixin):
     def _store(self, count: int) -> None:
         """The oldest of the waiting rows, for good."""
         (old_Bsd,) = self.recent.view(0, count)
+        if self.code is not None:
+            old_Bsd = self._centred(old_Bsd, self._numbers(self.stored.length, self.stored.length + count), -1)
         parts = old_Bsd.split([self.rank, old_Bsd.shape[-1] - self.rank], dim=-1)
         encoded = [t for c, part in zip(self.codecs, parts, strict=True) for t in c.encode(part)]
         self.stored.append(tuple(encoded))
@@ -254,7 +260,22 @@ class LatentLayer(CacheLayerMixin):
         tensors = self.stored.view(start, stop)
         count, (latent, rope) = self._latent_tensors, self.codecs
         rows_Bsd = torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
-        return self.exact.laid_over(rows_Bsd, start)
+        if self.code is not None:
+            rows_Bsd = self.exact.laid_over(self._centred(rows_Bsd, self._numbers(start, stop), 1), start)
+        return rows_Bsd
+
+    def _numbers(self, start: int, stop: int) -> Tensor:
+        """Of kept rows among all that there were, ``[s]``."""
+        row, gone = torch.arange(start, stop, device=self.device), self.gone
+        return torch.where(row < self.sinks, row, row + gone) if gone else row
+
+    def _centred(self, rows_Bsd: Tensor, number_s: Tensor, sign: int) -> Tensor:
+        """Rows without the mean of their roped components, or with it again."""
+        assert self.code is not None
+        starts_B1 = self.exact.starts_B1
+        mean = self.code.means(number_s if starts_B1 is None else number_s - starts_B1)
+        wide = rows_Bsd[..., self.rank :].float() + sign * mean
+        return torch.cat([rows_Bsd[..., : self.rank], wide.to(rows_Bsd.dtype)], dim=-1)
 
     def _trim(self) -> None:
         """Let go of what no later token will see, now and then."""

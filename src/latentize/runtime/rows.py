@@ -27,7 +27,8 @@ class CachedRows(ABC):
         columns: Of a mask for all of them; more where there is room for more.
         roped_keys: How many a token has.
         stored_dtype: Of the model whose rows they are.
-        rotation_rr: Latents are stored times this, queries and sums have to be, too; ``None`` is not at all.
+        rotation_rr: From stored latents to latents: queries are multiplied by it, sums by its transpose. ``None`` is
+            not at all.
     """
 
     seen: int

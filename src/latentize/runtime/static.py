@@ -60,12 +60,13 @@ class StaticLatentLayer(LatentLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        turn, c_BTr = self.rotation(torch.float32), key_states[:, 0]
-        if turn is not None:
-            c_BTr = (c_BTr.float() @ turn).to(c_BTr.dtype)
-        halves = (c_BTr, value_states.transpose(1, 2).flatten(2))
-        encoded = [t for c, half in zip(self.codecs, halves, strict=True) for t in c.encode(half)]
+        rows_BTd = self._row(key_states, value_states)
         at_T = self.filled_B[:1].long() + torch.arange(new, device=self.device)
+        if self.code is not None and self._new_exact_BT is not None:
+            self.exact.add(rows_BTd, self._new_exact_BT, self.seen, self.code.sinks)
+            rows_BTd = self._centred(rows_BTd, at_T, -1)
+        halves = rows_BTd.split([self.rank, rows_BTd.shape[-1] - self.rank], dim=-1)
+        encoded = [t for c, half in zip(self.codecs, halves, strict=True) for t in c.encode(half)]
         for mine, more in zip(self.stored.tensors, encoded, strict=True):
             mine.index_copy_(1, at_T, more)
         self.filled_B.add_(new)

@@ -29,7 +29,10 @@ def row_code(keys: int, pairs: int, latent: int = 8, *, seed: int = 0, sinks: in
         return tuple((bits, n) for bits, n in ((6, size // 4), (3, size // 4), (0, size - 2 * (size // 4))) if n)
 
     mix = torch.randn(count, keys, 2, generator=g) * 4
-    return RowCode(segments(latent), segments(2 * count), mix, order.int(), (1.0, 1.1), sinks)
+    mean, frequencies = 3 * torch.randn(count, 2, generator=g), torch.rand(pairs, generator=g)
+    latent_mix = torch.eye(latent) + 0.2 * torch.randn(latent, latent, generator=g)
+    tensors = (3 * latent_mix, mix, order.int(), mean, frequencies)
+    return RowCode(segments(latent), segments(2 * count), *tensors, (1.0, 1.1), sinks)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([(1, 4), (2, 3), (3, 8)]), st.integers(1, 3), st.integers(1, 5))
@@ -89,7 +92,7 @@ def test_gradients_go_through() -> None:
     code = row_code(2, 4)
     c, k = torch.randn(1, 1, 5, 8, requires_grad=True), torch.randn(1, 2, 5, 8, requires_grad=True)
     exact = torch.tensor([[True, True, False, False, False]])
-    c_hat, k_hat = code.rounded(c, k, exact)
+    c_hat, k_hat = code.rounded(c, k, exact, torch.arange(5)[None])
     for put, back in ((c, c_hat), (k, k_hat)):
         assert torch.equal(back[:, :, :2], put[:, :, :2])
         assert not torch.allclose(back[:, :, 2:], put[:, :, 2:])
@@ -99,9 +102,26 @@ def test_gradients_go_through() -> None:
 
 def test_a_config_says_what_tensors_do_not() -> None:
     code = row_code(2, 4)
-    again = RowCode.described(code.describe(), code.mix_JP2, code.pair_J)
+    again = RowCode.described(
+        code.describe(), code.latent_mix_rr, code.mix_JP2, code.pair_J, code.mean_J2, code.frequencies_F
+    )
     assert vars(again) == vars(code)
     assert code.row_bytes == 2 + 6 * 1 + 3 * 1 + 6 * 1 + 3 * 1, "eight values of a width at a time"
+
+
+def test_a_mean_costs_nothing() -> None:
+    """Whatever mean the keys have before RoPE, the codes are the same."""
+    code, at = row_code(2, 4), torch.arange(6)[None]
+    z = 2 * torch.randn(1, 6, 16)
+    plain = replace(code, mean_J2=torch.zeros_like(code.mean_J2))
+    keys = (plain.keys(z), code.keys(z + code.means(at)))
+    none = torch.zeros(1, 6, dtype=torch.bool)
+    lost = [c.rounded(torch.zeros(1, 1, 6, 8), k, none, at)[1] - k for c, k in zip((plain, code), keys, strict=True)]
+    assert relative_error(*lost) < 1e-3
+    cos, sin = rope_angles(code.frequencies_F[None], at)
+    own_cos, own_sin = (part[:, 0][..., code.pair_J.long()] for part in (cos[..., :4], sin[..., :4]))
+    unturned = code.means(torch.zeros(1, 6))
+    assert relative_error(rotate_interleaved(unturned, own_cos, own_sin), code.means(at)) < FP32
 
 
 @pytest.mark.parametrize("absorb", [True, False])

@@ -77,7 +77,7 @@ def test_an_unknown_format_is_refused() -> None:
         codec("int3", 4)
 
 
-SEGMENTS = (((8, 8), (7, 8), (6, 16), (5, 8), (4, 8), (3, 24), (2, 8), (1, 8), (0, 8)), ((5, 8), (3, 5)), ((0, 6),))
+SEGMENTS = (((8, 8), (6, 16), (5, 8), (4, 8), (3, 24), (2, 8), (1, 8), (0, 8)), ((5, 8), (3, 5)), ((0, 6),))
 
 
 @pytest.mark.parametrize("segments", SEGMENTS)

@@ -25,7 +25,8 @@ def coded_weights(seed: int, H: int, U: int, P: int) -> LatentWeights:
     w = weights(seed, H=H, U=U, P=P, r=RANK, R=R)
     # Keys of all heads turn alike.
     w = replace(w, frequencies_PF=w.frequencies_PF[:1].expand(P, -1))
-    return replace(w, code=row_code(P, R // 2, RANK, seed=seed, sinks=3), kv_a_rD=3 * w.kv_a_rD)
+    code = replace(row_code(P, R // 2, RANK, seed=seed, sinks=3), frequencies_F=w.frequencies_PF[0])
+    return replace(w, code=code, kv_a_rD=3 * w.kv_a_rD)
 
 
 def rows_of(w: LatentWeights, tokens: int, batch: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +48,8 @@ def filled(w: LatentWeights, c: Tensor, k: Tensor, stops: list[int], residual: i
 
 def rounded(w: LatentWeights, c: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(w.code, RowCode)
-    return w.code.rounded(c, k, torch.arange(c.shape[2])[None].expand(len(c), -1) < w.code.sinks)
+    at = torch.arange(c.shape[2])[None].expand(len(c), -1)
+    return w.code.rounded(c, k, at < w.code.sinks, at)
 
 
 @settings(deadline=None, max_examples=40)
@@ -151,7 +153,7 @@ def test_sinks_of_a_window_seem_nearer_among_codes_too() -> None:
     # Sinks stand where the window begins.
     at = torch.cat([torch.arange(29, 32), torch.arange(32, 40)])
     near_c, near_k = cache_rows(x[:, [0, 1, 2, *range(32, 40)]], w, at[None])
-    c_hat, k_hat = w.code.rounded(near_c, near_k, (torch.arange(11) < 3)[None])
+    c_hat, k_hat = w.code.rounded(near_c, near_k, (torch.arange(11) < 3)[None], at[None])
     allowed = torch.ones(1, 1, 1, 11, dtype=torch.bool)
     expected = absorbed_heads(q_nope, q_rope, c_hat, k_hat, allowed, w)
     assert relative_error(decode(q_nope, q_rope, rows, up(w), None), expected) < 2e-3

@@ -1,0 +1,241 @@
+"""Bits where they count: coded rows of ``--bytes`` beside every other way to store a cache, at equal bytes.
+
+    python benchmarks/bits.py MODEL --calibrate valid.txt --report raw-test.txt            # converts at four budgets
+    python benchmarks/bits.py MODEL --report raw-test.txt --plans 12.5%=out --bytes        # only what is there
+    python benchmarks/bits.py MODEL --print                                                # what was measured before
+
+Every alternative rounds the source's own keys and values as its authors define it, in one pass: each token sees all
+tokens before it, and itself, as they come back from the cache; the first four are exact, as they are in coded rows, and
+so is what a block of tokens lacks to be whole. Bytes are counted over the evaluated context, scales and exact tokens
+included. Sources: KIVI (arXiv 2402.02750: keys by channel in groups of 32 tokens, values by token in groups of 32
+channels, scale and zero of 16 bits each); TurboQuant (arXiv 2504.19874, algorithm 1: a rotation, and the best levels
+for a Gaussian, with a norm of 16 bits); rotated int8 and int4 as ``latentize compare`` has them, int3 and int2 with a
+scale and a zero of 16 bits for each head; q8_0, q5_1 and q4_0 as llama.cpp's ``ggml-quants.c`` rounds blocks of 32,
+after a Hadamard rotation of each head, as llama.cpp rotates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+import latentize
+from latentize.api import resolve
+from latentize.evaluation.grouped import SINKS, grouped_predictor
+from latentize.evaluation.predict import Predict, predictor
+from latentize.evaluation.quality import measure
+from latentize.modeling.load import load_model
+from latentize.runtime.cache import rotation
+from latentize.text.documents import documents
+from latentize.text.tokenizer import load_tokenizer
+from latentize.text.tokens import pack
+
+ROOT = Path(__file__).resolve().parents[1]
+GROUP, BLOCK = 32, 32
+# What a user may ask for, of the source in 16 bits.
+BUDGETS = ("25%", "18.75%", "12.5%", "6.25%")
+# From keys or values ``[B, G, T, d]``, and whether they are keys, to what a cache gives back.
+Rounds = Callable[[Tensor, bool], Tensor]
+
+
+def even(x: Tensor, bits: int, axis: int) -> Tensor:
+    """Between the least and the largest along an axis, with a scale and a zero of 16 bits."""
+    low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+    scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8).half().float()
+    return ((x - low) / scale).round() * scale + low.half().float()
+
+
+def kivi(bits: int) -> Rounds:
+    def rounds(x: Tensor, keys: bool) -> Tensor:
+        if not keys:
+            return even(x.unflatten(-1, (-1, GROUP)), bits, -1).flatten(-2)
+        whole = x.shape[2] // GROUP * GROUP
+        made = even(x[:, :, :whole].unflatten(2, (-1, GROUP)), bits, 3).flatten(2, 3)
+        return torch.cat([made, x[:, :, whole:]], dim=2)
+
+    return rounds
+
+
+def rotated(rounds: Callable[[Tensor], Tensor], seed: int | None = None) -> Rounds:
+    """In the basis of each head's rotation: Hadamard's, or a random one."""
+
+    def made(x: Tensor, keys: bool) -> Tensor:
+        turn = rotation(x.shape[-1]).to(x.dtype)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            turn = torch.linalg.qr(torch.randn(x.shape[-1], x.shape[-1], generator=generator))[0]
+        return rounds(x @ turn) @ turn.mT
+
+    return made
+
+
+def blocks(name: str) -> Callable[[Tensor], Tensor]:
+    """llama.cpp's, of 32 values; scales are fp16."""
+
+    def rounds(x: Tensor) -> Tensor:
+        b = x.unflatten(-1, (-1, BLOCK))
+        if name == "q5_1":
+            return even(b, 5, -1).flatten(-2)
+        top = b.gather(-1, b.abs().argmax(-1, keepdim=True))
+        if name == "q8_0":
+            scale = (top.abs() / 127).half().float().clamp_min(1e-8)
+            return ((b / scale).round() * scale).flatten(-2)
+        scale = (top / -8).half().float()
+        scale = torch.where(scale == 0, 1e-8, scale)
+        return (((b / scale + 8.5).floor().clamp(0, 15) - 8) * scale).flatten(-2)
+
+    return rounds
+
+
+def gaussian_levels(bits: int) -> Tensor:
+    """The best levels for a Gaussian of variance one (Lloyd 1982, Max 1960)."""
+    x = torch.erfinv(torch.linspace(-1, 1, 200_003, dtype=torch.float64)[1:-1]) * 2**0.5
+    levels = torch.linspace(-2, 2, 2**bits, dtype=torch.float64)
+    for _ in range(300):
+        cell = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
+        levels = torch.zeros_like(levels).scatter_add_(0, cell, x) / torch.bincount(cell, minlength=len(levels))
+    return levels.float()
+
+
+def turboquant(bits: int) -> Callable[[Tensor], Tensor]:
+    levels = gaussian_levels(bits)
+
+    def rounds(x: Tensor) -> Tensor:
+        norm = x.norm(dim=-1, keepdim=True).half().float().clamp_min(1e-8)
+        unit = x / norm * x.shape[-1] ** 0.5
+        back = levels[torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2)]
+        return back / x.shape[-1] ** 0.5 * norm
+
+    return rounds
+
+
+def alternatives(head_dim: int) -> dict[str, tuple[Rounds, float]]:
+    """By name: how it rounds, and bits of a value with its share of scales."""
+    found: dict[str, tuple[Rounds, float]] = {}
+    for bits in (4, 3, 2):
+        found[f"KIVI {bits}"] = (kivi(bits), bits + 32 / GROUP)
+        found[f"TurboQuant {bits}"] = (rotated(turboquant(bits), seed=0), bits + 16 / head_dim)
+        found[f"rotated int{bits}"] = (rotated(lambda x, bits=bits: even(x, bits, -1)), bits + 32 / head_dim)
+    found["rotated int8"] = (rotated(lambda x: even(x, 8, -1)), 8 + 32 / head_dim)
+    for name, bits in (("q8_0", 8.5), ("q5_1", 6.0), ("q4_0", 4.5)):
+        found[name] = (rotated(blocks(name)), bits)
+    return found
+
+
+class _Layer(DynamicLayer):
+    def __init__(self, rounds: Rounds) -> None:
+        super().__init__()
+        self.rounds = rounds
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        halves = []
+        for x, keys in ((key_states, True), (value_states, False)):
+            made = self.rounds(x[:, :, SINKS:].float(), keys).to(x.dtype)
+            halves.append(torch.cat([x[:, :, :SINKS], made], dim=2))
+        return super().update(*halves, *args, **kwargs)
+
+
+def rounded(model: Any, rounds: Rounds) -> Predict:
+    """Predictions from a cache that rounds."""
+
+    @torch.no_grad()
+    def predict(tokens_BT: Tensor, count: int) -> Tensor:
+        cache = Cache(layers=[_Layer(rounds) for _ in range(model.config.num_hidden_layers)])
+        return model(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=count).logits
+
+    return predict
+
+
+def share_of(bits: float, length: int) -> float:
+    """Of the source's bytes in 16 bits, where the first tokens are exact."""
+    return (SINKS + (length - SINKS) * bits / 16) / length
+
+
+def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
+    path = resolve(args.model)
+    model = load_model(path)
+    rows_of_text = pack(
+        load_tokenizer(path), documents((args.report,), "all"), tokens=args.tokens, sequence_length=args.length
+    )
+    source = predictor(model)
+    subjects: dict[str, tuple[Predict, float]] = {}
+    for plan in args.plans:
+        name, _, folder = plan.partition("=")
+        report = json.loads((Path(folder) / "latentize.json").read_text())["measurements"]
+        context, sinks = args.length, SINKS
+        row, values = report["row_bytes_per_token_layer"], report["cache_values_per_token_layer"]
+        total = row * (context - sinks) + 2 * values * sinks
+        share = total / (2 * report["source_cache_values_per_token_layer"] * context)
+        subjects[f"coded, {name}"] = (predictor(load_model(Path(folder))), share)
+    if not args.bytes:
+        spec = model.config
+        head_dim = getattr(spec, "head_dim", None) or spec.hidden_size // spec.num_attention_heads
+        for name, (rounds, bits) in alternatives(head_dim).items():
+            subjects[name] = (rounded(model, rounds), share_of(bits, args.length))
+        for budget in BUDGETS:
+            window = round(args.length * float(budget.rstrip("%")) / 100) - SINKS
+            subjects[f"window {window}"] = (grouped_predictor(model, window=window), (window + SINKS) / args.length)
+    made = []
+    for name, (predict, share) in subjects.items():
+        quality = measure([predict], source, rows_of_text)[0].describe()
+        kept = ("perplexity", "reference_perplexity", "excess_loss", "kl", "top1_agreement", "tokens")
+        made.append({"name": name, "share": share, **{key: quality[key] for key in kept}})
+        made[-1]["date"] = datetime.date.today().isoformat()
+        print(f"{name}: {share:.2%}, excess {quality['excess_loss']:.4f}, KL {quality['kl']:.4f}", flush=True)
+    return made
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| cache | of 16 bits | perplexity | excess, nats | KL, nats | same top-1 |", "|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: -row["share"]):
+        cells = (f"{row['share']:.2%}", f"{row['perplexity']:.2f}", f"{row['excess_loss']:.4f}", f"{row['kl']:.4f}")
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['top1_agreement']:.2%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibrate", help="text to calibrate on; converts at every budget")
+    parser.add_argument("--report", help="text to report on")
+    parser.add_argument("--plans", nargs="*", default=[], metavar="BUDGET=FOLDER", help="models that are there")
+    parser.add_argument("--bytes", action="store_true", help="leave out the alternatives")
+    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--outputs", type=Path, default=ROOT / "build" / "bits")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--print", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    path = args.out / f"bits-{Path(args.model).stem}.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    if args.print:
+        print(markdown(before))
+        return
+    if args.calibrate:
+        for budget in BUDGETS:
+            out = args.outputs / f"{Path(args.model).stem}-{budget.rstrip('%')}"
+            if not out.exists():
+                latentize.convert(args.model, out, bytes=budget, data=(args.calibrate,), bytes_context=args.length)
+            args.plans.append(f"{budget}={out}")
+    made = measured(args)
+    names = {row["name"] for row in made}
+    rows = [row for row in before if row["name"] not in names] + made
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"model": Path(args.model).stem, "sequence_length": args.length, "machine": machine}
+    path.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
