@@ -147,6 +147,11 @@ class RowCode:
         """From components back to the latent, float32."""
         return torch.linalg.inv(self.latent_mix_rr.double()).float()
 
+    @cached_property
+    def frequencies(self) -> tuple[float, ...]:
+        """Radians per position of the pairs."""
+        return tuple(self.frequencies_F.tolist())
+
     @property
     def rope_values(self) -> int:
         """Real values of the roped components."""
@@ -172,11 +177,15 @@ class RowCode:
         z_im_BTJ = (a_PTJ * im_BPTJ + b_PTJ * re_BPTJ).sum(1)
         return torch.stack([z_re_BTJ, z_im_BTJ], dim=-1).flatten(-2)
 
-    def means(self, positions: Tensor) -> Tensor:
-        """What the mean of the roped components has become at some positions, ``[..., n]`` float32."""
+    def angles(self, positions: Tensor) -> Tensor:
+        """Cosines and sines of each frequency at some positions, ``[..., 2 F]`` float32."""
         angle_F = positions[..., None].float() * self.frequencies_F
+        return torch.cat([angle_F.cos(), angle_F.sin()], dim=-1)
+
+    def means(self, angles: Tensor) -> Tensor:
+        """What the mean of the roped components has become where :meth:`angles` are, ``[..., n]`` float32."""
         pair_J = self.pair_J.long()
-        cos_J, sin_J = angle_F.cos()[..., pair_J], angle_F.sin()[..., pair_J]
+        cos_J, sin_J = (part[..., pair_J] for part in angles.float().chunk(2, dim=-1))
         re_J, im_J = self.mean_J2.float().unbind(-1)
         return torch.stack([re_J * cos_J - im_J * sin_J, re_J * sin_J + im_J * cos_J], dim=-1).flatten(-2)
 
@@ -202,6 +211,17 @@ class RowCode:
         # The conjugate, as for any inner product.
         made = (a_H1J * re_BHTJ + b_H1J * im_BHTJ, a_H1J * im_BHTJ - b_H1J * re_BHTJ)
         return torch.stack(made, dim=-1).flatten(-2).to(q_rope_BHTR.dtype)
+
+    def mean_queries(self, q_BHTn: Tensor) -> Tensor:
+        """From :meth:`queries` to what has the same products with :meth:`angles` as they with the mean there,
+        ``[B, H, T, 2 F]``."""
+        re_BHTJ, im_BHTJ = q_BHTn.float().unflatten(-1, (-1, 2)).unbind(-1)
+        mean_re_J, mean_im_J = self.mean_J2.float().unbind(-1)
+        # Of the product with the mean, the real part belongs to the cosine, the imaginary one to minus the sine.
+        by_cos = re_BHTJ * mean_re_J + im_BHTJ * mean_im_J
+        by_sin = im_BHTJ * mean_re_J - re_BHTJ * mean_im_J
+        parts = (part[..., self._of_pair_FP].sum(-1) for part in (by_cos, by_sin))
+        return torch.cat(list(parts), dim=-1).to(q_BHTn.dtype)
 
     def exact(self, positions_BT: Tensor, past: int) -> Tensor:
         """Which of the new tokens are stored as they are, ``[B, T]``: the first of each text, wherever it begins.
@@ -231,7 +251,7 @@ class RowCode:
         with torch.no_grad(), torch.autocast(c_B1Tr.device.type, enabled=False):
             c_hat = coded(c_B1Tr.float() @ self.latent_mix_rr.mT, self.latent, self.spreads[0])
             c_hat = c_hat @ self.latent_unmix_rr.mT
-            mean_BTn = self.means(positions_BT)
+            mean_BTn = self.means(self.angles(positions_BT))
             z_hat = coded(self.components(k_rope_BPTR) - mean_BTn, self.rope, self.spreads[1]) + mean_BTn
             k_hat = self.keys(z_hat)
             exact_B1T1 = exact_BT[:, None, :, None]

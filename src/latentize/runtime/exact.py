@@ -41,6 +41,11 @@ class ExactRows:
         if len(self._row):
             self._first, self._end = int(self._row.min()), int(self._row.max()) + 1
 
+    def begin(self, exact_BT: Tensor) -> None:
+        """Find where the texts begin: at the first of the tokens that are exact."""
+        begins_B1 = exact_BT.int().argmax(1, keepdim=True)
+        self.starts_B1 = begins_B1 if bool(begins_B1.any()) else None
+
     def add(self, rows_BTd: Tensor, exact_BT: Tensor, first: int, most: int) -> None:
         """Take what is to stay exact of new rows.
 
@@ -56,9 +61,6 @@ class ExactRows:
         if self._rows_BEd is None or self._at_BE is None:
             self._rows_BEd = rows_BTd.new_zeros(batch, most, size)
             self._at_BE = torch.full((batch, most), -1, device=rows_BTd.device)
-            if first == 0:
-                begins_B1 = exact_BT.int().argmax(1, keepdim=True)
-                self.starts_B1 = begins_B1 if bool(begins_B1.any()) else None
         have_B1 = (self._at_BE >= 0).sum(1, keepdim=True)
         slot_BT = exact_BT.cumsum(1) - 1 + have_B1
         sequence, token = (exact_BT & (slot_BT < most)).nonzero(as_tuple=True)

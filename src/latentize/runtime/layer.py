@@ -13,7 +13,7 @@ B batch, S cached tokens, T new tokens, r kv_lora_rank, P roped keys, R qk_rope_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -54,6 +54,23 @@ def rotation_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """:func:`rotation`, once on each device: a captured graph must not copy from the host."""
     with torch.inference_mode(False):
         return rotation(size).to(device, dtype)
+
+
+@lru_cache(maxsize=256)
+def _block_angles(frequencies: tuple[float, ...], number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines at the positions of a block; all layers of a model have the same."""
+    with torch.inference_mode(False):
+        position_s = BLOCK * number + torch.arange(BLOCK, device=device)
+        angle_sF = position_s[:, None].float() * torch.tensor(frequencies, device=device)
+        return torch.cat([angle_sF.cos(), angle_sF.sin()], dim=-1).to(dtype)
+
+
+def _angles_from(code: RowCode, first: int, count: int, dtype: torch.dtype) -> Tensor:
+    """:meth:`RowCode.angles` of ``count`` positions, as they are kept."""
+    number, within = divmod(first, BLOCK)
+    if within + count > BLOCK:
+        return code.angles(first + torch.arange(count, device=code.pair_J.device)).to(dtype)
+    return _block_angles(code.frequencies, number, code.pair_J.device, dtype)[within : within + count]
 
 
 class _Growing:
@@ -135,14 +152,18 @@ class Rows(CachedRows):
 
     def queries(self, q_rope_BHTR: Tensor) -> Tensor:
         code = self.layer.code
-        return super().queries(q_rope_BHTR) if code is None else code.queries(q_rope_BHTR)
+        if code is None:
+            return super().queries(q_rope_BHTR)
+        q_BHTn = code.queries(q_rope_BHTR)
+        return torch.cat([q_BHTn, code.mean_queries(q_BHTn)], dim=-1)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         rows_BSd, code = torch.cat(list(self.layer.filled(self.dtype, self.new)), dim=1), self.layer.code
         c_BSr, k_BSR = rows_BSd[..., : self.layer.rank], rows_BSd[..., self.layer.rank :]
         turn, k_BPSR = self.rotation_rr, k_BSR.unflatten(-1, (self.roped_keys, -1)).transpose(1, 2)
         if code is not None:
-            k_BPSR = code.keys(k_BSR).to(k_BSR.dtype)
+            z_BSn, angles = k_BSR.float().tensor_split([code.rope_values], dim=-1)
+            k_BPSR = code.keys(z_BSn + code.means(angles)).to(k_BSR.dtype)
         return (c_BSr if turn is None else c_BSr @ turn.mT)[:, None], k_BPSR
 
 
@@ -206,14 +227,17 @@ class LatentLayer(CacheLayerMixin):
         """
         if self.formats == (None, None):
             self.code, self._new_exact_BT = code, exact_BT
+            if not self.seen:
+                self.exact.begin(exact_BT)
         return True
 
     def _row(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Latents and roped keys as they are stored before they are rounded, ``[B, T, d]``."""
         c_BTr = key_states[:, 0]
         if self.code is not None:
-            halves = (c_BTr.float() @ self.code.latent_mix_rr.mT, self.code.components(value_states))
-            return torch.cat(halves, dim=-1).to(c_BTr.dtype)
+            means = self.code.means(self._angles(self._next(c_BTr.shape[1])))
+            z_BTn = self.code.components(value_states) - means
+            return torch.cat([c_BTr.float() @ self.code.latent_mix_rr.mT, z_BTn], dim=-1).to(c_BTr.dtype)
         turn = self.rotation(torch.float32)
         if turn is not None:
             c_BTr = (c_BTr.float() @ turn).to(c_BTr.dtype)
@@ -249,8 +273,6 @@ class LatentLayer(CacheLayerMixin):
     def _store(self, count: int) -> None:
         """The oldest of the waiting rows, for good."""
         (old_Bsd,) = self.recent.view(0, count)
-        if self.code is not None:
-            old_Bsd = self._centred(old_Bsd, self._numbers(self.stored.length, self.stored.length + count), -1)
         parts = old_Bsd.split([self.rank, old_Bsd.shape[-1] - self.rank], dim=-1)
         encoded = [t for c, part in zip(self.codecs, parts, strict=True) for t in c.encode(part)]
         self.stored.append(tuple(encoded))
@@ -260,22 +282,35 @@ class LatentLayer(CacheLayerMixin):
         tensors = self.stored.view(start, stop)
         count, (latent, rope) = self._latent_tensors, self.codecs
         rows_Bsd = torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
-        if self.code is not None:
-            rows_Bsd = self.exact.laid_over(self._centred(rows_Bsd, self._numbers(start, stop), 1), start)
-        return rows_Bsd
+        return self.exact.laid_over(rows_Bsd, start)
 
-    def _numbers(self, start: int, stop: int) -> Tensor:
-        """Of kept rows among all that there were, ``[s]``."""
-        row, gone = torch.arange(start, stop, device=self.device), self.gone
-        return torch.where(row < self.sinks, row, row + gone) if gone else row
+    def _next(self, count: int) -> Tensor:
+        """Numbers of the rows that come next, ``[T]``."""
+        return self.seen + torch.arange(count, device=self.device)
 
-    def _centred(self, rows_Bsd: Tensor, number_s: Tensor, sign: int) -> Tensor:
-        """Rows without the mean of their roped components, or with it again."""
+    def _angles(self, number_s: Tensor) -> Tensor:
+        """Of rows by their numbers among all that there were, ``[s, 2 F]``; ``[B, s, 2 F]`` if padded."""
         assert self.code is not None
         starts_B1 = self.exact.starts_B1
-        mean = self.code.means(number_s if starts_B1 is None else number_s - starts_B1)
-        wide = rows_Bsd[..., self.rank :].float() + sign * mean
-        return torch.cat([rows_Bsd[..., : self.rank], wide.to(rows_Bsd.dtype)], dim=-1)
+        return self.code.angles(number_s if starts_B1 is None else number_s - starts_B1)
+
+    def _placed(self, rows_Bsd: Tensor, first: int, shift: int) -> Tensor:
+        """Coded rows with the angles that the mean of their keys is turned by; others as they are.
+
+        Args:
+            rows_Bsd: A block.
+            first: Number of its first row among those that are kept.
+            shift: Positions by which it seems nearer than it is.
+        """
+        if self.code is None:
+            return rows_Bsd
+        count = rows_Bsd.shape[1]
+        at = first + shift if first < self.sinks else first + self.gone
+        if self.exact.starts_B1 is None and not self.gone:
+            angles = _angles_from(self.code, at, count, rows_Bsd.dtype)
+        else:
+            angles = self._angles(at + torch.arange(count, device=self.device)).to(rows_Bsd.dtype)
+        return torch.cat([rows_Bsd, angles.expand(len(rows_Bsd), -1, -1)], dim=-1)
 
     def _trim(self) -> None:
         """Let go of what no later token will see, now and then."""
@@ -313,7 +348,9 @@ class LatentLayer(CacheLayerMixin):
             spans = [(0, self.sinks), (self.sinks, self._kept)]
         for number, (start, stop) in enumerate(spans):
             for rows_Bsd in self._span(start, stop, dtype):
-                yield self._turned(rows_Bsd, shift) if shift and number == 0 else rows_Bsd
+                seems = shift if number == 0 else 0
+                yield self._placed(self._turned(rows_Bsd, seems) if seems else rows_Bsd, start, seems)
+                start += rows_Bsd.shape[1]
 
     def filled(self, dtype: torch.dtype, new: int) -> Iterator[Tensor]:
         """As ``blocks``, without room that nothing was written to."""

@@ -60,11 +60,9 @@ class StaticLatentLayer(LatentLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows_BTd = self._row(key_states, value_states)
-        at_T = self.filled_B[:1].long() + torch.arange(new, device=self.device)
+        rows_BTd, at_T = self._row(key_states, value_states), self._next(new)
         if self.code is not None and self._new_exact_BT is not None:
             self.exact.add(rows_BTd, self._new_exact_BT, self.seen, self.code.sinks)
-            rows_BTd = self._centred(rows_BTd, at_T, -1)
         halves = rows_BTd.split([self.rank, rows_BTd.shape[-1] - self.rank], dim=-1)
         encoded = [t for c, half in zip(self.codecs, halves, strict=True) for t in c.encode(half)]
         for mine, more in zip(self.stored.tensors, encoded, strict=True):
@@ -73,6 +71,9 @@ class StaticLatentLayer(LatentLayer):
         self.advance(new)
         rows = Rows(self, key_states.dtype, new)
         return (rows, rows) if self.attends_rows else rows.tensors()
+
+    def _next(self, count: int) -> Tensor:
+        return self.filled_B[:1].long() + torch.arange(count, device=self.device)
 
     def advance(self, tokens: int) -> None:
         """Tell the host of tokens that a replayed graph has added."""
@@ -88,10 +89,13 @@ class StaticLatentLayer(LatentLayer):
     def blocks(self, dtype: torch.dtype, new: int) -> Iterator[Tensor]:
         """Rows ``[B, s, d]`` of all the room: how much is filled, no shape may tell."""
         for start in range(0, self.max_length, BLOCK):
-            yield self._restore(start, min(start + BLOCK, self.max_length), dtype)
+            yield self._placed(self._restore(start, min(start + BLOCK, self.max_length), dtype), start, 0)
 
     def filled(self, dtype: torch.dtype, new: int) -> Iterator[Tensor]:
-        return self._span(0, self.seen, dtype)
+        start = 0
+        for rows_Bsd in self._span(0, self.seen, dtype):
+            yield self._placed(rows_Bsd, start, 0)
+            start += rows_Bsd.shape[1]
 
     def expanded_mask(self, mask: Tensor | None, new: int) -> Tensor | None:
         return None if mask is None else mask[..., : self.seen]

@@ -114,14 +114,16 @@ def test_a_mean_costs_nothing() -> None:
     code, at = row_code(2, 4), torch.arange(6)[None]
     z = 2 * torch.randn(1, 6, 16)
     plain = replace(code, mean_J2=torch.zeros_like(code.mean_J2))
-    keys = (plain.keys(z), code.keys(z + code.means(at)))
+    keys = (plain.keys(z), code.keys(z + code.means(code.angles(at))))
     none = torch.zeros(1, 6, dtype=torch.bool)
     lost = [c.rounded(torch.zeros(1, 1, 6, 8), k, none, at)[1] - k for c, k in zip((plain, code), keys, strict=True)]
     assert relative_error(*lost) < 1e-3
     cos, sin = rope_angles(code.frequencies_F[None], at)
     own_cos, own_sin = (part[:, 0][..., code.pair_J.long()] for part in (cos[..., :4], sin[..., :4]))
-    unturned = code.means(torch.zeros(1, 6))
-    assert relative_error(rotate_interleaved(unturned, own_cos, own_sin), code.means(at)) < FP32
+    unturned, means = (code.means(code.angles(where)) for where in (torch.zeros(1, 6), at))
+    assert relative_error(rotate_interleaved(unturned, own_cos, own_sin), means) < FP32
+    q = code.queries(torch.randn(1, 4, 3, 8))
+    assert relative_error(code.mean_queries(q) @ code.angles(at)[:, None].mT, q @ means[:, None].mT) < FP32
 
 
 @pytest.mark.parametrize("absorb", [True, False])

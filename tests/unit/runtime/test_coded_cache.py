@@ -17,6 +17,8 @@ from latentize.attention.coding import RowCode
 from latentize.attention.latent import LatentWeights, absorbed_heads, cache_rows, queries
 from latentize.runtime.cache import LatentLayer
 from latentize.runtime.heads import decode, heads, prefill
+from latentize.runtime.layer import Rows
+from latentize.runtime.static import StaticLatentLayer
 
 D, R, RANK = 12, 8, 16
 
@@ -77,7 +79,6 @@ def test_heads_over_codes_against_the_reference(seed: int, B: int, past: int, ne
 
 
 def made_rows(made: LatentLayer, new: int):
-    from latentize.runtime.layer import Rows
 
     return Rows(made, torch.float32, new)
 
@@ -157,3 +158,47 @@ def test_sinks_of_a_window_seem_nearer_among_codes_too() -> None:
     allowed = torch.ones(1, 1, 1, 11, dtype=torch.bool)
     expected = absorbed_heads(q_nope, q_rope, c_hat, k_hat, allowed, w)
     assert relative_error(decode(q_nope, q_rope, rows, up(w), None), expected) < 2e-3
+
+
+def test_padded_texts_begin_where_they_begin() -> None:
+    w = coded_weights(6, 4, 2, 2)
+    x, _, _ = rows_of(w, 12, 1, 6)
+    assert w.code is not None
+    padding = torch.randn(1, 3, D)
+    both = torch.cat([torch.cat([x, padding], dim=1), torch.cat([padding, x], dim=1)])
+    at = torch.tensor([[*range(15)], [0, 0, 0, *range(12)]])
+    c, k = cache_rows(both, w, at)
+    made, start = layer(), 0
+    for stop in (9, 10, 15):
+        made.codes(w.code, w.code.exact(at[:, start:stop], start))
+        rows, _ = made.update(c[:, :, start:stop], k[:, :, start:stop])
+        start = stop
+    for first, second in (
+        (made.keys[:1, :, :12], made.keys[1:, :, 3:]),
+        (made.values[:1, :, :12], made.values[1:, :, 3:]),
+    ):
+        assert relative_error(second, first) < 1e-4
+    q_nope, q_rope = queries(both[1:, -1:], w, at[1:, -1:])
+    q = (q_nope.expand(2, -1, -1, -1), q_rope.expand(2, -1, -1, -1))
+    mask = torch.ones(2, 1, 1, 15, dtype=torch.bool)
+    mask[0, ..., 12:], mask[1, ..., :3] = False, False
+    first, second = decode(*q, rows, up(w), mask)
+    assert relative_error(second, first) < 1e-4
+
+
+def test_a_static_cache_of_codes() -> None:
+    w = coded_weights(7, 4, 2, 2)
+    x, c, k = rows_of(w, 20, 2, 7)
+    assert w.code is not None
+    made, start = StaticLatentLayer(None, None, 32), 0
+    made.attends_rows = True
+    for stop in (2, 11, 12, 19, 20):
+        made.codes(w.code, w.code.exact(torch.arange(start, stop)[None].expand(2, -1), start))
+        rows, _ = made.update(c[:, :, start:stop], k[:, :, start:stop])
+        start = stop
+    expected = rounded(w, c, k)
+    for restored, each in zip(rows.tensors(), expected, strict=True):
+        assert relative_error(restored, each) < 1e-4
+    q_nope, q_rope = queries(x[:, -1:], w, torch.tensor([[19]]))
+    seen = absorbed_heads(q_nope, q_rope, *expected, torch.ones(1, 1, 1, 20, dtype=torch.bool), w)
+    assert relative_error(decode(q_nope, q_rope, rows, up(w), None), seen) < 1e-4
