@@ -55,6 +55,7 @@ def test_a_cache_of_codes_is_the_model_that_was_measured(
     assert report["format"] == "native"
     assert report["kl"] > 1e-5, "something is rounded"
     assert report["bytes"] <= 0.30 + 1e-9
+    assert latentize.verify(tmp_path / "out").ok
     model, tokens = loaded(tmp_path / "out"), random_tokens(batch=2, length=24)
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits

@@ -49,7 +49,7 @@ _STEPS_TRIED = (0.65, 0.8, 1.0, 1.25, 1.6, 2.0)
 COMPARED_TOKENS, _DAMPING = 4096, 1e-4
 # Least root mean square of a component, relative to the largest: a mix in bfloat16 leaks as much from one to another.
 _LEAST_DEVIATION = 2e-3
-# Real values of one width come in so many: every plane of bits is whole bytes.
+# Real values of one width come in so many: they fill whole bytes.
 _ALIGNED = 8
 _BISECTIONS = 60
 
@@ -88,8 +88,8 @@ class Half:
     each: int
 
     def widths(self, price: float, factor: float) -> Tensor:
-        """Bits of each component where a bit of a token costs so much, ``[m]``; no component has more than one before
-        it."""
+        """Bits of each component, ``[m]``, where a bit of a token costs so much. They never rise from one component to
+        the next."""
         bits_b1 = torch.arange(MOST_BITS + 1)[:, None] * self.each
         wanted_m = (factor * self.nats_bm + price * bits_b1).argmin(0)
         group, found_m = _ALIGNED // self.each, torch.zeros_like(wanted_m)
@@ -175,10 +175,10 @@ def components(rows: RowSamples, frequencies_F: Tensor) -> Components:
     turn_n1F = torch.polar(torch.ones_like(angle_nF), angle_nF)[:, None]
     mean_PF = (k_nPF * turn_n1F.conj()).mean(0)
     k_nPF = k_nPF - mean_PF * turn_n1F
-    # A quarter: of the squared product, half is the real part's, on average over the angle.
+    # Of a squared product half is the real part's, on average over the angle: a quarter stands for the half of above.
     metric = 0.25 * torch.einsum("npf,nqf->fpq", by_nPF, by_nPF.conj()) / len(by_nPF)
     moment = torch.einsum("npf,nqf->fpq", k_nPF, k_nPF.conj()) / len(k_nPF)
-    root_FPP = _root(2 * metric)
+    root_FPP = _root(metric)
     _, vector_FPP = torch.linalg.eigh(root_FPP @ moment @ root_FPP)
     mix_FCP = vector_FPP.mH @ root_FPP
     z_nFC = torch.einsum("fcp,npf->nfc", mix_FCP, k_nPF[-COMPARED_TOKENS:])

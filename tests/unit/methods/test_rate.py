@@ -53,6 +53,18 @@ def test_components_are_uncorrelated_and_their_errors_add_up(layer: Components) 
     assert relative_error(torch.eye(RANK).double(), information) < 0.05, "in nats: half of a gradient's square is one"
 
 
+def test_roped_components_cost_what_their_gradients_say(layer: Components) -> None:
+    """Small errors of random direction: half of the squared product with the gradient, on average."""
+    rows, g = samples(), torch.Generator().manual_seed(2)
+    error = 1e-3 * torch.randn(TOKENS, KEYS, 2 * PAIRS, generator=g)
+    nats = float(0.5 * (error * rows.by_k_rope_nPR).sum((1, 2)).square().mean())
+    re, im = error.chunk(2, dim=-1)
+    pair_J = layer.pair_J.long()
+    delta_JPn = torch.complex(re, im).permute(2, 1, 0)[pair_J].to(torch.complex128)
+    z_Jn = (layer.mix_JP[:, :, None] * delta_JPn).sum(1)
+    assert float(z_Jn.abs().square().sum(0).mean()) == pytest.approx(nats, rel=0.1)
+
+
 def test_what_matters_more_gets_more_bits(layer: Components) -> None:
     (plan,) = plans([layer], [(1.0, 1.0)], 16.0)
     assert plan.row_bytes <= 16
