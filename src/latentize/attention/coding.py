@@ -18,10 +18,11 @@ keys, n = 2 J real values of them, r kv_lora_rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +58,29 @@ def bits_of(segments: Segments) -> Tensor:
     return torch.tensor([bits for bits, count in segments for _ in range(count)], dtype=torch.int64)
 
 
+class _Widths(NamedTuple):
+    """What follows from the widths of values.
+
+    Attributes:
+        half_n: Half of a value's codes.
+        top_n: The largest of them.
+        steps_n: Best step for a Gaussian of variance one.
+    """
+
+    half_n: Tensor
+    top_n: Tensor
+    steps_n: Tensor
+
+
+@lru_cache(maxsize=1024)
+def _widths(segments: Segments, device: torch.device) -> _Widths:
+    with torch.inference_mode(False):
+        bits_n = bits_of(segments)
+        half_n = 2.0 ** (bits_n - 1)
+        parts = (half_n, (2 * half_n - 1).clamp_min(0), torch.tensor(GAUSSIAN_STEPS)[bits_n])
+        return _Widths(*(part.to(device) for part in parts))
+
+
 def row_bytes(latent: Segments, rope: Segments) -> int:
     """Bytes of a token: a gain for each half, and eight values of a width in as many bytes as it has bits."""
     return 2 + sum(bits * -(-count // 8) for part in (latent, rope) for bits, count in part)
@@ -70,10 +94,10 @@ def gain_codes(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
         segments: Their widths.
         spread: Factor on the root mean square of all values, each relative to what its width is best for.
     """
-    steps_n = torch.tensor(GAUSSIAN_STEPS, device=x_Bsn.device)[bits_of(segments).to(x_Bsn.device)]
+    steps_n = _widths(segments, x_Bsn.device).steps_n
     count = max(1, sum(values for bits, values in segments if bits))
     square_Bs1 = (x_Bsn.float() * steps_n).square().sum(-1, keepdim=True) / count
-    wanted_Bs1 = _OCTAVE * (0.5 * square_Bs1.clamp_min(1e-30).log2() + torch.log2(torch.tensor(spread)))
+    wanted_Bs1 = _OCTAVE * (0.5 * square_Bs1.clamp_min(1e-30).log2() + math.log2(spread))
     return wanted_Bs1.round().clamp(_LEAST, _LARGEST).to(torch.int16)
 
 
@@ -84,19 +108,16 @@ def gain_values(codes: Tensor) -> Tensor:
 
 def levels(x_Bsn: Tensor, gain_Bs1: Tensor, segments: Segments) -> Tensor:
     """Codes of values, ``[B, s, n]`` uint8: the first of ``2^bits`` intervals is 0, and what gets no bits is, too."""
-    half_n = (2.0 ** (bits_of(segments) - 1)).to(x_Bsn.device)
-    level_Bsn = (x_Bsn.float() / gain_Bs1).floor() + half_n
-    top_n = (2 * half_n - 1).clamp_min(0)
-    return level_Bsn.maximum(torch.zeros((), device=x_Bsn.device)).minimum(top_n).nan_to_num().to(torch.uint8)
+    of = _widths(segments, x_Bsn.device)
+    level_Bsn = (x_Bsn.float() / gain_Bs1).floor_().add_(of.half_n).clamp_min_(0)
+    return level_Bsn.minimum(of.top_n).nan_to_num_().to(torch.uint8)
 
 
 def coded(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
     """Values as they come back from their codes, float32."""
-    bits_n = bits_of(segments).to(x_Bsn.device)
     gain_Bs1 = gain_values(gain_codes(x_Bsn, segments, spread))
-    middle_n = 2.0 ** (bits_n - 1) - 0.5
-    value_Bsn = (levels(x_Bsn, gain_Bs1, segments).float() - middle_n) * gain_Bs1
-    return torch.where(bits_n > 0, value_Bsn, 0.0)
+    # The middle of no codes at all is zero.
+    return (levels(x_Bsn, gain_Bs1, segments).float() - _widths(segments, x_Bsn.device).top_n / 2) * gain_Bs1
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,14 @@ class Coded:
         return (torch.cat(found, dim=-1),)
 
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        return torch.cat(self.steps(stored, dtype), dim=-1).mul_(self.gains(stored, dtype))
+
+    def gains(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Of each token, ``[B, S, 1]``."""
+        return gain_values(stored[0][..., :1].to(torch.int16) - _GAIN_OFFSET).to(dtype)
+
+    def steps(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+        """Values in steps, before their gain, one tensor a segment."""
         (byte_BSm,) = stored
         made, at = [], 1
         for bits, count in self.segments:
@@ -180,8 +188,7 @@ class Coded:
             else:
                 made.append(torch.zeros((), dtype=dtype, device=byte_BSm.device).expand(*byte_BSm.shape[:-1], count))
             at += size
-        gain_BS1 = gain_values(byte_BSm[..., :1].to(torch.int16) - _GAIN_OFFSET).to(dtype)
-        return torch.cat(made, dim=-1).mul_(gain_BS1)
+        return made
 
 
 def _packed(level_BSm: Tensor, bits: int) -> Tensor:

@@ -281,8 +281,20 @@ class LatentLayer(CacheLayerMixin):
     def _restore(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         tensors = self.stored.view(start, stop)
         count, (latent, rope) = self._latent_tensors, self.codecs
-        rows_Bsd = torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
-        return self.exact.laid_over(rows_Bsd, start)
+        if isinstance(latent, Coded) and isinstance(rope, Coded):
+            return self.exact.laid_over(self._decoded(latent, rope, tensors, start, dtype), start)
+        return torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
+
+    def _decoded(
+        self, latent: Coded, rope: Coded, tensors: tuple[Tensor, ...], start: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Rows of codes: all parts are put together once, for that takes as long as to look them up."""
+        halves = ((latent, tensors[:1]), (rope, tensors[1:]))
+        parts = [part for half, stored in halves for part in half.steps(stored, dtype)]
+        rows_Bsd = torch.cat(parts, dim=-1)
+        rows_Bsd[..., : self.rank].mul_(latent.gains(tensors[:1], dtype))
+        rows_Bsd[..., self.rank :].mul_(rope.gains(tensors[1:], dtype))
+        return rows_Bsd
 
     def _next(self, count: int) -> Tensor:
         """Numbers of the rows that come next, ``[T]``."""
