@@ -91,6 +91,18 @@ def test_rank_and_bits_together(source: Callable[..., Path], text: str, tmp_path
     assert float((cached - whole).abs().mean() / whole.abs().mean()) < 1e-3
 
 
+def test_compare_counts_the_bytes_of_codes(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    report = latentize.convert(source(), tmp_path / "out", data=(text,), **OPTIONS)
+    found = latentize.compare(
+        source(), [str(tmp_path / "out")], cache=("int8",), data=(text,), tokens=1024, sequence_length=256
+    )
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["out"]["cache_share"] == pytest.approx(report["bytes"], rel=1e-6)
+    assert rows["out"]["kl"] > 1e-5, "rounded"
+    assert rows["out, int8"]["cache_share"] > 0.5
+    assert rows["out, int8"]["kl"] < rows["out"]["kl"], "a format that is named takes the codes' place"
+
+
 def test_more_bytes_lose_less(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
     found = [
         latentize.convert(source(), tmp_path / share, data=(text,), **{**OPTIONS, "bytes": share})["kl"]

@@ -14,6 +14,7 @@ from latentize.evaluation.grouped import SINKS, grouped_predictor
 from latentize.evaluation.predict import Predict, predictor
 from latentize.evaluation.quality import measure
 from latentize.evaluation.quantized import quantized
+from latentize.modeling.attention import LatentAttention
 from latentize.modeling.load import load_model
 from latentize.progress import Progress, silent
 from latentize.runtime.accelerate import has_latents
@@ -92,16 +93,31 @@ def _row_bytes(parts: Sequence[tuple[int, int]], cache: str | None, *, latents: 
     return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
 
+def _coded_bytes(model: Any, parts: Sequence[tuple[int, int]], length: int) -> float | None:
+    """Bytes of a token in all layers, on average over a text, where the model's rows have codes of their own."""
+    codes = {m.layer_idx: m.code() for m in model.modules() if isinstance(m, LatentAttention) and m.row_code}
+    if not codes:
+        return None
+    total = 0.0
+    for index, sizes in enumerate(parts):
+        plain, code = 2 * sum(sizes), codes.get(index)
+        exact = length if code is None else min(code.sinks, length)
+        total += plain * exact + (0 if code is None else code.row_bytes * (length - exact))
+    return total / length
+
+
 def _rows_of(
     name: str, path: str, model: Any, variants: Sequence[Variant], length: int
 ) -> tuple[list[Compared], list[Predict]]:
     """Rows of a model that are still to be measured, and how."""
     parts, latents, rows, predicts = _cached_parts(model), has_latents(model), [], []
     make = predictor if latents else grouped_predictor
+    coded = _coded_bytes(model, parts, length)
     for cache, size in variants:
+        stored = coded if cache is None and coded is not None else _row_bytes(parts, cache, latents=latents)
         kept = 1.0 if size is None else min(1.0, (size + SINKS) / length)
         full = name + (f", {cache}" if cache else "") + (f", window {size}" if size else "")
-        rows.append(Compared(full, path, cache, size, kept * _row_bytes(parts, cache, latents=latents)))
+        rows.append(Compared(full, path, cache, size, kept * stored))
         predicts.append(make(model, cache=cache, window=size))
     return rows, predicts
 

@@ -22,7 +22,8 @@ class CacheFormats(TypedDict, total=False):
 
 
 def cache_formats(text: str | None) -> CacheFormats:
-    """Arguments of :class:`LatentCache` from ``LATENT[+ROPE]``: ``"int4"``, ``"int4+bf16"``.
+    """Arguments of :class:`LatentCache` from ``LATENT[+ROPE]``: ``"int4"``, ``"int4+bf16"``. ``"auto"`` is what the
+    checkpoint says: the codes of a model that has them, and 16 bits of any other.
 
     A roped key without a format of its own gets that of the latent, but never fewer than 8 bits: it is small, and
     what it loses is not spread over others.
@@ -30,7 +31,7 @@ def cache_formats(text: str | None) -> CacheFormats:
     Raises:
         OptionError: an unknown format.
     """
-    if text is None:
+    if text is None or text == "auto":
         return {}
     latent, _, rope = text.partition("+")
     rope = rope or ("int8" if latent == "int4" else latent)
@@ -45,8 +46,9 @@ class LatentCache(Cache):
     Args:
         config: The model's; only how many layers it has is read, and which of them are not latent: these have what
             transformers gives them.
-        latent: Format of the latents: bf16, fp16, fp32, fp8, int8 or int4; by default what the model computes in.
-            Below 16 bits they are rotated first, which spreads outliers, with a scale for each token.
+        latent: Format of the latents: bf16, fp16, fp32, fp8, int8 or int4; by default that of the checkpoint's codes,
+            where it has some (``convert --bytes``), else what the model computes in. Below 16 bits they are rotated
+            first, which spreads outliers, with a scale for each token.
         rope: Format of the roped keys.
         window: Keep the last ``N`` tokens only, and the first ``sinks``.
         sinks: First tokens that are kept beside a window.

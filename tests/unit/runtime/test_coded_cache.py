@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentize.attention.coding import RowCode
 from latentize.attention.latent import LatentWeights, absorbed_heads, cache_rows, queries
-from latentize.runtime.cache import LatentLayer
+from latentize.runtime.cache import LatentLayer, cache_formats
 from latentize.runtime.heads import decode, heads, prefill
 from latentize.runtime.layer import Rows
 from latentize.runtime.static import StaticLatentLayer
@@ -129,6 +129,10 @@ def test_bytes_are_those_of_the_code() -> None:
     assert w.code is not None
     exact = w.code.sinks * (RANK + w.code.rope_values) * 4
     assert made.nbytes == pytest.approx(2048 * w.code.row_bytes + exact, rel=0.05), "and a little room to grow"
+
+
+def test_auto_is_what_the_checkpoint_says() -> None:
+    assert cache_formats("auto") == cache_formats(None) == {}
 
 
 def test_formats_that_are_asked_for_win() -> None:
