@@ -14,6 +14,7 @@ from tests.killing import contents
 
 import latentize
 from latentize import LatentCache
+from latentize.api import compare
 from latentize.checkpoint import Journal
 from latentize.errors import OptionError
 
@@ -93,7 +94,7 @@ def test_rank_and_bits_together(source: Callable[..., Path], text: str, tmp_path
 
 def test_compare_counts_the_bytes_of_codes(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
     report = latentize.convert(source(), tmp_path / "out", data=(text,), **OPTIONS)
-    found = latentize.compare(
+    found = compare(
         source(), [str(tmp_path / "out")], cache=("int8",), data=(text,), tokens=1024, sequence_length=256
     )
     rows = {row["name"]: row for row in found["rows"]}

@@ -24,7 +24,7 @@ MOST_TOKENS = 2048
 # Pages whose commands can be typed as they stand.
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("tutorial", "convert", "plan", "evaluation", "healing")),
+    *(f"docs/{name}.md" for name in ("tutorial", "convert", "bits", "plan", "evaluation", "healing")),
 )
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
