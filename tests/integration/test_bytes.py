@@ -25,11 +25,9 @@ MODELS = (
     ("llama", 1),
     ("qwen2", 2),
     ("qwen3", 2),
-    ("phi3", 2),
     ("gemma3_text", 2),
     ("smollm3", 2),
     ("stablelm", 2),
-    ("gpt_neox", 4),
     ("olmo2", 2),
 )
 
