@@ -185,13 +185,12 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
         for budget in BUDGETS:
             window = round(args.length * float(budget.rstrip("%")) / 100) - SINKS
             subjects[f"window {window}"] = (grouped_predictor(model, window=window), (window + SINKS) / args.length)
-    made = []
-    for name, (predict, share) in subjects.items():
-        quality = measure([predict], source, rows_of_text)[0].describe()
+    made, found = [], measure([predict for predict, _ in subjects.values()], source, rows_of_text)
+    for (name, (_, share)), each in zip(subjects.items(), found, strict=True):
+        quality = each.describe()
         kept = ("perplexity", "reference_perplexity", "excess_loss", "kl", "top1_agreement", "tokens")
         made.append({"name": name, "share": share, **{key: quality[key] for key in kept}})
         made[-1]["date"] = datetime.date.today().isoformat()
-        print(f"{name}: {share:.2%}, excess {quality['excess_loss']:.4f}, KL {quality['kl']:.4f}", flush=True)
     return made
 
 
