@@ -181,8 +181,10 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
         spec = model.config
         head_dim = getattr(spec, "head_dim", None) or spec.hidden_size // spec.num_attention_heads
         for name, (rounds, bits) in alternatives(head_dim).items():
+            if args.only and name not in args.only:
+                continue
             subjects[name] = (rounded(model, rounds), share_of(bits, args.length))
-        for budget in BUDGETS:
+        for budget in () if args.only else BUDGETS:
             window = round(args.length * float(budget.rstrip("%")) / 100) - SINKS
             subjects[f"window {window}"] = (grouped_predictor(model, window=window), (window + SINKS) / args.length)
     made, found = [], measure([predict for predict, _ in subjects.values()], source, rows_of_text)
@@ -209,6 +211,7 @@ def main() -> None:
     parser.add_argument("--report", help="text to report on")
     parser.add_argument("--plans", nargs="*", default=[], metavar="BUDGET=FOLDER", help="models that are there")
     parser.add_argument("--bytes", action="store_true", help="leave out the alternatives")
+    parser.add_argument("--only", nargs="*", help="alternatives by name; all by default")
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--outputs", type=Path, default=ROOT / "build" / "bits")
