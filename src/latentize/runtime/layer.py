@@ -282,13 +282,11 @@ class LatentLayer(CacheLayerMixin):
         tensors = self.stored.view(start, stop)
         count, (latent, rope) = self._latent_tensors, self.codecs
         if isinstance(latent, Coded) and isinstance(rope, Coded):
-            return self.exact.laid_over(self._decoded(latent, rope, tensors, start, dtype), start)
+            return self.exact.laid_over(self._decoded(latent, rope, tensors, dtype), start)
         return torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
 
-    def _decoded(
-        self, latent: Coded, rope: Coded, tensors: tuple[Tensor, ...], start: int, dtype: torch.dtype
-    ) -> Tensor:
-        """Rows of codes: all parts are put together once, for that takes as long as to look them up."""
+    def _decoded(self, latent: Coded, rope: Coded, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Rows of codes; all parts are put together at once."""
         halves = ((latent, tensors[:1]), (rope, tensors[1:]))
         parts = [part for half, stored in halves for part in half.steps(stored, dtype)]
         rows_Bsd = torch.cat(parts, dim=-1)
@@ -448,7 +446,7 @@ class LatentLayer(CacheLayerMixin):
             # All keys turn alike, and components stand side by side.
             angle_J = angle_F[0, self.code.pair_J.long()]
             return rotate_interleaved, (angle_J.cos(), angle_J.sin())
-        return rotate_half if not self.interleaved else rotate_interleaved, (angle_F.cos(), angle_F.sin())
+        return rotate_interleaved if self.interleaved else rotate_half, (angle_F.cos(), angle_F.sin())
 
     def _span(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
         border = self.stored.length

@@ -83,6 +83,7 @@ class StaticLatentLayer(LatentLayer):
     def rewind(self, tokens: int) -> None:
         """Forget all but the first ``tokens``; nothing is moved."""
         self.seen = self.stored.length = tokens
+        self.exact.forget(tokens)
         if self.is_initialized:
             self.filled_B.fill_(tokens)
 

@@ -206,3 +206,7 @@ def test_a_static_cache_of_codes() -> None:
     q_nope, q_rope = queries(x[:, -1:], w, torch.tensor([[19]]))
     seen = absorbed_heads(q_nope, q_rope, *expected, torch.ones(1, 1, 1, 20, dtype=torch.bool), w)
     assert relative_error(decode(q_nope, q_rope, rows, up(w), None), seen) < 1e-4
+    made.rewind(0)
+    made.codes(w.code, w.code.exact(torch.arange(20)[None].expand(2, -1), 0))
+    made.update(c.flip(0), k.flip(0))
+    assert relative_error(made.keys, expected[0].flip(0)) < 1e-4
