@@ -61,7 +61,10 @@ Data = Annotated[
 ]
 CacheFormat = Annotated[
     str | None,
-    typer.Option(metavar="LATENT[+ROPE]", help="Cache in bf16, fp16, fp32, fp8, int8 or int4; as int4 or int4+bf16."),
+    typer.Option(
+        metavar="LATENT[+ROPE]",
+        help="Cache in bf16, fp16, fp32, fp8, int8 or int4; as int4 or int4+bf16. auto: as the checkpoint says.",
+    ),
 ]
 Keep = Annotated[str | None, typer.Option(help="Share of the source's cached values to keep, as 25% or 0.25.")]
 
