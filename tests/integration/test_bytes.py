@@ -53,7 +53,7 @@ def test_a_cache_of_codes_is_the_model_that_was_measured(
     report = latentize.convert(source(family, kv_heads), tmp_path / "out", data=(text,), **OPTIONS)
     assert report["format"] == "native"
     assert report["kl"] > 1e-5, "something is rounded"
-    assert report["bytes"] <= 0.30 + 1e-9
+    assert 0.24 < report["bytes"] <= 0.30 + 1e-9
     assert latentize.verify(tmp_path / "out")["ok"]
     model, tokens = loaded(tmp_path / "out"), random_tokens(batch=2, length=24)
     with torch.no_grad():

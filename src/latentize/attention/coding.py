@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -182,11 +182,6 @@ class RowCode:
     def row_bytes(self) -> int:
         """Bytes of a token that is not stored as it is, both gains included."""
         return row_bytes(self.latent, self.rope)
-
-    def to(self, device: torch.device) -> RowCode:
-        """The same on a device."""
-        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor) and name[0] != "_"}
-        return replace(self, **tensors)
 
     def components(self, k_rope_BPTR: Tensor) -> Tensor:
         """Roped keys after RoPE as components, ``[B, T, n]`` float32."""

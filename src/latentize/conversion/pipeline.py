@@ -6,7 +6,7 @@ has become so far, so that each layer learns on the inputs that it will see.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Journal
 from latentize.conversion.coding import Coding, code_rows
 from latentize.conversion.draft import Draft, DraftedLayer, naming_layer, observe
-from latentize.conversion.kept import Made, cached
+from latentize.conversion.kept import cached
 from latentize.conversion.measured import CLOSED, LINEAR, Converted, MadeLayer, write_and_measure
 from latentize.formats.base import FormatWriter, LatentWriter
 from latentize.formats.layer import ConvertedLayer
@@ -183,11 +183,17 @@ def _as_a_whole(
         if weights is not None:
             progress("refining layers", layer.index + 1, source.spec.layers, summary)
     # Only what the source makes of the text is needed while all are polished.
-    teacher, final = drafting.ended(), refined
-    if effort.coding is not None:
-        final = _coded(source, final, drafting, calibration, selection, effort.coding, progress)
-    if effort.polish is not None:
-        final = _learnt(source, final, drafting, calibration, teacher, selection, effort.polish, progress)
+    teacher, final, journal = drafting.ended(), refined, drafting.journal
+    if (coding := effort.coding) is not None:
+        start = final
+        final = _together(
+            start, "coding", journal, lambda: code_rows(source, start, calibration, selection, coding, progress)
+        )
+    if (how := effort.polish) is not None:
+        coded, target_NTD = final, teacher.hidden_NTD
+        final = _together(
+            coded, "polish", journal, lambda: polish(source, coded, calibration, target_NTD, selection, how, progress)
+        )
     draft = Draft(None, source.embed(calibration[: max(1, RMS_TOKENS // calibration.length)]))
     for layer, w, passed in zip(source.layers(), final, stages, strict=True):
         made = _kept(layer) if w is None else _saved(layer, w, passed, draft, writer)
@@ -207,41 +213,15 @@ def _refined(layer: SourceLayer, drafting: _Drafting) -> tuple[LatentWeights | N
     return drafted.refined, passed, drafted.summary
 
 
-def _coded(
-    source: SourceModel,
-    refined: Sequence[LatentWeights | None],
-    drafting: _Drafting,
-    calibration: Passages,
-    selection: Passages,
-    how: Coding,
-    progress: Progress,
+def _together(
+    weights: Sequence[LatentWeights | None],
+    step: str,
+    journal: Journal | None,
+    compute: Callable[[], Sequence[LatentWeights]],
 ) -> list[LatentWeights | None]:
-    """All layers with bits for their rows, now or before an interruption."""
-
-    def compute() -> Made:
-        return code_rows(source, refined, calibration, selection, how, progress), ""
-
-    coded = iter(cached(drafting.journal, "coding", compute)[0])
-    return [None if w is None else next(coded) for w in refined]
-
-
-def _learnt(
-    source: SourceModel,
-    refined: Sequence[LatentWeights | None],
-    drafting: _Drafting,
-    calibration: Passages,
-    teacher: Stream,
-    selection: Passages,
-    how: Polish,
-    progress: Progress,
-) -> list[LatentWeights | None]:
-    """All layers after the polish, now or before an interruption."""
-
-    def compute() -> Made:
-        return polish(source, refined, calibration, teacher.hidden_NTD, selection, how, progress), ""
-
-    learnt = iter(cached(drafting.journal, "polish", compute)[0])
-    return [None if w is None else next(learnt) for w in refined]
+    """What is made of all converted layers at once, now or before an interruption; others stay ``None``."""
+    made = iter(cached(journal, step, lambda: (compute(), ""))[0])
+    return [None if w is None else next(made) for w in weights]
 
 
 def _kept(layer: SourceLayer) -> MadeLayer:

@@ -235,16 +235,13 @@ def _gains(parts_nme: Tensor, deviation_m1: Tensor) -> Tensor:
     return (parts_nme / deviation_m1).square().mean((1, 2)).sqrt().clamp_min(1e-6)
 
 
-def plans(
-    layers: Sequence[Components], factors: Sequence[tuple[float, float]], row_bytes: float, *, where: str = "--bytes"
-) -> list[Plan]:
+def plans(layers: Sequence[Components], factors: Sequence[tuple[float, float]], row_bytes: float) -> list[Plan]:
     """Bits of all layers' components: a bit costs the same everywhere.
 
     Args:
         layers: Their components.
         factors: On what the latents and the roped keys of each layer cost.
         row_bytes: Of a token in a layer, on average at most.
-        where: What an error names.
 
     Raises:
         OptionError: not even a gain a token would fit.
@@ -263,7 +260,7 @@ def plans(
 
     if row_bytes < 3:
         raise OptionError(
-            f"{row_bytes:.1f} bytes of a token and layer are too few for anything but its gains", where=where,
+            f"{row_bytes:.1f} bytes of a token and layer are too few for anything but its gains", where="--bytes",
             fix="keep more; tokens that are stored as they are count, too",
         )  # fmt: skip
     low, high = -60.0, 20.0

@@ -25,6 +25,7 @@ from latentize.attention.rope import rotate_half, rotate_interleaved
 from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS, Codec, Coded, Plain, codec
 from latentize.runtime.exact import ExactRows
+from latentize.runtime.growing import Growing
 from latentize.runtime.kernels.storage import Part, Stored
 from latentize.runtime.rows import CachedRows
 
@@ -32,9 +33,6 @@ __all__ = ["BLOCK", "LatentLayer", "Rows", "rotation", "rotation_on"]
 
 # Rows that are restored at once: they stay in a core's cache until they are attended.
 BLOCK = 2048
-_GROWTH, _LEAST = 64, 32
-# Room beyond so many tokens is a multiple: a kernel that is compiled for aligned strides stays the one that is needed.
-_LONG, _ALIGNED = 1024, 16
 
 
 @cache
@@ -71,48 +69,6 @@ def _angles_from(code: RowCode, first: int, count: int, dtype: torch.dtype) -> T
     if within + count > BLOCK:
         return code.angles(first + torch.arange(count, device=code.pair_J.device)).to(dtype)
     return _block_angles(code.frequencies, number, code.pair_J.device, dtype)[within : within + count]
-
-
-class _Growing:
-    """Tensors that grow along their second axis, in place while there is room."""
-
-    def __init__(self) -> None:
-        self.tensors: tuple[Tensor, ...] = ()
-        self.length = 0
-
-    def append(self, new: tuple[Tensor, ...]) -> None:
-        end = self.length + new[0].shape[1]
-        if not self.tensors:
-            self.tensors = tuple(t[:, :0] for t in new)
-        if end > self.tensors[0].shape[1]:
-            room = end + max(_LEAST, end // _GROWTH)
-            if end >= _LONG:
-                room -= room % _ALIGNED
-            self.tensors = tuple(_enlarged(t[:, : self.length], room) for t in self.tensors)
-        for mine, more in zip(self.tensors, new, strict=True):
-            mine[:, self.length : end] = more
-        self.length = end
-
-    def view(self, start: int, stop: int) -> tuple[Tensor, ...]:
-        return tuple(t[:, start:stop] for t in self.tensors)
-
-    def keep(self, head: int, tail: int) -> None:
-        """Only the first ``head`` and the last ``tail`` tokens."""
-        self.tensors = tuple(torch.cat([t[:, :head], t[:, self.length - tail : self.length]], 1) for t in self.tensors)
-        self.length = head + tail
-
-    def map(self, change: Any) -> None:
-        self.tensors = tuple(change(t) for t in self.tensors)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for t in self.tensors)
-
-
-def _enlarged(t: Tensor, room: int) -> Tensor:
-    larger = t.new_empty((t.shape[0], room, *t.shape[2:]))
-    larger[:, : t.shape[1]] = t
-    return larger
 
 
 class Rows(CachedRows):
@@ -194,7 +150,7 @@ class LatentLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.exact, self._new_exact_BT = ExactRows(), None
         self.seen, self.rank, self.roped_keys, self.is_initialized = 0, 0, 1, False
-        self.stored, self.recent = _Growing(), _Growing()
+        self.stored, self.recent = Growing(), Growing()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.rank = key_states.dtype, key_states.device, key_states.shape[-1]
