@@ -9,11 +9,12 @@ queries and sums go through the inverse instead.
 Keys have a mean that is as large as what varies. It need not be stored: after RoPE it is the same for all tokens but
 for the angle, and that follows from the position. Codes are of what is left.
 
-Components come with the widest codes first, and in units of their steps: what is stored of a value is an integer, and
+Components come with the widest codes first, and in units of their own spread, so that all look alike: Gaussians of
+variance one. Some neighbours of one width share an index into a codebook (:mod:`latentize.attention.codebooks`), and
 all values of a token's half (latent or roped) share one gain of eight bits.
 
 B batch, T tokens, H query heads, P roped keys, R size of a roped key, F = R / 2 pairs, J = P F components of the roped
-keys, n = 2 J real values of them, r kv_lora_rank.
+keys, n = 2 J real values of them, r kv_lora_rank, f indices.
 """
 
 from __future__ import annotations
@@ -21,23 +22,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from latentize.attention.codebooks import codebook
+from latentize.errors import CheckpointError
+
 __all__ = [
-    "GAUSSIAN_STEPS",
+    "GROUP",
     "MOST_BITS",
     "WIDTHS",
     "RowCode",
     "Segments",
-    "bits_of",
     "coded",
     "gain_codes",
     "gain_values",
-    "levels",
+    "indices",
     "row_bytes",
 ]
 
@@ -46,57 +49,29 @@ Segments = tuple[tuple[int, int], ...]
 
 # Seven bits are left out: they would be looked up one by one, as eight are.
 WIDTHS, MOST_BITS = (0, 1, 2, 3, 4, 5, 6, 8), 8
-# Step of the best uniform quantiser of so many bits for a Gaussian, in standard deviations (Max, IRE Trans. Inf. Theory
-# 6, 1960, table II; from six bits on by the same computation).
-GAUSSIAN_STEPS = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
+# Values that fill whole bytes and whole indices in every width.
+GROUP = 8
 # Codes of a gain for a factor of two, and the least and the largest of them.
 _OCTAVE, _LEAST, _LARGEST = 8, -128, 127
-
-
-def bits_of(segments: Segments) -> Tensor:
-    """Bits of each value, ``[n]`` int64."""
-    return torch.tensor([bits for bits, count in segments for _ in range(count)], dtype=torch.int64)
-
-
-class _Widths(NamedTuple):
-    """What follows from the widths of values.
-
-    Attributes:
-        half_n: Half of a value's codes.
-        top_n: The largest of them.
-        steps_n: Best step for a Gaussian of variance one.
-    """
-
-    half_n: Tensor
-    top_n: Tensor
-    steps_n: Tensor
-
-
-@lru_cache(maxsize=1024)
-def _widths(segments: Segments, device: torch.device) -> _Widths:
-    with torch.inference_mode(False):
-        bits_n = bits_of(segments)
-        half_n = 2.0 ** (bits_n - 1)
-        parts = (half_n, (2 * half_n - 1).clamp_min(0), torch.tensor(GAUSSIAN_STEPS)[bits_n])
-        return _Widths(*(part.to(device) for part in parts))
+# What a config calls the codebooks.
+_CODEBOOKS = "gaussian"
 
 
 def row_bytes(latent: Segments, rope: Segments) -> int:
     """Bytes of a token: a gain for each half, and eight values of a width in as many bytes as it has bits."""
-    return 2 + sum(bits * -(-count // 8) for part in (latent, rope) for bits, count in part)
+    return 2 + sum(bits * -(-count // GROUP) for part in (latent, rope) for bits, count in part)
 
 
 def gain_codes(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
     """What is stored of each token's gain, ``[B, s, 1]`` int16.
 
     Args:
-        x_Bsn: Values, in steps.
+        x_Bsn: Values, in units of their spread.
         segments: Their widths.
-        spread: Factor on the root mean square of all values, each relative to what its width is best for.
+        spread: Factor on the root mean square of all values that have bits.
     """
-    steps_n = _widths(segments, x_Bsn.device).steps_n
-    count = max(1, sum(values for bits, values in segments if bits))
-    square_Bs1 = (x_Bsn.float() * steps_n).square().sum(-1, keepdim=True) / count
+    count = sum(values for bits, values in segments if bits)
+    square_Bs1 = x_Bsn[..., :count].float().square().sum(-1, keepdim=True) / max(1, count)
     wanted_Bs1 = _OCTAVE * (0.5 * square_Bs1.clamp_min(1e-30).log2() + math.log2(spread))
     return wanted_Bs1.round().clamp(_LEAST, _LARGEST).to(torch.int16)
 
@@ -106,18 +81,28 @@ def gain_values(codes: Tensor) -> Tensor:
     return torch.exp2(codes.float() / _OCTAVE)
 
 
-def levels(x_Bsn: Tensor, gain_Bs1: Tensor, segments: Segments) -> Tensor:
-    """Codes of values, ``[B, s, n]`` uint8: the first of ``2^bits`` intervals is 0, and what gets no bits is, too."""
-    of = _widths(segments, x_Bsn.device)
-    level_Bsn = (x_Bsn.float() / gain_Bs1).floor_().add_(of.half_n).clamp_min_(0)
-    return level_Bsn.minimum(of.top_n).nan_to_num_().to(torch.uint8)
+def indices(x_Bsn: Tensor, gain_Bs1: Tensor, segments: Segments) -> list[tuple[int, Tensor]]:
+    """Bits and indices ``[B, s, f]`` int32 of each width that has any; values are filled up to whole bytes."""
+    found, even_Bsn = [], x_Bsn.float() / gain_Bs1
+    for (bits, _), part_Bsm in zip(segments, even_Bsn.split([count for _, count in segments], dim=-1), strict=True):
+        if bits:
+            book = codebook(bits, x_Bsn.device)
+            part_Bsm = torch.nn.functional.pad(part_Bsm, (0, -part_Bsm.shape[-1] % GROUP))
+            index_n = book.nearest(part_Bsm.reshape(-1, book.values))
+            found.append((bits, index_n.view(*part_Bsm.shape[:-1], -1)))
+    return found
 
 
 def coded(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
     """Values as they come back from their codes, float32."""
     gain_Bs1 = gain_values(gain_codes(x_Bsn, segments, spread))
-    # The middle of no codes at all is zero.
-    return (levels(x_Bsn, gain_Bs1, segments).float() - _widths(segments, x_Bsn.device).top_n / 2) * gain_Bs1
+    back_Bsn, at = torch.zeros_like(x_Bsn, dtype=torch.float32), 0
+    counts = (count for bits, count in segments if bits)
+    for count, (bits, index_Bsf) in zip(counts, indices(x_Bsn, gain_Bs1, segments), strict=True):
+        words_kv = codebook(bits, x_Bsn.device).words_kv
+        back_Bsn[..., at : at + count] = words_kv[index_Bsf].flatten(-2)[..., :count]
+        at += count
+    return back_Bsn * gain_Bs1
 
 
 @dataclass(frozen=True)
@@ -131,7 +116,7 @@ class RowCode:
         mix_JP2: From the pairs of all roped keys that turn at a component's frequency to the component: the real and
             the imaginary parts of ``z_j = Σ_p mix[j, p] κ[p, pair_j]``.
         pair_J: Number of each component's pair.
-        mean_J2: Of the roped components before RoPE, real and imaginary parts, in steps.
+        mean_J2: Of the roped components before RoPE, real and imaginary parts, in units of their spread.
         frequencies_F: Radians per position of the pairs; all keys turn alike.
         spreads: Factors on the gains of latent and roped components.
         sinks: Tokens at the start of a text that are stored as they are.
@@ -282,6 +267,7 @@ class RowCode:
             "rope_bits": [list(segment) for segment in self.rope],
             "gain_spreads": list(self.spreads),
             "exact_tokens": self.sinks,
+            "codebooks": _CODEBOOKS,
         }
 
     @classmethod
@@ -294,7 +280,16 @@ class RowCode:
         mean_J2: Tensor,
         frequencies_F: Tensor,
     ) -> RowCode:
-        """The inverse of :meth:`describe`."""
+        """The inverse of :meth:`describe`.
+
+        Raises:
+            CheckpointError: rows are stored with codebooks that are not known here.
+        """
+        if entry.get("codebooks") != _CODEBOOKS:
+            raise CheckpointError(
+                f"its cached rows are stored with codebooks '{entry.get('codebooks')}', and '{_CODEBOOKS}' are known",
+                where="config.json, row_code", fix="convert the source again with this version of latentize", code="LZ118",
+            )  # fmt: skip
         latent, rope = (_segments(entry[name]) for name in ("latent_bits", "rope_bits"))
         first, second = entry["gain_spreads"]
         tensors = (latent_mix_rr, mix_JP2, pair_J, mean_J2, frequencies_F)

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from latentize.attention.codebooks import codebook
 from latentize.attention.coding import (
-    GAUSSIAN_STEPS,
+    GROUP,
     MOST_BITS,
     WIDTHS,
     RowCode,
@@ -43,14 +44,12 @@ __all__ = [
     "plans",
 ]
 
-# Steps that are tried, relative to what suits a Gaussian.
-_STEPS_TRIED = (0.65, 0.8, 1.0, 1.25, 1.6, 2.0)
+# Scales that are tried, relative to what suits a Gaussian.
+_SCALES_TRIED = (0.8, 1.0, 1.25, 1.6, 2.0)
 # Tokens that widths are compared on, and what is added to the information's diagonal, relative to its mean.
-COMPARED_TOKENS, _DAMPING = 4096, 1e-4
+COMPARED_TOKENS, _DAMPING = 1024, 1e-4
 # Least root mean square of a component, relative to the largest: a mix in bfloat16 leaks as much from one to another.
 _LEAST_DEVIATION = 2e-3
-# Real values of one width come in so many: they fill whole bytes.
-_ALIGNED = 8
 _BISECTIONS = 60
 
 
@@ -78,13 +77,13 @@ class Half:
     Attributes:
         values_nm: Of the compared tokens, real values; a roped component has two, side by side.
         nats_bm: What each component costs in each width, per token.
-        steps_bm: Its best step.
+        scales_bm: What it is divided by then, so that the codebook suits it.
         each: Real values of a component.
     """
 
     values_nm: Tensor
     nats_bm: Tensor
-    steps_bm: Tensor
+    scales_bm: Tensor
     each: int
 
     def widths(self, price: float, factor: float) -> Tensor:
@@ -92,7 +91,7 @@ class Half:
         the next."""
         bits_b1 = torch.arange(MOST_BITS + 1)[:, None] * self.each
         wanted_m = (factor * self.nats_bm + price * bits_b1).argmin(0)
-        group, found_m = _ALIGNED // self.each, torch.zeros_like(wanted_m)
+        group, found_m = GROUP // self.each, torch.zeros_like(wanted_m)
         for bits in range(1, MOST_BITS + 1):
             count = int((wanted_m >= bits).sum())
             # Whole bytes, but for the last values.
@@ -211,21 +210,32 @@ def _half(values_nm: Tensor, each: int) -> tuple[Tensor, Half]:
     gain_n11 = _gains(parts_nme, deviation_m1)[:, None, None]
     even_nme = parts_nme / gain_n11
     usual_m1 = _deviations(even_nme)[:, None]
-    nats, steps = [parts_nme.square().mean(0).sum(1)], [deviation_m1[:, 0]]
+    nats, scales = [parts_nme.square().mean(0).sum(1)], [deviation_m1[:, 0]]
     for bits in range(1, MOST_BITS + 1):
-        half, found = 2.0 ** (bits - 1), []
-        for factor in _STEPS_TRIED:
-            step_m1 = factor * GAUSSIAN_STEPS[bits] * usual_m1
-            back_nme = ((even_nme / step_m1).floor_().clamp_(-half, half - 1).add_(0.5)).mul_(step_m1)
-            found.append(back_nme.sub_(even_nme).mul_(gain_n11).square_().mean(0).sum(1))
-        least = torch.stack(found).min(0)
-        nats.append(least.values if bits in WIDTHS else torch.full_like(least.values, math.inf))
-        steps.append(torch.tensor(_STEPS_TRIED)[least.indices] * GAUSSIAN_STEPS[bits] * usual_m1[:, 0])
-    return order, Half(parts_nme.flatten(1), torch.stack(nats), torch.stack(steps), each)
+        if bits not in WIDTHS:
+            nats.append(torch.full_like(nats[0], math.inf))
+            scales.append(deviation_m1[:, 0])
+            continue
+        found = torch.stack([_lost(even_nme / (factor * usual_m1), gain_n11, bits) for factor in _SCALES_TRIED])
+        least = (found * (torch.tensor(_SCALES_TRIED)[:, None] * usual_m1[:, 0]).square()).min(0)
+        nats.append(least.values)
+        scales.append(torch.tensor(_SCALES_TRIED)[least.indices] * usual_m1[:, 0])
+    return order, Half(parts_nme.flatten(1), torch.stack(nats), torch.stack(scales), each)
+
+
+def _lost(even_nme: Tensor, gain_n11: Tensor, bits: int) -> Tensor:
+    """Squared error of each component in so many bits, ``[m]``: values of other tokens stand for its neighbours."""
+    book = codebook(bits, even_nme.device)
+    count = len(even_nme) // book.values
+    # From the tokens' axis, so that what shares an index is far apart.
+    vectors = even_nme[: count * book.values].unflatten(0, (book.values, count)).movedim(0, -1)
+    index = book.nearest(vectors.reshape(-1, book.values))
+    error = (book.words_kv[index].view_as(vectors) - vectors).movedim(-1, 0).flatten(0, 1)
+    return error.mul_(gain_n11[: len(error)]).square_().mean(0).sum(1)
 
 
 def _deviations(parts_nme: Tensor) -> Tensor:
-    """Root mean squares of components, ``[m]``; what hardly exists has steps that rounding does not fill."""
+    """Root mean squares of components, ``[m]``; what hardly exists has a scale that rounding does not fill."""
     found_m = parts_nme.square().mean((0, 2)).sqrt()
     return found_m.clamp_min(_LEAST_DEVIATION * float(found_m.max()) + 1e-30)
 
@@ -271,7 +281,7 @@ def plans(layers: Sequence[Components], factors: Sequence[tuple[float, float]], 
 
 
 def apply_plan(w: LatentWeights, layer: Components, plan: Plan, sinks: int) -> LatentWeights:
-    """The layer with the code that stores its rows: to components, in units of their steps.
+    """The layer with the code that stores its rows: to components, in units of their spread.
 
     Args:
         w: The layer, float32.
@@ -279,8 +289,8 @@ def apply_plan(w: LatentWeights, layer: Components, plan: Plan, sinks: int) -> L
         plan: Their bits.
         sinks: Tokens that are stored as they are.
     """
-    latent, of_latent = _segments(plan.latent_m, 1), _steps(layer.latent, plan.latent_m)
-    rope, of_rope = _segments(plan.rope_m, 2), _steps(layer.rope, plan.rope_m)
+    latent, of_latent = _segments(plan.latent_m, 1), _scales(layer.latent, plan.latent_m)
+    rope, of_rope = _segments(plan.rope_m, 2), _scales(layer.rope, plan.rope_m)
     # Rounded now: inverses are those of what is saved.
     latent_mix_rr = (layer.encode_rr / of_latent[:, None]).to(torch.bfloat16).float()
     mix_JP2 = torch.view_as_real(layer.mix_JP / of_rope[:, None]).to(torch.bfloat16).float()
@@ -295,17 +305,17 @@ def _segments(bits_m: Tensor, each: int) -> Segments:
     return tuple((bits, each * count) for bits, count in zip(widths.tolist(), counts.tolist(), strict=True))
 
 
-def _steps(half: Half, bits_m: Tensor) -> Tensor:
+def _scales(half: Half, bits_m: Tensor) -> Tensor:
     """Of each component, float64."""
-    return half.steps_bm.gather(0, bits_m[None])[0].double()
+    return half.scales_bm.gather(0, bits_m[None])[0].double()
 
 
-def _spread(half: Half, steps_m: Tensor, segments: Segments) -> float:
-    """The factor that makes gains what they were when steps were compared."""
+def _spread(half: Half, scales_m: Tensor, segments: Segments) -> float:
+    """The factor that makes gains what they were when widths were compared."""
     parts_nme = half.values_nm.unflatten(1, (-1, half.each))
     deviation_m1 = _deviations(parts_nme)[:, None]
-    in_steps_nm = (parts_nme / steps_m[:, None]).flatten(1)
-    plain_n = gain_values(gain_codes(in_steps_nm, segments, 1.0))[:, 0]
+    even_nm = (parts_nme / scales_m[:, None]).flatten(1)
+    plain_n = gain_values(gain_codes(even_nm, segments, 1.0))[:, 0]
     return round(math.exp(float((_gains(parts_nme, deviation_m1) / plain_n).log().mean())), 4)
 
 

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from latentize.attention.coding import Segments, gain_codes, gain_values, levels
+from latentize.attention.codebooks import VALUES_AT_ONCE, codebook
+from latentize.attention.coding import GROUP, Segments, gain_codes, gain_values, indices
 from latentize.errors import OptionError
 
 __all__ = ["FLOATS", "FORMATS", "Codec", "Coded", "Float8", "Int4", "Int8", "Plain", "codec"]
@@ -130,26 +131,18 @@ class Int4:
         return _looked_up(byte_BSm, _pairs(dtype, byte_BSm.device))[..., : self.size] * scale_BS1.to(dtype)
 
 
-# Values of a width that are looked up at once: their codes together are an index of at most twelve bits.
-_AT_ONCE = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 8: 1}
-# Values that fill whole bytes in every width.
-_GROUP = 8
-
-
 @cache
-def _field(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values of each index, in steps, ``[2 ^ (bits · values), values]``; the lowest bits come first."""
-    count = _AT_ONCE[bits]
-    index = torch.arange(1 << (bits * count), device=device)
-    codes = torch.stack([(index >> (bits * i)) & ((1 << bits) - 1) for i in range(count)], dim=1)
-    return (codes - (2.0 ** (bits - 1) - 0.5)).to(dtype)
+def _words(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values of each index, ``[2 ^ (bits · values), values]``."""
+    with torch.inference_mode(False):
+        return codebook(bits, device).words_kv.to(dtype)
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Values in units of their steps, in as many bits as each is worth, with one gain for each token.
+    """Values in units of their spread, in as many bits as each is worth, with one gain for each token.
 
-    A row is its gain, a byte, and the codes of all values one after the other, the lowest bits first.
+    A row is its gain, a byte, and the indices of all values one after the other, the lowest bits first.
 
     Attributes:
         segments: ``(bits, values)``, the widest first, values in multiples of eight; what has no bits comes back as
@@ -162,27 +155,23 @@ class Coded:
 
     def encode(self, x_BSn: Tensor) -> tuple[Tensor, ...]:
         gain_BS1 = gain_codes(x_BSn, self.segments, self.spread)
-        level_BSn = levels(x_BSn, gain_values(gain_BS1), self.segments)
-        found, start = [(gain_BS1 + _GAIN_OFFSET).to(torch.uint8)], 0
-        for bits, count in self.segments:
-            if bits:
-                found.append(_packed(level_BSn[..., start : start + count], bits))
-            start += count
-        return (torch.cat(found, dim=-1),)
+        found = indices(x_BSn, gain_values(gain_BS1), self.segments)
+        gain_byte_BS1 = (gain_BS1 + _GAIN_OFFSET).to(torch.uint8)
+        return (torch.cat([gain_byte_BS1, *(_packed(index_BSf, bits) for bits, index_BSf in found)], dim=-1),)
 
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        return torch.cat(self.steps(stored, dtype), dim=-1).mul_(self.gains(stored, dtype))
+        return torch.cat(self.even(stored, dtype), dim=-1).mul_(self.gains(stored, dtype))
 
     def gains(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Of each token, ``[B, S, 1]``."""
         return gain_values(stored[0][..., :1].to(torch.int16) - _GAIN_OFFSET).to(dtype)
 
-    def steps(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
-        """Values in steps, before their gain, one tensor a segment."""
+    def even(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+        """Values before their gain, one tensor a segment."""
         (byte_BSm,) = stored
         made, at = [], 1
         for bits, count in self.segments:
-            size = bits * -(-count // _GROUP)
+            size = bits * -(-count // GROUP)
             if bits:
                 made.append(_unpacked(byte_BSm[..., at : at + size], bits, dtype)[..., :count])
             else:
@@ -191,29 +180,23 @@ class Coded:
         return made
 
 
-def _packed(level_BSm: Tensor, bits: int) -> Tensor:
-    """Codes of so many bits as bytes; values are filled up to whole ones.
+def _packed(index_BSf: Tensor, bits: int) -> Tensor:
+    """Indices of values of so many bits as bytes.
 
     An index of more than eight bits is in two places: the lowest eight bits of all, then the rest of all.
     """
-    level_BSm = torch.nn.functional.pad(level_BSm, (0, -level_BSm.shape[-1] % _GROUP))
-    index_BSf = _joined(level_BSm.to(torch.int32), bits, _AT_ONCE[bits])
-    found, rest = [index_BSf & 255], bits * _AT_ONCE[bits] - 8
-    if rest > 0:
-        found.append(_joined(index_BSf >> 8, rest, 8 // rest))
+    found, rest = [index_BSf & 255], bits * VALUES_AT_ONCE[bits] - 8
+    if rest:
+        shifts = torch.arange(0, 8, rest, device=index_BSf.device, dtype=torch.int32)
+        high_BSmf = (index_BSf >> 8).unflatten(-1, (-1, 8 // rest))
+        found.append((high_BSmf << shifts).sum(-1, dtype=torch.int32))
     return torch.cat(found, dim=-1).to(torch.uint8)
 
 
-def _joined(code_BSm: Tensor, bits: int, count: int) -> Tensor:
-    """So many codes as one, the first in the lowest bits."""
-    shifts = torch.arange(count, device=code_BSm.device, dtype=torch.int32) * bits
-    return (code_BSm.unflatten(-1, (-1, count)) << shifts).sum(-1, dtype=torch.int32)
-
-
 def _unpacked(byte_BSm: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Values in steps, of what :func:`_packed` makes."""
-    table, rest = _field(bits, dtype, byte_BSm.device), bits * _AT_ONCE[bits] - 8
-    if rest <= 0:
+    """Values of what :func:`_packed` makes."""
+    table, rest = _words(bits, dtype, byte_BSm.device), bits * VALUES_AT_ONCE[bits] - 8
+    if not rest:
         return _looked_up(byte_BSm, table)
     border = byte_BSm.shape[-1] * 8 // (8 + rest)
     shifts = torch.arange(0, 8, rest, device=byte_BSm.device, dtype=torch.int32)

@@ -244,7 +244,7 @@ class LatentLayer(CacheLayerMixin):
     def _decoded(self, latent: Coded, rope: Coded, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Rows of codes; all parts are put together at once."""
         halves = ((latent, tensors[:1]), (rope, tensors[1:]))
-        parts = [part for half, stored in halves for part in half.steps(stored, dtype)]
+        parts = [part for half, stored in halves for part in half.even(stored, dtype)]
         rows_Bsd = torch.cat(parts, dim=-1)
         rows_Bsd[..., : self.rank].mul_(latent.gains(tensors[:1], dtype))
         rows_Bsd[..., self.rank :].mul_(rope.gains(tensors[1:], dtype))
