@@ -59,12 +59,14 @@ class Codebook:
 
     @cached_property
     def _known(self) -> tuple[Tensor, Tensor]:
-        """What each cell knows: numbers of words ``[c, m]``, and half of their squares with the words ``[c, v + 1, m]``."""
+        """What each cell knows: numbers of words ``[c, m]``; half of their squares, and the words, ``[c, v + 1, m]``."""
         device, count = self.words_kv.device, min(_KNOWN, len(self.words_kv))
         middle = _SPREAD * torch.special.ndtri((torch.arange(self._intervals, device=device) + 0.5) / self._intervals)
         middle_cv = torch.cartesian_prod(*[middle] * self.values).view(-1, self.values)
         half_k = self.words_kv.square().sum(1) / 2
-        parts = [torch.addmm(-half_k, part_cv, self.words_kv.T).topk(count).indices for part_cv in middle_cv.split(2048)]
+        parts = [
+            torch.addmm(-half_k, part_cv, self.words_kv.T).topk(count).indices for part_cv in middle_cv.split(2048)
+        ]
         index_cm = torch.cat(parts)
         with_half_kv = torch.cat([half_k[:, None], self.words_kv], dim=1)
         return index_cm.to(torch.int32), with_half_kv[index_cm].mT.contiguous()

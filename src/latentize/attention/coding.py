@@ -20,6 +20,7 @@ keys, n = 2 J real values of them, r kv_lora_rank, f indices.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,12 +30,14 @@ import torch
 from torch import Tensor
 
 from latentize.attention.codebooks import codebook
+from latentize.attention.masks import newest_mask
 from latentize.errors import CheckpointError
 
 __all__ = [
     "GROUP",
     "MOST_BITS",
     "WIDTHS",
+    "Rounding",
     "RowCode",
     "Segments",
     "coded",
@@ -89,7 +92,7 @@ def indices(x_Bsn: Tensor, gain_Bs1: Tensor, segments: Segments) -> list[tuple[i
             book = codebook(bits, x_Bsn.device)
             part_Bsm = torch.nn.functional.pad(part_Bsm, (0, -part_Bsm.shape[-1] % GROUP))
             index_n = book.nearest(part_Bsm.reshape(-1, book.values))
-            found.append((bits, index_n.view(*part_Bsm.shape[:-1], -1)))
+            found.append((bits, index_n.view(*part_Bsm.shape[:-1], part_Bsm.shape[-1] // book.values)))
     return found
 
 
@@ -105,8 +108,83 @@ def coded(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
     return back_Bsn * gain_Bs1
 
 
+class Rounding(ABC):
+    """What becomes of rows in a cache.
+
+    Attributes:
+        sinks: Tokens at the start of a text that are stored as they are.
+        newest: Of each token, how many of its newest rows it sees as they are, its own included.
+    """
+
+    sinks: int
+    newest: int
+
+    @abstractmethod
+    def rounded(
+        self, c_B1Tr: Tensor, k_rope_BPTR: Tensor, exact_BT: Tensor, positions_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Latents and roped keys as a cache gives them back.
+
+        Args:
+            c_B1Tr, k_rope_BPTR: Of some tokens.
+            exact_BT: Which of them are stored as they are.
+            positions_BT: Where they are.
+        """
+
+    def exact(self, positions_BT: Tensor, past: int) -> Tensor:
+        """Which of the new tokens are stored as they are, ``[B, T]``: the first of each text, wherever it begins.
+
+        Args:
+            positions_BT: Of the new tokens. Padding before a text has positions that are no smaller than its first.
+            past: Tokens before them.
+        """
+        if past:
+            return positions_BT < self.sinks
+        # The last of the smallest: padding may have the same.
+        number_T = torch.arange(positions_BT.shape[1], device=positions_BT.device)
+        first_B1 = positions_BT.shape[1] - 1 - positions_BT.flip(1).argmin(1, keepdim=True)
+        return (number_T >= first_B1) & (number_T < first_B1 + self.sinks)
+
+    def as_cached(self, c_B1Sr: Tensor, k_rope_BPSR: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, int]:
+        """What the last tokens see of all: rows as they are stored, then the newest as they are.
+
+        Args:
+            c_B1Sr, k_rope_BPSR: Of all tokens, as they are.
+            positions_BT: Of the last tokens; those before them are where a text without gaps has them.
+
+        Returns:
+            Latents ``[B, 1, S' + E, r]``, roped keys ``[B, P, S' + E, R]``, and ``S'``, how many are stored. The exact
+            ones are those of the last ``E`` tokens.
+        """
+        tokens, count = positions_BT.shape[1], c_B1Sr.shape[2]
+        positions_BS, exact_BS = positions_BT, self.exact(positions_BT, 0)
+        if count != tokens:
+            positions_BS = positions_BT[:, -1:] + torch.arange(1 - count, 1, device=positions_BT.device)
+            exact_BS = (positions_BS >= 0) & (positions_BS < self.sinks)
+        stored, near = self._versions(tokens, count)
+        c_hat, k_hat = self.rounded(
+            c_B1Sr[:, :, :stored], k_rope_BPSR[:, :, :stored], exact_BS[:, :stored], positions_BS[:, :stored]
+        )
+        exact = (t[:, :, count - near :] for t in (c_B1Sr, k_rope_BPSR))
+        c, k_rope = (torch.cat(versions, dim=2) for versions in zip((c_hat, k_hat), exact, strict=True))
+        return c, k_rope, stored
+
+    def who_sees(self, tokens: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The mask for :meth:`as_cached`, boolean ``[T, S' + E]``, and the rows' tokens, ``[S' + E]``: the last
+        ``tokens`` of ``count`` look."""
+        stored, near = self._versions(tokens, count)
+        at_S = torch.arange(count, device=device)
+        parts = (at_S[:stored], at_S[count - near :])
+        return newest_mask(at_S[count - tokens :], *parts, self.newest), torch.cat(parts)
+
+    def _versions(self, tokens: int, count: int) -> tuple[int, int]:
+        """How many rows are seen as they are stored, and as they are."""
+        near = min(count, tokens + self.newest - 1) if self.newest else 0
+        return max(0, count - self.newest), near
+
+
 @dataclass(frozen=True)
-class RowCode:
+class RowCode(Rounding):
     """How one layer's rows are stored.
 
     Attributes:
@@ -120,6 +198,7 @@ class RowCode:
         frequencies_F: Radians per position of the pairs; all keys turn alike.
         spreads: Factors on the gains of latent and roped components.
         sinks: Tokens at the start of a text that are stored as they are.
+        newest: Of each token, how many of its newest rows it sees as they are, its own included.
     """
 
     latent: Segments
@@ -131,6 +210,7 @@ class RowCode:
     frequencies_F: Tensor
     spreads: tuple[float, float] = (1.0, 1.0)
     sinks: int = 4
+    newest: int = 4
 
     @cached_property
     def _of_pair_FP(self) -> Tensor:
@@ -224,31 +304,11 @@ class RowCode:
         parts = (part[..., self._of_pair_FP].sum(-1) for part in (by_cos, by_sin))
         return torch.cat(list(parts), dim=-1).to(q_BHTn.dtype)
 
-    def exact(self, positions_BT: Tensor, past: int) -> Tensor:
-        """Which of the new tokens are stored as they are, ``[B, T]``: the first of each text, wherever it begins.
-
-        Args:
-            positions_BT: Of the new tokens. Padding before a text has positions that are no smaller than its first.
-            past: Tokens before them.
-        """
-        if past:
-            return positions_BT < self.sinks
-        # The last of the smallest: padding may have the same.
-        number_T = torch.arange(positions_BT.shape[1], device=positions_BT.device)
-        first_B1 = positions_BT.shape[1] - 1 - positions_BT.flip(1).argmin(1, keepdim=True)
-        return (number_T >= first_B1) & (number_T < first_B1 + self.sinks)
-
     def rounded(
         self, c_B1Tr: Tensor, k_rope_BPTR: Tensor, exact_BT: Tensor, positions_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Latents and roped keys as a cache gives them back. Gradients go through as if nothing were rounded
-        (straight-through: Bengio et al., arXiv 1308.3432).
-
-        Args:
-            c_B1Tr, k_rope_BPTR: Of new tokens.
-            exact_BT: Which of them are stored as they are.
-            positions_BT: Where they are.
-        """
+        """As :meth:`Rounding.rounded`; gradients go through as if nothing were rounded (straight-through: Bengio et
+        al., arXiv 1308.3432)."""
         with torch.no_grad(), torch.autocast(c_B1Tr.device.type, enabled=False):
             c_hat = coded(c_B1Tr.float() @ self.latent_mix_rr.mT, self.latent, self.spreads[0])
             c_hat = c_hat @ self.latent_unmix_rr.mT
@@ -267,6 +327,7 @@ class RowCode:
             "rope_bits": [list(segment) for segment in self.rope],
             "gain_spreads": list(self.spreads),
             "exact_tokens": self.sinks,
+            "newest_tokens": self.newest,
             "codebooks": _CODEBOOKS,
         }
 
@@ -288,12 +349,12 @@ class RowCode:
         if entry.get("codebooks") != _CODEBOOKS:
             raise CheckpointError(
                 f"its cached rows are stored with codebooks '{entry.get('codebooks')}', and '{_CODEBOOKS}' are known",
-                where="config.json, row_code", fix="convert the source again with this version of latentize", code="LZ118",
+                where="config.json, row_code", fix="convert the source again, with this version", code="LZ118",
             )  # fmt: skip
         latent, rope = (_segments(entry[name]) for name in ("latent_bits", "rope_bits"))
         first, second = entry["gain_spreads"]
         tensors = (latent_mix_rr, mix_JP2, pair_J, mean_J2, frequencies_F)
-        return cls(latent, rope, *tensors, (first, second), entry["exact_tokens"])
+        return cls(latent, rope, *tensors, (first, second), entry["exact_tokens"], entry["newest_tokens"])
 
 
 def _segments(entries: Sequence[Sequence[int]]) -> Segments:

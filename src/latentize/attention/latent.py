@@ -227,10 +227,13 @@ def latent_attention(
         positions_BT = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
     q_nope_BHTN, q_rope_BHTR = queries(x_BTD, w, positions_BT)
     c_B1Sr, k_rope_BPSR = cache_rows(x_BTD, w, positions_BT)
-    if w.code is not None:
-        c_B1Sr, k_rope_BPSR = w.code.rounded(c_B1Sr, k_rope_BPSR, w.code.exact(positions_BT, past), positions_BT)
     if cache is not None:
         c_B1Sr, k_rope_BPSR = cache.update(c_B1Sr, k_rope_BPSR, layer_idx)
-    allowed_TS = causal_mask(x_BTD.shape[1], c_B1Sr.shape[2], window=window, device=x_BTD.device)
+    tokens, count = x_BTD.shape[1], c_B1Sr.shape[2]
+    allowed_TS = causal_mask(tokens, count, window=window, device=x_BTD.device)
+    if w.code is not None:
+        # This cache holds rows as they are, and they are rounded whenever they are read.
+        c_B1Sr, k_rope_BPSR, _ = w.code.as_cached(c_B1Sr, k_rope_BPSR, positions_BT)
+        allowed_TS, _ = w.code.who_sees(tokens, count, x_BTD.device)
     form = absorbed_heads if absorb else expanded_heads
     return output(form(q_nope_BHTN, q_rope_BHTR, c_B1Sr, k_rope_BPSR, allowed_TS, w), w)

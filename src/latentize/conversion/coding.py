@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from latentize.attention.coding import RowCode
+from latentize.attention.coding import Rounding, RowCode
 from latentize.attention.latent import LatentWeights
 from latentize.methods.rate import Components, Plan, RowSamples, apply_plan, components, measured_factors, plans
 from latentize.modeling.attention import LatentAttention
@@ -38,46 +38,51 @@ class Coding:
         context: Tokens of a text, of which some are stored as they are.
         seed: Draws the model's own words.
         sinks: Tokens at the start of a text that are stored as they are.
+        newest: Of each token, how many of its newest rows it sees as they are.
     """
 
     share: float
     context: int
     seed: int
     sinks: int = 4
+    newest: int = 4
+
+    @property
+    def exact(self) -> int:
+        """Tokens of a text that are stored as they are."""
+        return self.sinks + self.newest
 
     def row_bytes(self, source_values: float, own_values: float) -> float:
         """Bytes of a coded row, on average over layers, where a row of the source has so many values, and an exact one
         of the result."""
-        exact = 2 * own_values * self.sinks
-        return (self.share * 2 * source_values * self.context - exact) / (self.context - self.sinks)
+        exact = 2 * own_values * self.exact
+        return (self.share * 2 * source_values * self.context - exact) / (self.context - self.exact)
 
 
 @dataclass
-class _Watch:
+class _Watch(Rounding):
     """Sees a layer's rows, and their gradients; or rounds one half of them."""
 
+    sinks: int
+    newest: int
     code: RowCode | None = None
     half: str = ""
     rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     seen: list[tuple[Tensor, ...]] = field(default_factory=list)
 
-    def __call__(self, c_B1Tr: Tensor, k_rope_BPTR: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def rounded(
+        self, c_B1Tr: Tensor, k_rope_BPTR: Tensor, exact_BT: Tensor, positions_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if self.code is not None and self.half:
-            return self._rounded(self.code, c_B1Tr, k_rope_BPTR, positions_BT)
+            c_hat, k_hat = self.code.rounded(c_B1Tr, k_rope_BPTR, exact_BT, positions_BT)
+            return (c_hat, k_rope_BPTR) if self.half == "latent" else (c_B1Tr, k_hat)
         if torch.is_grad_enabled():
+            # Tensors of their own: what sees a row as it is has no part in these gradients.
+            c_B1Tr, k_rope_BPTR = (rows.clone().requires_grad_(True) for rows in (c_B1Tr, k_rope_BPTR))
             for rows in (c_B1Tr, k_rope_BPTR):
-                if not rows.requires_grad:
-                    rows.requires_grad_(True)
                 rows.retain_grad()
             self.rows.append((c_B1Tr, k_rope_BPTR, positions_BT))
         return c_B1Tr, k_rope_BPTR
-
-    def _rounded(
-        self, code: RowCode, c_B1Tr: Tensor, k_rope_BPTR: Tensor, positions_BT: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        exact_BT = torch.arange(c_B1Tr.shape[2], device=c_B1Tr.device)[None] < code.sinks
-        c_hat, k_hat = code.rounded(c_B1Tr, k_rope_BPTR, exact_BT, positions_BT)
-        return (c_hat, k_rope_BPTR) if self.half == "latent" else (c_B1Tr, k_hat)
 
     def gather(self, sinks: int) -> None:
         """Keep what was seen of the last text, and its gradients."""
@@ -140,7 +145,9 @@ def code_rows(
 
         factors = measured_factors(layers, trial, measure)
     chosen = plans(layers, factors, wanted)
-    return [apply_plan(w, layer, plan, how.sinks) for w, layer, plan in zip(kept, layers, chosen, strict=True)]
+    return [
+        apply_plan(w, layer, plan, how.sinks, how.newest) for w, layer, plan in zip(kept, layers, chosen, strict=True)
+    ]
 
 
 def _student(
@@ -160,7 +167,7 @@ def _student(
 
 def _sampled(source: SourceModel, weights: Sequence[LatentWeights | None], text: Passages, how: Coding) -> list[_Watch]:
     """Rows of every converted layer on some text, and the gradients of what the model would say itself."""
-    watches = [_Watch() for w in weights if w is not None]
+    watches = [_Watch(how.sinks, how.newest) for w in weights if w is not None]
     student, _ = _student(source, weights, watches)
     generator = torch.Generator(source.device).manual_seed(how.seed)
     count = max(1, min(len(text), SAMPLED_TOKENS // text.length))
@@ -199,8 +206,8 @@ class _Costs:
         how: Coding,
     ) -> None:
         parts = iter(zip(layers, trial, strict=True))
-        coded = [None if w is None else apply_plan(w, *next(parts), how.sinks) for w in weights]
-        self._watches = [_Watch(w.code) for w in coded if w is not None]
+        coded = [None if w is None else apply_plan(w, *next(parts), how.sinks, how.newest) for w in weights]
+        self._watches = [_Watch(how.sinks, how.newest, w.code) for w in coded if w is not None]
         self._student, self._numbers = _student(source, coded, self._watches)
         # What enters the layer that is measured, and how far it has come.
         self._entering, self._at = source.embed(text[: max(1, TRIED_TOKENS // text.length)]), 0

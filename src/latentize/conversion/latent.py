@@ -184,7 +184,7 @@ class LatentJob(Job):
             return {}
         context, codes = self.recipe.bytes_context, self._row_codes.values()
         row = mean_over_layers([code.row_bytes for code in codes])
-        exact = mean_over_layers([code.sinks for code in codes])
+        exact = mean_over_layers([code.sinks + code.newest for code in codes])
         total = row * (context - exact) + 2 * values * exact
         return {
             "row_bytes_per_token_layer": row,

@@ -101,7 +101,7 @@ def _coded_bytes(model: Any, parts: Sequence[tuple[int, int]], length: int) -> f
     total = 0.0
     for index, sizes in enumerate(parts):
         plain, code = 2 * sum(sizes), codes.get(index)
-        exact = length if code is None else min(code.sinks, length)
+        exact = length if code is None else min(code.sinks + code.newest, length)
         total += plain * exact + (0 if code is None else code.row_bytes * (length - exact))
     return total / length
 

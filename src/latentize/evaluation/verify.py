@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from latentize.attention.coding import Rounding
 from latentize.attention.latent import latent_attention
 from latentize.checkpoint import Checkpoint, Manifest, open_checkpoint
 from latentize.checkpoint.manifest import sha256
@@ -82,7 +84,7 @@ def verify(out: Path) -> Verdict:
     model = load_model(out)
     for attention in (module for module in model.modules() if isinstance(module, LatentAttention)):
         # Sums in another order may move a value to the next code; the parities are those of the weights.
-        attention.watch = _as_it_is
+        attention.watch = _AsItIs()
     tokens = torch.randint(model.config.vocab_size, (1, 24), generator=torch.Generator().manual_seed(0))
     at_once = model(input_ids=tokens, use_cache=False).logits
     cache, stepwise = None, []
@@ -99,9 +101,13 @@ def verify(out: Path) -> Verdict:
     return verdict
 
 
-def _as_it_is(c: torch.Tensor, k_rope: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stands for rounding."""
-    return c, k_rope
+class _AsItIs(Rounding):
+    """Rounds nothing."""
+
+    sinks = newest = 0
+
+    def rounded(self, c: Tensor, k_rope: Tensor, exact: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return c, k_rope
 
 
 def _judge(verdict: Verdict, manifest: Manifest) -> None:

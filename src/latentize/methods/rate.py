@@ -280,14 +280,14 @@ def plans(layers: Sequence[Components], factors: Sequence[tuple[float, float]], 
     return at(2.0**high)
 
 
-def apply_plan(w: LatentWeights, layer: Components, plan: Plan, sinks: int) -> LatentWeights:
+def apply_plan(w: LatentWeights, layer: Components, plan: Plan, sinks: int, newest: int) -> LatentWeights:
     """The layer with the code that stores its rows: to components, in units of their spread.
 
     Args:
         w: The layer, float32.
         layer: Its components.
         plan: Their bits.
-        sinks: Tokens that are stored as they are.
+        sinks, newest: Tokens that are seen as they are.
     """
     latent, of_latent = _segments(plan.latent_m, 1), _scales(layer.latent, plan.latent_m)
     rope, of_rope = _segments(plan.rope_m, 2), _scales(layer.rope, plan.rope_m)
@@ -296,7 +296,8 @@ def apply_plan(w: LatentWeights, layer: Components, plan: Plan, sinks: int) -> L
     mix_JP2 = torch.view_as_real(layer.mix_JP / of_rope[:, None]).to(torch.bfloat16).float()
     spreads = _spread(layer.latent, of_latent, latent), _spread(layer.rope, of_rope, rope)
     mean_J2 = torch.view_as_real(layer.mean_J / of_rope).to(torch.bfloat16).float()
-    code = RowCode(latent, rope, latent_mix_rr, mix_JP2, layer.pair_J, mean_J2, layer.frequencies_F, spreads, sinks)
+    tensors = (latent_mix_rr, mix_JP2, layer.pair_J, mean_J2, layer.frequencies_F)
+    code = RowCode(latent, rope, *tensors, spreads, sinks, newest)
     return replace(w, code=code)
 
 

@@ -8,21 +8,19 @@ Shape letters as in :mod:`latentize.attention.latent`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from latentize.attention.coding import RowCode
+from latentize.attention.coding import Rounding, RowCode
 from latentize.attention.grouped import capped
 from latentize.attention.latent import LatentWeights, absorbed_heads, expand, turned
-from latentize.attention.masks import causal_mask
+from latentize.attention.masks import causal_mask, narrowed
 from latentize.attention.projections import UpProjections, affine, matrix, up_projections
 from latentize.attention.spec import LatentSpec
 from latentize.errors import OptionError
-from latentize.modeling.blocks import causal_blocks, suit_blocks
+from latentize.modeling.blocks import causal_blocks, newest_blocks, padded_attention, suit_blocks
 
 __all__ = ["LatentAttention", "check_cache", "no_paging", "no_probabilities", "prefill"]
 
@@ -47,7 +45,6 @@ def prefill(
     """
     q_BHTd = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
     k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w, q_nope_BHTN.shape[1])
-    size, v_size = q_BHTd.shape[-1], v_BHSV.shape[-1]
     if w.softcap:
         return capped_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale, w.softcap, mask)
     if mask is None and q_BHTd.dtype == k_BHSd.dtype and suit_blocks(q_BHTd, k_BHSd.shape[2]):
@@ -55,18 +52,7 @@ def prefill(
     if mask is None and q_BHTd.shape[2] != k_BHSd.shape[2]:
         tokens, keys = q_BHTd.shape[2], k_BHSd.shape[2]
         mask = causal_mask(tokens, keys, device=q_BHTd.device)
-    # Unequal head sizes would fall to an unfused path on CPU, ten times slower; zeros cost a little.
-    padded = max(size, v_size)
-    q_BHTd, k_BHSd = F.pad(q_BHTd, (0, padded - size)), F.pad(k_BHSd, (0, padded - size))
-    heads = F.scaled_dot_product_attention(
-        q_BHTd,
-        k_BHSd,
-        F.pad(v_BHSV, (0, padded - v_size)),
-        attn_mask=mask,
-        is_causal=mask is None and q_BHTd.shape[2] > 1,
-        scale=w.softmax_scale,
-    )
-    return heads[..., :v_size]
+    return padded_attention(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale, mask)
 
 
 def capped_blocks(
@@ -106,7 +92,7 @@ class LatentAttention(nn.Module):
         row_code: What :meth:`RowCode.describe` says of how rows are stored, where they are coded.
 
     Attributes:
-        watch: Sees all rows and their positions, and may return others; for calibration.
+        watch: Stands for the module's own code: sees all rows and their positions; for calibration.
     """
 
     rope_pairs: Tensor
@@ -114,7 +100,7 @@ class LatentAttention(nn.Module):
     row_mix: Tensor
     row_pairs: Tensor
     row_mean: Tensor
-    watch: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    watch: Rounding | None = None
 
     def __init__(
         self,
@@ -296,30 +282,54 @@ class LatentAttention(nn.Module):
         up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c)
         if cache is not None:
             check_cache(cache, self.layer_idx, c, k_rope)
-        c, k_rope = self._coded(c, k_rope, position_ids, cache)
+        rounding, past = self.code() if self.watch is None else self.watch, 0
+        coded = rounding is not None and self._told(cache, rounding, position_ids.expand(len(c), -1))
         if cache is not None:
+            past = cache.get_seq_length(self.layer_idx)
             c, k_rope = cache.update(c, k_rope, self.layer_idx)
-        if mask is None and hidden_states.shape[1] > 1 and isinstance(c, Tensor):
+        if mask is None and hidden_states.shape[1] > 1 and isinstance(c, Tensor) and not coded:
             # A static cache has room beyond what was written.
             written = hidden_states.shape[1] if c.shape[2] == hidden_states.shape[1] else int(position_ids[0, -1]) + 1
             c, k_rope = c[:, :, :written], k_rope[:, :, :written]
-        return self.heads(q_nope, q_rope, c, k_rope, up, mask)
+        if not isinstance(c, Tensor) or rounding is None:
+            return self.heads(q_nope, q_rope, c, k_rope, up, mask)
+        if coded:
+            mask = cache.layers[self.layer_idx].expanded_mask(mask, hidden_states.shape[1])
+            return self.heads(q_nope, q_rope, c, k_rope, up, mask)
+        count = int(past) + hidden_states.shape[1]
+        rows = (c[:, :, :count], k_rope[:, :, :count])
+        mask = None if mask is None else mask[..., :count]
+        return self._rounded_heads((q_nope, q_rope), rows, up, mask, rounding, position_ids)
 
-    def _coded(self, c: Tensor, k_rope: Tensor, position_ids: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
-        """Rows as a cache would give them back, unless this one stores codes itself."""
-        if self.watch is not None:
-            return self.watch(c, k_rope, position_ids.expand(len(c), -1))
-        code = self.code()
-        if code is None:
-            return c, k_rope
-        past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-        positions_BT = position_ids.expand(len(c), -1)
-        exact_BT = code.exact(positions_BT, int(past))
+    def _told(self, cache: Any, rounding: Rounding, positions_BT: Tensor) -> bool:
+        """Whether this cache stores codes itself; then it knows how."""
         layers = getattr(cache, "layers", ())
         codes = getattr(layers[self.layer_idx], "codes", None) if self.layer_idx < len(layers) else None
-        if codes is not None and codes(code, exact_BT):
-            return c, k_rope
-        return code.rounded(c, k_rope, exact_BT, positions_BT)
+        if codes is None or not isinstance(rounding, RowCode):
+            return False
+        return codes(rounding, rounding.exact(positions_BT, int(cache.get_seq_length(self.layer_idx))))
+
+    def _rounded_heads(
+        self,
+        queries: tuple[Tensor, Tensor],
+        rows: tuple[Tensor, Tensor],
+        up: UpProjections,
+        mask: Tensor | None,
+        rounding: Rounding,
+        position_ids: Tensor,
+    ) -> Tensor:
+        """``[B, H, T, V]`` from rows of all tokens as they are: they are rounded whenever they are read."""
+        tokens, count = queries[0].shape[2], rows[0].shape[2]
+        c, k_rope, stored = rounding.as_cached(*rows, position_ids.expand(len(rows[0]), -1))
+        if rounding.newest and tokens > 1:
+            if mask is None and not up.softcap:
+                k_BHSd, v_BHSV = expand(c, k_rope, up, queries[0].shape[1])
+                return newest_blocks(
+                    torch.cat(queries, dim=-1), k_BHSd, v_BHSV, stored, rounding.newest, up.softmax_scale
+                )
+            seen_TS, at_S = rounding.who_sees(tokens, count, c.device)
+            mask = narrowed(mask, seen_TS, at_S)
+        return self.heads(*queries, c, k_rope, up, mask)
 
     def heads(
         self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, up: UpProjections, mask: Tensor | None

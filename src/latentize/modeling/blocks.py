@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["causal_blocks", "suit_blocks"]
+from latentize.attention.masks import newest_mask
+
+__all__ = ["causal_blocks", "newest_blocks", "padded_attention", "suit_blocks"]
 
 # Queries of a block.
 _QUERIES = 128
@@ -38,6 +40,55 @@ def causal_blocks(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, scale: float) 
         score_ntS = q_nTd[:, start:end] @ k_nTd[:, :end].mT + mask
         heads.append(score_ntS.softmax(-1) @ v_nTV[:, :end])
     return torch.cat(heads, dim=1).unflatten(0, lead)
+
+
+def newest_blocks(q_BHTd: Tensor, k_BHSd: Tensor, v_BHSV: Tensor, stored: int, newest: int, scale: float) -> Tensor:
+    """Attention in which each token sees its newest rows exactly, ``[B, H, T, V]``, block by block of queries.
+
+    Args:
+        q_BHTd: Queries of the last tokens.
+        k_BHSd, v_BHSV: Keys and values of rows as they are stored, then of the newest as they are
+            (``RowCode.as_cached``).
+        stored: How many are stored.
+        newest: How many of its newest rows a token sees exactly.
+        scale: Factor on the logits.
+    """
+    tokens, device = q_BHTd.shape[2], q_BHTd.device
+    near = k_BHSd.shape[2] - stored
+    count = stored + newest if stored else near
+    plain, size = suit_blocks(q_BHTd, tokens) and q_BHTd.dtype == k_BHSd.dtype, min(_QUERIES, tokens)
+    at_S, heads = torch.arange(count, device=device), []
+    for start in range(0, tokens, size):
+        end = min(start + size, tokens)
+        first, last = count - tokens + start, count - tokens + end
+        far, low = max(0, min(stored, last - newest)), max(count - near, first - newest + 1)
+        here = slice(stored + low - (count - near), stored + last - (count - near))
+        seen_tS = newest_mask(at_S[first:last], at_S[:far], at_S[low:last], newest)
+        q_BHtd = q_BHTd[:, :, start:end]
+        if plain:
+            score = torch.cat([q_BHtd @ k_BHSd[:, :, :far].mT, q_BHtd @ k_BHSd[:, :, here].mT], dim=-1)
+            p_far, p_near = (score * scale).masked_fill(~seen_tS, -torch.inf).softmax(-1).tensor_split([far], dim=-1)
+            heads.append(p_far @ v_BHSV[:, :, :far] + p_near @ v_BHSV[:, :, here])
+        else:
+            k_BHsd, v_BHsV = (torch.cat([t[:, :, :far], t[:, :, here]], dim=2) for t in (k_BHSd, v_BHSV))
+            heads.append(padded_attention(q_BHtd, k_BHsd, v_BHsV, scale, seen_tS))
+    return torch.cat(heads, dim=2)
+
+
+def padded_attention(q_BHTd: Tensor, k_BHSd: Tensor, v_BHSV: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """PyTorch's fused attention; without a mask it is causal, or that of one query."""
+    # Unequal head sizes would fall to an unfused path on CPU, ten times slower; zeros cost a little.
+    size, v_size = q_BHTd.shape[-1], v_BHSV.shape[-1]
+    padded = max(size, v_size)
+    heads_BHTV = F.scaled_dot_product_attention(
+        F.pad(q_BHTd, (0, padded - size)),
+        F.pad(k_BHSd, (0, padded - size)),
+        F.pad(v_BHSV, (0, padded - v_size)),
+        attn_mask=mask,
+        is_causal=mask is None and q_BHTd.shape[2] > 1,
+        scale=scale,
+    )
+    return heads_BHTV[..., :v_size]
 
 
 def suit_blocks(q_BHTd: Tensor, keys: int) -> bool:

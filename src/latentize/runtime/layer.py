@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from latentize.attention.coding import RowCode
+from latentize.attention.masks import narrowed, newest_mask
 from latentize.attention.rope import rotate_half, rotate_interleaved
 from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS, Codec, Coded, Plain, codec
@@ -78,10 +79,11 @@ class Rows(CachedRows):
         layer: Where they lie.
         dtype: What to restore them to.
         new: Tokens that came in last.
+        band_BEd: Rows that these see as they are, where each sees others.
     """
 
-    def __init__(self, layer: LatentLayer, dtype: torch.dtype, new: int) -> None:
-        self.layer, self.dtype, self.new = layer, dtype, new
+    def __init__(self, layer: LatentLayer, dtype: torch.dtype, new: int, band_BEd: Tensor | None = None) -> None:
+        self.layer, self.dtype, self.new, self.band_BEd = layer, dtype, new, band_BEd
         self.seen, self.columns = layer.seen, layer.columns
         self.roped_keys, self.stored_dtype = layer.roped_keys, layer.dtype
         self.rotation_rr = layer.rotation(dtype)
@@ -91,7 +93,7 @@ class Rows(CachedRows):
         return self.layer.positions(self.new)
 
     def blocks(self) -> Iterator[Tensor]:
-        return self.layer.blocks(self.dtype, self.new)
+        return self.layer.blocks(self.dtype, self.new, self.band_BEd)
 
     def allowed(self, mask: Tensor | None) -> Tensor | None:
         return self.layer.allowed(mask, self.new)
@@ -114,7 +116,7 @@ class Rows(CachedRows):
         return torch.cat([q_BHTn, code.mean_queries(q_BHTn)], dim=-1)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        rows_BSd, code = torch.cat(list(self.layer.filled(self.dtype, self.new)), dim=1), self.layer.code
+        rows_BSd, code = torch.cat(list(self.layer.filled(self.dtype, self.new, self.band_BEd)), dim=1), self.layer.code
         c_BSr, k_BSR = rows_BSd[..., : self.layer.rank], rows_BSd[..., self.layer.rank :]
         turn, k_BPSR = self.rotation_rr, k_BSR.unflatten(-1, (self.roped_keys, -1)).transpose(1, 2)
         if code is not None:
@@ -149,6 +151,8 @@ class LatentLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.exact, self._new_exact_BT = ExactRows(), None
+        # How many rows the last tokens saw as they are, where each saw others.
+        self._band = 0
         self.seen, self.rank, self.roped_keys, self.is_initialized = 0, 0, 1, False
         self.stored, self.recent = Growing(), Growing()
 
@@ -213,9 +217,16 @@ class LatentLayer(CacheLayerMixin):
             self.exact.add(rows_BTd, self._new_exact_BT, self._kept, self.code.sinks)
         self.recent.append((rows_BTd,))
         self.seen += new
-        if not self.plain and self.recent.length >= 2 * self.residual + 1:
+        band_BEd = None
+        if self.code is not None:
+            have = self.recent.length
+            self._band = min(have, new + self._newest - 1) if new > 1 and self._newest else 0
+            band_BEd = self.recent.view(have - self._band, have)[0] if self._band else None
+            if have > self._newest:
+                self._store(have - self._newest)
+        elif not self.plain and self.recent.length >= 2 * self.residual + 1:
             self._store(self.recent.length - self.residual)
-        rows = Rows(self, key_states.dtype, new)
+        rows = Rows(self, key_states.dtype, new, band_BEd)
         if self.attends_rows:
             return rows, rows
         if self.window is not None:
@@ -225,6 +236,11 @@ class LatentLayer(CacheLayerMixin):
                 fix="latentize.accelerate(model)",
             )
         return rows.tensors()
+
+    @property
+    def _newest(self) -> int:
+        """Of each token, how many of its newest rows it sees as they are."""
+        return 0 if self.code is None else max(self.code.newest, self.residual)
 
     def _store(self, count: int) -> None:
         """The oldest of the waiting rows, for good."""
@@ -298,29 +314,40 @@ class LatentLayer(CacheLayerMixin):
             return [(0, self._kept)]
         return [(0, self.sinks), (self._kept - self.window - new + 1, self._kept)]
 
-    def positions(self, new: int) -> Tensor:
-        """Of every row that some of the ``new`` last tokens see, ``[S]``."""
-        spans, gone = self._spans(new), self.seen - self._kept
-        first = torch.arange(*spans[0], device=self.device)
-        if len(spans) == 1:
-            # Nothing was let go of but what lies between the sinks and the rest.
-            return torch.where(first < self.sinks, first, first + gone) if gone else first
-        return torch.cat([first, gone + torch.arange(*spans[1], device=self.device)])
+    def _seen_spans(self, new: int) -> list[tuple[int, int]]:
+        """The same without rows that the band has."""
+        spans, border = self._spans(new), self.stored.length
+        if new == 1 or not self._band:
+            return spans
+        return [(min(start, border), min(stop, border)) for start, stop in spans]
 
-    def blocks(self, dtype: torch.dtype, new: int) -> Iterator[Tensor]:
-        """Rows ``[B, s, d]`` in order, as far as some of the ``new`` last tokens see them."""
-        spans, shift = self._spans(new), self._shift(new)
+    def positions(self, new: int) -> Tensor:
+        """Of every row that some of the ``new`` last tokens see, ``[S]``; those of the band come last."""
+        spans, gone = self._seen_spans(new), self.seen - self._kept
+        first = torch.arange(*spans[0], device=self.device)
+        # Nothing was let go of but what lies between the sinks and the rest.
+        found = [torch.where(first < self.sinks, first, first + gone) if gone and len(spans) == 1 else first]
+        found += [gone + torch.arange(*span, device=self.device) for span in spans[1:]]
+        if new > 1:
+            found.append(torch.arange(self.seen - self._band, self.seen, device=self.device))
+        return torch.cat(found)
+
+    def blocks(self, dtype: torch.dtype, new: int, band_BEd: Tensor | None = None) -> Iterator[Tensor]:
+        """Rows ``[B, s, d]`` in order, as far as some of the ``new`` last tokens see them; then those of the band."""
+        spans, shift = self._seen_spans(new), self._shift(new)
         if len(spans) == 1 and shift:
-            spans = [(0, self.sinks), (self.sinks, self._kept)]
+            spans = [(0, self.sinks), (self.sinks, spans[0][1])]
         for number, (start, stop) in enumerate(spans):
             for rows_Bsd in self._span(start, stop, dtype):
                 seems = shift if number == 0 else 0
                 yield self._placed(self._turned(rows_Bsd, seems) if seems else rows_Bsd, start, seems)
                 start += rows_Bsd.shape[1]
+        if band_BEd is not None:
+            yield self._placed(band_BEd, self._kept - band_BEd.shape[1], 0)
 
-    def filled(self, dtype: torch.dtype, new: int) -> Iterator[Tensor]:
+    def filled(self, dtype: torch.dtype, new: int, band_BEd: Tensor | None = None) -> Iterator[Tensor]:
         """As ``blocks``, without room that nothing was written to."""
-        return self.blocks(dtype, new)
+        return self.blocks(dtype, new, band_BEd)
 
     def _shift(self, new: int) -> int:
         """Positions by which the sinks seem nearer than they are.
@@ -332,18 +359,20 @@ class LatentLayer(CacheLayerMixin):
 
     def allowed(self, mask: Tensor | None, new: int) -> Tensor | None:
         """Of a mask for all tokens, ``[B, h, T, S]``, what the rows of ``blocks`` need; ``None`` is causal."""
-        if self.window is None:
+        band = self._band if new > 1 else 0
+        if self.window is None and not band:
             return mask
         at_S = self.positions(new)
-        if mask is not None:
-            mask = mask[..., at_S]
         if new == 1:
-            return mask
-        now_T1 = torch.arange(self.seen - new, self.seen, device=at_S.device)[:, None]
-        near_TS = (at_S <= now_T1) & ((now_T1 - at_S < self.window) | (at_S < self.sinks))
-        if mask is None:
-            return near_TS[None, None]
-        return mask & near_TS if mask.dtype == torch.bool else mask.masked_fill(~near_TS, -torch.inf)
+            return None if mask is None else mask[..., at_S]
+        now_T = torch.arange(self.seen - new, self.seen, device=at_S.device)
+        seen_TS = at_S <= now_T[:, None]
+        if self.window is not None:
+            seen_TS &= (now_T[:, None] - at_S < self.window) | (at_S < self.sinks)
+        if band:
+            border = len(at_S) - band
+            seen_TS &= newest_mask(now_T, at_S[:border], at_S[border:], self._newest)
+        return narrowed(mask, seen_TS, at_S)
 
     def expanded_mask(self, mask: Tensor | None, new: int) -> Tensor | None:
         """As ``allowed``, for the rows of ``tensors``."""

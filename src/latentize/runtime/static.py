@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentize.attention.masks import narrowed, newest_mask
 from latentize.errors import OptionError
 from latentize.runtime.kernels.storage import Part
 from latentize.runtime.layer import BLOCK, LatentLayer, Rows
@@ -48,6 +49,10 @@ class StaticLatentLayer(LatentLayer):
         ]
         self.stored.tensors = tuple(t.new_zeros(batch, self.max_length, t.shape[-1]) for t in one)
         self.filled_B = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        # The newest rows as they are, in places that their numbers tell, and those numbers; -1 is none.
+        size = self.rank + self.rope_size
+        self.newest_BNd = torch.zeros(batch, self._newest, size, dtype=self.dtype, device=self.device)
+        self.newest_N = torch.full((self._newest,), -1, device=self.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         """As ``LatentLayer.update``; the rows that are returned lie among ``max_length``."""
@@ -67,10 +72,30 @@ class StaticLatentLayer(LatentLayer):
         encoded = [t for c, half in zip(self.codecs, halves, strict=True) for t in c.encode(half)]
         for mine, more in zip(self.stored.tensors, encoded, strict=True):
             mine.index_copy_(1, at_T, more)
+        band_BEd = self._keep_newest(rows_BTd, at_T)
         self.filled_B.add_(new)
         self.advance(new)
-        rows = Rows(self, key_states.dtype, new)
+        rows = Rows(self, key_states.dtype, new, band_BEd)
         return (rows, rows) if self.attends_rows else rows.tensors()
+
+    def _keep_newest(self, rows_BTd: Tensor, at_T: Tensor) -> Tensor | None:
+        """Keep the newest rows as they are, for later tokens.
+
+        Returns:
+            Rows that these tokens see so, ``[B, E, d]``, those that were kept before and the new ones; ``None`` if
+            there is one token, which sees what is kept now.
+        """
+        if not self._newest:
+            return None
+        new, band_BEd, self._band = len(at_T), None, 0
+        if new > 1:
+            before_N = self.newest_N[(self.newest_N >= 0) & (self.newest_N > at_T[0] - self._newest)].sort().values
+            band_BEd = torch.cat([self.newest_BNd[:, before_N % self._newest], rows_BTd], dim=1)
+            self._band = band_BEd.shape[1]
+        last_N = at_T[-self._newest :]
+        self.newest_BNd.index_copy_(1, last_N % self._newest, rows_BTd[:, -self._newest :])
+        self.newest_N.index_copy_(0, last_N % self._newest, last_N)
+        return band_BEd
 
     def _next(self, count: int) -> Tensor:
         return self.filled_B[:1].long() + torch.arange(count, device=self.device)
@@ -86,26 +111,59 @@ class StaticLatentLayer(LatentLayer):
         self.exact.forget(tokens)
         if self.is_initialized:
             self.filled_B.fill_(tokens)
+            self.newest_N.masked_fill_(self.newest_N >= tokens, -1)
 
-    def blocks(self, dtype: torch.dtype, new: int) -> Iterator[Tensor]:
-        """Rows ``[B, s, d]`` of all the room: how much is filled, no shape may tell."""
+    def blocks(self, dtype: torch.dtype, new: int, band_BEd: Tensor | None = None) -> Iterator[Tensor]:
+        """Rows ``[B, s, d]`` of all the room: how much is filled, no shape may tell. Then those of the band."""
         for start in range(0, self.max_length, BLOCK):
             yield self._placed(self._restore(start, min(start + BLOCK, self.max_length), dtype), start, 0)
+        if self._newest:
+            yield self._exact_rows(new, band_BEd)
 
-    def filled(self, dtype: torch.dtype, new: int) -> Iterator[Tensor]:
+    def filled(self, dtype: torch.dtype, new: int, band_BEd: Tensor | None = None) -> Iterator[Tensor]:
         start = 0
         for rows_Bsd in self._span(0, self.seen, dtype):
+            if band_BEd is None:
+                at_N = self.newest_N[(self.newest_N >= start) & (self.newest_N < start + rows_Bsd.shape[1])]
+                rows_Bsd[:, at_N - start] = self.newest_BNd[:, at_N % max(1, self._newest)]
             yield self._placed(rows_Bsd, start, 0)
             start += rows_Bsd.shape[1]
+        if band_BEd is not None:
+            yield self._exact_rows(new, band_BEd)
+
+    def _exact_rows(self, new: int, band_BEd: Tensor | None) -> Tensor:
+        """Rows that are seen as they are, ``[B, E, d]``: the band, or what one token sees."""
+        rows_BEd = self.newest_BNd if band_BEd is None else band_BEd
+        angles = self._angles(self._exact_at(new).clamp_min(0)).to(rows_BEd.dtype)
+        return torch.cat([rows_BEd, angles.expand(len(rows_BEd), -1, -1)], dim=-1)
+
+    def _exact_at(self, new: int) -> Tensor:
+        """The numbers of those rows, ``[E]``."""
+        if new == 1:
+            return self.newest_N
+        return self.filled_B[0] + torch.arange(-self._band, 0, device=self.device)
 
     def expanded_mask(self, mask: Tensor | None, new: int) -> Tensor | None:
+        if self._band and new > 1:
+            return self._allowed(mask, new, self.seen)
         return None if mask is None else mask[..., : self.seen]
 
     def allowed(self, mask: Tensor | None, new: int) -> Tensor | None:
-        if mask is not None:
+        if mask is not None and not self._newest:
             return mask
-        at_T1 = self.filled_B[:1, None] + torch.arange(-new, 0, device=self.device)[:, None]
-        return (torch.arange(self.max_length, device=self.device) <= at_T1)[None, None]
+        return self._allowed(mask, new, self.max_length)
+
+    def _allowed(self, mask: Tensor | None, new: int, room: int) -> Tensor:
+        """For so many stored rows, and those that are seen as they are."""
+        at_S = torch.arange(room, device=self.device)
+        at_T = self.filled_B[0] + torch.arange(-new, 0, device=self.device)
+        if not self._newest:
+            return (at_S <= at_T[:, None])[None, None]
+        at_E = self._exact_at(new)
+        seen_TS = newest_mask(at_T, at_S, at_E, self._newest)
+        # What is not there has no number.
+        seen_TS[:, room:] &= at_E >= 0
+        return narrowed(mask, seen_TS, torch.cat([at_S, at_E.clamp_min(0)]))
 
     def parts(self) -> list[Part]:
         return [self._part(self.stored.tensors, self.max_length)]
@@ -135,9 +193,9 @@ class StaticLatentLayer(LatentLayer):
         self.rewind(self.seen - abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        for t in self.stored.tensors:
+        for t in (*self.stored.tensors, self.newest_BNd):
             t.copy_(t.index_select(0, beam_idx.to(t.device)))
 
     def _map(self, change: Any) -> None:
         super()._map(change)
-        self.filled_B = change(self.filled_B)
+        self.filled_B, self.newest_BNd = change(self.filled_B), change(self.newest_BNd)

@@ -21,7 +21,9 @@ from latentize.errors import CheckpointError
 MAX_ERRORS = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
 
 
-def row_code(keys: int, pairs: int, latent: int = 8, *, seed: int = 0, sinks: int = 2) -> RowCode:
+def row_code(
+    keys: int, pairs: int, latent: int = 8, *, seed: int = 0, sinks: int = 2, newest: int = 0
+) -> RowCode:
     """Some code: a quarter of the values in 6 bits, a quarter in 3, the rest in none."""
     g = torch.Generator().manual_seed(seed)
     count = keys * pairs
@@ -34,7 +36,7 @@ def row_code(keys: int, pairs: int, latent: int = 8, *, seed: int = 0, sinks: in
     mean, frequencies = 3 * torch.randn(count, 2, generator=g), torch.rand(pairs, generator=g)
     latent_mix = torch.eye(latent) + 0.2 * torch.randn(latent, latent, generator=g)
     tensors = (3 * latent_mix, mix, order.int(), mean, frequencies)
-    return RowCode(segments(latent), segments(2 * count), *tensors, (1.0, 1.1), sinks)
+    return RowCode(segments(latent), segments(2 * count), *tensors, (1.0, 1.1), sinks, newest)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([(1, 4), (2, 3), (3, 8)]), st.integers(1, 3), st.integers(1, 5))

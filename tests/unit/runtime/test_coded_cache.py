@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +24,11 @@ from latentize.runtime.static import StaticLatentLayer
 D, R, RANK = 12, 8, 16
 
 
-def coded_weights(seed: int, H: int, U: int, P: int) -> LatentWeights:
+def coded_weights(seed: int, H: int, U: int, P: int, newest: int = 0) -> LatentWeights:
     w = weights(seed, H=H, U=U, P=P, r=RANK, R=R)
     # Keys of all heads turn alike.
     w = replace(w, frequencies_PF=w.frequencies_PF[:1].expand(P, -1))
-    code = replace(row_code(P, R // 2, RANK, seed=seed, sinks=3), frequencies_F=w.frequencies_PF[0])
+    code = replace(row_code(P, R // 2, RANK, seed=seed, sinks=3, newest=newest), frequencies_F=w.frequencies_PF[0])
     return replace(w, code=code, kv_a_rD=3 * w.kv_a_rD)
 
 
@@ -37,13 +38,14 @@ def rows_of(w: LatentWeights, tokens: int, batch: int, seed: int) -> tuple[Tenso
     return x, *cache_rows(x, w, torch.arange(tokens)[None])
 
 
-def filled(w: LatentWeights, c: Tensor, k: Tensor, stops: list[int], residual: int = 0) -> LatentLayer:
+def filled(w: LatentWeights, c: Tensor, k: Tensor, stops: list[int], residual: int = 0) -> Any:
+    """A layer, and in ``last`` the rows that the last tokens see."""
     made, start = layer(residual=residual), 0
     for stop in stops:
         at = torch.arange(start, stop)[None].expand(len(c), -1)
         assert w.code is not None
         assert made.codes(w.code, w.code.exact(at, start))
-        made.update(c[:, :, start:stop], k[:, :, start:stop])
+        made.last, _ = made.update(c[:, :, start:stop], k[:, :, start:stop])
         start = stop
     return made
 
@@ -61,21 +63,41 @@ def rounded(w: LatentWeights, c: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     past=st.integers(0, 30),
     new=st.integers(1, 20),
     shape=st.sampled_from([(4, 4, 1), (4, 2, 2), (6, 3, 3), (1, 1, 1)]),
+    newest=st.sampled_from([0, 1, 3, 40]),
 )
-def test_heads_over_codes_against_the_reference(seed: int, B: int, past: int, new: int, shape: tuple) -> None:
+def test_heads_over_codes_against_the_reference(
+    seed: int, B: int, past: int, new: int, shape: tuple, newest: int
+) -> None:
     H, U, P = shape
-    w = coded_weights(seed, H, U, P)
+    w = coded_weights(seed, H, U, P, newest)
     x, c, k = rows_of(w, past + new, B, seed)
     made = filled(w, c, k, [past, past + new] if past else [new])
-    (rows, _), at = (lambda r: (r, r))(made_rows(made, new)), torch.arange(past + new)[None]
-    expected_rows = rounded(w, c, k)
+    rows, at = made.last, torch.arange(past + new)[None].expand(B, -1)
+    assert w.code is not None
+    expected_rows = w.code.as_cached(c, k, at[:, past:])[:2]
     for restored, expected in zip(rows.tensors(), expected_rows, strict=True):
         assert relative_error(restored, expected) < 1e-4
     q_nope, q_rope = queries(x[:, past:], w, at[:, past:])
-    allowed = torch.ones(new, past + new, dtype=torch.bool).tril(past)[None, None]
-    expected = absorbed_heads(q_nope, q_rope, *expected_rows, allowed, w)
+    allowed, _ = w.code.who_sees(new, past + new, x.device)
+    expected = absorbed_heads(q_nope, q_rope, *expected_rows, allowed[None, None], w)
     for form in (heads, decode, prefill):
         assert relative_error(form(q_nope, q_rope, rows, up(w), None), expected) < 2e-3, form.__name__
+
+
+@pytest.mark.parametrize("new", [1, 5])
+def test_each_token_sees_its_newest_rows_as_they_are(new: int) -> None:
+    """Against the definition: query by query, row by row."""
+    w = coded_weights(9, 4, 2, 2, newest=3)
+    x, c, k = rows_of(w, 12, 1, 9)
+    made, (c_hat, k_hat) = filled(w, c, k, [12 - new, 12]), rounded(w, c, k)
+    made_heads = decode(*queries(x[:, -new:], w, torch.arange(12 - new, 12)[None]), made.last, up(w), None)
+    for number, at in enumerate(range(12 - new, 12)):
+        near = torch.arange(12) > at - 3
+        c_at, k_at = c.where(near[None, None, :, None], c_hat), k.where(near[None, None, :, None], k_hat)
+        q = queries(x[:, at : at + 1], w, torch.tensor([[at]]))
+        allowed = (torch.arange(12) <= at)[None, None, None]
+        expected = absorbed_heads(*q, c_at, k_at, allowed, w)[:, :, 0]
+        assert relative_error(made_heads[:, :, number], expected) < 2e-3
 
 
 def made_rows(made: LatentLayer, new: int):
@@ -89,7 +111,7 @@ def test_what_waits_is_not_rounded_yet() -> None:
     made = filled(w, c, k, list(range(1, 21)), residual=4)
     expected, restored = rounded(w, c, k), made_rows(made, 1).tensors()
     waiting = made.recent.length
-    assert 4 <= waiting <= 8
+    assert waiting == 4
     assert relative_error(restored[0][:, :, :-waiting], expected[0][:, :, :-waiting]) < 1e-4
     assert relative_error(restored[0][:, :, -waiting:], c[:, :, -waiting:]) < FP32
     assert relative_error(restored[1][:, :, -waiting:], k[:, :, -waiting:]) < 1e-4
@@ -122,12 +144,13 @@ def test_cropped_and_filled_again(kept: int) -> None:
     assert relative_error(made.keys, rounded(w, c, k)[0]) < FP32
 
 
-def test_bytes_are_those_of_the_code() -> None:
-    w = coded_weights(3, 4, 2, 2)
+@pytest.mark.parametrize("newest", [0, 4])
+def test_bytes_are_those_of_the_code(newest: int) -> None:
+    w = coded_weights(3, 4, 2, 2, newest)
     _, c, k = rows_of(w, 2048, 1, 3)
     made = filled(w, c, k, [2048])
     assert w.code is not None
-    exact = w.code.sinks * (RANK + w.code.rope_values) * 4
+    exact = (w.code.sinks + newest) * (RANK + w.code.rope_values) * 4
     assert made.nbytes == pytest.approx(2048 * w.code.row_bytes + exact, rel=0.05), "and a little room to grow"
 
 
@@ -145,8 +168,9 @@ def test_formats_that_are_asked_for_win() -> None:
     assert torch.equal(made.keys, c)
 
 
-def test_sinks_of_a_window_seem_nearer_among_codes_too() -> None:
-    w = coded_weights(5, 4, 2, 2)
+@pytest.mark.parametrize("newest", [0, 3])
+def test_sinks_of_a_window_seem_nearer_among_codes_too(newest: int) -> None:
+    w = coded_weights(5, 4, 2, 2, newest)
     x, c, k = rows_of(w, 40, 1, 5)
     assert w.code is not None
     made = layer(window=8, sinks=3)
@@ -158,14 +182,15 @@ def test_sinks_of_a_window_seem_nearer_among_codes_too() -> None:
     # Sinks stand where the window begins.
     at = torch.cat([torch.arange(29, 32), torch.arange(32, 40)])
     near_c, near_k = cache_rows(x[:, [0, 1, 2, *range(32, 40)]], w, at[None])
-    c_hat, k_hat = w.code.rounded(near_c, near_k, (torch.arange(11) < 3)[None], at[None])
+    c_hat, k_hat = w.code.rounded(near_c, near_k, ((torch.arange(11) < 3) | (torch.arange(11) >= 11 - newest))[None], at[None])
     allowed = torch.ones(1, 1, 1, 11, dtype=torch.bool)
     expected = absorbed_heads(q_nope, q_rope, c_hat, k_hat, allowed, w)
     assert relative_error(decode(q_nope, q_rope, rows, up(w), None), expected) < 2e-3
 
 
-def test_padded_texts_begin_where_they_begin() -> None:
-    w = coded_weights(6, 4, 2, 2)
+@pytest.mark.parametrize("newest", [0, 3])
+def test_padded_texts_begin_where_they_begin(newest: int) -> None:
+    w = coded_weights(6, 4, 2, 2, newest)
     x, _, _ = rows_of(w, 12, 1, 6)
     assert w.code is not None
     padding = torch.randn(1, 3, D)
@@ -173,40 +198,66 @@ def test_padded_texts_begin_where_they_begin() -> None:
     at = torch.tensor([[*range(15)], [0, 0, 0, *range(12)]])
     c, k = cache_rows(both, w, at)
     made, start = layer(), 0
-    for stop in (9, 10, 15):
+    for stop in (9, 10, 14, 15):
         made.codes(w.code, w.code.exact(at[:, start:stop], start))
         rows, _ = made.update(c[:, :, start:stop], k[:, :, start:stop])
         start = stop
-    for first, second in (
-        (made.keys[:1, :, :12], made.keys[1:, :, 3:]),
-        (made.values[:1, :, :12], made.values[1:, :, 3:]),
-    ):
-        assert relative_error(second, first) < 1e-4
+    # The same text alone, and its last token.
+    alone = filled(w, c[:1, :, :12], k[:1, :, :12], [11, 12])
+    for padded, plain in ((made.keys, alone.keys), (made.values, alone.values)):
+        assert relative_error(padded[1:, :, 3:], plain) < 1e-4
+        assert relative_error(padded[:1, :, : 12 - newest], plain[:, :, : 12 - newest]) < 1e-4
     q_nope, q_rope = queries(both[1:, -1:], w, at[1:, -1:])
     q = (q_nope.expand(2, -1, -1, -1), q_rope.expand(2, -1, -1, -1))
     mask = torch.ones(2, 1, 1, 15, dtype=torch.bool)
     mask[0, ..., 12:], mask[1, ..., :3] = False, False
     first, second = decode(*q, rows, up(w), mask)
-    assert relative_error(second, first) < 1e-4
+    expected = decode(q_nope, q_rope, alone.last, up(w), None)[0]
+    assert relative_error(second, expected) < 1e-4
+    assert newest or relative_error(first, expected) < 1e-4, "its newest rows are padding"
 
 
-def test_a_static_cache_of_codes() -> None:
-    w = coded_weights(7, 4, 2, 2)
+@pytest.mark.parametrize("newest", [0, 3])
+def test_a_static_cache_of_codes(newest: int) -> None:
+    w = coded_weights(7, 4, 2, 2, newest)
     x, c, k = rows_of(w, 20, 2, 7)
     assert w.code is not None
     made, start = StaticLatentLayer(None, None, 32), 0
     made.attends_rows = True
     for stop in (2, 11, 12, 19, 20):
-        made.codes(w.code, w.code.exact(torch.arange(start, stop)[None].expand(2, -1), start))
+        at = torch.arange(start, stop)[None].expand(2, -1)
+        made.codes(w.code, w.code.exact(at, start))
         rows, _ = made.update(c[:, :, start:stop], k[:, :, start:stop])
+        expected = w.code.as_cached(c[:, :, :stop], k[:, :, :stop], at)[:2]
+        allowed, _ = w.code.who_sees(stop - start, stop, x.device)
+        q = queries(x[:, start:stop], w, at)
+        seen = absorbed_heads(*q, *expected, allowed[None, None], w)
+        for form in (decode, heads, prefill):
+            assert relative_error(form(*q, rows, up(w), None), seen) < 1e-4
+        mask = torch.ones(2, 1, stop - start, 32, dtype=torch.bool).tril(start)
+        assert relative_error(decode(*q, rows, up(w), mask), seen) < 1e-4
         start = stop
-    expected = rounded(w, c, k)
     for restored, each in zip(rows.tensors(), expected, strict=True):
         assert relative_error(restored, each) < 1e-4
-    q_nope, q_rope = queries(x[:, -1:], w, torch.tensor([[19]]))
-    seen = absorbed_heads(q_nope, q_rope, *expected, torch.ones(1, 1, 1, 20, dtype=torch.bool), w)
-    assert relative_error(decode(q_nope, q_rope, rows, up(w), None), seen) < 1e-4
     made.rewind(0)
     made.codes(w.code, w.code.exact(torch.arange(20)[None].expand(2, -1), 0))
     made.update(c.flip(0), k.flip(0))
     assert relative_error(made.keys, expected[0].flip(0)) < 1e-4
+
+
+def test_a_rewound_static_cache_has_codes_where_exact_rows_were() -> None:
+    w = coded_weights(8, 4, 2, 2, newest=3)
+    x, c, k = rows_of(w, 20, 1, 8)
+    assert w.code is not None
+    made, at = StaticLatentLayer(None, None, 32), torch.arange(20)[None]
+    made.attends_rows = True
+    made.codes(w.code, w.code.exact(at, 0))
+    made.update(c, k)
+    made.rewind(18)
+    made.codes(w.code, w.code.exact(at[:, 18:19], 18))
+    rows, _ = made.update(c[:, :, 18:19], k[:, :, 18:19])
+    (c_hat, k_hat), near = rounded(w, c, k), (torch.arange(20) >= 17)[None, None, :, None]
+    c_at, k_at = c.where(near, c_hat), k.where(near, k_hat)
+    q = queries(x[:, 18:19], w, at[:, 18:19])
+    expected = absorbed_heads(*q, c_at, k_at, (torch.arange(20) <= 18)[None, None, None], w)
+    assert relative_error(decode(*q, rows, up(w), None), expected) < 1e-4
