@@ -5,13 +5,14 @@
     python benchmarks/bits.py MODEL --print                                                # what was measured before
 
 Every alternative rounds the source's own keys and values as its authors define it, in one pass: each token sees all
-tokens before it, and itself, as they come back from the cache; the first four are exact, as they are in coded rows, and
-so is what a block of tokens lacks to be whole. Bytes are counted over the evaluated context, scales and exact tokens
-included. Sources: KIVI (arXiv 2402.02750: keys by channel in groups of 32 tokens, values by token in groups of 32
-channels, scale and zero of 16 bits each); TurboQuant (arXiv 2504.19874, algorithm 1: a rotation, and the best levels
-for a Gaussian, with a norm of 16 bits); rotated int8 and int4 as ``latentize compare`` has them, int3 and int2 with a
-scale and a zero of 16 bits for each head; q8_0, q5_1 and q4_0 as llama.cpp's ``ggml-quants.c`` rounds blocks of 32,
-after a Hadamard rotation of each head, as llama.cpp rotates.
+tokens before it as they come back from the cache. The first four of a text are exact, and each token sees its newest
+four, itself included, as they are: coded rows have both, so all have. So is what a block of tokens lacks to be whole.
+Bytes are counted over the evaluated context, scales and exact tokens included. Sources: KIVI (arXiv 2402.02750: keys by
+channel in groups of 32 tokens, values by token in groups of 32 channels, scale and zero of 16 bits each); TurboQuant
+(arXiv 2504.19874, algorithm 1: a rotation, and the best levels for a Gaussian, with a norm of 16 bits); rotated int8
+and int4 as ``latentize compare`` has them, int3 and int2 with a scale and a zero of 16 bits for each head; q8_0, q5_1
+and q4_0 as llama.cpp's ``ggml-quants.c`` rounds blocks of 32, after a Hadamard rotation of each head, as llama.cpp
+rotates.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
 import latentize
@@ -34,6 +35,7 @@ from latentize.api import resolve
 from latentize.evaluation.grouped import SINKS, grouped_predictor
 from latentize.evaluation.predict import Predict, predictor
 from latentize.evaluation.quality import measure
+from latentize.modeling.blocks import newest_blocks
 from latentize.modeling.load import load_model
 from latentize.runtime.cache import rotation
 from latentize.text.documents import documents
@@ -42,6 +44,8 @@ from latentize.text.tokens import pack
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP, BLOCK = 32, 32
+# As in coded rows: of each token's newest rows, how many it sees as they are.
+NEWEST = 4
 # What a user may ask for, of the source in 16 bits.
 BUDGETS = ("25%", "18.75%", "12.5%", "6.25%")
 # From keys or values ``[B, G, T, d]``, and whether they are keys, to what a cache gives back.
@@ -133,6 +137,8 @@ def alternatives(head_dim: int) -> dict[str, tuple[Rounds, float]]:
 
 
 class _Layer(DynamicLayer):
+    """Gives back keys and values as they are stored, and after them all as they are."""
+
     def __init__(self, rounds: Rounds) -> None:
         super().__init__()
         self.rounds = rounds
@@ -140,9 +146,23 @@ class _Layer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         halves = []
         for x, keys in ((key_states, True), (value_states, False)):
-            made = self.rounds(x[:, :, SINKS:].float(), keys).to(x.dtype)
-            halves.append(torch.cat([x[:, :, :SINKS], made], dim=2))
+            old = x[:, :, : x.shape[2] - NEWEST]
+            made = self.rounds(old[:, :, SINKS:].float(), keys).to(x.dtype)
+            halves.append(torch.cat([old[:, :, :SINKS], made, x], dim=2))
         return super().update(*halves, *args, **kwargs)
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float, **__: Any
+) -> tuple[Tensor, None]:
+    """Over what :class:`_Layer` gives back, as transformers calls it."""
+    key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
+    stored = query.shape[2] - NEWEST
+    return newest_blocks(query, key, value, stored, NEWEST, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register("newest", attention)
+AttentionMaskInterface.register("newest", lambda *_, **__: None)
 
 
 def rounded(model: Any, rounds: Rounds) -> Predict:
@@ -151,14 +171,20 @@ def rounded(model: Any, rounds: Rounds) -> Predict:
     @torch.no_grad()
     def predict(tokens_BT: Tensor, count: int) -> Tensor:
         cache = Cache(layers=[_Layer(rounds) for _ in range(model.config.num_hidden_layers)])
-        return model(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=count).logits
+        usual = model.config._attn_implementation
+        model.set_attn_implementation("newest")
+        try:
+            return model(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=count).logits
+        finally:
+            model.set_attn_implementation(usual)
 
     return predict
 
 
 def share_of(bits: float, length: int) -> float:
-    """Of the source's bytes in 16 bits, where the first tokens are exact."""
-    return (SINKS + (length - SINKS) * bits / 16) / length
+    """Of the source's bytes in 16 bits, where the first and the newest tokens are exact."""
+    exact = SINKS + NEWEST
+    return (exact + (length - exact) * bits / 16) / length
 
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -172,9 +198,9 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     for plan in args.plans:
         name, _, folder = plan.partition("=")
         report = json.loads((Path(folder) / "latentize.json").read_text())["measurements"]
-        context, sinks = args.length, SINKS
+        context, exact = args.length, SINKS + NEWEST
         row, values = report["row_bytes_per_token_layer"], report["cache_values_per_token_layer"]
-        total = row * (context - sinks) + 2 * values * sinks
+        total = row * (context - exact) + 2 * values * exact
         share = total / (2 * report["source_cache_values_per_token_layer"] * context)
         subjects[f"coded, {name}"] = (predictor(load_model(Path(folder))), share)
     if not args.bytes:

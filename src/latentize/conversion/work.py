@@ -33,7 +33,7 @@ __all__ = ["Rates", "Work", "latent_work"]
 # Passes of elementwise operators over a token's hidden states and MLP activations in a layer, each a read and a write.
 _PASSES = 16
 # Times that a component's values are read or written while its widths are compared: eight of them, six steps each.
-_PRICED = 8 * 6 * 8
+_PRICED = 7 * 5 * 60
 # Of a cache that grows by a token: read twice, written once.
 _REWRITTEN = 3
 
