@@ -1,6 +1,8 @@
 """The codebooks that cached rows are stored with, made anew, and what they lose.
 
-    python benchmarks/codebooks.py [--samples 1000000] [--rounds 40] [--out src/latentize/attention/codebooks.safetensors]
+    python benchmarks/codebooks.py [--samples 1000000] [--rounds 25] [--out codebooks.safetensors]
+
+Those that latentize has were made from 500,000 samples a round.
 
 Each is trained on Gaussian vectors (Linde, Buzo & Gray, IEEE Trans. Commun. 28, 1980), from points that are as dense as
 the best ones are (Zador, IEEE Trans. Inf. Theory 28, 1982: for ``v`` values, the density to the power ``v / (v + 2)``).
@@ -68,7 +70,7 @@ def scalar_errors(bits: int) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     made = {}

@@ -73,8 +73,8 @@ def main() -> None:
     for _ in range(args.times):
         for name, (layer, c, k) in caches.items():
             began = time.perf_counter()
-            if layer.code is not None:
-                layer.codes(layer.code, torch.zeros(1, 1, dtype=torch.bool))
+            if layer.coder is not None:
+                layer.codes(layer.coder.code, torch.zeros(1, 1, dtype=torch.bool))
             rows, _ = layer.update(c, k)
             started = time.perf_counter()
             stored[name].append(started - began)

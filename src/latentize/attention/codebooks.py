@@ -59,7 +59,7 @@ class Codebook:
 
     @cached_property
     def _known(self) -> tuple[Tensor, Tensor]:
-        """What each cell knows: numbers of words ``[c, m]``; half of their squares, and the words, ``[c, v + 1, m]``."""
+        """What each cell knows: numbers of words, ``[c, m]``; half their squares and the words, ``[c, v + 1, m]``."""
         device, count = self.words_kv.device, min(_KNOWN, len(self.words_kv))
         middle = _SPREAD * torch.special.ndtri((torch.arange(self._intervals, device=device) + 0.5) / self._intervals)
         middle_cv = torch.cartesian_prod(*[middle] * self.values).view(-1, self.values)

@@ -293,7 +293,7 @@ class LatentAttention(nn.Module):
             c, k_rope = c[:, :, :written], k_rope[:, :, :written]
         if not isinstance(c, Tensor) or rounding is None:
             return self.heads(q_nope, q_rope, c, k_rope, up, mask)
-        if coded:
+        if coded and cache is not None:
             mask = cache.layers[self.layer_idx].expanded_mask(mask, hidden_states.shape[1])
             return self.heads(q_nope, q_rope, c, k_rope, up, mask)
         count = int(past) + hidden_states.shape[1]

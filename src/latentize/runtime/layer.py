@@ -13,7 +13,7 @@ B batch, S cached tokens, T new tokens, r kv_lora_rank, P roped keys, R qk_rope_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,16 +24,14 @@ from latentize.attention.coding import RowCode
 from latentize.attention.masks import narrowed, newest_mask
 from latentize.attention.rope import rotate_half, rotate_interleaved
 from latentize.errors import OptionError
-from latentize.runtime.codecs import FLOATS, Codec, Coded, Plain, codec
+from latentize.runtime.codecs import FLOATS, Codec, Plain, codec
+from latentize.runtime.coded import BLOCK, RowCoder
 from latentize.runtime.exact import ExactRows
 from latentize.runtime.growing import Growing
 from latentize.runtime.kernels.storage import Part, Stored
 from latentize.runtime.rows import CachedRows
 
 __all__ = ["BLOCK", "LatentLayer", "Rows", "rotation", "rotation_on"]
-
-# Rows that are restored at once: they stay in a core's cache until they are attended.
-BLOCK = 2048
 
 
 @cache
@@ -53,23 +51,6 @@ def rotation_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """:func:`rotation`, once on each device: a captured graph must not copy from the host."""
     with torch.inference_mode(False):
         return rotation(size).to(device, dtype)
-
-
-@lru_cache(maxsize=256)
-def _block_angles(frequencies: tuple[float, ...], number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines at the positions of a block; all layers of a model have the same."""
-    with torch.inference_mode(False):
-        position_s = BLOCK * number + torch.arange(BLOCK, device=device)
-        angle_sF = position_s[:, None].float() * torch.tensor(frequencies, device=device)
-        return torch.cat([angle_sF.cos(), angle_sF.sin()], dim=-1).to(dtype)
-
-
-def _angles_from(code: RowCode, first: int, count: int, dtype: torch.dtype) -> Tensor:
-    """:meth:`RowCode.angles` of ``count`` positions, as they are kept."""
-    number, within = divmod(first, BLOCK)
-    if within + count > BLOCK:
-        return code.angles(first + torch.arange(count, device=code.pair_J.device)).to(dtype)
-    return _block_angles(code.frequencies, number, code.pair_J.device, dtype)[within : within + count]
 
 
 class Rows(CachedRows):
@@ -109,17 +90,18 @@ class Rows(CachedRows):
         return layer.parts(), layer.lengths_B(), options
 
     def queries(self, q_rope_BHTR: Tensor) -> Tensor:
-        code = self.layer.code
-        if code is None:
+        if self.layer.coder is None:
             return super().queries(q_rope_BHTR)
+        code = self.layer.coder.code
         q_BHTn = code.queries(q_rope_BHTR)
         return torch.cat([q_BHTn, code.mean_queries(q_BHTn)], dim=-1)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        rows_BSd, code = torch.cat(list(self.layer.filled(self.dtype, self.new, self.band_BEd)), dim=1), self.layer.code
+        rows_BSd = torch.cat(list(self.layer.filled(self.dtype, self.new, self.band_BEd)), dim=1)
         c_BSr, k_BSR = rows_BSd[..., : self.layer.rank], rows_BSd[..., self.layer.rank :]
         turn, k_BPSR = self.rotation_rr, k_BSR.unflatten(-1, (self.roped_keys, -1)).transpose(1, 2)
-        if code is not None:
+        if self.layer.coder is not None:
+            code = self.layer.coder.code
             z_BSn, angles = k_BSR.float().tensor_split([code.rope_values], dim=-1)
             k_BPSR = code.keys(z_BSn + code.means(angles)).to(k_BSR.dtype)
         return (c_BSr if turn is None else c_BSr @ turn.mT)[:, None], k_BPSR
@@ -146,34 +128,32 @@ class LatentLayer(CacheLayerMixin):
         self.attends_rows = False
         self.frequencies_F: Tensor | None = None
         self.interleaved = False
-        self.code: RowCode | None = None
+        self.coder: RowCoder | None = None
         self._clear()
 
     def _clear(self) -> None:
-        self.exact, self._new_exact_BT = ExactRows(), None
-        # How many rows the last tokens saw as they are, where each saw others.
-        self._band = 0
+        if self.coder is not None:
+            self.coder.exact = ExactRows()
         self.seen, self.rank, self.roped_keys, self.is_initialized = 0, 0, 1, False
         self.stored, self.recent = Growing(), Growing()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.rank = key_states.dtype, key_states.device, key_states.shape[-1]
-        own, code = Plain(key_states.dtype), self.code
-        self.roped_keys = value_states.shape[1] if code is None else 1
+        own = Plain(key_states.dtype)
+        self.roped_keys = value_states.shape[1] if self.coder is None else 1
         self.rope_size = value_states.shape[1] * value_states.shape[-1]
         names, sizes = self.formats, (self.rank, self.rope_size)
         self.codecs: tuple[Codec, Codec] = tuple(  # type: ignore[assignment]
             own if name is None else codec(name, size) for name, size in zip(names, sizes, strict=True)
         )
-        if code is not None:
-            halves = zip((code.latent, code.rope), code.spreads, strict=True)
-            self.codecs = tuple(Coded(*half) for half in halves)  # type: ignore[assignment]
+        if self.coder is not None:
+            self.codecs = self.coder.codecs
         self.plain = all(c == own for c in self.codecs)
         self.is_initialized = True
 
     def rotation(self, dtype: torch.dtype) -> Tensor | None:
-        if self.code is not None:
-            return self.code.latent_unmix_rr.to(self.device, dtype)
+        if self.coder is not None:
+            return self.coder.code.latent_unmix_rr.to(self.device, dtype)
         if isinstance(self.codecs[0], Plain):
             return None
         return rotation_on(self.rank, self.device, dtype)
@@ -186,18 +166,16 @@ class LatentLayer(CacheLayerMixin):
             exact_BT: Which of the tokens that come next are stored as they are.
         """
         if self.formats == (None, None):
-            self.code, self._new_exact_BT = code, exact_BT
-            if not self.seen:
-                self.exact.begin(exact_BT)
+            if self.coder is None or self.coder.code is not code:
+                self.coder = RowCoder(code, self.residual)
+            self.coder.expect(exact_BT, first=not self.seen)
         return True
 
     def _row(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Latents and roped keys as they are stored before they are rounded, ``[B, T, d]``."""
         c_BTr = key_states[:, 0]
-        if self.code is not None:
-            means = self.code.means(self._angles(self._next(c_BTr.shape[1])))
-            z_BTn = self.code.components(value_states) - means
-            return torch.cat([c_BTr.float() @ self.code.latent_mix_rr.mT, z_BTn], dim=-1).to(c_BTr.dtype)
+        if self.coder is not None:
+            return self.coder.rows(c_BTr, value_states, self._next(c_BTr.shape[1]), self._kept)
         turn = self.rotation(torch.float32)
         if turn is not None:
             c_BTr = (c_BTr.float() @ turn).to(c_BTr.dtype)
@@ -211,19 +189,13 @@ class LatentLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new, rows_BTd = key_states.shape[2], self._row(key_states, value_states)
         self._trim()
-        if self._new_exact_BT is not None and self.code is not None:
-            self.exact.add(rows_BTd, self._new_exact_BT, self._kept, self.code.sinks)
+        new, rows_BTd = key_states.shape[2], self._row(key_states, value_states)
         self.recent.append((rows_BTd,))
         self.seen += new
         band_BEd = None
-        if self.code is not None:
-            have = self.recent.length
-            self._band = min(have, new + self._newest - 1) if new > 1 and self._newest else 0
-            band_BEd = self.recent.view(have - self._band, have)[0] if self._band else None
-            if have > self._newest:
-                self._store(have - self._newest)
+        if self.coder is not None:
+            band_BEd = self._code_old(self.coder, new)
         elif not self.plain and self.recent.length >= 2 * self.residual + 1:
             self._store(self.recent.length - self.residual)
         rows = Rows(self, key_states.dtype, new, band_BEd)
@@ -237,10 +209,14 @@ class LatentLayer(CacheLayerMixin):
             )
         return rows.tensors()
 
-    @property
-    def _newest(self) -> int:
-        """Of each token, how many of its newest rows it sees as they are."""
-        return 0 if self.code is None else max(self.code.newest, self.residual)
+    def _code_old(self, coder: RowCoder, new: int) -> Tensor | None:
+        """Code all rows but the newest; where the new tokens see different ones as they are, return those."""
+        have = self.recent.length
+        coder.band = min(have, new + coder.newest - 1) if new > 1 and coder.newest else 0
+        band_BEd = self.recent.view(have - coder.band, have)[0] if coder.band else None
+        if have > coder.newest:
+            self._store(have - coder.newest)
+        return band_BEd
 
     def _store(self, count: int) -> None:
         """The oldest of the waiting rows, for good."""
@@ -252,29 +228,14 @@ class LatentLayer(CacheLayerMixin):
 
     def _restore(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         tensors = self.stored.view(start, stop)
+        if self.coder is not None:
+            return self.coder.decoded(tensors, start, dtype)
         count, (latent, rope) = self._latent_tensors, self.codecs
-        if isinstance(latent, Coded) and isinstance(rope, Coded):
-            return self.exact.laid_over(self._decoded(latent, rope, tensors, dtype), start)
         return torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
-
-    def _decoded(self, latent: Coded, rope: Coded, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """Rows of codes; all parts are put together at once."""
-        halves = ((latent, tensors[:1]), (rope, tensors[1:]))
-        parts = [part for half, stored in halves for part in half.even(stored, dtype)]
-        rows_Bsd = torch.cat(parts, dim=-1)
-        rows_Bsd[..., : self.rank].mul_(latent.gains(tensors[:1], dtype))
-        rows_Bsd[..., self.rank :].mul_(rope.gains(tensors[1:], dtype))
-        return rows_Bsd
 
     def _next(self, count: int) -> Tensor:
         """Numbers of the rows that come next, ``[T]``."""
         return self.seen + torch.arange(count, device=self.device)
-
-    def _angles(self, number_s: Tensor) -> Tensor:
-        """Of rows by their numbers among all that there were, ``[s, 2 F]``; ``[B, s, 2 F]`` if padded."""
-        assert self.code is not None
-        starts_B1 = self.exact.starts_B1
-        return self.code.angles(number_s if starts_B1 is None else number_s - starts_B1)
 
     def _placed(self, rows_Bsd: Tensor, first: int, shift: int) -> Tensor:
         """Coded rows with the angles that the mean of their keys is turned by; others as they are.
@@ -284,15 +245,9 @@ class LatentLayer(CacheLayerMixin):
             first: Number of its first row among those that are kept.
             shift: Positions by which it seems nearer than it is.
         """
-        if self.code is None:
+        if self.coder is None:
             return rows_Bsd
-        count = rows_Bsd.shape[1]
-        at = first + shift if first < self.sinks else first + self.gone
-        if self.exact.starts_B1 is None and not self.gone:
-            angles = _angles_from(self.code, at, count, rows_Bsd.dtype)
-        else:
-            angles = self._angles(at + torch.arange(count, device=self.device)).to(rows_Bsd.dtype)
-        return torch.cat([rows_Bsd, angles.expand(len(rows_Bsd), -1, -1)], dim=-1)
+        return self.coder.placed(rows_Bsd, first + (shift if first < self.sinks else self.gone))
 
     def _trim(self) -> None:
         """Let go of what no later token will see, now and then."""
@@ -302,7 +257,8 @@ class LatentLayer(CacheLayerMixin):
             self.stored.keep(self.sinks, self.window - self.recent.length)
         else:
             self.recent.keep(self.sinks, self.window)
-        self.exact.forget(self.sinks)
+        if self.coder is not None:
+            self.coder.exact.forget(self.sinks)
 
     @property
     def _kept(self) -> int:
@@ -314,10 +270,14 @@ class LatentLayer(CacheLayerMixin):
             return [(0, self._kept)]
         return [(0, self.sinks), (self._kept - self.window - new + 1, self._kept)]
 
+    def _band(self, new: int) -> int:
+        """How many rows the ``new`` last tokens see as they are, where each sees others."""
+        return self.coder.band if self.coder is not None and new > 1 else 0
+
     def _seen_spans(self, new: int) -> list[tuple[int, int]]:
         """The same without rows that the band has."""
         spans, border = self._spans(new), self.stored.length
-        if new == 1 or not self._band:
+        if not self._band(new):
             return spans
         return [(min(start, border), min(stop, border)) for start, stop in spans]
 
@@ -328,8 +288,7 @@ class LatentLayer(CacheLayerMixin):
         # Nothing was let go of but what lies between the sinks and the rest.
         found = [torch.where(first < self.sinks, first, first + gone) if gone and len(spans) == 1 else first]
         found += [gone + torch.arange(*span, device=self.device) for span in spans[1:]]
-        if new > 1:
-            found.append(torch.arange(self.seen - self._band, self.seen, device=self.device))
+        found.append(torch.arange(self.seen - self._band(new), self.seen, device=self.device))
         return torch.cat(found)
 
     def blocks(self, dtype: torch.dtype, new: int, band_BEd: Tensor | None = None) -> Iterator[Tensor]:
@@ -359,7 +318,7 @@ class LatentLayer(CacheLayerMixin):
 
     def allowed(self, mask: Tensor | None, new: int) -> Tensor | None:
         """Of a mask for all tokens, ``[B, h, T, S]``, what the rows of ``blocks`` need; ``None`` is causal."""
-        band = self._band if new > 1 else 0
+        band = self._band(new)
         if self.window is None and not band:
             return mask
         at_S = self.positions(new)
@@ -369,9 +328,9 @@ class LatentLayer(CacheLayerMixin):
         seen_TS = at_S <= now_T[:, None]
         if self.window is not None:
             seen_TS &= (now_T[:, None] - at_S < self.window) | (at_S < self.sinks)
-        if band:
+        if band and self.coder is not None:
             border = len(at_S) - band
-            seen_TS &= newest_mask(now_T, at_S[:border], at_S[border:], self._newest)
+            seen_TS &= newest_mask(now_T, at_S[:border], at_S[border:], self.coder.newest)
         return narrowed(mask, seen_TS, at_S)
 
     def expanded_mask(self, mask: Tensor | None, new: int) -> Tensor | None:
@@ -399,7 +358,7 @@ class LatentLayer(CacheLayerMixin):
         """Encoded rows, as a kernel reads them."""
         own, border = FLOATS[self.dtype], self._latent_tensors
         # No kernel knows rows with a code of their own.
-        names = [("coded" if self.code else own) if name is None else name for name in self.formats]
+        names = [("coded" if self.coder else own) if name is None else name for name in self.formats]
         return Part(
             Stored(tensors[:border], names[0], self.rank), Stored(tensors[border:], names[1], self.rope_size), count
         )
@@ -407,7 +366,7 @@ class LatentLayer(CacheLayerMixin):
     @property
     def _latent_tensors(self) -> int:
         # A format with a scale has two tensors, one without has one.
-        return 1 if isinstance(self.codecs[0], (Plain, Coded)) else 2
+        return 1 if self.coder is not None or isinstance(self.codecs[0], Plain) else 2
 
     def lengths_B(self) -> Tensor:
         """Rows that are kept of every sequence, int32, on the device."""
@@ -427,9 +386,9 @@ class LatentLayer(CacheLayerMixin):
         """How to turn pairs by so many positions: the function, and its cosines and sines."""
         assert self.frequencies_F is not None
         angle_F = shift * self.frequencies_F.to(self.device, torch.float64)
-        if self.code is not None:
+        if self.coder is not None:
             # All keys turn alike, and components stand side by side.
-            angle_J = angle_F[0, self.code.pair_J.long()]
+            angle_J = angle_F[0, self.coder.code.pair_J.long()]
             return rotate_interleaved, (angle_J.cos(), angle_J.sin())
         return rotate_interleaved if self.interleaved else rotate_half, (angle_F.cos(), angle_F.sin())
 
@@ -461,7 +420,8 @@ class LatentLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes that the layer's tensors take up."""
-        return self.stored.nbytes + self.recent.nbytes + self.exact.nbytes
+        exact = 0 if self.coder is None else self.coder.exact.nbytes
+        return self.stored.nbytes + self.recent.nbytes + exact
 
     @property
     def columns(self) -> int:
@@ -489,12 +449,14 @@ class LatentLayer(CacheLayerMixin):
         waiting = min(count, self.recent.length)
         self.recent.length -= waiting
         self.stored.length -= count - waiting
-        self.exact.forget(self.seen)
+        if self.coder is not None:
+            self.coder.exact.forget(self.seen)
 
     def _map(self, change: Any) -> None:
         self.stored.map(change)
         self.recent.map(change)
-        self.exact.map(change)
+        if self.coder is not None:
+            self.coder.exact.map(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from latentize.attention.masks import narrowed, newest_mask
 from latentize.errors import OptionError
+from latentize.runtime.coded import BLOCK, with_angles
 from latentize.runtime.kernels.storage import Part
-from latentize.runtime.layer import BLOCK, LatentLayer, Rows
+from latentize.runtime.layer import LatentLayer, Rows
 
 __all__ = ["MaskColumns", "StaticLatentLayer"]
 
@@ -50,9 +51,13 @@ class StaticLatentLayer(LatentLayer):
         self.stored.tensors = tuple(t.new_zeros(batch, self.max_length, t.shape[-1]) for t in one)
         self.filled_B = torch.zeros(batch, dtype=torch.int32, device=self.device)
         # The newest rows as they are, in places that their numbers tell, and those numbers; -1 is none.
-        size = self.rank + self.rope_size
-        self.newest_BNd = torch.zeros(batch, self._newest, size, dtype=self.dtype, device=self.device)
-        self.newest_N = torch.full((self._newest,), -1, device=self.device)
+        count, size = self._newest, self.rank + self.rope_size
+        self.newest_BNd = torch.zeros(batch, count, size, dtype=self.dtype, device=self.device)
+        self.newest_N = torch.full((count,), -1, device=self.device)
+
+    @property
+    def _newest(self) -> int:
+        return 0 if self.coder is None else self.coder.newest
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         """As ``LatentLayer.update``; the rows that are returned lie among ``max_length``."""
@@ -66,8 +71,6 @@ class StaticLatentLayer(LatentLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows_BTd, at_T = self._row(key_states, value_states), self._next(new)
-        if self.code is not None and self._new_exact_BT is not None:
-            self.exact.add(rows_BTd, self._new_exact_BT, self.seen, self.code.sinks)
         halves = rows_BTd.split([self.rank, rows_BTd.shape[-1] - self.rank], dim=-1)
         encoded = [t for c, half in zip(self.codecs, halves, strict=True) for t in c.encode(half)]
         for mine, more in zip(self.stored.tensors, encoded, strict=True):
@@ -85,16 +88,17 @@ class StaticLatentLayer(LatentLayer):
             Rows that these tokens see so, ``[B, E, d]``, those that were kept before and the new ones; ``None`` if
             there is one token, which sees what is kept now.
         """
-        if not self._newest:
+        coder = self.coder
+        if coder is None or not coder.newest:
             return None
-        new, band_BEd, self._band = len(at_T), None, 0
+        new, band_BEd, coder.band = len(at_T), None, 0
         if new > 1:
-            before_N = self.newest_N[(self.newest_N >= 0) & (self.newest_N > at_T[0] - self._newest)].sort().values
-            band_BEd = torch.cat([self.newest_BNd[:, before_N % self._newest], rows_BTd], dim=1)
-            self._band = band_BEd.shape[1]
-        last_N = at_T[-self._newest :]
-        self.newest_BNd.index_copy_(1, last_N % self._newest, rows_BTd[:, -self._newest :])
-        self.newest_N.index_copy_(0, last_N % self._newest, last_N)
+            before_N = self.newest_N[(self.newest_N >= 0) & (self.newest_N > at_T[0] - coder.newest)].sort().values
+            band_BEd = torch.cat([self.newest_BNd[:, before_N % coder.newest], rows_BTd], dim=1)
+            coder.band = band_BEd.shape[1]
+        last_N = at_T[-coder.newest :]
+        self.newest_BNd.index_copy_(1, last_N % coder.newest, rows_BTd[:, -coder.newest :])
+        self.newest_N.index_copy_(0, last_N % coder.newest, last_N)
         return band_BEd
 
     def _next(self, count: int) -> Tensor:
@@ -108,7 +112,8 @@ class StaticLatentLayer(LatentLayer):
     def rewind(self, tokens: int) -> None:
         """Forget all but the first ``tokens``; nothing is moved."""
         self.seen = self.stored.length = tokens
-        self.exact.forget(tokens)
+        if self.coder is not None:
+            self.coder.exact.forget(tokens)
         if self.is_initialized:
             self.filled_B.fill_(tokens)
             self.newest_N.masked_fill_(self.newest_N >= tokens, -1)
@@ -133,18 +138,18 @@ class StaticLatentLayer(LatentLayer):
 
     def _exact_rows(self, new: int, band_BEd: Tensor | None) -> Tensor:
         """Rows that are seen as they are, ``[B, E, d]``: the band, or what one token sees."""
+        assert self.coder is not None
         rows_BEd = self.newest_BNd if band_BEd is None else band_BEd
-        angles = self._angles(self._exact_at(new).clamp_min(0)).to(rows_BEd.dtype)
-        return torch.cat([rows_BEd, angles.expand(len(rows_BEd), -1, -1)], dim=-1)
+        return with_angles(rows_BEd, self.coder.angles(self._exact_at(new).clamp_min(0)))
 
     def _exact_at(self, new: int) -> Tensor:
         """The numbers of those rows, ``[E]``."""
         if new == 1:
             return self.newest_N
-        return self.filled_B[0] + torch.arange(-self._band, 0, device=self.device)
+        return self.filled_B[0] + torch.arange(-self._band(new), 0, device=self.device)
 
     def expanded_mask(self, mask: Tensor | None, new: int) -> Tensor | None:
-        if self._band and new > 1:
+        if self._band(new):
             return self._allowed(mask, new, self.seen)
         return None if mask is None else mask[..., : self.seen]
 

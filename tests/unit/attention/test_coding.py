@@ -21,9 +21,7 @@ from latentize.errors import CheckpointError
 MAX_ERRORS = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
 
 
-def row_code(
-    keys: int, pairs: int, latent: int = 8, *, seed: int = 0, sinks: int = 2, newest: int = 0
-) -> RowCode:
+def row_code(keys: int, pairs: int, latent: int = 8, *, seed: int = 0, sinks: int = 2, newest: int = 0) -> RowCode:
     """Some code: a quarter of the values in 6 bits, a quarter in 3, the rest in none."""
     g = torch.Generator().manual_seed(seed)
     count = keys * pairs

@@ -182,7 +182,8 @@ def test_sinks_of_a_window_seem_nearer_among_codes_too(newest: int) -> None:
     # Sinks stand where the window begins.
     at = torch.cat([torch.arange(29, 32), torch.arange(32, 40)])
     near_c, near_k = cache_rows(x[:, [0, 1, 2, *range(32, 40)]], w, at[None])
-    c_hat, k_hat = w.code.rounded(near_c, near_k, ((torch.arange(11) < 3) | (torch.arange(11) >= 11 - newest))[None], at[None])
+    exact = (torch.arange(11) < 3) | (torch.arange(11) >= 11 - newest)
+    c_hat, k_hat = w.code.rounded(near_c, near_k, exact[None], at[None])
     allowed = torch.ones(1, 1, 1, 11, dtype=torch.bool)
     expected = absorbed_heads(q_nope, q_rope, c_hat, k_hat, allowed, w)
     assert relative_error(decode(q_nope, q_rope, rows, up(w), None), expected) < 2e-3

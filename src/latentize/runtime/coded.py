@@ -1,0 +1,113 @@
+"""What a cached layer does with rows that a model's own code stores.
+
+Rows are components in units of their spread, without the mean of the keys. A few rows stay exact: the first of each
+text, which lie apart, and the newest, which are coded when newer ones have come.
+
+B batch, S cached tokens, T new tokens, s rows of a block, r kv_lora_rank, P roped keys, R size of a roped key, F pairs,
+d = r + P R.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from latentize.attention.coding import RowCode
+from latentize.runtime.codecs import Coded
+from latentize.runtime.exact import ExactRows
+
+__all__ = ["BLOCK", "RowCoder", "with_angles"]
+
+# Rows that are restored at once: they stay in a core's cache until they are attended.
+BLOCK = 2048
+
+
+@lru_cache(maxsize=256)
+def _block_angles(frequencies: tuple[float, ...], number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines at the positions of a block; all layers of a model have the same."""
+    with torch.inference_mode(False):
+        position_s = BLOCK * number + torch.arange(BLOCK, device=device)
+        angle_sF = position_s[:, None].float() * torch.tensor(frequencies, device=device)
+        return torch.cat([angle_sF.cos(), angle_sF.sin()], dim=-1).to(dtype)
+
+
+class RowCoder:
+    """Of one layer.
+
+    Args:
+        code: How the model's rows are stored.
+        newest: Of each token, how many of its newest rows it sees as they are.
+
+    Attributes:
+        codecs: Of latents and roped keys.
+        exact: The first rows of each text.
+        new_exact_BT: Which of the tokens that come next are among them.
+        band: How many rows the last tokens saw as they are, where each saw others; else 0.
+    """
+
+    def __init__(self, code: RowCode, newest: int) -> None:
+        self.code, self.newest = code, max(newest, code.newest)
+        self.codecs = (Coded(code.latent, code.spreads[0]), Coded(code.rope, code.spreads[1]))
+        self.exact, self.new_exact_BT, self.band = ExactRows(), torch.zeros(1, 0, dtype=torch.bool), 0
+
+    def expect(self, exact_BT: Tensor, *, first: bool) -> None:
+        """Say which of the tokens that come next are the first of their texts; ``first`` is before any token."""
+        self.new_exact_BT = exact_BT
+        if first:
+            self.exact.begin(exact_BT)
+
+    def rows(self, c_BTr: Tensor, k_rope_BPTR: Tensor, number_T: Tensor, first: int) -> Tensor:
+        """New rows before they are rounded, ``[B, T, d]``; those that stay exact are kept.
+
+        Args:
+            c_BTr, k_rope_BPTR: Latents and roped keys.
+            number_T: Of the tokens, among all that there were.
+            first: Of the first of them, among the rows that are kept.
+        """
+        z_BTn = self.code.components(k_rope_BPTR) - self.code.means(self.angles(number_T))
+        rows_BTd = torch.cat([c_BTr.float() @ self.code.latent_mix_rr.mT, z_BTn], dim=-1).to(c_BTr.dtype)
+        self.exact.add(rows_BTd, self.new_exact_BT, first, self.code.sinks)
+        return rows_BTd
+
+    def decoded(self, tensors: tuple[Tensor, ...], start: int, dtype: torch.dtype) -> Tensor:
+        """A block of rows of their codes, ``[B, s, d]``; exact ones are in their places.
+
+        Args:
+            tensors: Codes of latents and of roped keys.
+            start: Number of the first row among those that are kept.
+            dtype: Of the result.
+        """
+        halves = [(codec, (stored,)) for codec, stored in zip(self.codecs, tensors, strict=True)]
+        # All parts are put together at once.
+        rows_Bsd = torch.cat([part for codec, stored in halves for part in codec.even(stored, dtype)], dim=-1)
+        rank = len(self.code.latent_mix_rr)
+        for rows, (codec, stored) in zip(rows_Bsd.tensor_split([rank], dim=-1), halves, strict=True):
+            rows.mul_(codec.gains(stored, dtype))
+        return self.exact.laid_over(rows_Bsd, start)
+
+    def angles(self, number_s: Tensor) -> Tensor:
+        """Of rows by their numbers among all that there were, ``[s, 2 F]``; ``[B, s, 2 F]`` if padded."""
+        starts_B1 = self.exact.starts_B1
+        return self.code.angles(number_s if starts_B1 is None else number_s - starts_B1)
+
+    def placed(self, rows_Bsd: Tensor, first: int) -> Tensor:
+        """A block with the angles that the mean of its keys is turned by.
+
+        Args:
+            rows_Bsd: Components.
+            first: Number of the first row among all that there were.
+        """
+        (block, within), count = divmod(first, BLOCK), rows_Bsd.shape[1]
+        if self.exact.starts_B1 is None and within + count <= BLOCK:
+            angles = _block_angles(self.code.frequencies, block, rows_Bsd.device, rows_Bsd.dtype)
+            angles = angles[within : within + count]
+        else:
+            angles = self.angles(first + torch.arange(count, device=rows_Bsd.device))
+        return with_angles(rows_Bsd, angles)
+
+
+def with_angles(rows_Bsd: Tensor, angles: Tensor) -> Tensor:
+    """Rows and their angles side by side, ``[B, s, d + 2 F]``."""
+    return torch.cat([rows_Bsd, angles.to(rows_Bsd.dtype).expand(len(rows_Bsd), -1, -1)], dim=-1)
