@@ -285,7 +285,7 @@ class LatentAttention(nn.Module):
         rounding, past = self.code() if self.watch is None else self.watch, 0
         coded = rounding is not None and self._told(cache, rounding, position_ids.expand(len(c), -1))
         if cache is not None:
-            past = cache.get_seq_length(self.layer_idx)
+            past = 0 if rounding is None else int(cache.get_seq_length(self.layer_idx))
             c, k_rope = cache.update(c, k_rope, self.layer_idx)
         if mask is None and hidden_states.shape[1] > 1 and isinstance(c, Tensor) and not coded:
             # A static cache has room beyond what was written.
@@ -296,7 +296,7 @@ class LatentAttention(nn.Module):
         if coded and cache is not None:
             mask = cache.layers[self.layer_idx].expanded_mask(mask, hidden_states.shape[1])
             return self.heads(q_nope, q_rope, c, k_rope, up, mask)
-        count = int(past) + hidden_states.shape[1]
+        count = past + hidden_states.shape[1]
         rows = (c[:, :, :count], k_rope[:, :, :count])
         mask = None if mask is None else mask[..., :count]
         return self._rounded_heads((q_nope, q_rope), rows, up, mask, rounding, position_ids)

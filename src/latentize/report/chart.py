@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["COLOURS", "layer_bars", "level_lines", "line_chart", "rope_map", "svg", "ticks"]
+__all__ = ["COLOURS", "bit_map", "layer_bars", "level_lines", "line_chart", "rope_map", "svg", "ticks"]
 
 COLOURS = ("#e45756", "#4c78a8", "#54a24b", "#b279a2", "#72b7b2", "#9d755d", "#f2a59d", "#eeca3b")
 STYLE = (
@@ -194,3 +194,37 @@ def layer_bars(values: Mapping[str, Sequence[int]], *, title: str, full: int) ->
         parts.append(f'<rect x="{left + 180 * number}" y="{y}" width="12" height="12" fill="{colour}"/>')
         parts.append(f'<text x="{left + 180 * number + 20}" y="{y + 11}">{escape(name)}</text>')
     return svg(500, y + 24, title, parts)
+
+
+def bit_map(segments_L: Sequence[Sequence[Sequence[Sequence[int]]]], names: Sequence[str], *, title: str) -> str:
+    """A row for each layer: its components side by side, the widest of each part first, shaded by their bits.
+
+    Args:
+        segments_L: Of each layer and part ``(bits, values)``, the widest first.
+        names: Of the parts.
+        title: Over the rows.
+    """
+    left, width, gap, bar = 70, 560, 10, 16
+    sizes = [max(sum(count for _, count in parts[n]) for parts in segments_L) for n in range(len(names))]
+    scale, widest = (width - gap * (len(names) - 1)) / sum(sizes), 8
+    drawn = [f'<text x="0" y="18" style="font-size:14px">{escape(title)}</text>']
+    starts = [left + scale * sum(sizes[:n]) + gap * n for n in range(len(names))]
+    drawn += [
+        f'<text class="dim" x="{x:.1f}" y="38">{escape(name)}</text>' for x, name in zip(starts, names, strict=True)
+    ]
+    for layer, parts in enumerate(segments_L):
+        y = 46 + bar * layer
+        drawn.append(f'<text class="dim" x="0" y="{y + 11}">layer {layer}</text>')
+        for start, segments in zip(starts, parts, strict=True):
+            x = start
+            for bits, count in segments:
+                shade = f'fill="#4c78a8" fill-opacity="{bits / widest:.2f}"'
+                drawn.append(f'<rect x="{x:.1f}" y="{y}" width="{scale * count:.1f}" height="{bar - 2}" {shade}/>')
+                if bits and scale * count > 12:
+                    at = f'x="{x + scale * count / 2:.1f}" y="{y + 11}" text-anchor="middle"'
+                    drawn.append(f'<text {at} style="font-size:10px">{bits}</text>')
+                x += scale * count
+            drawn.append(
+                f'<rect class="cell" x="{start:.1f}" y="{y}" width="{x - start:.1f}" height="{bar - 2}" fill="none"/>'
+            )
+    return svg(left + width + 4, 46 + bar * len(segments_L) + 6, title, drawn)

@@ -11,7 +11,7 @@ from latentize.attention.spec import kv_cache_bytes
 from latentize.checkpoint import MANIFEST_NAME, Manifest
 from latentize.checkpoint.places import require_file, write_file
 from latentize.errors import CheckpointError
-from latentize.report.chart import layer_bars, line_chart, rope_map
+from latentize.report.chart import bit_map, layer_bars, line_chart, rope_map
 from latentize.report.evaluation import named, positions, probes, tasks
 from latentize.report.html import figure, table
 from latentize.report.measurements import MEASUREMENTS_NAME, calibration_text, measured
@@ -125,6 +125,7 @@ def page(manifest: Manifest, found: Mapping[str, Sequence[dict[str, Any]]], *, n
         probes(found.get("eval", ())),
         tasks(found.get("eval", ())),
         _layers(manifest.layers, source),
+        _bits(manifest.layers, m),
         _rope(manifest.layers),
         _spectra(manifest.layers),
         _speed(found.get("bench", ())),
@@ -152,9 +153,14 @@ def _head(manifest: Manifest) -> str:
     short, long = verdict(m["excess_loss"])
     kept, before = m["cache_values_per_token_layer"], m["source_cache_values_per_token_layer"]
     attention = "latent attention" if m["to"] == "mla" else f"{m['num_key_value_heads']} kv head(s)"
+    if m.get("bytes") is None:
+        saved, size = 1 - kept / before, {"cached values a token and layer": f"{kept:g} of {before}"}
+    else:
+        row = m["row_bytes_per_token_layer"]
+        saved, size = 1 - m["bytes"], {"bytes of a cached token and layer": f"{row:.1f} of {2 * before}"}
     facts = {
-        "of the KV cache saved": f"{1 - kept / before:.1%}",
-        "cached values a token and layer": f"{kept:g} of {before}",
+        "of the KV cache saved": f"{saved:.1%}",
+        **size,
         "nats per token above the source": f"{m['excess_loss']:.4f}",
         "same most likely token": f"{m['top1_agreement']:.1%}",
     }
@@ -193,6 +199,13 @@ def _cache(source: Mapping[str, Any], m: Mapping[str, Any]) -> str:
         label: [(float(c), kv_cache_bytes(values, layers=layers, tokens=c) / mib) for c in contexts]
         for label, values in rows.items()
     }
+    coded = []
+    if m.get("bytes") is not None:
+        values, label = m["bytes"] * before, "this model, coded"
+        series[label] = [(float(c), kv_cache_bytes(values, layers=layers, tokens=c) / mib) for c in contexts]
+        bits = 16 * values / rows[f"{kind}, this model"]
+        size = kv_cache_bytes(values, layers=layers, tokens=longest) / mib
+        coded = [(label, f"{rows[f'{kind}, this model']:g} of {bits:.2f} bits", f"{size:,.2f}", "", "")]
     chart = line_chart(series, title="MiB of cache, 16 bits a value", x_label="tokens of context", legend_below=True)
     sizes = table(
         [
@@ -202,7 +215,8 @@ def _cache(source: Mapping[str, Any], m: Mapping[str, Any]) -> str:
                 *(f"{kv_cache_bytes(values, layers=layers, tokens=longest, bits=b) / mib:,.2f}" for b in (16, 8, 4)),
             )
             for label, values in rows.items()
-        ],
+        ]
+        + coded,
         head=("attention", "values a token and layer", f"MiB at {longest:,} tokens", "8 bits", "4 bits"),
     )
     return f"<h2>The cache</h2>{figure(chart)}{sizes}<p class=dim>8 and 4 bits without their scales.</p>"
@@ -268,6 +282,21 @@ def _layers(layers: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> s
         title = f"Cached values a token, of the source's {source['cache_values_per_token_layer']}"
         parts.append(figure(layer_bars(values, title=title, full=full)))
     return "".join(parts)
+
+
+def _bits(layers: Sequence[Mapping[str, Any]], m: Mapping[str, Any]) -> str:
+    """Where the bits of coded rows went."""
+    coded = [layer for layer in layers if "latent_bits" in layer]
+    if not coded:
+        return ""
+    segments = [(layer["latent_bits"], layer["rope_bits"]) for layer in coded]
+    drawn = bit_map(segments, ("latent", "roped keys"), title="Bits of each component, the widest first")
+    newest, first = coded[0]["newest_tokens"], coded[0]["exact_tokens"]
+    caption = (
+        f"{m['row_bytes_per_token_layer']:.1f} bytes of a token and layer on average. The first {first} tokens of a "
+        f"text are exact, and so are the newest {newest} that a token sees."
+    )
+    return f"<h2>Where bits went</h2>{figure(drawn, caption, wide=True)}"
 
 
 def _rope(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from latentize.checkpoint import Manifest
 from latentize.errors import CheckpointError
-from latentize.report.chart import layer_bars, line_chart, rope_map
+from latentize.report.chart import bit_map, layer_bars, line_chart, rope_map
 from latentize.report.measurements import MEASUREMENTS_NAME, is_output, measured, record
 from latentize.report.page import page, speed_chart, verdict, write_report
 
@@ -282,6 +282,13 @@ def test_a_map_marks_what_rotates_and_how_often() -> None:
     assert svg.count(">●<") == 1
     assert ">●7<" in svg, "many are counted, not drawn"
     assert 'fill-opacity="0.25"' in svg, "shade is relative to the layer's costliest"
+
+
+def test_a_map_of_bits_says_how_many() -> None:
+    layers = [([(4, 8), (0, 8)], [(2, 16)]), ([(3, 16)], [(5, 8), (1, 8)])]
+    drawn = bit_map(layers, ("latent", "roped keys"), title="Bits")
+    assert [drawn.count(f">{bits}</text>") for bits in range(6)] == [0, 1, 1, 1, 1, 1]
+    assert drawn.count("layer ") == 2 and "roped keys" in drawn
 
 
 def test_bars_are_as_long_as_their_values() -> None:
