@@ -52,7 +52,8 @@ class LatentCache(Cache):
         rope: Format of the roped keys.
         window: Keep the last ``N`` tokens only, and the first ``sinks``.
         sinks: First tokens that are kept beside a window.
-        residual: Newest tokens that are kept in full precision, at least; up to twice as many are.
+        residual: Newest tokens that are kept in full precision, at least; up to twice as many are. Of the checkpoint's
+            codes exactly so many, and no fewer than the checkpoint says.
         max_length: Room for so many tokens from the start, none ever moved: a static cache, for CUDA graphs
             (``runtime.graphs``). Without a window and ``residual``; all of it is attended to where no kernel is.
 

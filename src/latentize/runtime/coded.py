@@ -21,7 +21,7 @@ from latentize.runtime.exact import ExactRows
 __all__ = ["BLOCK", "RowCoder", "with_angles"]
 
 # Rows that are restored at once: they stay in a core's cache until they are attended.
-BLOCK = 2048
+BLOCK = 4096
 
 
 @lru_cache(maxsize=256)
