@@ -6,11 +6,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from tests.common import FP32, relative_error
 from torch.nn import functional as F
 
+from latentize.attention.masks import newest_mask
 from latentize.attention.projections import Up
 from latentize.modeling.attention import prefill
-from latentize.modeling.blocks import causal_blocks
+from latentize.modeling.blocks import causal_blocks, newest_blocks
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 31, 64])
@@ -63,3 +65,17 @@ def test_when_training_attends_in_blocks(dtype: torch.dtype, heads: int, tokens:
 def test_when_anything_else_attends_in_blocks(dtype: torch.dtype, heads: int, fast: bool, expected: bool) -> None:
     """Scores are of one block at a time; they are rounded to bfloat16 only where somebody asked for speed."""
     assert _calls_blocks(dtype, heads, 512, learns=False, fast=fast) == expected
+
+
+@pytest.mark.parametrize(("tokens", "past"), [(300, 0), (3, 0), (5, 40), (150, 7), (1, 9)])
+@pytest.mark.parametrize("newest", [1, 4])
+@pytest.mark.parametrize("suits", [True, False])
+def test_newest_blocks_are_attention_under_the_mask(tokens: int, past: int, newest: int, suits: bool) -> None:
+    count = past + tokens
+    stored, near = max(0, count - newest), min(count, tokens + newest - 1)
+    q, k, v = (torch.randn(2, 3, n, d) for n, d in ((tokens, 8), (stored + near, 8), (stored + near, 6)))
+    at = torch.arange(count)
+    mask = newest_mask(at[past:], at[:stored], at[count - near :], newest)
+    expected = ((q @ k.mT) * 0.3).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    with patch("latentize.modeling.blocks.suit_blocks", return_value=suits):
+        assert relative_error(newest_blocks(q, k, v, stored, newest, 0.3), expected) < FP32
