@@ -154,6 +154,16 @@ def _root(moment: Tensor) -> Tensor:
     return (vector * value.sqrt()[..., None, :]) @ vector.mH
 
 
+def _basis(root: Tensor, moment: Tensor) -> Tensor:
+    """Eigenvectors of ``F^½ C F^½``, or of each in a stack."""
+    return torch.linalg.eigh(root @ moment @ root)[1]
+
+
+def _mean(k_nPF: Tensor, turn_n1F: Tensor) -> Tensor:
+    """Of keys before RoPE, ``[P, F]`` complex."""
+    return (k_nPF * turn_n1F.conj()).mean(0)
+
+
 def components(rows: RowSamples, frequencies_F: Tensor) -> Components:
     """The basis of a layer's rows, and what each component costs in each width.
 
@@ -163,8 +173,7 @@ def components(rows: RowSamples, frequencies_F: Tensor) -> Components:
     """
     c_nr, g_nr = rows.c_nr.double(), rows.by_c_nr.double()
     root = _root(0.5 * g_nr.T @ g_nr / len(g_nr))
-    _, vector = torch.linalg.eigh(root @ (c_nr.T @ c_nr / len(c_nr)) @ root)
-    encode_rr = vector.mT @ root
+    encode_rr = _basis(root, c_nr.T @ c_nr / len(c_nr)).mT @ root
     latent_nr = (c_nr[-COMPARED_TOKENS:] @ encode_rr.mT).float()
     order_r, latent = _half(latent_nr, 1)
 
@@ -172,14 +181,13 @@ def components(rows: RowSamples, frequencies_F: Tensor) -> Components:
     # Before RoPE keys have a mean; after it that is a function of the position.
     angle_nF = rows.positions_n[:, None].double() * frequencies_F.double()
     turn_n1F = torch.polar(torch.ones_like(angle_nF), angle_nF)[:, None]
-    mean_PF = (k_nPF * turn_n1F.conj()).mean(0)
+    mean_PF = _mean(k_nPF, turn_n1F)
     k_nPF = k_nPF - mean_PF * turn_n1F
     # Of a squared product half is the real part's, on average over the angle: a quarter stands for the half of above.
     metric = 0.25 * torch.einsum("npf,nqf->fpq", by_nPF, by_nPF.conj()) / len(by_nPF)
     moment = torch.einsum("npf,nqf->fpq", k_nPF, k_nPF.conj()) / len(k_nPF)
     root_FPP = _root(metric)
-    _, vector_FPP = torch.linalg.eigh(root_FPP @ moment @ root_FPP)
-    mix_FCP = vector_FPP.mH @ root_FPP
+    mix_FCP = _basis(root_FPP, moment).mH @ root_FPP
     z_nFC = torch.einsum("fcp,npf->nfc", mix_FCP, k_nPF[-COMPARED_TOKENS:])
     pairs, keys = z_nFC.shape[1:]
     order_J, rope = _half(torch.view_as_real(z_nFC.flatten(1)).flatten(1).float(), 2)
