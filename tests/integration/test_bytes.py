@@ -150,6 +150,7 @@ def test_the_command(source: Callable[..., Path], text: str, tmp_path: Path, cap
     assert [entry["row_code"]["exact_tokens"] for entry in config["latent_layers"]] == [4, 4]
     assert [entry["row_code"]["newest_tokens"] for entry in config["latent_layers"]] == [4, 4]
     page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
+    assert ">32 + 32</text>" in page, "all roped keys count"
     assert "Where bits went" in page and "bytes of a cached token and layer" in page
     assert "bytes of a cached token and layer" in card
     assert "0.0% of the KV cache saved" not in page.replace("</b>", " ")

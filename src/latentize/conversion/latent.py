@@ -195,6 +195,9 @@ class LatentJob(Job):
     def layer_shapes(self) -> list[dict[str, Any]]:
         sizes = ("kv_lora_rank", "qk_rope_head_dim")
         made: list[dict[str, Any]] = [{size: getattr(setting, size) for size in sizes} for setting in self.settings]
+        for entries, setting in zip(made, self.settings, strict=True):
+            # One is what all but exact conversions and mha2mla have.
+            entries |= {"roped_keys": setting.rope_heads} if setting.rope_heads > 1 else {}
         for layer, code in self._row_codes.items():
             made[layer] |= {"row_bytes": code.row_bytes, **code.describe()}
         return [

@@ -276,7 +276,8 @@ def _layers(layers: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> s
     parts.append(figure(line_chart(series, title=title, x_label="layer", legend_below=True, even=True)))
     sizes = ("kv_lora_rank", "qk_rope_head_dim")
     if all(size in layer for layer in layers for size in sizes):
-        values = {name: [e[size] for e in layers] for name, size in zip(("latent", "roped key"), sizes, strict=True)}
+        latents = [e["kv_lora_rank"] for e in layers]
+        values = {"latent": latents, "roped keys": [e["qk_rope_head_dim"] * e.get("roped_keys", 1) for e in layers]}
         most = max(sum(parts_) for parts_ in zip(*values.values(), strict=True))
         full = max(source["cache_values_per_token_layer"], most)
         title = f"Cached values a token, of the source's {source['cache_values_per_token_layer']}"
