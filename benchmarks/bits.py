@@ -210,8 +210,10 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
             if args.only and name not in args.only:
                 continue
             subjects[name] = (rounded(model, rounds), share_of(bits, args.length))
-        for budget in () if args.only else BUDGETS:
+        for budget in BUDGETS:
             window = round(args.length * float(budget.rstrip("%")) / 100) - SINKS
+            if args.only and f"window {window}" not in args.only:
+                continue
             subjects[f"window {window}"] = (grouped_predictor(model, window=window), (window + SINKS) / args.length)
     made, found = [], measure([predict for predict, _ in subjects.values()], source, rows_of_text)
     for (name, (_, share)), each in zip(subjects.items(), found, strict=True):

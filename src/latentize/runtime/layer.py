@@ -26,7 +26,6 @@ from latentize.attention.rope import rotate_half, rotate_interleaved
 from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS, Codec, Plain, codec
 from latentize.runtime.coded import BLOCK, RowCoder
-from latentize.runtime.exact import ExactRows
 from latentize.runtime.growing import Growing
 from latentize.runtime.kernels.storage import Part, Stored
 from latentize.runtime.rows import CachedRows
@@ -128,12 +127,10 @@ class LatentLayer(CacheLayerMixin):
         self.attends_rows = False
         self.frequencies_F: Tensor | None = None
         self.interleaved = False
-        self.coder: RowCoder | None = None
         self._clear()
 
     def _clear(self) -> None:
-        if self.coder is not None:
-            self.coder.exact = ExactRows()
+        self.coder: RowCoder | None = None
         self.seen, self.rank, self.roped_keys, self.is_initialized = 0, 0, 1, False
         self.stored, self.recent = Growing(), Growing()
 
@@ -166,8 +163,10 @@ class LatentLayer(CacheLayerMixin):
             exact_BT: Which of the tokens that come next are stored as they are.
         """
         if self.formats == (None, None):
-            if self.coder is None or self.coder.code is not code:
+            if self.coder is None:
                 self.coder = RowCoder(code, self.residual)
+            # The same, but it may have moved to another device.
+            self.coder.code = code
             self.coder.expect(exact_BT, first=not self.seen)
         return True
 
