@@ -16,7 +16,7 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,7 +190,7 @@ def exact(source: SourceModel, setting: Setting, text: Passages) -> list[Any]:
     return found
 
 
-def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     checkpoint, spec = open_source(args.model)
     source = SourceModel(checkpoint, spec)
     wanted = {"calibration": conversion.SAMPLED_TOKENS, "selection": conversion.TRIED_TOKENS, "heldout": args.tokens}
@@ -198,7 +198,7 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     drawn = draw(load_tokenizer(checkpoint.path), (args.calibrate,), parts, sequence_length=LENGTH)
     calibration, selection, text = map(Passages.contiguous, drawn)
     (setting,) = settings(Recipe.build(bytes=0.5), spec.attention)
-    weights, rows = exact(source, setting, calibration[:4]), []
+    weights = exact(source, setting, calibration[:4])
     plain = student_of(source, weights)
     for name, (part, options) in PARTS.items():
         if args.only and name not in args.only:
@@ -209,9 +209,7 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
             coded = code_rows(source, weights, calibration, selection, how, silent)
             found = divergence(source, plain, coded, text)
         used = math.fsum(w.code.row_bytes for w in coded) / len(coded)
-        rows.append({"removed": name, "kl": found, "row_bytes": used, "seconds": time.monotonic() - began})
-        print(name, round(found, 4), round(used, 1), round(rows[-1]["seconds"]), flush=True)
-    return rows
+        yield {"removed": name, "kl": found, "row_bytes": used, "seconds": time.monotonic() - began}
 
 
 def main() -> None:
@@ -223,14 +221,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
-    rows = measured(args)
-    name = Path(args.model).stem
-    facts = {"model": name, "row_bytes": args.row_bytes, "tokens": args.tokens}
-    facts["date"] = datetime.date.today().isoformat()
-    (args.out / f"coding-ablation-{name}.json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    name, rows = Path(args.model).stem, []
+    facts = {"model": name, "tokens": args.tokens, "date": datetime.date.today().isoformat()}
     print("| removed | KL, nats | bytes of a row |\n|---|---|---|")
-    for row in rows:
-        print(f"| {row['removed']} | {row['kl']:.4f} | {row['row_bytes']:.1f} |")
+    for row in measured(args):
+        rows.append(row)
+        print(f"| {row['removed']} | {row['kl']:.4f} | {row['row_bytes']:.1f} |", flush=True)
+        path = args.out / f"coding-ablation-{name}.json"
+        path.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
