@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 1024
 # Of the best uniform quantiser of a Gaussian value, in standard deviations (Max, 1960).
 STEPS = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
-Part_ = Callable[[], AbstractContextManager[Any]]
+Removal = Callable[[], AbstractContextManager[Any]]
 
 
 def whole() -> AbstractContextManager[Any]:
@@ -135,7 +135,7 @@ def no_factors() -> AbstractContextManager[Any]:
     return patch.object(conversion, "measured_factors", lambda layers, *_: [(1.0, 1.0)] * len(layers))
 
 
-PARTS: dict[str, tuple[Part_, dict[str, int]]] = {
+PARTS: dict[str, tuple[Removal, dict[str, int]]] = {
     "nothing": (whole, {}),
     "the newest four tokens are coded, too": (whole, {"newest": 0}),
     "the first four tokens are coded, too": (whole, {"sinks": 0}),

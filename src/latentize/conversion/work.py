@@ -32,7 +32,7 @@ __all__ = ["Rates", "Work", "latent_work"]
 
 # Passes of elementwise operators over a token's hidden states and MLP activations in a layer, each a read and a write.
 _PASSES = 16
-# Times that a component's values are read or written while its widths are compared: seven of them, five scales each, and
+# Times that a component's values are read or written while its widths are compared: seven of them, five scales each,
 # some sixty passes to find a word and come back from it.
 _PRICED = 7 * 5 * 60
 # Of a cache that grows by a token: read twice, written once.
