@@ -22,7 +22,7 @@ __all__ = ["VALUES_AT_ONCE", "Codebook", "codebook", "words"]
 # Values that share an index, by the bits of each.
 VALUES_AT_ONCE = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 8: 1}
 # Cells that a vector is looked up by, how wide they spread in standard deviations, and how many words each knows: with
-# these no codebook loses more than a fiftieth to trying all words, on values with tails as long as keys have.
+# these no codebook loses more than a hundredth to trying all words (``benchmarks/codebooks.py``).
 _CELLS, _SPREAD, _KNOWN = 1 << 14, 1.8, 16
 # Vectors that are looked up at once: what the cells know of them stays in the cache of a core.
 _AT_ONCE = 1 << 14

@@ -17,11 +17,9 @@ from torch import Tensor
 from latentize.attention.coding import RowCode
 from latentize.runtime.codecs import Coded
 from latentize.runtime.exact import ExactRows
+from latentize.runtime.rows import BLOCK
 
-__all__ = ["BLOCK", "RowCoder", "with_angles"]
-
-# Rows that are restored at once: they stay in a core's cache until they are attended.
-BLOCK = 4096
+__all__ = ["RowCoder", "with_angles"]
 
 
 @lru_cache(maxsize=256)

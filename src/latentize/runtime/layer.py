@@ -25,12 +25,12 @@ from latentize.attention.masks import narrowed, newest_mask
 from latentize.attention.rope import rotate_half, rotate_interleaved
 from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS, Codec, Plain, codec
-from latentize.runtime.coded import BLOCK, RowCoder
+from latentize.runtime.coded import RowCoder
 from latentize.runtime.growing import Growing
 from latentize.runtime.kernels.storage import Part, Stored
-from latentize.runtime.rows import CachedRows
+from latentize.runtime.rows import BLOCK, CachedRows
 
-__all__ = ["BLOCK", "LatentLayer", "Rows", "rotation", "rotation_on"]
+__all__ = ["LatentLayer", "Rows", "rotation", "rotation_on"]
 
 
 @cache

@@ -16,7 +16,10 @@ from torch import Tensor
 from latentize.runtime.codecs import FLOATS
 from latentize.runtime.kernels.storage import Part, Stored
 
-__all__ = ["CachedRows", "TensorRows", "rows_of"]
+__all__ = ["BLOCK", "CachedRows", "TensorRows", "rows_of"]
+
+# Rows that are restored at once: with fewer the calls cost more than the work, more leave a core's cache.
+BLOCK = 4096
 
 
 class CachedRows(ABC):

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from latentize.attention.masks import narrowed, newest_mask
 from latentize.errors import OptionError
-from latentize.runtime.coded import BLOCK, with_angles
+from latentize.runtime.coded import with_angles
 from latentize.runtime.kernels.storage import Part
 from latentize.runtime.layer import LatentLayer, Rows
+from latentize.runtime.rows import BLOCK
 
 __all__ = ["MaskColumns", "StaticLatentLayer"]
 
