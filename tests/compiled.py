@@ -19,9 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from latentize.runtime.codecs import codec
-from latentize.runtime.kernels import latent_decode, launch
-from latentize.runtime.kernels.storage import Part, Stored
+from latentize.runtime.codecs import Coded, codec
+from latentize.runtime.kernels import coded_decode, latent_decode, launch
+from latentize.runtime.kernels.storage import Means, Part, Stored, plain_part
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -57,6 +57,27 @@ def attend(
     return made
 
 
+def attend_coded(what: str, dtype: torch.dtype, rank: int, roped: int, masked: bool, queries: int) -> ASTSource:
+    """``attend_coded_splits`` for rows in codes, some of them apart, and for those that are as they are."""
+    numbers, means = torch.zeros(1, 8, dtype=torch.int64), Means(torch.zeros(32), torch.zeros(1, dtype=torch.int32))
+    if what == "codes":
+        codecs = Coded(((2, rank),), 1.0), Coded(((2, roped),), 1.0)
+        sizes = (rank, roped)
+        halves = [Stored(c.encode(torch.randn(1, 16, n)), "coded", n, c) for c, n in zip(codecs, sizes, strict=True)]
+        part = Part(*halves, count=4, apart_BA=numbers)
+    else:
+        part = plain_part(torch.randn(1, 16, rank + roped).to(dtype), rank, 8, numbers_BE=numbers)
+    cut = launch.coded_tiles(queries, rank, dtype)
+    own = f"*{FLOATS[dtype]}"
+    pointers = {"q_ptr": own, "q_rope_ptr": own, "c_ptr": pointer(part.latent.codes), "k_ptr": pointer(part.rope.codes)}
+    pointers |= {"c_place_ptr": "*i32", "k_place_ptr": "*i32", "word_ptr": "*fp16", "frequency_ptr": "*fp32"}
+    pointers |= {"start_ptr": "*i32", "number_ptr": "*i64", "apart_ptr": "*i64", "length_ptr": "*i32"}
+    pointers |= {"mask_ptr": "*u8" if masked else own, "out_ptr": "*fp32", "lse_ptr": "*fp32"}
+    made = source(coded_decode.attend_coded_splits, pointers, launch.coded_constants(part, cut, dtype, means, masked))
+    made.attrs = {(list(made.signature).index(name),): [["tt.divisibility", 16]] for name in pointers}
+    return made
+
+
 def source(kernel: triton.JITFunction, pointers: dict[str, str], constexprs: dict) -> ASTSource:
     names = kernel.arg_names
     rest = {
@@ -83,6 +104,11 @@ def variants(sizes: list[tuple[int, int]], queries: list[int]) -> dict[str, tupl
                     unaligned = copy.copy(made)
                     unaligned.attrs = {}
                     found[f"{label}, unaligned"] = unaligned, cut
+    for (name, dtype), (rank, rope), count in itertools.product(DTYPES.items(), sizes, queries):
+        cut = launch.coded_tiles(count, rank, dtype)
+        for what, masked in itertools.product(("codes", "apart"), (False, True)):
+            label = f"{what} in {name}, {rank}+{rope}, {count} queries, {'masked' if masked else 'plain'}"
+            found[label] = attend_coded(what, dtype, rank, rope, masked, count), cut
     for name in DTYPES:
         pointers = {"part_ptr": "*fp32", "part_lse_ptr": "*fp32", "out_ptr": f"*{name}", "lse_ptr": "*fp32"}
         constants = {"RANK": 512, "BLOCK_S": 128, "BLOCK_RANK": 64}

@@ -55,6 +55,11 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "static, int8": ({"max_length": 40, "latent": "int8", "rope": "int8"}, {}),
     "static, int4": ({"max_length": 40, "latent": "int4", "rope": "int8"}, {}),
     "static, int4, padded": ({"max_length": 40, "latent": "int4", "rope": "int8"}, {"padded": (0, 4, 22)}),
+    "codes": ({}, {}),
+    "codes, residual": ({"residual": 7}, {}),
+    "codes, padded": ({}, {"padded": (0, 4, 22)}),
+    "static, codes": ({"max_length": 40}, {}),
+    "static, codes, padded": ({"max_length": 40}, {"padded": (0, 4, 22)}),
     "DynamicCache": (DynamicCache, {}),
     "DynamicCache, padded": (DynamicCache, {"padded": (0, 4, 22)}),
     "StaticCache": (StaticCache, {}),
@@ -85,6 +90,12 @@ def native(folder: Path, method: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).eval()
 
 
+def coded(folder: Path) -> Any:
+    """A model whose checkpoint says how its rows are stored."""
+    latentize.convert(pico(folder, "qwen2"), folder / "coded", format="native", bytes=0.4, **SMALL)
+    return AutoModelForCausalLM.from_pretrained(folder / "coded", dtype=torch.float32).eval()
+
+
 @contextlib.contextmanager
 def restoring() -> Iterator[list[int]]:
     """Counts how often quantised rows are restored."""
@@ -109,6 +120,10 @@ def trials() -> None:
         for variant in (plain, dataclasses.replace(plain, dtype=torch.float16, **every)):
             error, limit = passes(variant)
             print(json.dumps({"trial": str(variant), "error": error, "limit": limit}), flush=True)
+    codes = Variant(torch.device("cpu"), torch.float32, "coded", "coded", 40, 132, 8, 1, pairs=6, apart=8)
+    for variant in (codes, dataclasses.replace(codes, dtype=torch.float16, apart=0, masked=True)):
+        error, limit = passes(variant)
+        print(json.dumps({"trial": str(variant), "error": error, "limit": limit}), flush=True)
 
 
 def compared(model: Any, case: str) -> dict[str, Any]:
@@ -134,9 +149,11 @@ def main() -> None:
     models = {"deepseek_v3": stock("deepseek_v3"), "deepseek_v2": stock("deepseek_v2")}
     with tempfile.TemporaryDirectory() as folder:
         models["native"] = native(Path(folder), "mha2mla")
+        models["coded"] = coded(Path(folder))
     for number, case in enumerate(CASES):
         # Every case with one kind of model; what depends on the kind of rotation with all.
-        kinds = list(models) if case in ("own type", "int8, window") else ["deepseek_v3", "native"][number % 2 :][:1]
+        stored = [kind for kind in models if (kind == "coded") == ("codes" in case)]
+        kinds = stored if case in ("own type", "int8, window") else [stored[-1 if number % 2 else 0]]
         for kind in kinds:
             if case.startswith("StaticCache"):
                 kind = "deepseek_v3"  # It wants as many roped keys as latents.

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS
-from latentize.runtime.kernels.launch import LARGEST_FLOAT32_RANK, LARGEST_RANK, LARGEST_ROPE, absorbed_decode
+from latentize.runtime.kernels.launch import (
+    LARGEST_FLOAT32_RANK,
+    LARGEST_RANK,
+    LARGEST_ROPE,
+    absorbed_decode,
+    coded_decode,
+)
 from latentize.runtime.kernels.storage import KINDS
 from latentize.runtime.kernels.trial import works
 from latentize.runtime.rows import CachedRows
@@ -99,7 +105,8 @@ class Backend:
             if unknown:
                 why = f"rows in {', '.join(sorted(unknown))}"
             elif self.name == "triton" or works(*call[:3], **options):
-                made = absorbed_decode(*call, **options)[0]
+                decode = coded_decode if "means" in options else absorbed_decode
+                made = decode(*call, **options)[0]
             else:
                 why = "the kernel failed its trial on this device"
         if not torch.compiler.is_compiling():
@@ -122,12 +129,16 @@ TORCH = Backend("torch")
 def refusal(q_BHTr: Tensor, q_rope_BHTR: Tensor, rows: CachedRows, mask_BhTS: Tensor | None) -> str | None:
     """Why the kernels cannot do this, wherever it is; ``None`` if they can."""
     dtype = rows.stored_dtype
+    if rows.unread is not None:
+        return rows.unread
     if q_BHTr.requires_grad:
         return "gradients are asked for"
     if q_BHTr.dtype not in FLOATS or dtype not in FLOATS:
         return f"queries in {q_BHTr.dtype}, rows in {dtype}"
     largest = LARGEST_FLOAT32_RANK if q_BHTr.dtype == torch.float32 else LARGEST_RANK
-    if q_BHTr.shape[-1] > largest or q_rope_BHTR.shape[-1] > LARGEST_ROPE:
+    # Roped components in codes are read a few at a time.
+    too_wide = q_rope_BHTR.shape[-1] > LARGEST_ROPE and not rows.coded
+    if q_BHTr.shape[-1] > largest or too_wide:
         return f"a rank beyond {largest} in {q_BHTr.dtype}, or roped keys beyond {LARGEST_ROPE}"
     if mask_BhTS is None:
         return None

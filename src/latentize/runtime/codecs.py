@@ -9,17 +9,17 @@ B batch, S tokens, n values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from latentize.attention.codebooks import VALUES_AT_ONCE, codebook
+from latentize.attention.codebooks import VALUES_AT_ONCE, codebook, words
 from latentize.attention.coding import GROUP, Segments, gain_codes, gain_values, indices
 from latentize.errors import OptionError
 
-__all__ = ["FLOATS", "FORMATS", "Codec", "Coded", "Float8", "Int4", "Int8", "Plain", "codec"]
+__all__ = ["FLOATS", "FORMATS", "Codec", "Coded", "Float8", "Int4", "Int8", "Plain", "all_words", "codec"]
 
 _TINY = 1e-30
 # Gains are stored as bytes.
@@ -166,6 +166,14 @@ class Coded:
         """Of each token, ``[B, S, 1]``."""
         return gain_values(stored[0][..., :1].to(torch.int16) - _GAIN_OFFSET).to(dtype)
 
+    def places(self, device: torch.device) -> Tensor:
+        """Where a kernel finds each value before its gain, ``[6, n]`` int32.
+
+        A value's index is ``row[p0] + 256 ((row[p1] >> p2) & p3)``; the value, ``all_words(device)[p4 + p5 index]``.
+        ``p3`` is zero for indices of one byte, ``p5`` for values that have no bits.
+        """
+        return _places(self.segments, device)
+
     def even(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
         """Values before their gain, one tensor a segment."""
         (byte_BSm,) = stored
@@ -202,6 +210,35 @@ def _unpacked(byte_BSm: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     shifts = torch.arange(0, 8, rest, device=byte_BSm.device, dtype=torch.int32)
     high_BSf = (byte_BSm[..., border:, None].to(torch.int32) >> shifts).bitwise_and_((1 << rest) - 1).flatten(-2)
     return _looked_up(high_BSf.bitwise_left_shift_(8).bitwise_or_(byte_BSm[..., :border]), table)
+
+
+@lru_cache(maxsize=256)
+def _places(segments: Segments, device: torch.device) -> Tensor:
+    """As :func:`_packed` puts them."""
+    first_word, total = {}, 0
+    for bits, values in VALUES_AT_ONCE.items():
+        first_word[bits], total = total, total + (values << bits * values)
+    found, at = [], 1
+    for bits, count in segments:
+        if not bits:
+            found += [(0,) * 6] * count
+            continue
+        values, whole = VALUES_AT_ONCE[bits], -(-count // GROUP) * GROUP
+        border, rest = at + whole // values, bits * values - 8
+        for value in range(count):
+            index, within = divmod(value, values)
+            high, shift = divmod(index * rest, 8)
+            found.append((at + index, border + high, shift, (1 << rest) - 1, first_word[bits] + within, values))
+        at += bits * whole // 8
+    with torch.inference_mode(False):
+        return torch.tensor(found, dtype=torch.int32, device=device).view(-1, 6).T.contiguous()
+
+
+@lru_cache(maxsize=64)
+def all_words(device: torch.device) -> Tensor:
+    """The words of all codebooks one after the other, float16; see :meth:`Coded.places`."""
+    with torch.inference_mode(False):
+        return torch.cat([words(bits).flatten() for bits in VALUES_AT_ONCE]).to(device)
 
 
 _FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -17,9 +17,13 @@ from torch import Tensor
 from latentize.attention.coding import RowCode
 from latentize.runtime.codecs import Coded
 from latentize.runtime.exact import ExactRows
+from latentize.runtime.kernels.storage import Means, Part, Stored, plain_part
 from latentize.runtime.rows import BLOCK
 
 __all__ = ["RowCoder", "with_angles"]
+
+# Rows that are seen as they are, ``[B, E, d]``, and their numbers, ``[B, E]``; -1 where there is none.
+Apart = tuple[Tensor, Tensor]
 
 
 @lru_cache(maxsize=256)
@@ -84,6 +88,35 @@ class RowCoder:
         for rows, (codec, stored) in zip(rows_Bsd.tensor_split([rank], dim=-1), halves, strict=True):
             rows.mul_(codec.gains(stored, dtype))
         return self.exact.laid_over(rows_Bsd, start)
+
+    def parts(self, tensors: tuple[Tensor, ...], count: int, newest: Apart | None = None) -> list[Part]:
+        """Rows as a kernel reads them: those in codes, and those of them that are seen as they are.
+
+        Args:
+            tensors: Codes of latents and of roped keys.
+            count: Rows in codes, at most.
+            newest: Those of the newest rows that are among them.
+        """
+        apart: list[Apart] = []
+        if self.exact.kept is not None:
+            rows_BEd, at_BE = self.exact.kept
+            # What is not in codes is seen as it is anyway, and the newest are read once.
+            here_BE = at_BE < count
+            if newest is not None:
+                here_BE &= (at_BE[..., None] != newest[1][:, None]).all(-1)
+            apart.append((rows_BEd, at_BE.where(here_BE, -1)))
+        apart += [] if newest is None else [newest]
+        sizes = (len(self.code.latent_mix_rr), self.code.rope_values)
+        latent, rope = (Stored((t,), "coded", n, c) for t, n, c in zip(tensors, sizes, self.codecs, strict=True))
+        elsewhere_BA = torch.cat([at_BE for _, at_BE in apart], dim=1) if apart else None
+        coded = Part(latent, rope, count, apart_BA=elsewhere_BA)
+        return [coded, *(plain_part(rows, sizes[0], rows.shape[1], numbers_BE=at_BE) for rows, at_BE in apart)]
+
+    def means(self, batch: int) -> Means:
+        """For so many sequences."""
+        frequencies_F, starts_B1 = self.code.frequencies_F, self.exact.starts_B1
+        starts_B1 = torch.zeros(batch, 1, device=frequencies_F.device) if starts_B1 is None else starts_B1
+        return Means(frequencies_F.float(), starts_B1[:, 0].to(torch.int32))
 
     def angles(self, number_s: Tensor) -> Tensor:
         """Of rows by their numbers among all that there were, ``[s, 2 F]``; ``[B, s, 2 F]`` if padded."""

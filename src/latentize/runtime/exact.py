@@ -41,6 +41,11 @@ class ExactRows:
         if len(self._row):
             self._first, self._end = int(self._row.min()), int(self._row.max()) + 1
 
+    @property
+    def kept(self) -> tuple[Tensor, Tensor] | None:
+        """The rows ``[B, E, d]`` and their numbers ``[B, E]``, -1 where there is none yet; ``None`` before any."""
+        return None if self._rows_BEd is None or self._at_BE is None else (self._rows_BEd, self._at_BE)
+
     def begin(self, exact_BT: Tensor) -> None:
         """Find where the texts begin: at the first of the tokens that are exact."""
         begins_B1 = exact_BT.int().argmax(1, keepdim=True)

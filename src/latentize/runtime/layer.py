@@ -27,7 +27,7 @@ from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS, Codec, Plain, codec
 from latentize.runtime.coded import RowCoder
 from latentize.runtime.growing import Growing
-from latentize.runtime.kernels.storage import Part, Stored
+from latentize.runtime.kernels.storage import Part, Stored, plain_part
 from latentize.runtime.rows import BLOCK, CachedRows
 
 __all__ = ["LatentLayer", "Rows", "rotation", "rotation_on"]
@@ -66,7 +66,7 @@ class Rows(CachedRows):
         self.layer, self.dtype, self.new, self.band_BEd = layer, dtype, new, band_BEd
         self.seen, self.columns = layer.seen, layer.columns
         self.roped_keys, self.stored_dtype = layer.roped_keys, layer.dtype
-        self.rotation_rr = layer.rotation(dtype)
+        self.rotation_rr, self.coded = layer.rotation(dtype), layer.coder is not None
 
     def positions(self) -> Tensor:
         """Of every row, ``[S]``; the mask has these columns."""
@@ -83,10 +83,20 @@ class Rows(CachedRows):
 
     def storage(self, q_rope_BHTR: Tensor) -> tuple[list[Part], Tensor, dict[str, Any]]:
         layer, options = self.layer, {}
-        if layer.window is not None:
+        if layer.coder is not None:
+            options = {"means": layer.coder.means(len(q_rope_BHTR))}
+        elif layer.window is not None:
             turned = layer.turned_back(q_rope_BHTR, self.new)
             options = {"window": layer.window, "sinks": layer.sinks, "gone": layer.gone, "q_sink_BHTR": turned}
         return layer.parts(), layer.lengths_B(), options
+
+    @property
+    def unread(self) -> str | None:
+        if self.layer.coder is None:
+            return None
+        if self.layer.window is not None:
+            return "codes in a window"
+        return "codes that several new tokens see" if self.new > 1 else None
 
     def queries(self, q_rope_BHTR: Tensor) -> Tensor:
         if self.layer.coder is None:
@@ -344,20 +354,18 @@ class LatentLayer(CacheLayerMixin):
     def parts(self) -> list[Part]:
         """All rows that are kept, as they lie."""
         border, found = self.stored.length, []
-        if border:
-            found.append(self._part(self.stored.tensors, border))
+        if border and self.coder is not None:
+            found = self.coder.parts(self.stored.tensors, border)
+        elif border:
+            found = [self._part(self.stored.tensors, border)]
         if self.recent.length:
-            own, (rows_BSd,) = FLOATS[self.dtype], self.recent.tensors
-            halves = (rows_BSd[..., : self.rank], rows_BSd[..., self.rank :])
-            latent, rope = (Stored((half,), own, half.shape[-1]) for half in halves)
-            found.append(Part(latent, rope, self.recent.length, first=border))
+            found.append(plain_part(self.recent.tensors[0], self.rank, self.recent.length, first=border))
         return found
 
     def _part(self, tensors: tuple[Tensor, ...], count: int) -> Part:
         """Encoded rows, as a kernel reads them."""
         own, border = FLOATS[self.dtype], self._latent_tensors
-        # No kernel knows rows with a code of their own.
-        names = [("coded" if self.coder else own) if name is None else name for name in self.formats]
+        names = [own if name is None else name for name in self.formats]
         return Part(
             Stored(tensors[:border], names[0], self.rank), Stored(tensors[border:], names[1], self.rope_size), count
         )

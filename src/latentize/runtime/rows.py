@@ -32,6 +32,7 @@ class CachedRows(ABC):
         stored_dtype: Of the model whose rows they are.
         rotation_rr: From stored latents to latents: queries are multiplied by it, sums by its transpose. ``None`` is
             not at all.
+        coded: Whether rows are components in codes (``attention.coding.RowCode``).
     """
 
     seen: int
@@ -39,6 +40,12 @@ class CachedRows(ABC):
     roped_keys: int
     stored_dtype: torch.dtype
     rotation_rr: Tensor | None
+    coded: bool = False
+
+    @property
+    def unread(self) -> str | None:
+        """Why no kernel reads such rows, in the form that they have; ``None`` if some may."""
+        return None
 
     def queries(self, q_rope_BHTR: Tensor) -> Tensor:
         """Roped queries as wide as what :meth:`blocks` holds of the roped keys."""

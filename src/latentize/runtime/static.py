@@ -172,6 +172,9 @@ class StaticLatentLayer(LatentLayer):
         return narrowed(mask, seen_TS, torch.cat([at_S, at_E.clamp_min(0)]))
 
     def parts(self) -> list[Part]:
+        if self.coder is not None:
+            newest = (self.newest_BNd, self.newest_N.expand(len(self.newest_BNd), -1)) if self._newest else None
+            return self.coder.parts(self.stored.tensors, self.max_length, newest)
         return [self._part(self.stored.tensors, self.max_length)]
 
     def lengths_B(self) -> Tensor:

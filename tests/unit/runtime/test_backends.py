@@ -30,9 +30,9 @@ ROOT = Path(__file__).parents[3]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="2026-11-24: triton is not installed (extra: triton)"
 )
-# Of the 22 that `python -m tests.interpreted_generate` has; quantised caches are restored for the prompt alone.
+# Of the 27 that `python -m tests.interpreted_generate` has; quantised caches are restored for the prompt alone.
 CASES = ("int8", "int4, residual", "int8, window", "window, padded", "int8, looked up", "static, int4, padded")
-CASES += ("StaticCache",)
+CASES += ("StaticCache", "codes, padded", "static, codes, padded")
 
 
 @needs_triton
@@ -51,7 +51,7 @@ def test_generations_with_interpreted_kernels_say_what_torch_says() -> None:
         assert list(made["used"]) == ["triton"] and made["used"]["triton"] >= 8, made
         assert made["restored"] <= 2, made
     tried = [line for line in lines if "trial" in line]
-    assert len(tried) == 12 and all(made["error"] <= made["limit"] / 2 for made in tried), tried
+    assert len(tried) == 14 and all(made["error"] <= made["limit"] / 2 for made in tried), tried
 
 
 def decoded(model: Any, **cache: Any) -> dict[str, int]:

@@ -6,14 +6,15 @@ B sequences, H query heads, T new tokens, Q = H T, S cached rows, r kv_lora_rank
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentize.runtime.kernels.storage import Part
+from latentize.runtime.codecs import all_words
+from latentize.runtime.kernels.storage import Means, Part
 
 __all__ = [
     "LARGEST_FLOAT32_RANK",
@@ -21,6 +22,9 @@ __all__ = [
     "LARGEST_ROPE",
     "Tiles",
     "absorbed_decode",
+    "coded_constants",
+    "coded_decode",
+    "coded_tiles",
     "compute_types",
     "constants",
     "split_count",
@@ -34,6 +38,8 @@ LARGEST_FLOAT32_RANK = 512
 LARGEST_ROPE = 256
 _ROWS_A_SPLIT, _MOST_SPLITS = 256, 128
 _MERGED_DIMS = 64
+# Roped components that are multiplied at once, in codes.
+_ROPED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,15 @@ def tiles(queries: int, rank: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         block, rows = 16, 16 if wide > 128 else 32
     return Tiles(block, rows, 8 if block * wide > 16 * 256 else 4, 1 if dtype == torch.float32 else 2)
+
+
+def coded_tiles(heads: int, rank: int, dtype: torch.dtype) -> Tiles:
+    """The same for rows in codes: values pass through shared memory on their way from bytes to the matrix units.
+
+    Beyond a rank of 512 there is room for that on chips for servers alone.
+    """
+    cut = tiles(heads, rank, dtype)
+    return replace(cut, queries=min(cut.queries, 16 if _power(rank) > 256 else 32), stages=1)
 
 
 def split_count(rows: int, programs: int, processors: int) -> int:
@@ -143,9 +158,8 @@ def absorbed_decode(
     """
     from latentize.runtime.kernels import latent_decode
 
-    # Kernels are launched through an index, with arguments that their decorator adds.
+    # A kernel is launched through an index, with arguments that its decorator adds.
     attend_splits: Any = latent_decode.attend_splits
-    merge_splits: Any = latent_decode.merge_splits
     batch, heads, new, rank = q_BHTr.shape
     count, dtype, device = heads * new, q_BHTr.dtype, q_BHTr.device
     assert rank <= LARGEST_RANK and dtype in compute_types() and q_rope_BHTR.dtype == dtype
@@ -176,12 +190,103 @@ def absorbed_decode(
                 num_stages=cut.stages,
             )
             done += share
-        out_BHTr = torch.empty_like(q)
-        lse_BHT = torch.empty(batch, heads, new, dtype=torch.float32, device=device)
-        merge_splits[(batch * count, -(-rank // _MERGED_DIMS))](
-            *(out_Qsr, lse_Qs, out_BHTr, lse_BHT, total),
-            RANK=rank,
-            BLOCK_S=1 << (total - 1).bit_length(),
-            BLOCK_RANK=_MERGED_DIMS,
-        )
+        merged = _merged(out_Qsr, lse_Qs, q)
+    return merged
+
+
+def _merged(out_Qsr: Tensor, lse_Qs: Tensor, q_BHTr: Tensor) -> tuple[Tensor, Tensor]:
+    """One attention out of those of all splits, as wide as the queries; log-sum-exps ``[B, H, T]``."""
+    from latentize.runtime.kernels import latent_decode
+
+    merge_splits: Any = latent_decode.merge_splits
+    (count, total, rank), out_BHTr = out_Qsr.shape, torch.empty_like(q_BHTr)
+    lse_BHT = torch.empty(q_BHTr.shape[:3], dtype=torch.float32, device=q_BHTr.device)
+    merge_splits[(count, -(-rank // _MERGED_DIMS))](
+        *(out_Qsr, lse_Qs, out_BHTr, lse_BHT, total),
+        RANK=rank,
+        BLOCK_S=1 << (total - 1).bit_length(),
+        BLOCK_RANK=_MERGED_DIMS,
+    )
     return out_BHTr, lse_BHT
+
+
+def coded_constants(part: Part, cut: Tiles, dtype: torch.dtype, means: Means, masked: bool) -> dict[str, Any]:
+    """The compile-time arguments of ``attend_coded_splits``; neither lengths nor widths are among them."""
+    pairs = len(means.frequencies_F)
+    return {
+        "RANK": part.latent.size,
+        "ROPE": part.rope.size,
+        "PAIRS": pairs,
+        "CODED": part.latent.kind == "coded",
+        "NUMBERED": part.numbers_BE is not None,
+        "APART": 0 if part.apart_BA is None else part.apart_BA.shape[1],
+        "MASKED": masked,
+        "COMPUTE": compute_types()[dtype],
+        "BLOCK_Q": cut.queries,
+        "BLOCK_N": cut.rows,
+        "BLOCK_RANK": _power(part.latent.size),
+        "BLOCK_ROPE": min(_power(part.rope.size), _ROPED_AT_ONCE),
+        "BLOCK_PAIRS": _power(pairs),
+    }
+
+
+def coded_decode(
+    q_BHTr: Tensor,
+    q_rope_BHTR: Tensor,
+    parts: Sequence[Part],
+    lengths_B: Tensor,
+    scale: float,
+    *,
+    means: Means,
+    mask_BTS: Tensor | None = None,
+    splits: int | None = None,
+    cut: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`absorbed_decode` for one new token over rows in codes, and others that are as they are.
+
+    Args:
+        q_BHTr: Absorbed queries, in the basis that latents are stored in, ``T = 1``.
+        q_rope_BHTR: Queries for components, then for the cosines and the sines that the mean is turned by: ``n + 2 F``
+            values (``RowCode.queries``, ``RowCode.mean_queries``).
+        parts: The cache's rows, both halves in codes or both as they are.
+        lengths_B, scale, mask_BTS, splits, cut: As there.
+        means: What turns the mean of the keys.
+
+    Returns:
+        As there.
+    """
+    from latentize.runtime.kernels import coded_decode as kernels
+
+    attend_splits: Any = kernels.attend_coded_splits
+    (batch, heads, new, rank), dtype, device = q_BHTr.shape, q_BHTr.dtype, q_BHTr.device
+    assert new == 1 and rank <= LARGEST_RANK and dtype in compute_types() and q_rope_BHTR.dtype == dtype
+    assert q_rope_BHTR.shape[-1] == parts[0].rope.size + 2 * len(means.frequencies_F)
+    cut = cut or coded_tiles(heads, rank, dtype)
+    q_tiles = -(-heads // cut.queries)
+    shares = [splits or split_count(part.count, batch * q_tiles, _processors(device)) for part in parts]
+    total = sum(shares)
+    out_Qsr = torch.empty(batch * heads, total, rank, dtype=torch.float32, device=device)
+    lse_Qs = torch.empty(batch * heads, total, dtype=torch.float32, device=device)
+    q, q_rope = q_BHTr.contiguous(), q_rope_BHTR.contiguous()
+    # Where there is none, any tensor stands for it.
+    mask = q if mask_BTS is None else mask_BTS.contiguous().view(torch.uint8)
+    mask_outer = 0 if mask_BTS is None or len(mask) == 1 else mask.stride(0)
+    with torch.cuda.device_of(q):
+        done = 0
+        for part, share in zip(parts, shares, strict=True):
+            halves = (part.latent, part.rope)
+            numbers, apart = (lengths_B if t is None else t for t in (part.numbers_BE, part.apart_BA))
+            places = [lengths_B if half.coded is None else half.coded.places(device) for half in halves]
+            attend_splits[(q_tiles, share, batch)](
+                *(q, q_rope, *(half.codes for half in halves), *places, all_words(device)),
+                *(means.frequencies_F, means.starts_B, numbers, apart, lengths_B, mask, out_Qsr, lse_Qs),
+                *(scale, heads, part.first, part.count, share, done, total),
+                *(stride for half in halves for stride in half.codes.stride()[:2]),
+                *(numbers.stride(0), apart.stride(0), mask_outer),
+                **coded_constants(part, cut, dtype, means, mask_BTS is not None),
+                num_warps=cut.warps,
+                num_stages=cut.stages,
+            )
+            done += share
+        merged = _merged(out_Qsr, lse_Qs, q)
+    return merged

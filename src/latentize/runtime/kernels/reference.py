@@ -1,4 +1,4 @@
-"""The naive twin of ``launch.absorbed_decode``, in plain PyTorch: what the kernels are tested against."""
+"""The naive twins of what ``launch`` has, in plain PyTorch: what the kernels are tested against."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentize.runtime.kernels.storage import Part
+from latentize.runtime.kernels.storage import Means, Part
 
-__all__ = ["absorbed_decode_reference", "visible"]
+__all__ = ["absorbed_decode_reference", "coded_decode_reference", "visible"]
 
 
 def visible(
@@ -62,3 +62,40 @@ def absorbed_decode_reference(
     lse_BHT = score_BHTS.logsumexp(-1)
     p_BHTS = (score_BHTS - lse_BHT.clamp_min(torch.finfo(torch.float64).min)[..., None]).exp()
     return p_BHTS @ c_B1Sr, lse_BHT
+
+
+def coded_decode_reference(
+    q_BHTr: Tensor,
+    q_rope_BHTR: Tensor,
+    parts: Sequence[Part],
+    lengths_B: Tensor,
+    scale: float,
+    *,
+    means: Means,
+    mask_BTS: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As ``launch.coded_decode``, in float64; all rows are restored, with the angles of their positions beside them."""
+    c, k, seen = [], [], []
+    for part in parts:
+        latent_BEr, rope_BEn = part.rows(torch.float64)
+        numbers_BE = part.numbers_BE
+        if numbers_BE is None:
+            numbers_BE = (part.first + torch.arange(part.count, device=q_BHTr.device)).expand(len(latent_BEr), -1)
+        angle_BEF = (numbers_BE - means.starts_B[:, None])[..., None].double() * means.frequencies_F.double()
+        seen_BE = (numbers_BE >= 0) & (numbers_BE < lengths_B[:, None])
+        if part.apart_BA is not None:
+            seen_BE &= (numbers_BE[..., None] != part.apart_BA[:, None]).all(-1)
+        if mask_BTS is not None:
+            mask_BS = mask_BTS[:, 0].expand(len(seen_BE), -1)
+            seen_BE &= mask_BS.gather(1, numbers_BE.clamp(0, mask_BS.shape[1] - 1).long())
+        c.append(latent_BEr)
+        k.append(torch.cat([rope_BEn, angle_BEF.cos(), angle_BEF.sin()], dim=-1))
+        seen.append(seen_BE)
+    c_B1Er, k_B1En, seen_B1E = (torch.cat(t, dim=1)[:, None] for t in (c, k, seen))
+    # Nothing that is not seen may matter, whatever it is.
+    c_B1Er, k_B1En = (t.where(seen_B1E[..., None], 0.0) for t in (c_B1Er, k_B1En))
+    score_BHTE = scale * (q_BHTr.double() @ c_B1Er.mT + q_rope_BHTR.double() @ k_B1En.mT)
+    score_BHTE = score_BHTE.masked_fill(~seen_B1E[:, :, None], -torch.inf)
+    lse_BHT = score_BHTE.logsumexp(-1)
+    p_BHTE = (score_BHTE - lse_BHT.clamp_min(torch.finfo(torch.float64).min)[..., None]).exp()
+    return p_BHTE @ c_B1Er, lse_BHT

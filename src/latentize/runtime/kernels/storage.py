@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentize.runtime.codecs import FLOATS, codec
+from latentize.runtime.codecs import FLOATS, Coded, codec
 
-__all__ = ["KINDS", "Part", "Stored"]
+__all__ = ["KINDS", "Means", "Part", "Stored", "plain_part"]
 
 # Formats as kernels know them.
-KINDS = ("float", "fp8", "int8", "int4")
+KINDS = ("float", "fp8", "int8", "int4", "coded")
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,15 @@ class Stored:
     Attributes:
         tensors: What a codec's ``encode`` returns: floating-point values, or codes and one scale a token.
             ``[B, S, …]``; the last axis is contiguous.
-        format: Of ``codecs.FORMATS``.
+        format: Of ``codecs.FORMATS``, or ``coded``.
         size: Values of a row, ``n``.
+        coded: What made the codes, where the format is ``coded``.
     """
 
     tensors: tuple[Tensor, ...]
     format: str
     size: int
+    coded: Coded | None = None
 
     @property
     def kind(self) -> str:
@@ -50,25 +52,51 @@ class Stored:
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """``[B, S, n]``."""
-        return codec(self.format, self.size).decode((self.codes, *self.tensors[1:]), dtype)
+        own = self.coded or codec(self.format, self.size)
+        return own.decode((self.codes, *self.tensors[1:]), dtype)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some consecutive rows of every sequence.
+    """Some rows of every sequence, consecutive ones but where they have numbers.
 
     Attributes:
         latent, rope: Where they lie.
         count: How many there are, at most; what lies beyond is not read.
         first: The number of the first of them in its sequence.
+        numbers_BE: The number of each in its sequence, in any order; -1 where there is none. Integers.
+        apart_BA: Numbers of rows that lie in another part, too, and are not to be read here. Integers.
     """
 
     latent: Stored
     rope: Stored
     count: int
     first: int = 0
+    numbers_BE: Tensor | None = None
+    apart_BA: Tensor | None = None
 
     def rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Latents ``[B, count, r]`` and roped keys ``[B, count, R]``, gathered and restored."""
         latent, rope = (half.decoded(dtype)[:, : self.count] for half in (self.latent, self.rope))
         return latent, rope
+
+
+def plain_part(rows_BEd: Tensor, rank: int, count: int, *, first: int = 0, numbers_BE: Tensor | None = None) -> Part:
+    """Rows as they are, latents of ``rank`` values and then roped keys; the rest as in :class:`Part`."""
+    latent, rope = (
+        Stored((half,), FLOATS[half.dtype], half.shape[-1]) for half in rows_BEd.tensor_split([rank], dim=-1)
+    )
+    return Part(latent, rope, count, first, numbers_BE)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What turns the mean of the keys, which is no part of coded rows (``attention.coding.RowCode.means``).
+
+    Attributes:
+        frequencies_F: Radians per position, float32.
+        starts_B: Number of the row that each text begins with, int32.
+    """
+
+    frequencies_F: Tensor
+    starts_B: Tensor
