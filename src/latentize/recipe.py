@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from latentize.errors import OptionError
 from latentize.paths import expanded
 
-__all__ = ["Decay", "Method", "Recipe", "Request", "Selection", "parse_keep"]
+__all__ = ["CacheFor", "Decay", "Method", "Recipe", "Request", "Selection", "parse_keep"]
 
 Method = Literal["calibrated", "transmla", "mha2mla", "care"]
 Selection = Literal["high", "low", "uniform", "2-norm"]
+CacheFor = Literal["q8_0", "q4_0", "fp8", "int8", "int4"]
 Decay = Literal["linear", "cosine", "1-sqrt"]
 
 # Enough to refine on; statistics alone settle earlier.
@@ -67,6 +68,10 @@ class Recipe(Request):
     Without ``keep`` or sizes all values stay. Scales and tokens that are stored exactly are counted."""
     bytes_context: int = Field(2048, gt=16)
     """Tokens of the text that ``bytes`` are counted over."""
+    cache_for: CacheFor | None = None
+    """The cache that will hold the result: llama.cpp's q8_0 or q4_0, fp8 without a scale as vLLM has it, or int8 or
+    int4 of ``LatentCache``. Rows get axes and scales in which its rounding costs least. The whole model has to be in
+    memory for it."""
     kv_lora_rank: int | None = Field(None, gt=0)
     """Size of the latent, instead of ``keep``."""
     qk_rope_head_dim: int | None = Field(None, gt=0)
@@ -139,6 +144,12 @@ class Recipe(Request):
             raise ValueError("only the calibrated method gives values as many bits as they are worth")
         if self.bytes is not None and self.format == "deepseek_v3":
             raise ValueError("caches of the deepseek_v3 format have one width for all values; use native")
+        if self.cache_for is not None and not self.calibrates:
+            raise ValueError("only the calibrated method suits rows to a cache")
+        if self.cache_for is not None and self.bytes is not None:
+            raise ValueError("rows of bits of their own need no cache_for; give one of bytes and cache_for")
+        if self.block > 1 and self.format == "native":
+            raise ValueError(f"{self.cache_for} is llama.cpp's, which takes no native format; int4 and int8 are ours")
         if self.fast and self.polish:
             raise ValueError("fast leaves out what polish would add; give one of them")
         if self.freqfold is not None and self.method not in ("transmla", "care"):
@@ -169,6 +180,11 @@ class Recipe(Request):
     def whole(self) -> bool:
         """Whether all values of the source are kept, and only their bits become fewer."""
         return self.bytes is not None and self.keep is None and self.kv_lora_rank is None and self.preset is None
+
+    @property
+    def block(self) -> int:
+        """What sizes are whole multiples of."""
+        return 32 if self.cache_for in ("q8_0", "q4_0") else 1
 
     @property
     def hurries(self) -> bool:

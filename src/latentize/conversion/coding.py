@@ -5,7 +5,7 @@ The whole model is in memory, so this is for models that fit. n tokens, N sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentize.attention.coding import Rounding, RowCode
 from latentize.attention.latent import LatentWeights
+from latentize.methods.even import EvenCache, suited
 from latentize.methods.rate import Components, Plan, RowSamples, apply_plan, components, measured_factors, plans
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.source import SourceModel
@@ -20,7 +21,7 @@ from latentize.progress import Progress
 from latentize.text.tokens import Passages
 from latentize.training.student import Student
 
-__all__ = ["SAMPLED_TOKENS", "TRIED_TOKENS", "Coding", "code_rows"]
+__all__ = ["SAMPLED_TOKENS", "TRIED_TOKENS", "Coding", "Suiting", "code_rows", "sampled_rows", "suited_rows"]
 
 # Tokens whose gradients are looked at, and that tell what a half of a layer costs.
 SAMPLED_TOKENS, TRIED_TOKENS = 12_288, 1_024
@@ -57,6 +58,19 @@ class Coding:
         of the result."""
         exact = 2 * own_values * self.exact
         return (self.share * 2 * source_values * self.context - exact) / (self.context - self.exact)
+
+
+@dataclass(frozen=True)
+class Suiting:
+    """What is asked for where a cache of one width will hold the rows.
+
+    Attributes:
+        cache: How it rounds.
+        seed: Draws the model's own words, and axes.
+    """
+
+    cache: EvenCache
+    seed: int
 
 
 @dataclass
@@ -129,10 +143,10 @@ def code_rows(
     steps = 3 * len(kept)
     fast = torch.autocast(torch.device(source.device).type, torch.bfloat16, enabled=source.precision.faster)
     with fast:
-        watches = _sampled(source, weights, calibration, how)
+        sampled = sampled_rows(source, weights, calibration, how.seed, how.sinks, how.newest)
     layers: list[Components] = []
-    for watch in watches:
-        layers.append(components(watch.samples(), kept[len(layers)].frequencies_PF[0]))
+    for rows in sampled:
+        layers.append(components(rows, kept[len(layers)].frequencies_PF[0]))
         progress("choosing bits", len(layers), steps)
     wanted = how.row_bytes(source.spec.cache_values, sum(w.spec.cache_values for w in kept) / len(kept))
     trial = plans(layers, [(1.0, 1.0)] * len(layers), max(_FEWEST, _COARSE * wanted))
@@ -165,18 +179,58 @@ def _student(
     return student, numbers
 
 
-def _sampled(source: SourceModel, weights: Sequence[LatentWeights | None], text: Passages, how: Coding) -> list[_Watch]:
-    """Rows of every converted layer on some text, and the gradients of what the model would say itself."""
-    watches = [_Watch(how.sinks, how.newest) for w in weights if w is not None]
+def suited_rows(
+    source: SourceModel,
+    weights: Sequence[LatentWeights | None],
+    calibration: Passages,
+    how: Suiting,
+    progress: Progress,
+) -> list[LatentWeights]:
+    """Give every converted layer's rows axes and scales that suit a cache; what the layer computes stays the same.
+
+    Args:
+        source: The model that was converted.
+        weights: Its converted layers, float32; ``None`` for one that stays.
+        calibration: Tokens for gradients.
+        how: What is asked for.
+        progress: Told how far it is.
+
+    Returns:
+        The converted layers, in order, float64.
+    """
+    kept, made = [w for w in weights if w is not None], []
+    with torch.autocast(torch.device(source.device).type, torch.bfloat16, enabled=source.precision.faster):
+        # A cache of an engine rounds all rows, the first and the newest as well.
+        sampled = sampled_rows(source, weights, calibration, how.seed, 0, 0)
+    for number, (w, rows) in enumerate(zip(kept, sampled, strict=True)):
+        made.append(suited(w.to(torch.float64), rows, how.cache, how.seed + number))
+        progress("suiting rows", number + 1, len(kept))
+    return made
+
+
+def sampled_rows(
+    source: SourceModel, weights: Sequence[LatentWeights | None], text: Passages, seed: int, sinks: int, newest: int
+) -> Iterator[RowSamples]:
+    """Rows of every converted layer on some text, and the gradients of what the model would say itself.
+
+    Args:
+        source: The model that was converted.
+        weights: Its converted layers; ``None`` for one that stays.
+        text: Tokens.
+        seed: Draws the model's own words.
+        sinks, newest: Tokens that are seen as they are: the first are left out, and what sees the newest has no part.
+    """
+    watches = [_Watch(sinks, newest) for w in weights if w is not None]
     student, _ = _student(source, weights, watches)
-    generator = torch.Generator(source.device).manual_seed(how.seed)
+    generator = torch.Generator(source.device).manual_seed(seed)
     count = max(1, min(len(text), SAMPLED_TOKENS // text.length))
     for row in torch.linspace(0, len(text) - 1, count).long().tolist():
         hidden_TD = student.learn(source.embed(text[row : row + 1]))
         hidden_TD.backward(_by_hidden(student, hidden_TD.detach(), generator))
         for watch in watches:
-            watch.gather(how.sinks)
-    return watches
+            watch.gather(sinks)
+    # One layer at a time: what it takes is let go of after it.
+    return (watch.samples() for watch in watches)
 
 
 def _by_hidden(student: Student, hidden_TD: Tensor, generator: torch.Generator) -> Tensor:

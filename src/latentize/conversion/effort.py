@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 from typing import TypeVar
 
-from latentize.conversion.coding import Coding
+from latentize.conversion.coding import Coding, Suiting
 from latentize.conversion.footprint import graph_bytes
 from latentize.conversion.pipeline import Effort
 from latentize.families import ModelSpec
+from latentize.methods.even import CACHES
 from latentize.modeling.precision import Precision
 from latentize.recipe import Recipe
 from latentize.training.descent import Schedule
@@ -43,8 +44,9 @@ def effort_of(recipe: Recipe, spec: ModelSpec, *, large: bool) -> Effort:
         large: Whether the model is too big to be trained as a whole without being asked to.
     """
     coding = None if recipe.bytes is None else Coding(recipe.bytes, recipe.bytes_context, recipe.seed)
+    suiting = None if recipe.cache_for is None else Suiting(CACHES[recipe.cache_for], recipe.seed)
     if not recipe.refines:
-        return Effort(coding=coding)
+        return Effort(coding=coding, suiting=suiting)
     # The whole model has to be in memory for it, and moves at every step.
     polish = not large if recipe.polish is None else recipe.polish
     length = recipe.sequence_length
@@ -54,14 +56,14 @@ def effort_of(recipe: Recipe, spec: ModelSpec, *, large: bool) -> Effort:
     most = max(1, _MOST_ROUNDS * recipe.calibration_tokens // refinement.tokens)
     refinement = _affordable(replace(refinement, steps=min(refinement.steps, most)), recipe, attention, _REFINED_ROUNDS)
     if not polish:
-        return Effort(refinement, coding=coding)
+        return Effort(refinement, coding=coding, suiting=suiting)
     whole = sum(map(math.prod, spec.tensor_shapes().values()))
     at_once = max(1, _GRAPH_BYTES // graph_bytes(spec, Precision()))
     how = Polish(seed=recipe.seed, at_once=at_once).suited(length)
     how = replace(how, rate=how.rate * min(1.0, _WHOLE_STEPS / whole))
     # Where nothing is left out there is nothing to refine, and its time is the polish's.
     rounds = _CODED_ROUNDS if recipe.whole else _POLISHED_ROUNDS
-    return Effort(None if recipe.whole else refinement, _affordable(how, recipe, whole, rounds), coding)
+    return Effort(None if recipe.whole else refinement, _affordable(how, recipe, whole, rounds), coding, suiting)
 
 
 def _affordable(how: _How, recipe: Recipe, parameters: int, rounds: float) -> _How:

@@ -256,13 +256,14 @@ def latent_footprint(
         trained += of.activations(of.step(effort.refinement), _BACKWARD)
         # What a layer adds is there beside the target; both are as large as the text.
         stretches["refining layers"] = waiting + drafted + max(drafted + trained, settled)
-    if effort.coding is not None:
+    if effort.coding is not None or effort.suiting is not None:
         table = of.comparison(of.stream(recipe.selection_tokens))
         graph = of.whole(1) * graph_bytes(spec, precision)
         # Rows and gradients, in two bytes each; weights before and after, in float32.
         rows = 2 * 2 * spec.layers * min(SAMPLED_TOKENS, tokens) * widest.cache_values
         each = of.latent(widest, 4 + 4)
-        stretches["choosing bits"] = calibration + of.running() + spec.layers * each + rows + graph + table
+        stage = "choosing bits" if effort.coding is not None else "suiting rows"
+        stretches[stage] = calibration + of.running() + spec.layers * each + rows + graph + table
     if effort.polish is not None:
         each = of.latent(widest, 4 * _TRAINED + 8, expanded=True)
         graph = min(of.step(effort.polish), of.whole(effort.polish.at_once)) * graph_bytes(spec, precision)

@@ -92,7 +92,7 @@ class LatentJob(Job):
             give_back_freed_memory()
         self.settings, self.scores = self._chosen(source, text, journal, progress)
         give_back_freed_memory()
-        first = self.settings[0]
+        first, self.writer.suited = self.settings[0], self.recipe.cache_for is not None
         if not isinstance(self.writer, NativeWriter):
             self.writer.rope_theta = first.rope_theta(self.spec.attention)
         self.notes += first.approximations(self.spec.attention)
@@ -172,6 +172,7 @@ class LatentJob(Job):
             "cache_values_per_token_layer": values,
             "keep": values / self.spec.cache_values,
             **self._bytes(values),
+            **({} if self.recipe.cache_for is None else {"cache_for": self.recipe.cache_for}),
         }
 
     @property
@@ -226,10 +227,11 @@ def format_of(
         return DeepseekWriter, portable, []
     ladders = [setting for setting in candidates if setting.stride is not None]
     reasons = portable_reasons(spec, (ladders or candidates)[-1])
-    if recipe.format == "deepseek_v3":
+    if recipe.format == "deepseek_v3" or recipe.block > 1:
+        of_llama_cpp = recipe.block > 1
         raise FormatError(
             "the deepseek_v3 format cannot hold this: " + "; ".join(reasons),
-            where="--format deepseek_v3",
-            fix="use --format native (or auto)",
+            where=f"--cache-for {recipe.cache_for}" if of_llama_cpp else "--format deepseek_v3",
+            fix="leave it out: llama.cpp takes no other" if of_llama_cpp else "use --format native (or auto)",
         )
     return NativeWriter, free, [f"native format, because {reason}" for reason in reasons]

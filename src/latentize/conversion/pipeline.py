@@ -15,7 +15,7 @@ from torch import nn
 
 from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Journal
-from latentize.conversion.coding import Coding, code_rows
+from latentize.conversion.coding import Coding, Suiting, code_rows, suited_rows
 from latentize.conversion.draft import Draft, DraftedLayer, naming_layer, observe
 from latentize.conversion.kept import cached
 from latentize.conversion.measured import CLOSED, LINEAR, Converted, MadeLayer, write_and_measure
@@ -49,11 +49,18 @@ class Effort:
         refinement: Of each layer, or ``None``.
         polish: Of the whole model, or ``None``.
         coding: Of cached rows, or ``None``.
+        suiting: Of rows to a cache, or ``None``.
     """
 
     refinement: Refinement | None = None
     polish: Polish | None = None
     coding: Coding | None = None
+    suiting: Suiting | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether anything is done to all layers together."""
+        return any(step is not None for step in (self.polish, self.coding, self.suiting))
 
 
 @torch.no_grad()
@@ -88,7 +95,7 @@ def convert_latent(
     def layers() -> Iterator[MadeLayer]:
         # Held by who makes the layers, so that its texts go with the last of them.
         drafting = _Drafting(source, settings, calibration, effort.refinement, journal, facts)
-        if effort.polish is None and effort.coding is None:
+        if not effort.whole:
             return _layer_by_layer(source, drafting, writer)
         return _as_a_whole(source, drafting, writer, calibration, selection, effort, progress)
 
@@ -194,6 +201,9 @@ def _as_a_whole(
         final = _together(
             coded, "polish", journal, lambda: polish(source, coded, calibration, target_NTD, selection, how, progress)
         )
+    if (suiting := effort.suiting) is not None:
+        plain = final
+        final = _together(plain, "suiting", journal, lambda: suited_rows(source, plain, calibration, suiting, progress))
     draft = Draft(None, source.embed(calibration[: max(1, RMS_TOKENS // calibration.length)]))
     for layer, w, passed in zip(source.layers(), final, stages, strict=True):
         made = _kept(layer) if w is None else _saved(layer, w, passed, draft, writer)

@@ -20,6 +20,7 @@ from latentize.conversion.pipeline import REFINED_TOKENS, RMS_TOKENS, Effort
 from latentize.conversion.search import FINALISTS, LADDERS, SEARCH_TOKENS, sampled_layers, short_refinement
 from latentize.conversion.self_generated import PIECE
 from latentize.families import ModelSpec
+from latentize.methods.even import ROUNDS
 from latentize.methods.rate import COMPARED_TOKENS
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
@@ -254,7 +255,7 @@ def latent_work(
     if refinement is not None:
         measured += layers * of.forward(evaluated, Use.LEARNT) + of.head(evaluated)
     kept = (layers - converted) * of.forward(tokens, Use.MEASURED)
-    if effort.polish is None and effort.coding is None:
+    if not effort.whole:
         return {**stages, "converting layers": converted * made + kept + measured}
     stages["refining layers"] = converted * made + kept
     if effort.coding is not None:
@@ -262,6 +263,9 @@ def latent_work(
     if effort.polish is not None:
         looks, selection = effort.polish.looks + 2, of.whole(recipe.selection_tokens)
         stages["polishing"] = _polished(of, setting, effort.polish, selection, looks)
+    if effort.suiting is not None:
+        some = of.whole(min(SAMPLED_TOKENS, tokens))
+        stages["suiting rows"] = _gradients(of, some) + converted * _suited(setting, some)
     few = of.whole(max(length, RMS_TOKENS))
     stages["converting layers"] = measured + layers * of.forward(min(few, tokens), Use.LEARNT)
     return stages
@@ -271,12 +275,23 @@ def _coded(of: _Counter, setting: Setting, tokens: int) -> Work:
     """Gradients of some text; components and widths of every layer; and what each of its halves costs."""
     layers, converted = of.spec.layers, len(of.spec.converted)
     some = of.whole(min(SAMPLED_TOKENS, tokens))
-    work = 3 * (layers * of.forward(some, Use.LEARNT) + of.head(some, Use.LEARNT))
+    work = _gradients(of, some)
     rank, values = setting.kv_lora_rank, setting.cache_values
     work += converted * Work(double=2 * 2 * some * rank**2 + 25 * rank**3, moved=_PRICED * 4 * COMPARED_TOKENS * values)
     # A trial begins at its layer, and ends with logits of both.
     trial = of.whole(min(TRIED_TOKENS, of.recipe.selection_tokens))
     return work + 2 * converted * (layers / 2 * of.forward(trial, Use.LEARNT) + 2 * of.head(trial, Use.LEARNT))
+
+
+def _gradients(of: _Counter, tokens: int) -> Work:
+    """Of some text, back through the whole model."""
+    return 3 * (of.spec.layers * of.forward(tokens, Use.LEARNT) + of.head(tokens, Use.LEARNT))
+
+
+def _suited(setting: Setting, tokens: int) -> Work:
+    """Weighted moments and their geometric mean, a few times."""
+    rank = setting.kv_lora_rank
+    return ROUNDS * Work(double=6 * tokens * rank**2 + 5 * 25 * rank**3)
 
 
 def _polished(of: _Counter, setting: Setting, how: Schedule, selection: int, looks: int) -> Work:

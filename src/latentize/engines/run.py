@@ -85,6 +85,7 @@ def run_engine(
     new_tokens: int,
     texts: list[str] | None = None,
     dtype: str = "float32",
+    cache: str = "f32",
     environment: Path | None = None,
 ) -> Answers:
     """Have an engine predict.
@@ -96,6 +97,7 @@ def run_engine(
         new_tokens: So many greedy ones after each prompt.
         texts: To be cut into tokens by the engine's own tokenizer.
         dtype: To run in; llama.cpp takes the file's.
+        cache: Type of llama.cpp's cache: f32, f16, q8_0, q5_1 or q4_0.
         environment: As in :func:`engine_python`.
 
     Raises:
@@ -107,7 +109,7 @@ def run_engine(
     with tempfile.TemporaryDirectory(prefix="latentize-engine-") as folder:
         job, out = Path(folder) / "job.json", Path(folder) / "out.npz"
         asked = {"model": str(model.absolute()), "prompts": prompts, "new_tokens": new_tokens, "texts": texts or []}
-        job.write_text(json.dumps({**asked, "dtype": dtype, "out": str(out)}), encoding="utf-8")
+        job.write_text(json.dumps({**asked, "dtype": dtype, "cache": cache, "out": str(out)}), encoding="utf-8")
         # Isolated: what lies in this folder or in PYTHONPATH is not the engine's.
         command = [str(python), "-I", str(worker), str(job)]
         environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,6 +1,7 @@
 """Run by the python of an environment with llama-cpp-python. Job and result are those of worker_transformers.py.
 
-The cache is float32 and attention is not fused, so that nothing but the file's own types is rounded.
+The cache is float32 and attention is not fused, so that nothing but the file's own types is rounded; unless the job
+names another ``cache``.
 """
 
 import ctypes
@@ -11,11 +12,14 @@ from importlib import import_module, metadata
 
 import numpy as np
 
+# As ggml numbers them.
+CACHES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_1": 7, "q8_0": 8}
+
 
 class Engine:
     """llama.cpp through its C functions: the high-level class cannot switch off the repacking of weights."""
 
-    def __init__(self, path, length):
+    def __init__(self, path, length, cache):
         self.api = import_module("llama_cpp")
         self.api.llama_log_set(_keep, ctypes.c_void_p(0))
         self.api.llama_backend_init()
@@ -28,8 +32,9 @@ class Engine:
             sys.exit(f"llama.cpp cannot load {path}: {''.join(_MESSAGES[-5:])}")
         options = self.api.llama_context_default_params()
         options.n_ctx = options.n_batch = options.n_ubatch = length
-        options.type_k = options.type_v = 0  # GGML_TYPE_F32
-        options.flash_attn_type = 0
+        options.type_k = options.type_v = CACHES[cache]
+        # Values in blocks are read by fused attention alone.
+        options.flash_attn_type = int(cache != "f32")
         # Threads that wait for each other on a busy machine take many times as long.
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         options.n_threads = options.n_threads_batch = threads
@@ -74,7 +79,7 @@ def _keep(level, text, data):
 
 
 def main(job):
-    engine = Engine(job["model"], max(map(len, job["prompts"])) + job["new_tokens"] + 1)
+    engine = Engine(job["model"], max(map(len, job["prompts"])) + job["new_tokens"] + 1, job["cache"])
     arrays = {}
     for number, ids in enumerate(job["prompts"]):
         engine.clear()
@@ -86,7 +91,7 @@ def main(job):
         arrays[f"greedy_{number}"] = np.array(chosen, dtype=np.int64)
     np.savez(job["out"], **arrays)
     versions = {"llama-cpp-python": metadata.version("llama-cpp-python")}
-    settings = {"cache": "f32", "flash_attn": False, "use_extra_bufts": False}
+    settings = {"cache": job["cache"], "flash_attn": job["cache"] != "f32", "use_extra_bufts": False}
     tokens = [engine.tokenize(text) for text in job["texts"]]
     print(json.dumps({"versions": versions, "settings": settings, "tokens": tokens}))
 

@@ -58,15 +58,16 @@ class Balance:
     v_up: int = 0
 
     @classmethod
-    def of(cls, parts: Mapping[str, tuple[Tensor, float]]) -> Balance:
+    def of(cls, parts: Mapping[str, tuple[Tensor, float]], *, roped: bool = True) -> Balance:
         """What brings parts that are stored together to one size: their largest weights, which set the steps of a scale
         that they share, and within a factor of four the root mean squares of their rows.
 
         Args:
             parts: Under their names in :class:`LatentWeights`: the tensor, and a factor that it is stored with.
+            roped: Roped keys may change their size, too.
         """
         sizes = {name: _Size.of(tensor, factor) for name, (tensor, factor) in parts.items()}
-        k_rope = _exponent(sizes["kv_a_rD"], sizes["k_rope_PRD"])
+        k_rope = _exponent(sizes["kv_a_rD"], sizes["k_rope_PRD"]) if roped else 0
         k_up = _exponent(sizes["q_nope_HND"], sizes["q_rope_HRD"], k_rope)
         return cls(k_rope, k_up, _exponent(sizes["k_up_UNr"], sizes["v_up_UVr"], k_up))
 
@@ -83,7 +84,7 @@ class Balance:
         )
 
 
-def spread(w: LatentWeights, seed: int) -> LatentWeights:
+def spread(w: LatentWeights, seed: int, *, latent: bool = True) -> LatentWeights:
     """The same layer in random axes, but for what RoPE turns; those of latents balanced.
 
     Query heads that share a key have axes of their own afterwards, and rounding makes errors of its own in each: what
@@ -92,11 +93,14 @@ def spread(w: LatentWeights, seed: int) -> LatentWeights:
     Args:
         w: Weights, in float64: changing their axes rounds nothing that matters.
         seed: Of the axes.
+        latent: Those of latents change, too.
     """
     g, s = torch.Generator().manual_seed(seed), w.spec
     latent_rr = _rotation(s.kv_lora_rank, g).to(w.kv_a_rD)
-    change_rr, back_rr = _balancing(w)
-    change_rr, back_rr = latent_rr @ change_rr, back_rr @ latent_rr.T
+    change_rr = back_rr = torch.eye(s.kv_lora_rank).to(w.kv_a_rD)
+    if latent:
+        change_rr, back_rr = _balancing(w)
+        change_rr, back_rr = latent_rr @ change_rr, back_rr @ latent_rr.T
     nope_HNN, value_HVV = (
         torch.stack([_rotation(size, g) for _ in range(s.num_heads)]).to(w.kv_a_rD)
         for size in (s.qk_nope_head_dim, s.v_head_dim)

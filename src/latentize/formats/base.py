@@ -94,7 +94,13 @@ class FormatWriter(ABC):
 
 
 class LatentWriter(FormatWriter):
-    """Writes a model whose attention has become latent."""
+    """Writes a model whose attention has become latent.
+
+    Attributes:
+        suited: Whether rows already have the axes and the size that they are to have.
+    """
+
+    suited = False
 
     def oriented(self, w: LatentWeights, index: int) -> LatentWeights:
         """The same layer in the axes that it is to be written in, where it computes the same in any: as they come."""

@@ -146,14 +146,15 @@ def _factors(w: LatentWeights, norm: LatentNorm, stream_scale: float, balance: B
     )
 
 
-def balance_of(w: LatentWeights, norm: LatentNorm, dtype: torch.dtype) -> Balance:
-    """What makes rows of each matrix of a layer alike in size; nothing where they will be float16."""
+def balance_of(w: LatentWeights, norm: LatentNorm, dtype: torch.dtype, *, roped: bool = True) -> Balance:
+    """What makes rows of each matrix of a layer alike in size; nothing where they will be float16. Without ``roped``
+    the keys that are cached stay as large as they are."""
     if dtype == torch.float16:
         return _NONE
     f = _factors(w, norm, 1.0)
     sizes = {"q_nope_HND": f.q, "q_rope_HRD": f.q_rope, "kv_a_rD": f.kv_a, "k_rope_PRD": f.k_rope}
     sizes |= {"k_up_UNr": f.k_up, "v_up_UVr": f.v_up}
-    return Balance.of({name: (getattr(w, name), factor) for name, factor in sizes.items()})
+    return Balance.of({name: (getattr(w, name), factor) for name, factor in sizes.items()}, roped=roped)
 
 
 def encode_attention(
@@ -244,7 +245,7 @@ class DeepseekWriter(LatentWriter):
         return self.stream_scale * self.spec.residual_scale
 
     def oriented(self, w: LatentWeights, index: int) -> LatentWeights:
-        return spread(w, seed=index)
+        return spread(w, seed=index, latent=not self.suited)
 
     def saved(self, made: ConvertedLayer) -> LatentWeights:
         w = made.latent
@@ -273,7 +274,8 @@ class DeepseekWriter(LatentWriter):
         self.folder.make_room(latent.num_heads * latent.qk_head_dim * latent.hidden_size * self.dtype.itemsize)
         prefix = f"model.layers.{made.index}."
         norm = LatentNorm.stored_as(self.dtype, *made.latent_rms)
-        balance = self._balances[made.index] = balance_of(made.latent, norm, self.dtype)
+        balance = balance_of(made.latent, norm, self.dtype, roped=not self.suited)
+        self._balances[made.index] = balance
         for name, tensor in encoded(made.latent, norm, self.block_scale, balance):
             self._add(prefix + _ATTENTION + name, tensor)
         for name, tensor in made.stored.items():

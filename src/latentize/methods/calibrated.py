@@ -89,9 +89,16 @@ class Calibrated(Method):
 
 def _sizes(recipe: Recipe, spec: AttentionSpec) -> Iterator[tuple[int, int]]:
     """``(kv_lora_rank, qk_rope_head_dim)``: at least half of the budget is latent where anything is compressed."""
-    full, hidden = spec.cache_values, spec.hidden_size
+    full, hidden, block = spec.cache_values, spec.hidden_size, recipe.block
     if recipe.sizes is not None:
         rank, rope = recipe.sizes
+        if rank % block or rope % block:
+            raise OptionError(
+                f"{rank} + {rope} values are no whole blocks of {block}, which '{recipe.cache_for}' rounds together",
+                code="LZ303",
+                where="--kv-lora-rank",
+                fix=f"multiples of {block}",
+            )
         if rope > full // 2:
             raise OptionError(
                 f"the keys have {full // 2} values, fewer than {rope}", code="LZ303", where="--qk-rope-head-dim"
@@ -108,13 +115,14 @@ def _sizes(recipe: Recipe, spec: AttentionSpec) -> Iterator[tuple[int, int]]:
     tried = set()
     for share in _ROPE_SHARES:
         rope = max(2, 2 * round(share * spec.rope.rotary_dim / 2))
-        rank = min(budget - rope, full - rope, hidden)
+        rope = rope if block == 1 else block * max(1, round(rope / block))
+        rank = min(budget - rope, full - rope, hidden) // block * block
         # Between an eighth and a half of what is kept; but all that rotates of a head may be enough.
         wide = 8 * rope >= min(budget, 8 * spec.rope.rotary_dim)
         if rank >= max(1, rope) and wide and rope not in tried:
             tried.add(rope)
             yield rank, rope
-    if not tried and budget >= 4:
+    if not tried and budget >= 4 and block == 1:
         rope = 2 * max(1, budget // 8)
         yield min(budget - rope, hidden), rope
 
