@@ -116,7 +116,10 @@ def main() -> None:
         found = measured(name, Path(folder), tokens_NT.tolist(), args.environment)
         rows = [row for row in rows if row["name"] != name] + found
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"text": str(args.report), "tokens": args.tokens, "length": args.length, "rows": rows}, indent=2) + "\n")
+        path.write_text(
+            json.dumps({"text": str(args.report), "tokens": args.tokens, "length": args.length, "rows": rows}, indent=2)
+            + "\n"
+        )
     print(markdown(rows))
 
 

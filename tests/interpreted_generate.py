@@ -101,9 +101,9 @@ def restoring() -> Iterator[list[int]]:
     """Counts how often quantised rows are restored."""
     counted, real = [], LatentLayer._restore
 
-    def noted(self: LatentLayer, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def noted(self: LatentLayer, start: int, stop: int, *rest: Any) -> torch.Tensor:
         counted.append(stop - start)
-        return real(self, start, stop, dtype)
+        return real(self, start, stop, *rest)
 
     LatentLayer._restore = noted
     try:

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.common import logits, portable, random_tokens, relative_error
 from tests.engine.conftest import Record
 
 import latentize
+from latentize.engines.run import run_engine
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 ODD, FAST, CONVERTED = "random 160 + 32, 6 heads", "random 512 + 64", "converted 32 + 32"
 # KL from transformers in float32, nats a token.
@@ -55,6 +58,22 @@ def test_q8_0_perplexity(models: Callable[[str], Path], record: Record) -> None:
     q8, bf16 = (latentize.verify(models(CONVERTED), engine="llama.cpp", kind=k, **sizes) for k in ("q8_0", "bf16"))
     record(CONVERTED, {**q8, "bf16_perplexity": bf16["perplexity"]})
     assert q8["perplexity"] == pytest.approx(bf16["perplexity"], rel=0.01)
+
+
+def test_a_cache_in_q4_0_loses_less_where_rows_are_suited_to_it(tmp_path: Path) -> None:
+    """Against the same model with a cache in float32."""
+    prompts = torch.randint(1000, (4, 256), generator=torch.Generator().manual_seed(0)).tolist()
+    lost = {}
+    for cache in (None, "q4_0"):
+        folder, file = tmp_path / str(cache), tmp_path / f"{cache}.gguf"
+        sizes = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "fast": True, "evaluation_tokens": 512}
+        latentize.convert(ROOT / "models" / "tiny-llama-gqa", folder, cache_for=cache, **sizes)
+        latentize.export(folder, file, kind="f32")
+        exact, rounded = (run_engine("llama.cpp", file, prompts, new_tokens=0, cache=c) for c in ("f32", "q4_0"))
+        assert rounded.settings["cache"] == "q4_0"
+        log_p, log_q = (torch.from_numpy(np.stack(a.logits_TV)).log_softmax(-1) for a in (exact, rounded))
+        lost[cache] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert 0 < lost["q4_0"] < 0.9 * lost[None], lost
 
 
 @pytest.mark.parametrize(

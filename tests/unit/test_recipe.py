@@ -47,6 +47,7 @@ def test_what_is_not_a_percentage_is_left_to_validation() -> None:
         ({"selection": "1-norm"}, "--selection"),
         ({"svd": "both"}, "--svd"),
         ({"dtype": "int8"}, "--dtype"),
+        ({"cache_for": "q2_k"}, "--cache-for"),
         ({"tokens": 0}, "--tokens"),
         ({"sequence_length": 1}, "--sequence-length"),
         ({"freqfold": -1}, "--freqfold"),
@@ -70,6 +71,9 @@ def test_wrong_entries_are_refused_by_name(entries: dict[str, Any], where: str) 
         ({"keep": "25%", "kv_lora_rank": 8, "qk_rope_head_dim": 4}, "either keep"),
         ({"qk_rope_head_dim": 8}, "belong together"),
         ({"kv_lora_rank": 8, "qk_rope_head_dim": 3}, "even"),
+        ({"bytes": "25%", "cache_for": "int4"}, "one of bytes and cache_for"),
+        ({"method": "care", "cache_for": "int4"}, "calibrated"),
+        ({"format": "native", "cache_for": "q4_0"}, "no native"),
     ],
 )
 def test_entries_that_contradict_each_other(entries: dict[str, Any], words: str) -> None:

@@ -68,8 +68,9 @@ class Method(ABC):
         found = list(self.candidates(recipe, spec))
         if found:
             return found
+        blocks = f", each in whole blocks of {recipe.block}," if recipe.block > 1 else ""
         raise OptionError(
-            f"no split into latent and roped key fits {budget_of(recipe, spec)} values per token and layer",
+            f"no split into latent and roped key{blocks} fits {budget_of(recipe, spec)} values per token and layer",
             code="LZ304",
             where="--keep",
             fix="keep more, or give --kv-lora-rank and --qk-rope-head-dim",

@@ -174,6 +174,7 @@ def _facts(model: str, spec: ModelSpec | LatentModel, recipe: Recipe, report: di
         "format": report["format"],
         "cached values per token and layer": f"{after:g} instead of {before} ({1 - after / before:.1%} fewer)",
         **coded_size(report),
+        **({"rows suited to": f"a cache in {report['cache_for']}"} if "cache_for" in report else {}),
     }
     if report["kv_lora_rank"] is not None:
         sizes = [report["kv_lora_rank"], report["qk_rope_head_dim"]]

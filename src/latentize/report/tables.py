@@ -186,6 +186,7 @@ def conversion_facts(r: dict[str, Any]) -> dict[str, Any]:
         "format, method": f"{r['format']}, {r['method']}",
         "cached values per token and layer": f"{kept}{sizes}, the source has {before} ({1 - kept / before:.1%} fewer)",
         **coded_size(r),
+        **({"rows suited to": f"a cache in {r['cache_for']}"} if "cache_for" in r else {}),
         "perplexity": f"{r['perplexity']:.3f}, the source has {r['source_perplexity']:.3f}",
         "KL from the source": f"{r['kl']:.4f} nats per token",
         "same most likely token": f"{r['top1_agreement']:.1%}",

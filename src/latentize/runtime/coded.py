@@ -73,21 +73,25 @@ class RowCoder:
         self.exact.add(rows_BTd, self.new_exact_BT, first, self.code.sinks)
         return rows_BTd
 
-    def decoded(self, tensors: tuple[Tensor, ...], start: int, dtype: torch.dtype) -> Tensor:
-        """A block of rows of their codes, ``[B, s, d]``; exact ones are in their places.
+    def decoded(self, tensors: tuple[Tensor, ...], start: int, first: int, dtype: torch.dtype) -> Tensor:
+        """A block of rows of their codes as :meth:`placed` has them; exact ones are in their places.
 
         Args:
             tensors: Codes of latents and of roped keys.
             start: Number of the first row among those that are kept.
+            first: And among all that there were.
             dtype: Of the result.
         """
         halves = [(codec, (stored,)) for codec, stored in zip(self.codecs, tensors, strict=True)]
-        # All parts are put together at once.
-        rows_Bsd = torch.cat([part for codec, stored in halves for part in codec.even(stored, dtype)], dim=-1)
-        rank = len(self.code.latent_mix_rr)
-        for rows, (codec, stored) in zip(rows_Bsd.tensor_split([rank], dim=-1), halves, strict=True):
+        parts = [part for codec, stored in halves for part in codec.even(stored, dtype)]
+        # All is put together at once: a block is larger than what is near to a core.
+        rows_Bse = torch.cat([*parts, self._beside(parts[0], first)], dim=-1)
+        rank, size = len(self.code.latent_mix_rr), self.code.rope_values
+        both = rows_Bse[..., :rank], rows_Bse[..., rank : rank + size]
+        for rows, (codec, stored) in zip(both, halves, strict=True):
             rows.mul_(codec.gains(stored, dtype))
-        return self.exact.laid_over(rows_Bsd, start)
+        self.exact.lay_over(rows_Bse[..., : rank + size], start)
+        return rows_Bse
 
     def parts(self, tensors: tuple[Tensor, ...], count: int, newest: Apart | None = None) -> list[Part]:
         """Rows as a kernel reads them: those in codes, and those of them that are seen as they are.
@@ -130,13 +134,17 @@ class RowCoder:
             rows_Bsd: Components.
             first: Number of the first row among all that there were.
         """
-        (block, within), count = divmod(first, BLOCK), rows_Bsd.shape[1]
+        return torch.cat([rows_Bsd, self._beside(rows_Bsd, first)], dim=-1)
+
+    def _beside(self, like_Bsm: Tensor, first: int) -> Tensor:
+        """The angles of as many rows from ``first`` on, ``[B, s, 2 F]``."""
+        (block, within), count = divmod(first, BLOCK), like_Bsm.shape[1]
         if self.exact.starts_B1 is None and within + count <= BLOCK:
-            angles = _block_angles(self.code.frequencies, block, rows_Bsd.device, rows_Bsd.dtype)
+            angles = _block_angles(self.code.frequencies, block, like_Bsm.device, like_Bsm.dtype)
             angles = angles[within : within + count]
         else:
-            angles = self.angles(first + torch.arange(count, device=rows_Bsd.device))
-        return with_angles(rows_Bsd, angles)
+            angles = self.angles(first + torch.arange(count, device=like_Bsm.device)).to(like_Bsm.dtype)
+        return angles.expand(len(like_Bsm), -1, -1)
 
 
 def with_angles(rows_Bsd: Tensor, angles: Tensor) -> Tensor:

@@ -74,17 +74,16 @@ class ExactRows:
         self._at_BE[sequence, slot] = first + token
         self._settle()
 
-    def laid_over(self, rows_Bsd: Tensor, start: int) -> Tensor:
-        """A block of restored rows, of which ``start`` is the first, with the exact ones in their places."""
+    def lay_over(self, rows_Bsd: Tensor, start: int) -> None:
+        """Put exact rows into their places in a block of restored ones, of which ``start`` is the first."""
         stop = start + rows_Bsd.shape[1]
         if start >= self._end or stop <= self._first or self._rows_BEd is None:
-            return rows_Bsd
+            return
         sequence, slot, row = self._sequence, self._slot, self._row
         if start > self._first or stop < self._end:
             here = (row >= start) & (row < stop)
             sequence, slot, row = sequence[here], slot[here], row[here]
         rows_Bsd[sequence, row - start] = self._rows_BEd[sequence, slot].to(rows_Bsd.dtype)
-        return rows_Bsd
 
     def forget(self, first: int) -> None:
         """Those from row ``first`` on."""

@@ -235,10 +235,11 @@ class LatentLayer(CacheLayerMixin):
         self.stored.append(tuple(encoded))
         self.recent.keep(0, self.recent.length - count)
 
-    def _restore(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def _restore(self, start: int, stop: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
+        """Stored rows, as :meth:`_placed` has them."""
         tensors = self.stored.view(start, stop)
         if self.coder is not None:
-            return self.coder.decoded(tensors, start, dtype)
+            return self.coder.decoded(tensors, start, self._number(start, shift), dtype)
         count, (latent, rope) = self._latent_tensors, self.codecs
         return torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
 
@@ -256,7 +257,11 @@ class LatentLayer(CacheLayerMixin):
         """
         if self.coder is None:
             return rows_Bsd
-        return self.coder.placed(rows_Bsd, first + (shift if first < self.sinks else self.gone))
+        return self.coder.placed(rows_Bsd, self._number(first, shift))
+
+    def _number(self, row: int, shift: int) -> int:
+        """Of a row among all that there were, as near as it seems."""
+        return row + (shift if row < self.sinks else self.gone)
 
     def _trim(self) -> None:
         """Let go of what no later token will see, now and then."""
@@ -306,10 +311,9 @@ class LatentLayer(CacheLayerMixin):
         if len(spans) == 1 and shift:
             spans = [(0, self.sinks), (self.sinks, spans[0][1])]
         for number, (start, stop) in enumerate(spans):
-            for rows_Bsd in self._span(start, stop, dtype):
-                seems = shift if number == 0 else 0
-                yield self._placed(self._turned(rows_Bsd, seems) if seems else rows_Bsd, start, seems)
-                start += rows_Bsd.shape[1]
+            seems = shift if number == 0 else 0
+            for rows_Bsd in self._span(start, stop, dtype, seems):
+                yield self._turned(rows_Bsd, seems) if seems else rows_Bsd
         if band_BEd is not None:
             yield self._placed(band_BEd, self._kept - band_BEd.shape[1], 0)
 
@@ -399,20 +403,21 @@ class LatentLayer(CacheLayerMixin):
             return rotate_interleaved, (angle_J.cos(), angle_J.sin())
         return rotate_interleaved if self.interleaved else rotate_half, (angle_F.cos(), angle_F.sin())
 
-    def _span(self, start: int, stop: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    def _span(self, start: int, stop: int, dtype: torch.dtype, shift: int = 0) -> Iterator[Tensor]:
         border = self.stored.length
         for begin in range(start, min(stop, border), BLOCK):
-            yield self._restore(begin, min(begin + BLOCK, stop, border), dtype)
+            yield self._restore(begin, min(begin + BLOCK, stop, border), dtype, shift)
         if stop > border:
-            yield self.recent.view(max(start - border, 0), stop - border)[0]
+            begin = max(start, border)
+            yield self._placed(self.recent.view(begin - border, stop - border)[0], begin, shift)
 
     def _turned(self, rows_Bsd: Tensor, shift: int) -> Tensor:
         if self.frequencies_F is None:
             return rows_Bsd
         turn, (cos, sin) = self._turn(shift)
-        c_Bsr, k_BsR = rows_Bsd[..., : self.rank], rows_Bsd[..., self.rank :]
+        c_Bsr, k_BsR, rest = rows_Bsd.tensor_split([self.rank, self.rank + self.rope_size], dim=-1)
         k_BsPR = k_BsR.unflatten(-1, (self.roped_keys, -1))
-        return torch.cat([c_Bsr, turn(k_BsPR, cos, sin).flatten(2)], dim=-1)
+        return torch.cat([c_Bsr, turn(k_BsPR, cos, sin).flatten(2), rest], dim=-1)
 
     @property
     def keys(self) -> Tensor:

@@ -122,7 +122,7 @@ class StaticLatentLayer(LatentLayer):
     def blocks(self, dtype: torch.dtype, new: int, band_BEd: Tensor | None = None) -> Iterator[Tensor]:
         """Rows ``[B, s, d]`` of all the room: how much is filled, no shape may tell. Then those of the band."""
         for start in range(0, self.max_length, BLOCK):
-            yield self._placed(self._restore(start, min(start + BLOCK, self.max_length), dtype), start, 0)
+            yield self._restore(start, min(start + BLOCK, self.max_length), dtype)
         if self._newest:
             yield self._exact_rows(new, band_BEd)
 
@@ -131,8 +131,9 @@ class StaticLatentLayer(LatentLayer):
         for rows_Bsd in self._span(0, self.seen, dtype):
             if band_BEd is None:
                 at_N = self.newest_N[(self.newest_N >= start) & (self.newest_N < start + rows_Bsd.shape[1])]
-                rows_Bsd[:, at_N - start] = self.newest_BNd[:, at_N % max(1, self._newest)]
-            yield self._placed(rows_Bsd, start, 0)
+                newest_BEd = self.newest_BNd[:, at_N % max(1, self._newest)]
+                rows_Bsd[:, at_N - start, : newest_BEd.shape[-1]] = newest_BEd
+            yield rows_Bsd
             start += rows_Bsd.shape[1]
         if band_BEd is not None:
             yield self._exact_rows(new, band_BEd)
