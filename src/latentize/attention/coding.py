@@ -84,16 +84,28 @@ def gain_values(codes: Tensor) -> Tensor:
     return torch.exp2(codes.float() / _OCTAVE)
 
 
-def indices(x_Bsn: Tensor, gain_Bs1: Tensor, segments: Segments) -> list[tuple[int, Tensor]]:
-    """Bits and indices ``[B, s, f]`` int32 of each width that has any; values are filled up to whole bytes."""
-    found, even_Bsn = [], x_Bsn.float() / gain_Bs1
-    for (bits, _), part_Bsm in zip(segments, even_Bsn.split([count for _, count in segments], dim=-1), strict=True):
-        if bits:
-            book = codebook(bits, x_Bsn.device)
-            part_Bsm = torch.nn.functional.pad(part_Bsm, (0, -part_Bsm.shape[-1] % GROUP))
-            index_n = book.nearest(part_Bsm.reshape(-1, book.values))
-            found.append((bits, index_n.view(*part_Bsm.shape[:-1], part_Bsm.shape[-1] // book.values)))
-    return found
+def indices(evens: Sequence[Tensor], segments: Sequence[Segments]) -> list[list[tuple[int, Tensor]]]:
+    """Bits and indices ``[B, s, f]`` int32 of each width that has any, for each of several tensors; values are filled
+    up to whole bytes.
+
+    Args:
+        evens: Values ``[B, s, n]`` of the same tokens, divided by their gains, float32. What has one width is looked up
+            together.
+        segments: The widths of each.
+    """
+    parts: dict[int, list[Tensor]] = {}
+    for even_Bsn, widths in zip(evens, segments, strict=True):
+        for (bits, count), part_Bsm in zip(widths, even_Bsn.split([count for _, count in widths], dim=-1), strict=True):
+            if bits:
+                parts.setdefault(bits, []).append(torch.nn.functional.pad(part_Bsm, (0, -count % GROUP)))
+    found = {}
+    for bits, some in parts.items():
+        book, sizes = codebook(bits, some[0].device), [part.shape[-1] for part in some]
+        whole_Bsm = some[0] if len(some) == 1 else torch.cat(some, dim=-1)
+        index_n = book.nearest(whole_Bsm.reshape(-1, book.values))
+        index_Bsf = index_n.view(*whole_Bsm.shape[:-1], whole_Bsm.shape[-1] // book.values)
+        found[bits] = iter(index_Bsf.split([size // book.values for size in sizes], dim=-1))
+    return [[(bits, next(found[bits])) for bits, _ in widths if bits] for widths in segments]
 
 
 def coded(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
@@ -101,7 +113,8 @@ def coded(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
     gain_Bs1 = gain_values(gain_codes(x_Bsn, segments, spread))
     back_Bsn, at = torch.zeros_like(x_Bsn, dtype=torch.float32), 0
     counts = (count for bits, count in segments if bits)
-    for count, (bits, index_Bsf) in zip(counts, indices(x_Bsn, gain_Bs1, segments), strict=True):
+    (found,) = indices([x_Bsn.float() / gain_Bs1], [segments])
+    for count, (bits, index_Bsf) in zip(counts, found, strict=True):
         words_kv = codebook(bits, x_Bsn.device).words_kv
         back_Bsn[..., at : at + count] = words_kv[index_Bsf].flatten(-2)[..., :count]
         at += count

@@ -8,6 +8,7 @@ B batch, S tokens, n values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Protocol
@@ -19,7 +20,19 @@ from latentize.attention.codebooks import VALUES_AT_ONCE, codebook, words
 from latentize.attention.coding import GROUP, Segments, gain_codes, gain_values, indices
 from latentize.errors import OptionError
 
-__all__ = ["FLOATS", "FORMATS", "Codec", "Coded", "Float8", "Int4", "Int8", "Plain", "all_words", "codec"]
+__all__ = [
+    "FLOATS",
+    "FORMATS",
+    "Codec",
+    "Coded",
+    "Float8",
+    "Int4",
+    "Int8",
+    "Plain",
+    "all_words",
+    "codec",
+    "encode_together",
+]
 
 _TINY = 1e-30
 # Gains are stored as bytes.
@@ -154,10 +167,7 @@ class Coded:
     spread: float
 
     def encode(self, x_BSn: Tensor) -> tuple[Tensor, ...]:
-        gain_BS1 = gain_codes(x_BSn, self.segments, self.spread)
-        found = indices(x_BSn, gain_values(gain_BS1), self.segments)
-        gain_byte_BS1 = (gain_BS1 + _GAIN_OFFSET).to(torch.uint8)
-        return (torch.cat([gain_byte_BS1, *(_packed(index_BSf, bits) for bits, index_BSf in found)], dim=-1),)
+        return encode_together((self,), (x_BSn,))
 
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         return torch.cat(self.even(stored, dtype), dim=-1).mul_(self.gains(stored, dtype))
@@ -186,6 +196,18 @@ class Coded:
                 made.append(torch.zeros((), dtype=dtype, device=byte_BSm.device).expand(*byte_BSm.shape[:-1], count))
             at += size
         return made
+
+
+def encode_together(codecs: Sequence[Coded], halves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What each codec stores of its half of the same rows. One token asks for as many operations as thousands: values
+    of one width are looked up together."""
+    gains = [gain_codes(x_BSn, c.segments, c.spread) for c, x_BSn in zip(codecs, halves, strict=True)]
+    evens = [x_BSn.float() / gain_values(gain_BS1) for x_BSn, gain_BS1 in zip(halves, gains, strict=True)]
+    made = []
+    for gain_BS1, found in zip(gains, indices(evens, [c.segments for c in codecs]), strict=True):
+        gain_byte_BS1 = (gain_BS1 + _GAIN_OFFSET).to(torch.uint8)
+        made.append(torch.cat([gain_byte_BS1, *(_packed(index_BSf, bits) for bits, index_BSf in found)], dim=-1))
+    return tuple(made)
 
 
 def _packed(index_BSf: Tensor, bits: int) -> Tensor:

@@ -9,13 +9,14 @@ d = r + P R.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from latentize.attention.coding import RowCode
-from latentize.runtime.codecs import Coded
+from latentize.runtime.codecs import Coded, encode_together
 from latentize.runtime.exact import ExactRows
 from latentize.runtime.kernels.storage import Means, Part, Stored, plain_part
 from latentize.runtime.rows import BLOCK
@@ -72,6 +73,10 @@ class RowCoder:
         rows_BTd = torch.cat([c_BTr.float() @ self.code.latent_mix_rr.mT, z_BTn], dim=-1).to(c_BTr.dtype)
         self.exact.add(rows_BTd, self.new_exact_BT, first, self.code.sinks)
         return rows_BTd
+
+    def encoded(self, halves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Codes of latents and of roped keys, as :meth:`rows` has them."""
+        return encode_together(self.codecs, halves)
 
     def decoded(self, tensors: tuple[Tensor, ...], start: int, first: int, dtype: torch.dtype) -> Tensor:
         """A block of rows of their codes as :meth:`placed` has them; exact ones are in their places.

@@ -230,10 +230,15 @@ class LatentLayer(CacheLayerMixin):
     def _store(self, count: int) -> None:
         """The oldest of the waiting rows, for good."""
         (old_Bsd,) = self.recent.view(0, count)
-        parts = old_Bsd.split([self.rank, old_Bsd.shape[-1] - self.rank], dim=-1)
-        encoded = [t for c, part in zip(self.codecs, parts, strict=True) for t in c.encode(part)]
-        self.stored.append(tuple(encoded))
+        self.stored.append(self._encoded(old_Bsd))
         self.recent.keep(0, self.recent.length - count)
+
+    def _encoded(self, rows_Bsd: Tensor) -> tuple[Tensor, ...]:
+        """What is stored of rows."""
+        halves = rows_Bsd.split([self.rank, rows_Bsd.shape[-1] - self.rank], dim=-1)
+        if self.coder is not None:
+            return self.coder.encoded(halves)
+        return tuple(t for c, half in zip(self.codecs, halves, strict=True) for t in c.encode(half))
 
     def _restore(self, start: int, stop: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
         """Stored rows, as :meth:`_placed` has them."""

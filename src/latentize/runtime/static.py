@@ -44,12 +44,8 @@ class StaticLatentLayer(LatentLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         batch = key_states.shape[0]
-        one = [
-            t
-            for c, size in zip(self.codecs, (self.rank, self.rope_size), strict=True)
-            for t in c.encode(key_states.new_zeros(batch, 1, size))
-        ]
-        self.stored.tensors = tuple(t.new_zeros(batch, self.max_length, t.shape[-1]) for t in one)
+        one = key_states.new_zeros(batch, 1, self.rank + self.rope_size)
+        self.stored.tensors = tuple(t.new_zeros(batch, self.max_length, t.shape[-1]) for t in self._encoded(one))
         self.filled_B = torch.zeros(batch, dtype=torch.int32, device=self.device)
         # The newest rows as they are, in places that their numbers tell, and those numbers; -1 is none.
         count, size = self._newest, self.rank + self.rope_size
@@ -72,9 +68,7 @@ class StaticLatentLayer(LatentLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows_BTd, at_T = self._row(key_states, value_states), self._next(new)
-        halves = rows_BTd.split([self.rank, rows_BTd.shape[-1] - self.rank], dim=-1)
-        encoded = [t for c, half in zip(self.codecs, halves, strict=True) for t in c.encode(half)]
-        for mine, more in zip(self.stored.tensors, encoded, strict=True):
+        for mine, more in zip(self.stored.tensors, self._encoded(rows_BTd), strict=True):
             mine.index_copy_(1, at_T, more)
         band_BEd = self._keep_newest(rows_BTd, at_T)
         self.filled_B.add_(new)
