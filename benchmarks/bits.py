@@ -12,7 +12,8 @@ channel in groups of 32 tokens, values by token in groups of 32 channels, scale 
 (arXiv 2504.19874, algorithm 1: a rotation, and the best levels for a Gaussian, with a norm of 16 bits); rotated int8
 and int4 as ``latentize compare`` has them, int3 and int2 with a scale and a zero of 16 bits for each head; q8_0, q5_1
 and q4_0 as llama.cpp's ``ggml-quants.c`` rounds blocks of 32, after a Hadamard rotation of each head, as llama.cpp
-rotates.
+rotates; HQQ and quanto by the layers of transformers' own ``QuantizedCache`` (groups of 64, scale and zero of 16 bits),
+where hqq and optimum-quanto are installed. ``--latents transmla=out`` has other converted models with rows in int4.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, HQQQuantizedLayer, QuantoQuantizedLayer
+from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
 import latentize
 from latentize.api import resolve
+from latentize.evaluation.compare import _cached_parts, _row_bytes
 from latentize.evaluation.grouped import SINKS, grouped_predictor
 from latentize.evaluation.predict import Predict, predictor
 from latentize.evaluation.quality import measure
@@ -44,6 +47,7 @@ from latentize.text.tokens import pack
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP, BLOCK = 32, 32
+INT4 = "int4"
 # As in coded rows: of each token's newest rows, how many it sees as they are.
 NEWEST = 4
 # What a user may ask for, of the source in 16 bits.
@@ -133,7 +137,26 @@ def alternatives(head_dim: int) -> dict[str, tuple[Rounds, float]]:
     found["rotated int8"] = (rotated(lambda x: even(x, 8, -1)), 8 + 32 / head_dim)
     for name, bits in (("q8_0", 8.5), ("q5_1", 6.0), ("q4_0", 4.5)):
         found[name] = (rotated(blocks(name)), bits)
+    for name, widths in (("HQQ", (4, 3, 2)), ("quanto", (4, 2))):
+        found |= {f"{name} {bits}": (of_transformers(name, bits), bits + 32 / 64) for bits in widths if has(name)}
     return found
+
+
+def has(backend: str) -> bool:
+    return {"HQQ": is_hqq_available, "quanto": is_optimum_quanto_available}[backend]()
+
+
+def of_transformers(backend: str, bits: int) -> Rounds:
+    """As a layer of ``QuantizedCache`` with its own settings rounds keys and values."""
+    layer = {"HQQ": HQQQuantizedLayer, "quanto": QuantoQuantizedLayer}[backend](nbits=bits)
+
+    def rounds(x: Tensor, keys: bool) -> Tensor:
+        # What it asks device and type of.
+        layer.keys = x[:0]
+        axis = layer.axis_key if keys else layer.axis_value
+        return layer._dequantize(layer._quantize(x.contiguous(), axis)).view_as(x)
+
+    return rounds
 
 
 class _Layer(DynamicLayer):
@@ -203,6 +226,13 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
         total = row * (context - exact) + 2 * values * exact
         share = total / (2 * report["source_cache_values_per_token_layer"] * context)
         subjects[f"coded, {name}"] = (predictor(load_model(Path(folder))), share)
+    for latents in args.latents:
+        name, _, folder = latents.partition("=")
+        loaded = load_model(Path(folder))
+        share = _row_bytes(_cached_parts(loaded), INT4, latents=True) / _row_bytes(
+            _cached_parts(model), None, latents=False
+        )
+        subjects[f"{name}, {INT4}"] = (predictor(loaded, cache=INT4), share)
     if not args.bytes:
         spec = model.config
         head_dim = getattr(spec, "head_dim", None) or spec.hidden_size // spec.num_attention_heads
@@ -238,6 +268,7 @@ def main() -> None:
     parser.add_argument("--calibrate", help="text to calibrate on; converts at every budget")
     parser.add_argument("--report", help="text to report on")
     parser.add_argument("--plans", nargs="*", default=[], metavar="BUDGET=FOLDER", help="models that are there")
+    parser.add_argument("--latents", nargs="*", default=[], metavar="NAME=FOLDER", help="models whose rows are in int4")
     parser.add_argument("--bytes", action="store_true", help="leave out the alternatives")
     parser.add_argument("--only", nargs="*", help="alternatives by name; all by default")
     parser.add_argument("--tokens", type=int, default=65_536)
