@@ -151,6 +151,14 @@ def _words(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return codebook(bits, device).words_kv.to(dtype)
 
 
+@cache
+def _high_bits(rest: int, device: torch.device) -> Tensor:
+    """What a byte says of the bits beyond eight of several indices, ``[256, 8 / rest]`` int32."""
+    byte = torch.arange(256, device=device, dtype=torch.int32)[:, None]
+    shifts = torch.arange(0, 8, rest, device=device, dtype=torch.int32)
+    return (byte >> shifts & (1 << rest) - 1) << 8
+
+
 @dataclass(frozen=True)
 class Coded:
     """Values in units of their spread, in as many bits as each is worth, with one gain for each token.
@@ -229,9 +237,8 @@ def _unpacked(byte_BSm: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     if not rest:
         return _looked_up(byte_BSm, table)
     border = byte_BSm.shape[-1] * 8 // (8 + rest)
-    shifts = torch.arange(0, 8, rest, device=byte_BSm.device, dtype=torch.int32)
-    high_BSf = (byte_BSm[..., border:, None].to(torch.int32) >> shifts).bitwise_and_((1 << rest) - 1).flatten(-2)
-    return _looked_up(high_BSf.bitwise_left_shift_(8).bitwise_or_(byte_BSm[..., :border]), table)
+    high_BSf = _looked_up(byte_BSm[..., border:], _high_bits(rest, byte_BSm.device))
+    return _looked_up(high_BSf.bitwise_or_(byte_BSm[..., :border]), table)
 
 
 @lru_cache(maxsize=256)
