@@ -40,7 +40,7 @@ from latentize.evaluation.predict import Predict, predictor
 from latentize.evaluation.quality import measure
 from latentize.modeling.blocks import newest_blocks
 from latentize.modeling.load import load_model
-from latentize.runtime.cache import rotation
+from latentize.runtime.rotation import rotation
 from latentize.text.documents import documents
 from latentize.text.tokenizer import load_tokenizer
 from latentize.text.tokens import pack

@@ -18,8 +18,9 @@ from transformers.cache_utils import DynamicLayer
 
 from latentize.attention.masks import causal_mask
 from latentize.evaluation.predict import Predict
-from latentize.runtime.cache import cache_formats, rotation
+from latentize.runtime.cache import cache_formats
 from latentize.runtime.codecs import Plain, codec
+from latentize.runtime.rotation import rotation
 
 __all__ = ["SINKS", "CodedLayer", "grouped_predictor", "window_mask"]
 

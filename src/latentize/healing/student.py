@@ -28,8 +28,9 @@ from latentize.healing.recipe import Healing
 from latentize.healing.targets import Targets, head_of, inputs
 from latentize.modeling.attention import LatentAttention, state_dict
 from latentize.modeling.load import load_model
-from latentize.runtime.cache import cache_formats, rotation
+from latentize.runtime.cache import cache_formats
 from latentize.runtime.codecs import Plain, codec
+from latentize.runtime.rotation import rotation
 from latentize.text.tokens import Passages
 
 __all__ = ["Losses", "Student"]

@@ -8,10 +8,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from latentize.errors import OptionError
 from latentize.runtime.codecs import codec
-from latentize.runtime.layer import LatentLayer, Rows, rotation
+from latentize.runtime.layer import LatentLayer
 from latentize.runtime.static import StaticLatentLayer
 
-__all__ = ["LatentCache", "LatentLayer", "Rows", "cache_formats", "rotation"]
+__all__ = ["LatentCache", "LatentLayer", "cache_formats"]
 
 
 class CacheFormats(TypedDict, total=False):

@@ -13,7 +13,6 @@ B batch, S cached tokens, T new tokens, r kv_lora_rank, P roped keys, R qk_rope_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -28,92 +27,11 @@ from latentize.runtime.codecs import FLOATS, Codec, Plain, codec
 from latentize.runtime.coded import RowCoder
 from latentize.runtime.growing import Growing
 from latentize.runtime.kernels.storage import Part, Stored, plain_part
-from latentize.runtime.rows import BLOCK, CachedRows
+from latentize.runtime.rotation import rotation_on
+from latentize.runtime.rows import BLOCK
+from latentize.runtime.stored_rows import StoredRows
 
-__all__ = ["LatentLayer", "Rows", "rotation", "rotation_on"]
-
-
-@cache
-def rotation(size: int) -> Tensor:
-    """An orthogonal ``[n, n]`` that spreads every value over all: Hadamard's where there is one, else a random one."""
-    if size & (size - 1) == 0:
-        h = torch.ones(1, 1, dtype=torch.float64)
-        while len(h) < size:
-            h = torch.cat([torch.cat([h, h], dim=1), torch.cat([h, -h], dim=1)])
-        return h / size**0.5
-    generator = torch.Generator().manual_seed(size)
-    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
-
-
-@cache
-def rotation_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """:func:`rotation`, once on each device: a captured graph must not copy from the host."""
-    with torch.inference_mode(False):
-        return rotation(size).to(device, dtype)
-
-
-class Rows(CachedRows):
-    """Those of a :class:`LatentLayer`, as they are stored.
-
-    Args:
-        layer: Where they lie.
-        dtype: What to restore them to.
-        new: Tokens that came in last.
-        band_BEd: Rows that these see as they are, where each sees others.
-    """
-
-    def __init__(self, layer: LatentLayer, dtype: torch.dtype, new: int, band_BEd: Tensor | None = None) -> None:
-        self.layer, self.dtype, self.new, self.band_BEd = layer, dtype, new, band_BEd
-        self.seen, self.columns = layer.seen, layer.columns
-        self.roped_keys, self.stored_dtype = layer.roped_keys, layer.dtype
-        self.rotation_rr, self.coded = layer.rotation(dtype), layer.coder is not None
-
-    def positions(self) -> Tensor:
-        """Of every row, ``[S]``; the mask has these columns."""
-        return self.layer.positions(self.new)
-
-    def blocks(self) -> Iterator[Tensor]:
-        return self.layer.blocks(self.dtype, self.new, self.band_BEd)
-
-    def allowed(self, mask: Tensor | None) -> Tensor | None:
-        return self.layer.allowed(mask, self.new)
-
-    def expanded_mask(self, mask: Tensor | None) -> Tensor | None:
-        return self.layer.expanded_mask(mask, self.new)
-
-    def storage(self, q_rope_BHTR: Tensor) -> tuple[list[Part], Tensor, dict[str, Any]]:
-        layer, options = self.layer, {}
-        if layer.coder is not None:
-            options = {"means": layer.coder.means(len(q_rope_BHTR))}
-        elif layer.window is not None:
-            turned = layer.turned_back(q_rope_BHTR, self.new)
-            options = {"window": layer.window, "sinks": layer.sinks, "gone": layer.gone, "q_sink_BHTR": turned}
-        return layer.parts(), layer.lengths_B(), options
-
-    @property
-    def unread(self) -> str | None:
-        if self.layer.coder is None:
-            return None
-        if self.layer.window is not None:
-            return "codes in a window"
-        return "codes that several new tokens see" if self.new > 1 else None
-
-    def queries(self, q_rope_BHTR: Tensor) -> Tensor:
-        if self.layer.coder is None:
-            return super().queries(q_rope_BHTR)
-        code = self.layer.coder.code
-        q_BHTn = code.queries(q_rope_BHTR)
-        return torch.cat([q_BHTn, code.mean_queries(q_BHTn)], dim=-1)
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        rows_BSd = torch.cat(list(self.layer.filled(self.dtype, self.new, self.band_BEd)), dim=1)
-        c_BSr, k_BSR = rows_BSd[..., : self.layer.rank], rows_BSd[..., self.layer.rank :]
-        turn, k_BPSR = self.rotation_rr, k_BSR.unflatten(-1, (self.roped_keys, -1)).transpose(1, 2)
-        if self.layer.coder is not None:
-            code = self.layer.coder.code
-            z_BSn, angles = k_BSR.float().tensor_split([code.rope_values], dim=-1)
-            k_BPSR = code.keys(z_BSn + code.means(angles)).to(k_BSR.dtype)
-        return (c_BSr if turn is None else c_BSr @ turn.mT)[:, None], k_BPSR
+__all__ = ["LatentLayer"]
 
 
 class LatentLayer(CacheLayerMixin):
@@ -194,7 +112,7 @@ class LatentLayer(CacheLayerMixin):
         """Append ``c [B, 1, T, r]`` and ``k_R [B, P, T, R]``.
 
         Returns:
-            All of both, or where the model attends to rows, a :class:`Rows` for either.
+            All of both, or where the model attends to rows, a ``StoredRows`` for either.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -207,7 +125,7 @@ class LatentLayer(CacheLayerMixin):
             band_BEd = self._code_old(self.coder, new)
         elif not self.plain and self.recent.length >= 2 * self.residual + 1:
             self._store(self.recent.length - self.residual)
-        rows = Rows(self, key_states.dtype, new, band_BEd)
+        rows = StoredRows(self, key_states.dtype, new, band_BEd)
         if self.attends_rows:
             return rows, rows
         if self.window is not None:
@@ -427,12 +345,12 @@ class LatentLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor:
         """Latents ``[B, 1, S, r]``, restored."""
-        return Rows(self, self.dtype, 1).tensors()[0]
+        return StoredRows(self, self.dtype, 1).tensors()[0]
 
     @property
     def values(self) -> Tensor:
         """Roped keys ``[B, P, S, R]``, restored."""
-        return Rows(self, self.dtype, 1).tensors()[1]
+        return StoredRows(self, self.dtype, 1).tensors()[1]
 
     @property
     def nbytes(self) -> int:

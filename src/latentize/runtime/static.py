@@ -19,8 +19,9 @@ from latentize.attention.masks import narrowed, newest_mask
 from latentize.errors import OptionError
 from latentize.runtime.coded import with_angles
 from latentize.runtime.kernels.storage import Part
-from latentize.runtime.layer import LatentLayer, Rows
+from latentize.runtime.layer import LatentLayer
 from latentize.runtime.rows import BLOCK
+from latentize.runtime.stored_rows import StoredRows
 
 __all__ = ["MaskColumns", "StaticLatentLayer"]
 
@@ -73,7 +74,7 @@ class StaticLatentLayer(LatentLayer):
         band_BEd = self._keep_newest(rows_BTd, at_T)
         self.filled_B.add_(new)
         self.advance(new)
-        rows = Rows(self, key_states.dtype, new, band_BEd)
+        rows = StoredRows(self, key_states.dtype, new, band_BEd)
         return (rows, rows) if self.attends_rows else rows.tensors()
 
     def _keep_newest(self, rows_BTd: Tensor, at_T: Tensor) -> Tensor | None:

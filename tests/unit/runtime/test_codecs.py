@@ -7,8 +7,8 @@ import torch
 
 from latentize.attention.coding import coded, row_bytes
 from latentize.errors import OptionError
-from latentize.runtime.cache import rotation
 from latentize.runtime.codecs import FORMATS, Coded, codec
+from latentize.runtime.rotation import rotation
 
 # Largest error of a value, relative to the largest value of its token.
 HALF_STEP = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 0.0, "fp8": 2**-4, "int8": 0.51 / 127, "int4": 0.51 / 7.5}

@@ -18,8 +18,8 @@ from latentize.attention.coding import RowCode
 from latentize.attention.latent import LatentWeights, absorbed_heads, cache_rows, queries
 from latentize.runtime.cache import LatentLayer, cache_formats
 from latentize.runtime.heads import decode, heads, prefill
-from latentize.runtime.layer import Rows
 from latentize.runtime.static import StaticLatentLayer
+from latentize.runtime.stored_rows import StoredRows
 
 D, R, RANK = 12, 8, 16
 
@@ -102,7 +102,7 @@ def test_each_token_sees_its_newest_rows_as_they_are(new: int) -> None:
 
 def made_rows(made: LatentLayer, new: int):
 
-    return Rows(made, torch.float32, new)
+    return StoredRows(made, torch.float32, new)
 
 
 def test_what_waits_is_not_rounded_yet() -> None:
