@@ -286,6 +286,8 @@ def test_precision_is_the_sources(tmp_path: Path, text: str) -> None:
         ({"keep": 0.5, "format": "native"}, "LZ202"),
         ({"keep": 0.5, "format": "deepseek_v3"}, "LZ202"),
         ({"keep": 0.5, "polish": True}, "LZ301"),
+        ({"keep": 0.5, "bytes": 0.1}, "LZ203"),
+        ({"keep": 0.5, "cache_for": "int4"}, "LZ203"),
         ({"keep": 0.5, "dtype": "float16"}, "LZ301"),
         ({"keep": 0.2}, "LZ304"),
         ({"kv_lora_rank": 33}, "LZ303"),

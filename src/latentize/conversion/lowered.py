@@ -70,7 +70,8 @@ def rank_of(recipe: Recipe, model: LatentModel) -> int:
 
 def _refuse(recipe: Recipe, model: LatentModel) -> None:
     """What makes no sense for such a model."""
-    asked = {"--to": (recipe.to, "mla"), "--method": (recipe.method, "calibrated")}
+    asked: dict[str, tuple[Any, Any]] = {"--to": (recipe.to, "mla"), "--method": (recipe.method, "calibrated")}
+    asked |= {"--bytes": (recipe.bytes, None), "--cache-for": (recipe.cache_for, None)}
     for option, (value, only) in asked.items():
         if value != only:
             raise UnsupportedModelError(
