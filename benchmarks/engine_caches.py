@@ -117,7 +117,7 @@ def main() -> None:
         rows = [row for row in rows if row["name"] != name] + found
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
-            json.dumps({"text": str(args.report), "tokens": args.tokens, "length": args.length, "rows": rows}, indent=2)
+            json.dumps({"text": args.report.name, "tokens": args.tokens, "length": args.length, "rows": rows}, indent=2)
             + "\n"
         )
     print(markdown(rows))

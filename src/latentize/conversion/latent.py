@@ -92,7 +92,8 @@ class LatentJob(Job):
             give_back_freed_memory()
         self.settings, self.scores = self._chosen(source, text, journal, progress)
         give_back_freed_memory()
-        first, self.writer.suited = self.settings[0], self.recipe.cache_for is not None
+        self.writer.suited = self.recipe.cache_for is not None
+        first = self.settings[0]
         if not isinstance(self.writer, NativeWriter):
             self.writer.rope_theta = first.rope_theta(self.spec.attention)
         self.notes += first.approximations(self.spec.attention)

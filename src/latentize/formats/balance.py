@@ -96,6 +96,7 @@ def spread(w: LatentWeights, seed: int, *, latent: bool = True) -> LatentWeights
         latent: Those of latents change, too.
     """
     g, s = torch.Generator().manual_seed(seed), w.spec
+    # Drawn in any case, so that the others are the same.
     latent_rr = _rotation(s.kv_lora_rank, g).to(w.kv_a_rD)
     change_rr = back_rr = torch.eye(s.kv_lora_rank).to(w.kv_a_rD)
     if latent:

@@ -154,9 +154,10 @@ def _words(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 @cache
 def _high_bits(rest: int, device: torch.device) -> Tensor:
     """What a byte says of the bits beyond eight of several indices, ``[256, 8 / rest]`` int32."""
-    byte = torch.arange(256, device=device, dtype=torch.int32)[:, None]
-    shifts = torch.arange(0, 8, rest, device=device, dtype=torch.int32)
-    return (byte >> shifts & (1 << rest) - 1) << 8
+    with torch.inference_mode(False):
+        byte = torch.arange(256, device=device, dtype=torch.int32)[:, None]
+        shifts = torch.arange(0, 8, rest, device=device, dtype=torch.int32)
+        return (byte >> shifts & (1 << rest) - 1) << 8
 
 
 @dataclass(frozen=True)
