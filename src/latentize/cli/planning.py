@@ -11,10 +11,22 @@ from latentize.cli.console import AsJson, Keep, Model, app, console, emit, facts
 
 
 @app.command()
-def inspect(model: Model, as_json: AsJson = False) -> None:
-    """Say what a model is, what its KV cache weighs, and what can be done with it."""
+def inspect(
+    model: Model,
+    engine: Annotated[
+        str | None,
+        typer.Option("--for", metavar="ENGINE[@MACHINE]", help="What an engine does with its latents, as vllm@h100."),
+    ] = None,
+    cache: Annotated[str | None, typer.Option(help="Format of that engine's cache. Default: the model's.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share the heads there.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model is, what its KV cache weighs, and what can be done with it; or how an engine would serve it."""
     from latentize.planning.inspection import inspect as look
 
+    if engine is not None:
+        _serving(model, engine, cache, tensor_parallel, as_json)
+        return
     facts = look(model)
     shown = {k: v for k, v in facts.items() if k not in ("methods", "quantization")}
     table = Table(title="What can be done with it", title_justify="left")
@@ -23,6 +35,15 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
     for entry in facts["methods"]:
         table.add_row(entry["method"], entry["result"], entry["why"])
     emit(facts, as_json, facts_table(model, shown), table)
+
+
+def _serving(model: str, engine: str, cache: str | None, tensor_parallel: int, as_json: bool) -> None:
+    """How an engine would serve it."""
+    from latentize.planning.inspection import serving
+    from latentize.report.tables import serving_table
+
+    facts = serving(model, engine, cache=cache, tensor_parallel=tensor_parallel)
+    emit(facts, as_json, *serving_table(model, facts))
 
 
 @app.command()

@@ -21,7 +21,7 @@ from latentize.planning import capacity
 from latentize.planning.devices import Machine, machine_of
 from latentize.recipe import parse_keep
 
-__all__ = ["inspect", "plan", "shapes"]
+__all__ = ["inspect", "plan", "serving", "shapes"]
 
 
 def shapes() -> dict[str, Path]:
@@ -190,6 +190,57 @@ def inspect(model: str) -> dict[str, Any]:
     if checkpoint.quantization is not None:
         facts |= {"quantization": checkpoint.quantization, "note": checkpoint.quantization_note}
     return {**facts, "methods": methods}
+
+
+def serving(model: str, where: str, *, cache: str | None = None, tensor_parallel: int = 1) -> dict[str, Any]:
+    """What an engine does with a portable model, by its sizes: ``latentize inspect --for``. Reads no weights.
+
+    Args:
+        model: A folder, a ``config.json``, or a hub id.
+        where: ``ENGINE`` or ``ENGINE@MACHINE``, as ``vllm@h100``.
+        cache: Format of its cache: bf16, fp16, fp8, or one of llama.cpp's. By default that of the model.
+        tensor_parallel: Ranks that share the heads.
+
+    Returns:
+        What is read, for what, ``served`` and ``fast`` of all phases, ``phases`` as ``Served.describe`` has them, what
+        becomes of scaled RoPE, where latents are with several ranks, and what to do ``instead``.
+
+    Raises:
+        OptionError: no such engine or machine, or heads that ranks cannot share.
+        UnsupportedModelError: the model has no latent attention that engines know.
+    """
+    from latentize.engines.contracts import contract, machine_of, served, sizes_of
+
+    engine, _, hardware = where.partition("@")
+    table, machine, spec = contract(engine), machine_of(engine, hardware or None), read_spec(model)
+    if not isinstance(spec, LatentModel):
+        raise UnsupportedModelError(
+            "engines serve latents of DeepSeek's layout, and this model has none", where=model,
+            fix="convert it first, in the portable format",
+        )  # fmt: skip
+    sizes = sizes_of(spec.attention, tensor_parallel)
+    dtype = str(spec.config.get("dtype") or spec.config.get("torch_dtype") or "bfloat16")
+    # What engines without a choice of formats call the model's own.
+    own = {"bfloat16": "bf16", "float16": "fp16", "float32": "f32"}.get(dtype, "bf16")
+    cache = cache or ("f16" if engine == "llama.cpp" else own)
+    phases = served(engine, machine, sizes, cache=cache, dtype=dtype)
+    kind = spec.rope.rope_type
+    return {
+        "engine": engine,
+        "version": table.version,
+        "read": table.read,
+        "machine": hardware or machine,
+        "hardware": machine,
+        "sizes": sizes,
+        "cache": cache,
+        "dtype": dtype,
+        "fast": all(phase.fast for phase in phases),
+        "served": all(phase.refused is None for phase in phases),
+        "phases": [phase.describe() for phase in phases],
+        "rope": None if kind == "default" else table.rope.get(kind, table.rope.get("others")),
+        "latent_on_ranks": table.tensor_parallel,
+        "instead": table.instead,
+    }
 
 
 def _stored(checkpoint: Checkpoint) -> int:

@@ -178,6 +178,39 @@ def compare_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def serving_table(model: str, facts: dict[str, Any]) -> tuple[Table, Table]:
+    """What ``inspect --for`` says."""
+    sizes = facts["sizes"]
+    names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "heads")
+    head = Table(title=f"{model} in {facts['engine']} {facts['version']}", title_justify="left", show_header=False)
+    head.add_row("machine", f"{facts['machine']} ({facts['hardware']})")
+    head.add_row("sizes", ", ".join(f"{name} {sizes[name]}" for name in names))
+    head.add_row("cache", facts["cache"])
+    head.add_row("latents", facts["latent_on_ranks"])
+    if facts["rope"]:
+        head.add_row("scaled RoPE", facts["rope"])
+    head.add_row("read", f"{facts['read']}, in the engine's source")
+    table = Table(title="Backends", title_justify="left")
+    for column in ("phase", "backend", "what to know", "source"):
+        table.add_column(column, overflow="fold")
+    for phase in facts["phases"]:
+        if phase["refused"]:
+            instead = f"; {facts['instead']}" if facts["instead"] else ""
+            table.add_row(phase["phase"], "refused", phase["refused"] + instead, "")
+        else:
+            speed = "made for these sizes" if phase["fast"] else "made for any sizes, slower"
+            known = "; ".join(filter(None, (speed, phase["note"])))
+            table.add_row(phase["phase"], phase["backend"], known, phase["source"])
+        for declined in phase["declined"]:
+            table.add_row("", f"not {declined['backend']}", declined["why"], "", style="dim")
+        if phase["made_for"]:
+            table.add_row("", "", "fast kernels are for " + " / ".join(phase["made_for"]), "", style="dim")
+        if phase["fast_if_padded"]:
+            zeros = ", ".join(f"{name} {size}" for name, size in phase["fast_if_padded"].items())
+            table.add_row("", phase["padded_backend"], f"would take it, filled with zeros to {zeros}", "", style="dim")
+    return head, table
+
+
 def conversion_facts(r: dict[str, Any]) -> dict[str, Any]:
     """What ``convert`` says, by name."""
     kept, before = r["cache_values_per_token_layer"], r["source_cache_values_per_token_layer"]
