@@ -51,9 +51,13 @@ class Request(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(p) for p in first["loc"]) or cls.called
             got = "" if name == cls.called else f" (got {first.get('input')!r})"
-            raise OptionError(
-                first["msg"].removeprefix("Value error, ") + got, where=f"--{name.replace('_', '-')}"
-            ) from None
+            raise OptionError(first["msg"].removeprefix("Value error, ") + got, where=cls.option(name)) from None
+
+    @classmethod
+    def option(cls, name: str) -> str:
+        """What a field is called on the command line."""
+        extra = getattr(cls.model_fields.get(name), "json_schema_extra", None)
+        return str(extra["option"]) if isinstance(extra, dict) else f"--{name.replace('_', '-')}"
 
 
 class Recipe(Request):
@@ -72,6 +76,9 @@ class Recipe(Request):
     """The cache that will hold the result: llama.cpp's q8_0 or q4_0, fp8 without a scale as vLLM has it, or int8 or
     int4 of ``LatentCache``. Rows get axes and scales in which its rounding costs least. The whole model has to be in
     memory for it."""
+    serve_on: str | None = Field(None, json_schema_extra={"option": "--for"})
+    """The engine that will serve the result, as vllm@h100: sizes nearest to ``keep`` that its fast kernels take, and
+    zeros in un-roped keys and values where those make them fit."""
     kv_lora_rank: int | None = Field(None, gt=0)
     """Size of the latent, instead of ``keep``."""
     qk_rope_head_dim: int | None = Field(None, gt=0)
@@ -148,6 +155,10 @@ class Recipe(Request):
             raise ValueError("only the calibrated method suits rows to a cache")
         if self.cache_for is not None and self.bytes is not None:
             raise ValueError("rows of bits of their own need no cache_for; give one of bytes and cache_for")
+        if self.serve_on is not None and (not self.calibrates or self.bytes is not None or self.format == "native"):
+            raise ValueError(
+                "engines serve portable models by the calibrated method: leave out bytes, method and format"
+            )
         if self.block > 1 and self.format == "native":
             raise ValueError(f"{self.cache_for} is llama.cpp's, which takes no native format; int4 and int8 are ours")
         if self.fast and self.polish:

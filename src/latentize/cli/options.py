@@ -37,7 +37,8 @@ def options_of(recipe: type[Request], *, leave_out: Sequence[str] = ()) -> Calla
         signature = inspect.signature(command, eval_str=True)
         parameters: list[inspect.Parameter] = []
         for name, parameter in signature.parameters.items():
-            parameters += map(_parameter, *zip(*fields.items(), strict=True)) if name == "given" else [parameter]
+            own = [_parameter(recipe.option(field), *item) for field, item in zip(fields, fields.items(), strict=True)]
+            parameters += own if name == "given" else [parameter]
         # Those without a default come first, as Python wants it; typer shows arguments before options in any case.
         parameters.sort(key=lambda p: p.default is not inspect.Parameter.empty)
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -47,8 +48,8 @@ def options_of(recipe: type[Request], *, leave_out: Sequence[str] = ()) -> Calla
     return decorate
 
 
-def _parameter(name: str, info: FieldInfo) -> inspect.Parameter:
-    kind, names = _kind(info.annotation), [f"--{name.replace('_', '-')}"]
+def _parameter(option: str, name: str, info: FieldInfo) -> inspect.Parameter:
+    kind, names = _kind(info.annotation), [option]
     if kind is bool and info.default is None:
         # It may be left open, switched on, or switched off.
         names = [f"{names[0]}/--no-{name.replace('_', '-')}"]

@@ -19,6 +19,7 @@ from latentize.conversion.measured import Converted
 from latentize.conversion.pipeline import convert_latent
 from latentize.conversion.search import choose, choose_by_layers
 from latentize.conversion.self_generated import self_generated
+from latentize.conversion.serving import fit, fitting_settings
 from latentize.conversion.texts import Text, mixed, sequences_to_generate, spread_over
 from latentize.conversion.work import Work, latent_work
 from latentize.errors import FormatError
@@ -27,6 +28,7 @@ from latentize.families.model import FULL
 from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
 from latentize.formats.native import NativeWriter
 from latentize.machine import give_back_freed_memory
+from latentize.methods.method import budget_of
 from latentize.methods.registry import settings
 from latentize.methods.setting import Setting
 from latentize.modeling.load import load_model
@@ -47,7 +49,8 @@ class LatentJob(Job):
     writer: LatentWriter
 
     def choose_kind(self) -> type[FormatWriter]:
-        allowed = settings(self.recipe, self.spec.attention)
+        choices = settings if self.recipe.serve_on is None else fitting_settings
+        allowed = choices(self.recipe, self.spec.attention)
         kind, self.candidates, notes = format_of(self.recipe, self.spec, allowed)
         self.notes += notes
         return kind
@@ -94,6 +97,12 @@ class LatentJob(Job):
         give_back_freed_memory()
         self.writer.suited = self.recipe.cache_for is not None
         first = self.settings[0]
+        if self.recipe.serve_on is not None:
+            served = fit(self.recipe, self.spec.attention, first.kv_lora_rank, first.qk_rope_head_dim)
+            budget = None if self.recipe.sizes else budget_of(self.recipe, self.spec.attention)
+            self.notes += served.notes(budget)
+            if served.zeros:
+                self.writer.filled = served.sizes.qk_nope_head_dim, served.sizes.v_head_dim
         if not isinstance(self.writer, NativeWriter):
             self.writer.rope_theta = first.rope_theta(self.spec.attention)
         self.notes += first.approximations(self.spec.attention)
@@ -228,11 +237,12 @@ def format_of(
         return DeepseekWriter, portable, []
     ladders = [setting for setting in candidates if setting.stride is not None]
     reasons = portable_reasons(spec, (ladders or candidates)[-1])
-    if recipe.format == "deepseek_v3" or recipe.block > 1:
-        of_llama_cpp = recipe.block > 1
+    options = {f"--for {recipe.serve_on}": recipe.serve_on, f"--cache-for {recipe.cache_for}": recipe.block > 1}
+    asked = next((option for option, given in options.items() if given), None)
+    if recipe.format == "deepseek_v3" or asked is not None:
         raise FormatError(
             "the deepseek_v3 format cannot hold this: " + "; ".join(reasons),
-            where=f"--cache-for {recipe.cache_for}" if of_llama_cpp else "--format deepseek_v3",
-            fix="leave it out: llama.cpp takes no other" if of_llama_cpp else "use --format native (or auto)",
+            where=asked or "--format deepseek_v3",
+            fix="leave it out: engines take no other" if asked else "use --format native (or auto)",
         )
     return NativeWriter, free, [f"native format, because {reason}" for reason in reasons]

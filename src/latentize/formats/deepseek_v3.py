@@ -46,6 +46,7 @@ __all__ = [
     "balance_of",
     "decode_attention",
     "encode_attention",
+    "filled",
     "portable_reasons",
 ]
 
@@ -226,6 +227,21 @@ def decode_attention(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     )
 
 
+def filled(w: LatentWeights, nope: int, value: int) -> LatentWeights:
+    """The same layer with un-roped keys and values of so many dimensions, the new ones zero."""
+    more_nope, more_value = nope - w.spec.qk_nope_head_dim, value - w.spec.v_head_dim
+    pad = torch.nn.functional.pad
+    bias_HN = w.q_nope_bias_HN
+    return replace(
+        w,
+        q_nope_HND=pad(w.q_nope_HND, (0, 0, 0, more_nope)),
+        q_nope_bias_HN=None if bias_HN is None else pad(bias_HN, (0, more_nope)),
+        k_up_UNr=pad(w.k_up_UNr, (0, 0, 0, more_nope)),
+        v_up_UVr=pad(w.v_up_UVr, (0, 0, 0, more_value)),
+        o_DHV=pad(w.o_DHV, (0, more_value)),
+    )
+
+
 class DeepseekWriter(LatentWriter):
     """Writes a dense ``DeepseekV3ForCausalLM``."""
 
@@ -245,7 +261,8 @@ class DeepseekWriter(LatentWriter):
         return self.stream_scale * self.spec.residual_scale
 
     def oriented(self, w: LatentWeights, index: int) -> LatentWeights:
-        return spread(w, seed=index, latent=not self.suited)
+        w = spread(w, seed=index, latent=not self.suited)
+        return w if self.filled is None else filled(w, *self.filled)
 
     def saved(self, made: ConvertedLayer) -> LatentWeights:
         w = made.latent

@@ -33,7 +33,8 @@ def test_every_field_is_an_option_that_says_what_it_means(
             assert name not in found
             continue
         assert found[name].help.startswith(" ".join(field.description.split()).replace("``", ""))
-        assert f"--{name.replace('_', '-')}" in found[name].opts
+        assert recipe.option(name) in found[name].opts
+        assert recipe.option(name) == {"serve_on": "--for"}.get(name, f"--{name.replace('_', '-')}")
         assert found[name].default is None, "what is not given is left to the recipe"
         if field.default is not False and field.default not in (None, ()):
             assert found[name].help.endswith(f"Default: {field.default}.")

@@ -1,0 +1,126 @@
+"""Sizes that an engine serves fast: ``convert --for``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from latentize.attention.spec import AttentionSpec, LatentSpec
+from latentize.engines.contracts import Served, contract, machine_of, served, sizes_of
+from latentize.methods.method import budget_of
+from latentize.methods.registry import settings
+from latentize.methods.setting import Setting
+from latentize.recipe import Recipe
+
+__all__ = ["Fit", "fit", "fitting_settings"]
+
+# Sizes that are tried where a method's own are not served as well: of latents, of roped keys, and of un-roped keys and
+# values once they are filled with zeros.
+_RANKS, _ROPES, _FILLED = range(16, 1025, 16), (32, 48, 64, 96, 128), (64, 96, 128, 192, 256)
+
+# Of the values that were asked for; what is further off is said.
+_NEAR = 0.9
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How an engine serves some sizes.
+
+    Attributes:
+        where: As asked for.
+        sizes: Of the model, filled.
+        before: Un-roped and value dimensions of a head before they are.
+        phases: What becomes of prefill and decode.
+    """
+
+    where: str
+    sizes: LatentSpec
+    before: tuple[int, int]
+    phases: tuple[Served, ...]
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Phases that are refused, and that are slow: the fewer, the better."""
+        return sum(p.refused is not None for p in self.phases), sum(not p.fast for p in self.phases)
+
+    @property
+    def zeros(self) -> int:
+        """Dimensions of a head that are filled."""
+        return self.sizes.qk_nope_head_dim + self.sizes.v_head_dim - sum(self.before)
+
+    def notes(self, budget: int | None) -> list[str]:
+        """What a report says of it, where so many cached values were asked for, or ``None``, certain sizes."""
+        engine, _, _ = self.where.partition("@")
+        said, s = [], self.sizes
+        for phase in self.phases:
+            if phase.refused is not None or phase.backend is None:
+                said.append(f"{phase.phase} is refused: {phase.refused}; kernels are for {' / '.join(phase.made_for)}")
+            else:
+                speed = "made for these sizes" if phase.fast else "made for any sizes, slower"
+                said.append(f"{phase.phase} by {phase.backend.name}, {speed}")
+        notes = [f"in {engine} {contract(engine).version} ({self.where}): " + "; ".join(said)]
+        values = s.kv_lora_rank + s.qk_rope_head_dim
+        if budget is not None and not _NEAR <= values / budget <= 1:
+            notes.append(f"{values} cached values instead of {budget}: the nearest sizes that are served as well")
+        if self.zeros:
+            nope, value = self.before
+            sizes = [("un-roped keys", nope, s.qk_nope_head_dim), ("values", value, s.v_head_dim)]
+            filled = ", ".join(f"{name} from {old} to {new}" for name, old, new in sizes if new > old)
+            # A dimension of keys has rows of queries and of the up-projection; of values, of that and the output.
+            more = self.zeros * s.num_heads * (s.hidden_size + s.kv_lora_rank)
+            notes.append(
+                f"a head's {filled} are filled with zeros, {more:,} more weights a layer, nothing in the cache"
+            )
+        return notes
+
+
+def fit(recipe: Recipe, spec: AttentionSpec, rank: int, rope: int) -> Fit:
+    """How the engine of a recipe serves a latent and a roped key of these sizes, filled with as few zeros as serve it
+    best."""
+    assert recipe.serve_on is not None
+    engine, _, hardware = recipe.serve_on.partition("@")
+    machine, own = machine_of(engine, hardware or None), (spec.head_dim, spec.head_dim)
+    usual = {"bfloat16": "bf16", "float16": "fp16", "float32": "f32"}[recipe.dtype]
+    cache = recipe.cache_for or ("f16" if engine == "llama.cpp" else usual)
+    plain = LatentSpec(
+        spec.hidden_size, spec.num_heads, rank, rope, *own, rope_heads=1, up_heads=spec.num_heads, softmax_scale=1.0
+    )
+
+    def made(nope: int, value: int) -> Fit:
+        sizes = replace(plain, qk_nope_head_dim=nope, v_head_dim=value)
+        phases = served(engine, machine, sizes_of(sizes), cache=cache, dtype=recipe.dtype)
+        return Fit(recipe.serve_on or "", sizes, own, tuple(phases))
+
+    larger = [size for size in _FILLED if size > spec.head_dim]
+    tried = [made(*filled) for filled in product((spec.head_dim, *larger), repeat=2)]
+    return min(tried, key=lambda f: (f.rank, f.zeros))
+
+
+def fitting_settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
+    """Settings that a recipe allows, of those its engine serves best; sizes nearest to the budget where it has others.
+
+    Raises:
+        OptionError: no such engine or machine, or no setting fits the budget.
+    """
+    allowed = settings(recipe, spec)
+    ranked = [(fit(recipe, spec, s.kv_lora_rank, s.qk_rope_head_dim).rank, s) for s in allowed]
+    best = min(rank for rank, _ in ranked)
+    if recipe.sizes is None:
+        budget = budget_of(recipe, spec)
+        others = sorted(_grid(recipe, spec), key=lambda sizes: (abs(sum(sizes) - budget), -sizes[1]))
+        found = min(((fit(recipe, spec, *sizes).rank, n, sizes) for n, sizes in enumerate(others)), default=None)
+        if found is not None and found[0] < best:
+            _, _, (rank, rope) = found
+            sized = recipe.model_copy(update={"keep": None, "kv_lora_rank": rank, "qk_rope_head_dim": rope})
+            return settings(sized, spec)
+    return [setting for rank, setting in ranked if rank == best]
+
+
+def _grid(recipe: Recipe, spec: AttentionSpec) -> Iterator[tuple[int, int]]:
+    """Sizes that are smaller than the source's cache."""
+    full, block = spec.cache_values, recipe.block
+    for rank, rope in product(_RANKS, _ROPES):
+        fits = rope <= full // 2 and rank <= min(full - rope, spec.hidden_size) and rank + rope < full
+        if fits and rank % block == rope % block == 0:
+            yield rank, rope

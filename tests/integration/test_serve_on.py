@@ -1,0 +1,87 @@
+"""``--for``: sizes that an engine serves fast, and zeros that make them fit and change nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.common import SMALL, call_cli, logits, random_tokens, relative_error
+
+import latentize
+from latentize.conversion.serving import fit, fitting_settings
+from latentize.errors import FormatError, OptionError
+from latentize.planning.inspection import read_spec, serving
+from latentize.recipe import Recipe
+
+
+@pytest.mark.parametrize(
+    ("model", "where", "keep", "sizes", "filled", "rank"),
+    [
+        ("llama-3-8b", "vllm@h100", "25%", (448, 64), (128, 128), (0, 0)),
+        ("llama-3-8b", "vllm@b200", "25%", (512, 64), (128, 128), (0, 0)),
+        ("llama-3-8b", "vllm@a100", "50%", (512, 64), (128, 128), (0, 1)),
+        ("llama-3-8b", "flashmla@h100", "50%", (512, 64), (128, 128), (1, 1)),
+        ("llama-2-7b", "llama.cpp@rtx4090", "10%", (512, 64), (128, 128), (0, 1)),
+    ],
+)
+def test_the_sizes_nearest_to_the_budget_that_are_served_best(
+    model: str, where: str, keep: str, sizes: tuple[int, int], filled: tuple[int, int], rank: tuple[int, int]
+) -> None:
+    recipe, spec = Recipe.build(keep=keep, serve_on=where), read_spec(model).attention
+    found = {(s.kv_lora_rank, s.qk_rope_head_dim) for s in fitting_settings(recipe, spec)}
+    made = fit(recipe, spec, *sizes)
+    assert found == {sizes} and made.rank == rank
+    assert (made.sizes.qk_nope_head_dim, made.sizes.v_head_dim) == filled
+
+
+def test_where_any_size_is_served_alike_the_method_chooses() -> None:
+    spec = read_spec("llama-3-8b").attention
+    free, bound = (Recipe.build(keep="25%", serve_on=where) for where in (None, "llama.cpp@cpu"))
+    from latentize.methods.registry import settings
+
+    assert fitting_settings(bound, spec) == settings(free, spec)
+
+
+@pytest.fixture(scope="module")
+def models(source: Callable[..., Path], text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Heads of 32: FlashInfer's prefill on Hopper wants values of 64 beside keys of 64."""
+    folder, found = tmp_path_factory.mktemp("for"), {}
+    options = {**SMALL, "dtype": "bfloat16", "kv_lora_rank": 24, "qk_rope_head_dim": 32, "data": (text,)}
+    for name, where in (("plain", None), ("filled", "flashinfer@h100")):
+        found[name] = folder / name
+        report = latentize.convert(source("llama", 2, head_dim=32), found[name], serve_on=where, **options)
+        notes = " ".join(report["notes"])
+        assert ("values from 32 to 64 are filled with zeros" in notes) == (name == "filled"), notes
+    return found
+
+
+@torch.no_grad()
+def test_zeros_change_nothing(models: dict[str, Path]) -> None:
+    tokens = random_tokens()
+    assert relative_error(logits(models["filled"], tokens), logits(models["plain"], tokens)) < 1e-5
+    assert latentize.verify(models["filled"])["ok"]
+    configs = {name: json.loads((folder / "config.json").read_text()) for name, folder in models.items()}
+    assert [configs[name]["v_head_dim"] for name in ("plain", "filled")] == [32, 64]
+    assert all(configs["filled"][key] == configs["plain"][key] for key in ("kv_lora_rank", "qk_rope_head_dim"))
+    tensors = load_file(next(models["filled"].glob("*.safetensors")))
+    values_HVr = tensors["model.layers.0.self_attn.kv_b_proj.weight"].unflatten(0, (4, -1))[:, -64:]
+    assert bool(values_HVr[:, :32].any()) and not bool(values_HVr[:, 32:].any())
+    served = {phase["phase"]: phase for phase in serving(str(models["filled"]), "flashinfer@h100")["phases"]}
+    assert served["prefill"]["backend"] == "fa3" or served["prefill"]["refused"]
+
+
+def test_what_cannot_be(source: Callable[..., Path], text: str, tmp_path: Path, capsys: Any) -> None:
+    conflicts = (({"method": "care"}, "calibrated"), ({"bytes": 0.2}, "bytes"), ({"format": "native"}, "format"))
+    for entries, words in conflicts:
+        with pytest.raises(OptionError, match=words):
+            Recipe.build(serve_on="vllm@h100", **entries)
+    done = call_cli(capsys, "convert", source("llama", 2), tmp_path / "out", "--for", "tgi", "--data", text)
+    assert done.returncode == 2 and "--for" in done.stderr and not (tmp_path / "out").exists()
+    with pytest.raises(FormatError, match="soft-capped") as caught:
+        latentize.convert(source("gemma2", 2), tmp_path / "out", serve_on="vllm@h100", keep=0.5, data=(text,))
+    assert caught.value.where == "--for vllm@h100"
