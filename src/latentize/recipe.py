@@ -89,8 +89,8 @@ class Recipe(Request):
     """How latent weights are found: calibrated, which loses least, transmla, mha2mla or care."""
     format: Literal["auto", "deepseek_v3", "native"] = "auto"
     """deepseek_v3 loads everywhere, native holds everything, auto prefers the former."""
-    preset: Literal["512+64"] | None = None
-    """512+64: sizes that fast kernels are made for, instead of ``keep``."""
+    preset: Literal["512+64", "256+64"] | None = None
+    """512+64 or 256+64: sizes that fast kernels are made for, instead of ``keep``."""
     fast: bool = False
     """Closed form only: seconds instead of minutes."""
     polish: bool | None = None

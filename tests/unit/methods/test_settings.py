@@ -249,6 +249,9 @@ def test_calibrated_settings_stay_within_the_budget(shape: tuple[int, int, int],
 
 
 def test_a_preset_is_a_pair_of_sizes() -> None:
+    for preset, sizes in (("512+64", (512, 64)), ("256+64", (256, 64))):
+        made = settings(Recipe.build(preset=preset), spec_of(32, 8, 128))
+        assert {(s.kv_lora_rank, s.qk_rope_head_dim) for s in made} == {sizes}
     found = settings(Recipe.build(preset="512+64"), spec_of(32, 8, 128))
     assert {(s.kv_lora_rank, s.qk_rope_head_dim) for s in found} == {(512, 64)}
     with pytest.raises(OptionError, match="latent of 512"):
