@@ -36,9 +36,9 @@ def printed(script: str, *args: object) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("latent", FORMATS)
 def test_interpreted_over_random_shapes(latent: str) -> None:
-    """28 configurations of each format: ranks, heads, windows, sinks, masks, lengths, several new tokens."""
-    found = printed("interpreted.py", "--latent", latent, "--count", 28)
-    assert len(found) == 28 and sum(made["queries"] for made in found) > 180
+    """22 configurations of each format: ranks, heads, windows, sinks, masks, lengths, several new tokens."""
+    found = printed("interpreted.py", "--latent", latent, "--count", 22)
+    assert len(found) == 22 and sum(made["queries"] for made in found) > 140
     for made in found:
         assert made["error"] <= LIMITS[made["dtype"]], made
         assert made["lse_error"] <= LIMITS[made["dtype"]], made
@@ -48,9 +48,10 @@ def test_interpreted_over_random_shapes(latent: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_codes_interpreted_over_random_plans(seed: int) -> None:
-    """100 plans each: widths, ranks, roped keys, exact rows first and last, padding, masks, lengths."""
-    found = printed("interpreted.py", "--latent", "coded", "--count", 100, "--seed", seed)
-    assert len(found) == 100 and sum(made["queries"] for made in found) > 500
+    """60 plans each, of the 200 that docs/runtime.md tells of: widths, ranks, roped keys, exact rows first and last,
+    padding, masks, lengths."""
+    found = printed("interpreted.py", "--latent", "coded", "--count", 60, "--seed", seed)
+    assert len(found) == 60 and sum(made["queries"] for made in found) > 300
     for made in found:
         assert made["error"] <= LIMITS[made["dtype"]], made
         assert made["lse_error"] <= LIMITS[made["dtype"]], made
