@@ -97,7 +97,8 @@ def indices(evens: Sequence[Tensor], segments: Sequence[Segments]) -> list[list[
     for even_Bsn, widths in zip(evens, segments, strict=True):
         for (bits, count), part_Bsm in zip(widths, even_Bsn.split([count for _, count in widths], dim=-1), strict=True):
             if bits:
-                parts.setdefault(bits, []).append(torch.nn.functional.pad(part_Bsm, (0, -count % GROUP)))
+                whole_Bsm = torch.nn.functional.pad(part_Bsm, (0, -count % GROUP)) if count % GROUP else part_Bsm
+                parts.setdefault(bits, []).append(whole_Bsm)
     found = {}
     for bits, some in parts.items():
         book, sizes = codebook(bits, some[0].device), [part.shape[-1] for part in some]
@@ -226,20 +227,41 @@ class RowCode(Rounding):
     newest: int = 4
 
     @cached_property
-    def _of_pair_FP(self) -> Tensor:
-        """Numbers of the components of each pair."""
-        keys = self.mix_JP2.shape[1]
-        return self.pair_J.argsort(stable=True).view(-1, keys)
+    def _from_keys_PRn(self) -> Tensor:
+        """From roped keys to components, float32."""
+        return self._real(torch.view_as_complex(self.mix_JP2.double().contiguous())).movedim(0, -1)
 
     @cached_property
-    def _unmix_JP(self) -> Tensor:
-        """From components back to keys, complex: the inverse of the mix, pair by pair."""
-        mix_JP = torch.view_as_complex(self.mix_JP2.double().contiguous())
-        order_FP = self._of_pair_FP
-        inverse_FPC = torch.linalg.inv(mix_JP[order_FP])
+    def _to_keys_nPR(self) -> Tensor:
+        """From components to roped keys, float32: the inverse, pair by pair."""
+        mix_JP, keys = torch.view_as_complex(self.mix_JP2.double().contiguous()), self.mix_JP2.shape[1]
+        of_pair_FP = self.pair_J.argsort(stable=True).view(-1, keys)
         unmix_JP = torch.empty_like(mix_JP)
-        unmix_JP[order_FP.flatten()] = inverse_FPC.mT.flatten(0, 1)
-        return unmix_JP.to(torch.complex64)
+        unmix_JP[of_pair_FP.flatten()] = torch.linalg.inv(mix_JP[of_pair_FP]).mT.flatten(0, 1)
+        # Of a product with a complex number, what the real and the imaginary part become is the transpose of how it
+        # comes from them.
+        return self._real(unmix_JP.conj())
+
+    def _real(self, factor_JP: Tensor) -> Tensor:
+        """What the real and the imaginary part of each component ``Σ_p factor[j, p] κ[p, pair_j]`` have of the values
+        of all keys, ``[n, P, R]`` float32."""
+        (components, keys), pairs = factor_JP.shape, len(self.frequencies_F)
+        made_J2P2F = torch.zeros(components, 2, keys, 2, pairs, dtype=torch.float64, device=factor_JP.device)
+        number_J, pair_J = torch.arange(components, device=factor_JP.device), self.pair_J.long()
+        for part, (re, im) in enumerate(((factor_JP.real, -factor_JP.imag), (factor_JP.imag, factor_JP.real))):
+            made_J2P2F[number_J, part, :, 0, pair_J], made_J2P2F[number_J, part, :, 1, pair_J] = re, im
+        return made_J2P2F.flatten(3).flatten(0, 1).float()
+
+    @cached_property
+    def _means_An(self) -> Tensor:
+        """From :meth:`angles` to the mean of the components there, float32."""
+        (count, _), pairs = self.mean_J2.shape, len(self.frequencies_F)
+        number_J, pair_J = torch.arange(count, device=self.mean_J2.device), self.pair_J.long()
+        re_J, im_J = self.mean_J2.float().unbind(-1)
+        made_2FJ2 = torch.zeros(2, pairs, count, 2, device=self.mean_J2.device)
+        made_2FJ2[0, pair_J, number_J] = torch.stack([re_J, im_J], dim=-1)
+        made_2FJ2[1, pair_J, number_J] = torch.stack([-im_J, re_J], dim=-1)
+        return made_2FJ2.flatten(2).flatten(0, 1)
 
     @cached_property
     def latent_unmix_rr(self) -> Tensor:
@@ -263,13 +285,7 @@ class RowCode(Rounding):
 
     def components(self, k_rope_BPTR: Tensor) -> Tensor:
         """Roped keys after RoPE as components, ``[B, T, n]`` float32."""
-        re_BPTF, im_BPTF = k_rope_BPTR.float().chunk(2, dim=-1)
-        pair_J = self.pair_J.long()
-        re_BPTJ, im_BPTJ = re_BPTF[..., pair_J], im_BPTF[..., pair_J]
-        a_PTJ, b_PTJ = (part_JP.float().mT[:, None] for part_JP in self.mix_JP2.unbind(-1))
-        z_re_BTJ = (a_PTJ * re_BPTJ - b_PTJ * im_BPTJ).sum(1)
-        z_im_BTJ = (a_PTJ * im_BPTJ + b_PTJ * re_BPTJ).sum(1)
-        return torch.stack([z_re_BTJ, z_im_BTJ], dim=-1).flatten(-2)
+        return k_rope_BPTR.transpose(1, 2).flatten(2).float() @ self._from_keys_PRn.flatten(0, 1)
 
     def angles(self, positions: Tensor) -> Tensor:
         """Cosines and sines of each frequency at some positions, ``[..., 2 F]`` float32."""
@@ -278,44 +294,23 @@ class RowCode(Rounding):
 
     def means(self, angles: Tensor) -> Tensor:
         """What the mean of the roped components has become where :meth:`angles` are, ``[..., n]`` float32."""
-        pair_J = self.pair_J.long()
-        cos_J, sin_J = (part[..., pair_J] for part in angles.float().chunk(2, dim=-1))
-        re_J, im_J = self.mean_J2.float().unbind(-1)
-        return torch.stack([re_J * cos_J - im_J * sin_J, re_J * sin_J + im_J * cos_J], dim=-1).flatten(-2)
+        return angles.float() @ self._means_An
 
     def keys(self, z_BTn: Tensor) -> Tensor:
         """Roped keys ``[B, P, T, R]`` of components: the inverse of :meth:`components`."""
-        z_BTFP2 = z_BTn.unflatten(-1, (-1, 2))[..., self._of_pair_FP, :]
-        unmix_FPP = self._unmix_JP[self._of_pair_FP]
-        # Axes: component, then key.
-        a_FCP, b_FCP = unmix_FPP.real, unmix_FPP.imag
-        re_BTFC, im_BTFC = z_BTFP2.float().unbind(-1)
-        re = torch.einsum("btfc,fcp->bptf", re_BTFC, a_FCP) - torch.einsum("btfc,fcp->bptf", im_BTFC, b_FCP)
-        im = torch.einsum("btfc,fcp->bptf", im_BTFC, a_FCP) + torch.einsum("btfc,fcp->bptf", re_BTFC, b_FCP)
-        return torch.cat([re, im], dim=-1)
+        keys = z_BTn.float() @ self._to_keys_nPR.flatten(1)
+        return keys.unflatten(-1, self._to_keys_nPR.shape[1:]).transpose(1, 2)
 
     def queries(self, q_rope_BHTR: Tensor) -> Tensor:
         """Roped queries whose products with components are those of the queries with keys, ``[B, H, T, n]``."""
-        heads, keys = q_rope_BHTR.shape[1], self.mix_JP2.shape[1]
-        re_BHTF, im_BHTF = q_rope_BHTR.float().chunk(2, dim=-1)
-        pair_J = self.pair_J.long()
-        re_BHTJ, im_BHTJ = re_BHTF[..., pair_J], im_BHTF[..., pair_J]
-        own_HJ = self._unmix_JP.mT.repeat_interleave(heads // keys, dim=0)
-        a_H1J, b_H1J = own_HJ.real[:, None], own_HJ.imag[:, None]
-        # The conjugate, as for any inner product.
-        made = (a_H1J * re_BHTJ + b_H1J * im_BHTJ, a_H1J * im_BHTJ - b_H1J * re_BHTJ)
-        return torch.stack(made, dim=-1).flatten(-2).to(q_rope_BHTR.dtype)
+        to_PRn = self._to_keys_nPR.permute(1, 2, 0)
+        own_HRn = to_PRn.repeat_interleave(q_rope_BHTR.shape[1] // len(to_PRn), dim=0)
+        return (q_rope_BHTR.float() @ own_HRn).to(q_rope_BHTR.dtype)
 
     def mean_queries(self, q_BHTn: Tensor) -> Tensor:
         """From :meth:`queries` to what has the same products with :meth:`angles` as they with the mean there,
         ``[B, H, T, 2 F]``."""
-        re_BHTJ, im_BHTJ = q_BHTn.float().unflatten(-1, (-1, 2)).unbind(-1)
-        mean_re_J, mean_im_J = self.mean_J2.float().unbind(-1)
-        # Of the product with the mean, the real part belongs to the cosine, the imaginary one to minus the sine.
-        by_cos = re_BHTJ * mean_re_J + im_BHTJ * mean_im_J
-        by_sin = im_BHTJ * mean_re_J - re_BHTJ * mean_im_J
-        parts = (part[..., self._of_pair_FP].sum(-1) for part in (by_cos, by_sin))
-        return torch.cat(list(parts), dim=-1).to(q_BHTn.dtype)
+        return (q_BHTn.float() @ self._means_An.mT).to(q_BHTn.dtype)
 
     def rounded(
         self, c_B1Tr: Tensor, k_rope_BPTR: Tensor, exact_BT: Tensor, positions_BT: Tensor

@@ -156,8 +156,7 @@ def _high_bits(rest: int, device: torch.device) -> Tensor:
     """What a byte says of the bits beyond eight of several indices, ``[256, 8 / rest]`` int32."""
     with torch.inference_mode(False):
         byte = torch.arange(256, device=device, dtype=torch.int32)[:, None]
-        shifts = torch.arange(0, 8, rest, device=device, dtype=torch.int32)
-        return (byte >> shifts & (1 << rest) - 1) << 8
+        return (byte >> _shifts(rest, device) & (1 << rest) - 1) << 8
 
 
 @dataclass(frozen=True)
@@ -224,12 +223,19 @@ def _packed(index_BSf: Tensor, bits: int) -> Tensor:
 
     An index of more than eight bits is in two places: the lowest eight bits of all, then the rest of all.
     """
-    found, rest = [index_BSf & 255], bits * VALUES_AT_ONCE[bits] - 8
-    if rest:
-        shifts = torch.arange(0, 8, rest, device=index_BSf.device, dtype=torch.int32)
-        high_BSmf = (index_BSf >> 8).unflatten(-1, (-1, 8 // rest))
-        found.append((high_BSmf << shifts).sum(-1, dtype=torch.int32))
-    return torch.cat(found, dim=-1).to(torch.uint8)
+    rest = bits * VALUES_AT_ONCE[bits] - 8
+    if not rest:
+        return index_BSf.to(torch.uint8)
+    high_BSmf = (index_BSf >> 8).unflatten(-1, (-1, 8 // rest))
+    high_BSm = (high_BSmf << _shifts(rest, index_BSf.device)).sum(-1, dtype=torch.int32)
+    return torch.cat([index_BSf & 255, high_BSm], dim=-1).to(torch.uint8)
+
+
+@cache
+def _shifts(rest: int, device: torch.device) -> Tensor:
+    """Of the bits beyond eight of the indices that share a byte."""
+    with torch.inference_mode(False):
+        return torch.arange(0, 8, rest, device=device, dtype=torch.int32)
 
 
 def _unpacked(byte_BSm: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
