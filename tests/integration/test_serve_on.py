@@ -20,7 +20,7 @@ from latentize.recipe import Recipe
 
 
 @pytest.mark.parametrize(
-    ("model", "where", "keep", "sizes", "filled", "rank"),
+    ("model", "where", "keep", "sizes", "padded", "standing"),
     [
         ("llama-3-8b", "vllm@h100", "25%", (448, 64), (128, 128), (0, 0)),
         ("llama-3-8b", "vllm@b200", "25%", (512, 64), (128, 128), (0, 0)),
@@ -30,13 +30,13 @@ from latentize.recipe import Recipe
     ],
 )
 def test_the_sizes_nearest_to_the_budget_that_are_served_best(
-    model: str, where: str, keep: str, sizes: tuple[int, int], filled: tuple[int, int], rank: tuple[int, int]
+    model: str, where: str, keep: str, sizes: tuple[int, int], padded: tuple[int, int], standing: tuple[int, int]
 ) -> None:
     recipe, spec = Recipe.build(keep=keep, serve_on=where), read_spec(model).attention
     found = {(s.kv_lora_rank, s.qk_rope_head_dim) for s in fitting_settings(recipe, spec)}
     made = fit(recipe, spec, *sizes)
-    assert found == {sizes} and made.rank == rank
-    assert (made.sizes.qk_nope_head_dim, made.sizes.v_head_dim) == filled
+    assert found == {sizes} and made.standing == standing
+    assert (made.sizes.qk_nope_head_dim, made.sizes.v_head_dim) == padded
 
 
 def test_where_any_size_is_served_alike_the_method_chooses() -> None:
@@ -52,26 +52,26 @@ def models(source: Callable[..., Path], text: str, tmp_path_factory: pytest.Temp
     """Heads of 32: FlashInfer's prefill on Hopper wants values of 64 beside keys of 64."""
     folder, found = tmp_path_factory.mktemp("for"), {}
     options = {**SMALL, "dtype": "bfloat16", "kv_lora_rank": 24, "qk_rope_head_dim": 32, "data": (text,)}
-    for name, where in (("plain", None), ("filled", "flashinfer@h100")):
+    for name, where in (("plain", None), ("padded", "flashinfer@h100")):
         found[name] = folder / name
         report = latentize.convert(source("llama", 2, head_dim=32), found[name], serve_on=where, **options)
         notes = " ".join(report["notes"])
-        assert ("values from 32 to 64 are filled with zeros" in notes) == (name == "filled"), notes
+        assert ("values from 32 to 64 are padded with zeros" in notes) == (name == "padded"), notes
     return found
 
 
 @torch.no_grad()
 def test_zeros_change_nothing(models: dict[str, Path]) -> None:
     tokens = random_tokens()
-    assert relative_error(logits(models["filled"], tokens), logits(models["plain"], tokens)) < 1e-5
-    assert latentize.verify(models["filled"])["ok"]
+    assert relative_error(logits(models["padded"], tokens), logits(models["plain"], tokens)) < 1e-5
+    assert latentize.verify(models["padded"])["ok"]
     configs = {name: json.loads((folder / "config.json").read_text()) for name, folder in models.items()}
-    assert [configs[name]["v_head_dim"] for name in ("plain", "filled")] == [32, 64]
-    assert all(configs["filled"][key] == configs["plain"][key] for key in ("kv_lora_rank", "qk_rope_head_dim"))
-    tensors = load_file(next(models["filled"].glob("*.safetensors")))
+    assert [configs[name]["v_head_dim"] for name in ("plain", "padded")] == [32, 64]
+    assert all(configs["padded"][key] == configs["plain"][key] for key in ("kv_lora_rank", "qk_rope_head_dim"))
+    tensors = load_file(next(models["padded"].glob("*.safetensors")))
     values_HVr = tensors["model.layers.0.self_attn.kv_b_proj.weight"].unflatten(0, (4, -1))[:, -64:]
     assert bool(values_HVr[:, :32].any()) and not bool(values_HVr[:, 32:].any())
-    served = {phase["phase"]: phase for phase in serving(str(models["filled"]), "flashinfer@h100")["phases"]}
+    served = {phase["phase"]: phase for phase in serving(str(models["padded"]), "flashinfer@h100")["phases"]}
     assert served["prefill"]["backend"] == "fa3" or served["prefill"]["refused"]
 
 

@@ -16,8 +16,8 @@ from latentize.recipe import Recipe
 __all__ = ["Fit", "fit", "fitting_settings"]
 
 # Sizes that are tried where a method's own are not served as well: of latents, of roped keys, and of un-roped keys and
-# values once they are filled with zeros.
-_RANKS, _ROPES, _FILLED = range(16, 1025, 16), (32, 48, 64, 96, 128), (64, 96, 128, 192, 256)
+# values once they are padded with zeros.
+_RANKS, _ROPES, _PADDED = range(16, 1025, 16), (32, 48, 64, 96, 128), (64, 96, 128, 192, 256)
 
 # Of the values that were asked for; what is further off is said.
 _NEAR = 0.9
@@ -29,7 +29,7 @@ class Fit:
 
     Attributes:
         where: As asked for.
-        sizes: Of the model, filled.
+        sizes: Of the model, padded.
         before: Un-roped and value dimensions of a head before they are.
         phases: What becomes of prefill and decode.
     """
@@ -40,13 +40,13 @@ class Fit:
     phases: tuple[Served, ...]
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def standing(self) -> tuple[int, int]:
         """Phases that are refused, and that are slow: the fewer, the better."""
         return sum(p.refused is not None for p in self.phases), sum(not p.fast for p in self.phases)
 
     @property
     def zeros(self) -> int:
-        """Dimensions of a head that are filled."""
+        """Dimensions of a head that are padded."""
         return self.sizes.qk_nope_head_dim + self.sizes.v_head_dim - sum(self.before)
 
     def notes(self, budget: int | None) -> list[str]:
@@ -66,17 +66,17 @@ class Fit:
         if self.zeros:
             nope, value = self.before
             sizes = [("un-roped keys", nope, s.qk_nope_head_dim), ("values", value, s.v_head_dim)]
-            filled = ", ".join(f"{name} from {old} to {new}" for name, old, new in sizes if new > old)
+            padded = ", ".join(f"{name} from {old} to {new}" for name, old, new in sizes if new > old)
             # A dimension of keys has rows of queries and of the up-projection; of values, of that and the output.
             more = self.zeros * s.num_heads * (s.hidden_size + s.kv_lora_rank)
             notes.append(
-                f"a head's {filled} are filled with zeros, {more:,} more weights a layer, nothing in the cache"
+                f"a head's {padded} are padded with zeros, {more:,} more weights a layer, nothing in the cache"
             )
         return notes
 
 
 def fit(recipe: Recipe, spec: AttentionSpec, rank: int, rope: int) -> Fit:
-    """How the engine of a recipe serves a latent and a roped key of these sizes, filled with as few zeros as serve it
+    """How the engine of a recipe serves a latent and a roped key of these sizes, padded with as few zeros as serve it
     best."""
     assert recipe.serve_on is not None
     engine, _, hardware = recipe.serve_on.partition("@")
@@ -92,9 +92,9 @@ def fit(recipe: Recipe, spec: AttentionSpec, rank: int, rope: int) -> Fit:
         phases = served(engine, machine, sizes_of(sizes), cache=cache, dtype=recipe.dtype)
         return Fit(recipe.serve_on or "", sizes, own, tuple(phases))
 
-    larger = [size for size in _FILLED if size > spec.head_dim]
-    tried = [made(*filled) for filled in product((spec.head_dim, *larger), repeat=2)]
-    return min(tried, key=lambda f: (f.rank, f.zeros))
+    larger = [size for size in _PADDED if size > spec.head_dim]
+    tried = [made(*padded) for padded in product((spec.head_dim, *larger), repeat=2)]
+    return min(tried, key=lambda f: (f.standing, f.zeros))
 
 
 def fitting_settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
@@ -104,12 +104,12 @@ def fitting_settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:
         OptionError: no such engine or machine, or no setting fits the budget.
     """
     allowed = settings(recipe, spec)
-    ranked = [(fit(recipe, spec, s.kv_lora_rank, s.qk_rope_head_dim).rank, s) for s in allowed]
+    ranked = [(fit(recipe, spec, s.kv_lora_rank, s.qk_rope_head_dim).standing, s) for s in allowed]
     best = min(rank for rank, _ in ranked)
     if recipe.sizes is None:
         budget = budget_of(recipe, spec)
         others = sorted(_grid(recipe, spec), key=lambda sizes: (abs(sum(sizes) - budget), -sizes[1]))
-        found = min(((fit(recipe, spec, *sizes).rank, n, sizes) for n, sizes in enumerate(others)), default=None)
+        found = min(((fit(recipe, spec, *sizes).standing, n, sizes) for n, sizes in enumerate(others)), default=None)
         if found is not None and found[0] < best:
             _, _, (rank, rope) = found
             sized = recipe.model_copy(update={"keep": None, "kv_lora_rank": rank, "qk_rope_head_dim": rope})

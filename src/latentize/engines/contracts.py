@@ -276,7 +276,7 @@ def _pad(
     best = None
     for backend in fast:
         for shape in backend.shapes:
-            wanted = _filled(sizes, shape)
+            wanted = _padded(sizes, shape)
             if wanted is None:
                 continue
             trial = {**sizes, **wanted}
@@ -289,7 +289,7 @@ def _pad(
         _, made.padded, made.padded_backend = best
 
 
-def _filled(sizes: Mapping[str, int], shape: Mapping[str, Any]) -> dict[str, int] | None:
+def _padded(sizes: Mapping[str, int], shape: Mapping[str, Any]) -> dict[str, int] | None:
     """Larger sizes that a shape wants, of those that zeros can fill; ``None`` if others are missed, too."""
     shape = dict(shape)
     if "qk" in shape and not isinstance(shape["qk"], Mapping):

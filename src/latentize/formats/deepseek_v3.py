@@ -46,7 +46,7 @@ __all__ = [
     "balance_of",
     "decode_attention",
     "encode_attention",
-    "filled",
+    "padded",
     "portable_reasons",
 ]
 
@@ -227,7 +227,7 @@ def decode_attention(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     )
 
 
-def filled(w: LatentWeights, nope: int, value: int) -> LatentWeights:
+def padded(w: LatentWeights, nope: int, value: int) -> LatentWeights:
     """The same layer with un-roped keys and values of so many dimensions, the new ones zero."""
     more_nope, more_value = nope - w.spec.qk_nope_head_dim, value - w.spec.v_head_dim
     pad = torch.nn.functional.pad
@@ -262,7 +262,7 @@ class DeepseekWriter(LatentWriter):
 
     def oriented(self, w: LatentWeights, index: int) -> LatentWeights:
         w = spread(w, seed=index, latent=not self.suited)
-        return w if self.filled is None else filled(w, *self.filled)
+        return w if self.padded is None else padded(w, *self.padded)
 
     def saved(self, made: ConvertedLayer) -> LatentWeights:
         w = made.latent

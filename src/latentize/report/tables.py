@@ -207,7 +207,7 @@ def serving_table(model: str, facts: dict[str, Any]) -> tuple[Table, Table]:
             table.add_row("", "", "fast kernels are for " + " / ".join(phase["made_for"]), "", style="dim")
         if phase["fast_if_padded"]:
             zeros = ", ".join(f"{name} {size}" for name, size in phase["fast_if_padded"].items())
-            table.add_row("", phase["padded_backend"], f"would take it, filled with zeros to {zeros}", "", style="dim")
+            table.add_row("", phase["padded_backend"], f"would take it, padded with zeros to {zeros}", "", style="dim")
     return head, table
 
 
