@@ -108,23 +108,24 @@ def test_more_bytes_lose_less(source: Callable[..., Path], text: str, tmp_path: 
     assert found[0] > 1.5 * found[1] > 1.5 * 1.5 * found[2]
 
 
-@pytest.mark.parametrize("step", ["coding", "polish"])
 def test_interrupted_and_resumed(
-    source: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    source: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**OPTIONS, "fast": False, "self_generated": 0, "tokens": 4096}
+    """After each of the steps that look at all layers together."""
+    options = {**OPTIONS, "fast": False, "self_generated": 0, "tokens": 2048}
     whole, out, keep = tmp_path / "whole" / "out", tmp_path / "again" / "out", Journal.keep
     latentize.convert(source(), whole, data=(text,), **options)
+    for number, step in enumerate(("coding", "polish")):
 
-    def interrupt(self: Journal, name: str, *args: Any) -> None:
-        keep(self, name, *args)
-        if name == step:
-            raise KeyboardInterrupt
+        def interrupt(self: Journal, name: str, *args: Any, step: str = step) -> None:
+            keep(self, name, *args)
+            if name == step:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(Journal, "keep", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        latentize.convert(source(), out, data=(text,), **options)
-    monkeypatch.undo()
+        monkeypatch.setattr(Journal, "keep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            latentize.convert(source(), out, data=(text,), resume=number > 0, **options)
+        monkeypatch.undo()
     latentize.convert(source(), out, data=(text,), resume=True, **options)
     assert contents(out) == contents(whole)
 
