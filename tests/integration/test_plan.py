@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import FAMILIES, ONLY_MHA, pico_config
+from tests.common import FAMILIES, ONLY_MHA, call_cli, pico_config
 
 from latentize.errors import CheckpointError, ConfigError, OptionError
 from latentize.planning.inspection import plan, shapes
@@ -126,3 +126,23 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
 
 def test_rows_are_json() -> None:
     assert json.loads(json.dumps(plan("qwen3-8b")))["rows"]
+
+
+def test_ranks_share_heads_and_hold_all_of_a_latent() -> None:
+    whole, shared = (plan("llama-3-8b", context=32_768, tensor_parallel=n) for n in (1, 16))
+    assert "tensor_parallel" not in whole and all("rank_bytes" not in row for row in whole["rows"])
+    held = {row["name"]: row["cache_bytes"] / row["rank_bytes"] for row in shared["rows"]}
+    assert held["GQA (the model as it is)"] == 8, "one head a rank, and each head twice"
+    assert held["MHA, for comparison"] == 16
+    assert held["MQA"] == held["MLA 512+64"] == 1
+    latent = plan("deepseek-v2-lite", context=32_768, tensor_parallel=4)
+    held = {row["name"]: row["cache_bytes"] / row["rank_bytes"] for row in latent["rows"]}
+    assert held["MLA (the model as it is)"] == 1 and held["MHA, for comparison"] == 4
+
+
+def test_ranks_in_the_table(capsys: Any) -> None:
+    done = call_cli(capsys, "plan", "llama-3-8b", "--context", 32768, "--tensor-parallel", 8)
+    assert done.returncode == 0 and "on each of 8" in done.stdout
+    assert "on each" not in call_cli(capsys, "plan", "llama-3-8b", "--context", 32768).stdout
+    with_machine = call_cli(capsys, "plan", "llama-3-8b", "--device", "h100", "--tensor-parallel", 8)
+    assert with_machine.returncode == 0

@@ -62,6 +62,7 @@ def plan(
     bandwidth: Annotated[float | None, typer.Option(help="GB/s of that memory.")] = None,
     tflops: Annotated[float | None, typer.Option(help="16-bit TFLOPS of the machine.")] = None,
     reserve: Annotated[str, typer.Option(help="Share of the memory that is for something else.")] = "10%",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share the heads: what each holds.")] = 1,
     weight_bits: Annotated[float, typer.Option(help="Bits of a stored weight.")] = 16,
     as_json: AsJson = False,
 ) -> None:
@@ -72,7 +73,10 @@ def plan(
 
     machine = {"device": device, "memory": memory, "bandwidth": bandwidth, "tflops": tflops, "weight_bits": weight_bits}
     result = compute(
-        model, context=context, batch=batch, keep=keep, bytes=bytes, window=window, reserve=reserve, **machine
+        model,
+        **{"context": context, "batch": batch, "keep": keep, "bytes": bytes, "window": window, "reserve": reserve},
+        tensor_parallel=tensor_parallel,
+        **machine,
     )
     if as_json:
         emit(result, True)

@@ -5,13 +5,14 @@ No torch, no weights: a ``config.json`` is enough.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from latentize.attention.spec import kv_cache_bytes
 from latentize.families import LatentModel, ModelSpec
 
-__all__ = ["STANDARD", "CacheSize", "as_json", "kept_bytes", "plan", "plan_latent"]
+__all__ = ["STANDARD", "CacheSize", "as_json", "kept_bytes", "plan", "plan_latent", "rank_bytes"]
 
 GIB = 1 << 30
 # Sizes that every engine's MLA kernels are made for (DeepSeek-V2 and V3).
@@ -148,6 +149,22 @@ def plan_latent(
     if rank >= 1:
         rows.append(row(f"MLA, --keep {100 * keep:.4g}%", rank))
     return rows
+
+
+def rank_bytes(row: CacheSize, ranks: int, kv_heads: int) -> int:
+    """Bytes that each of some ranks of tensor parallelism holds: its share of the heads, one at least, and all of a
+    latent, as engines have it (``engines/contract_tables``).
+
+    Args:
+        row: The whole cache.
+        ranks: How many share the query heads.
+        kv_heads: Of the layers that stay as they are.
+    """
+
+    def share(size: int, heads: int | None) -> int:
+        return size if heads is None else size * max(1, math.ceil(heads / ranks)) // heads
+
+    return share(row.cache_bytes - row.kept_bytes, row.kv_heads) + share(row.kept_bytes, kv_heads)
 
 
 def _split(budget: int, head_dim: int) -> tuple[int, int]:

@@ -76,6 +76,7 @@ def plan(
     window: int = 4096,
     device: str | None = None,
     reserve: Any = "10%",
+    tensor_parallel: int = 1,
     **machine: Any,
 ) -> dict[str, Any]:
     """What ``latentize plan --json`` prints.
@@ -90,6 +91,7 @@ def plan(
         device: A machine by name; ``cpu`` is this one, measured. With one, or with numbers of one, the rows say what
             fits and how fast it could be.
         reserve: Share of its memory that is for something else.
+        tensor_parallel: Ranks that share the heads; with several, rows say what each of them holds (``rank_bytes``).
         machine: ``memory``, ``bandwidth``, ``tflops``, ``weight_bits`` of :func:`devices.machine_of`.
 
     With a machine whose arithmetic is known, ``conversion`` has the time and memory of converting the model, with
@@ -109,14 +111,24 @@ def plan(
         coded = None if bytes is None else _share(bytes, "--bytes", "12.5% or 0.125", least=1e-9)
         rows = arithmetic.plan(spec, **options, coded=coded)
     facts = {"model": described(spec), "context": tokens, "batch": batch}
+    facts |= {"tensor_parallel": tensor_parallel} if tensor_parallel > 1 else {}
+    kv_heads = 1 if isinstance(spec, LatentModel) else spec.attention.num_kv_heads
+
+    def on_a_rank(entries: list[dict[str, Any]], rows: list[arithmetic.CacheSize]) -> list[dict[str, Any]]:
+        if tensor_parallel == 1:
+            return entries
+        sizes = (arithmetic.rank_bytes(row, tensor_parallel, kv_heads) for row in rows)
+        return [{**entry, "rank_bytes": size} for entry, size in zip(entries, sizes, strict=True)]
+
     reserved = _share(reserve, "--reserve", "10% or 0.1", least=0.0)
     where = machine_of(_this_machine() if device == "cpu" else device, reserve=reserved, **machine)
     if where is None:
-        return {**facts, "rows": arithmetic.as_json(rows)}
+        return {**facts, "rows": on_a_rank(arithmetic.as_json(rows), rows)}
     if isinstance(spec, ModelSpec):
         rows = capacity.with_small_caches(rows)
     found = capacity.capacities(spec, rows, where, context=tokens, batch=batch)
     planned = {**facts, **capacity.describe(where, rows, found)}
+    planned["rows"] = on_a_rank(planned["rows"], rows)
     if isinstance(spec, ModelSpec) and where.flops_per_second:
         planned["conversion"] = _conversions(spec, share, where, here=device == "cpu")
     return planned

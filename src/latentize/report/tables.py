@@ -37,16 +37,23 @@ def _table(title: str, first: str, *columns: str) -> Table:
 def plan_table(model: str, result: dict[str, Any]) -> tuple[Table, list[str]]:
     """Bytes of the cache, and the notes that its rows refer to by number."""
     title = f"{model}: {result['context']:,} tokens, batch {result['batch']}, 16 bits"
-    table = _table(title, "attention", "values", "bits", "GiB", "smaller")
+    ranks = result.get("tensor_parallel", 1)
+    table = _table(title, "attention", "values", "bits", "GiB", "smaller", *([f"on each of {ranks}"] * (ranks > 1)))
     notes: list[str] = []
     for row in result["rows"]:
         if row["note"] and row["note"] not in notes:
             notes.append(row["note"])
         mark = Text(f" ({notes.index(row['note']) + 1})" if row["note"] else "", style="dim")
-        size = f"{row['gib']:.2f}" if row["gib"] >= 0.01 else f"{row['gib']:.4f}"
+        size, share = (_gib(held) for held in (row["cache_bytes"], row.get("rank_bytes", 0)))
         values = f"{row['values_per_token_layer']:,}"
-        table.add_row(Text(row["name"]) + mark, values, f"{row['bits']:.3g}", size, f"{row['ratio']:.2f} ×")
+        cells = [values, f"{row['bits']:.3g}", size, f"{row['ratio']:.2f} ×", *([share] * (ranks > 1))]
+        table.add_row(Text(row["name"]) + mark, *cells)
     return table, notes
+
+
+def _gib(size: int) -> str:
+    gib = size / 2**30
+    return f"{gib:.2f}" if gib >= 0.01 else f"{gib:.4f}"
 
 
 def capacity_tables(result: dict[str, Any]) -> tuple[list[Table], list[str]]:
