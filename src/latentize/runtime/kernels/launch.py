@@ -190,8 +190,7 @@ def absorbed_decode(
                 num_stages=cut.stages,
             )
             done += share
-        merged = _merged(out_Qsr, lse_Qs, q)
-    return merged
+        return _merged(out_Qsr, lse_Qs, q)
 
 
 def _merged(out_Qsr: Tensor, lse_Qs: Tensor, q_BHTr: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,5 +287,4 @@ def coded_decode(
                 num_stages=cut.stages,
             )
             done += share
-        merged = _merged(out_Qsr, lse_Qs, q)
-    return merged
+        return _merged(out_Qsr, lse_Qs, q)
