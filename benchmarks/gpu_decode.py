@@ -57,6 +57,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if "correctness" in args.stages:
         for number, case in enumerate(correctness.cases(device)):
             result["correctness"].append(correctness.check(case, args.seed * 1000 + number, device))
+        result["correctness"] += correctness.codes(device)
     if "graphs" in args.stages:
         result["graphs"] = model.check(device)
     if "layer" in args.stages:

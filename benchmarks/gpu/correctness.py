@@ -19,8 +19,9 @@ from latentize.runtime.codecs import FORMATS, codec
 from latentize.runtime.kernels.launch import absorbed_decode
 from latentize.runtime.kernels.reference import absorbed_decode_reference
 from latentize.runtime.kernels.storage import Part, Stored
+from latentize.runtime.kernels.trial import Variant, passes
 
-__all__ = ["LIMITS", "Case", "cases", "check", "poisoned", "stored"]
+__all__ = ["LIMITS", "Case", "cases", "check", "codes", "poisoned", "stored"]
 
 # Of a query's sum, relative to its largest value.
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 3e-2}
@@ -122,3 +123,20 @@ def check(case: Case, seed: int, device: torch.device) -> dict[str, Any]:
     worst = float(error[sees].max()) if finite else float("inf")
     told = {name: str(value) if name == "dtype" else value for name, value in asdict(case).items()}
     return told | {"seed": seed, "error": worst, "limit": LIMITS[c.dtype], "right": worst <= LIMITS[c.dtype]}
+
+
+def codes(device: torch.device) -> list[dict[str, Any]]:
+    """Rows in codes of all widths, with exact ones among them and after them."""
+    on_gpu = device.type == "cuda"
+    dtypes = [torch.bfloat16, torch.float16, torch.float32] if on_gpu else [torch.float32, torch.float16]
+    # Rank, roped components, pairs, heads: SmolLM2 135M, Llama 3.2 1B, Llama 3 8B.
+    shapes = [(192, 192, 32, 9), (512, 512, 32, 32), (1024, 1024, 64, 32)] if on_gpu else [(40, 24, 6, 3)]
+    found = []
+    for dtype, (rank, rope, pairs, heads), masked in itertools.product(dtypes, shapes, (False, True)):
+        if dtype == torch.float32 and rank > 512:
+            continue
+        variant = Variant(device, dtype, "coded", "coded", rank, rope, heads, 1, masked=masked, pairs=pairs, apart=8)
+        error, limit = passes(variant)
+        told = {name: str(value) for name, value in vars(variant).items() if name in ("dtype", "rank", "pairs")}
+        found.append({"latent": "coded", **told, "error": error, "limit": limit, "right": error <= limit})
+    return found

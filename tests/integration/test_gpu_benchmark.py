@@ -35,7 +35,7 @@ def test_every_stage_on_a_cpu(tmp_path: Path) -> None:
     made = json.loads((tmp_path / "made.json").read_text())
     assert made["timed"] is False and made["copy_bytes_per_second"] is None and made["model"] == []
     assert {"date", "command", "versions", "device"} <= made["machine"].keys()
-    assert len(made["correctness"]) == 12 and all(row["right"] for row in made["correctness"])
+    assert len(made["correctness"]) == 16 and all(row["right"] for row in made["correctness"])
     assert len(made["graphs"]) == 5 and all(row["right"] and not row["captured"] for row in made["graphs"])
     ours = [row for row in made["layer"] if row["name"].startswith("latentize")]
     assert len(ours) == 8 and all(row["right"] for row in ours)
