@@ -12,7 +12,7 @@ from latentize.checkpoint.gguf import gguf_licence, is_gguf
 from latentize.families import LatentModel, ModelSpec
 from latentize.paths import expanded
 from latentize.recipe import Recipe
-from latentize.report.measurements import calibration_text, coded_size
+from latentize.report.measurements import cached_rows, calibration_text
 
 __all__ = ["licence", "render"]
 
@@ -173,8 +173,7 @@ def _facts(model: str, spec: ModelSpec | LatentModel, recipe: Recipe, report: di
         "method": report["method"],
         "format": report["format"],
         "cached values per token and layer": f"{after:g} instead of {before} ({1 - after / before:.1%} fewer)",
-        **coded_size(report),
-        **({"rows suited to": f"a cache in {report['cache_for']}"} if "cache_for" in report else {}),
+        **cached_rows(report),
     }
     if report["kv_lora_rank"] is not None:
         sizes = [report["kv_lora_rank"], report["qk_rope_head_dim"]]

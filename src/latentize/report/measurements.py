@@ -13,7 +13,7 @@ from latentize.checkpoint import MANIFEST_NAME
 from latentize.checkpoint.places import append_line, require_file
 from latentize.errors import CheckpointError
 
-__all__ = ["MEASUREMENTS_NAME", "calibration_text", "coded_size", "is_output", "measured", "record", "require_record"]
+__all__ = ["MEASUREMENTS_NAME", "cached_rows", "calibration_text", "is_output", "measured", "record", "require_record"]
 
 MEASUREMENTS_NAME = "measurements.jsonl"
 # Entries that count calibration tokens of a kind, and what that is.
@@ -91,8 +91,11 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def coded_size(report: Mapping[str, Any]) -> dict[str, str]:
-    """What coded rows take, under its name; nothing if a conversion has none."""
+def cached_rows(report: Mapping[str, Any]) -> dict[str, str]:
+    """What cached rows take in codes, or what cache they are suited to, under its name; nothing if a conversion did
+    neither."""
+    if "cache_for" in report:
+        return {"rows suited to": f"a cache in {report['cache_for']}"}
     if report.get("bytes") is None:
         return {}
     row = f"{report['row_bytes_per_token_layer']:.1f} of {2 * report['source_cache_values_per_token_layer']}"

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from latentize.progress import said_time
 from latentize.report.evaluation import score_cells, tasks_said, with_error
-from latentize.report.measurements import coded_size
+from latentize.report.measurements import cached_rows
 
 __all__ = [
     "capacity_tables",
@@ -225,8 +225,7 @@ def conversion_facts(r: dict[str, Any]) -> dict[str, Any]:
     rows = {
         "format, method": f"{r['format']}, {r['method']}",
         "cached values per token and layer": f"{kept}{sizes}, the source has {before} ({1 - kept / before:.1%} fewer)",
-        **coded_size(r),
-        **({"rows suited to": f"a cache in {r['cache_for']}"} if "cache_for" in r else {}),
+        **cached_rows(r),
         "perplexity": f"{r['perplexity']:.3f}, the source has {r['source_perplexity']:.3f}",
         "KL from the source": f"{r['kl']:.4f} nats per token",
         "same most likely token": f"{r['top1_agreement']:.1%}",

@@ -262,3 +262,13 @@ def test_a_rewound_static_cache_has_codes_where_exact_rows_were() -> None:
     q = queries(x[:, 18:19], w, at[:, 18:19])
     expected = absorbed_heads(*q, c_at, k_at, (torch.arange(20) <= 18)[None, None, None], w)
     assert relative_error(decode(*q, rows, up(w), None), expected) < 1e-4
+
+
+@pytest.mark.parametrize(("stops", "why"), [([19, 20], None), ([15, 20], "several new tokens")])
+def test_kernels_read_codes_for_one_new_token(stops: list[int], why: str | None) -> None:
+    w = coded_weights(4, 4, 2, 2, newest=3)
+    _, c, k = rows_of(w, 20, 1, 4)
+    rows = filled(w, c, k, stops).last
+    assert rows.coded and (rows.unread is None if why is None else why in rows.unread)
+    rows.layer.window = 12
+    assert "window" in rows.unread
