@@ -21,7 +21,8 @@ from triton.compiler import ASTSource
 
 from latentize.runtime.codecs import Coded, codec
 from latentize.runtime.kernels import coded_decode, latent_decode, launch
-from latentize.runtime.kernels.storage import Means, Part, Stored, plain_part
+from latentize.runtime.kernels.storage import Part, Stored, plain_part
+from latentize.runtime.means import Means
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from latentize.attention.codebooks import codebook
+from latentize.attention.grouped import by_groups
 from latentize.attention.masks import newest_mask
 from latentize.errors import CheckpointError
 
@@ -304,8 +305,7 @@ class RowCode(Rounding):
     def queries(self, q_rope_BHTR: Tensor) -> Tensor:
         """Roped queries whose products with components are those of the queries with keys, ``[B, H, T, n]``."""
         to_PRn = self._to_keys_nPR.permute(1, 2, 0)
-        own_HRn = to_PRn.repeat_interleave(q_rope_BHTR.shape[1] // len(to_PRn), dim=0)
-        return (q_rope_BHTR.float() @ own_HRn).to(q_rope_BHTR.dtype)
+        return by_groups(q_rope_BHTR.float(), to_PRn).to(q_rope_BHTR.dtype)
 
     def mean_queries(self, q_BHTn: Tensor) -> Tensor:
         """From :meth:`queries` to what has the same products with :meth:`angles` as they with the mean there,

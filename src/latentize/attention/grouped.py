@@ -3,7 +3,8 @@
 With ``G = H`` kv heads this is the attention of Vaswani et al. (arXiv 1706.03762); with ``G = 1`` multi-query
 attention (Shazeer, arXiv 1911.02150); between them grouped-query attention (Ainslie et al., arXiv 2305.13245).
 
-B batch, T new tokens, S cached tokens, D hidden, H query heads, G kv heads, s = H / G, d head size.
+B batch, T new tokens, S cached tokens, D hidden, H query heads, G kv heads, s = H / G, d head size, U groups of
+heads.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from latentize.attention.masks import causal_mask
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.attention.spec import AttentionSpec
 
-__all__ = ["AttentionWeights", "attend", "capped", "grouped_attention", "head_norm", "queries_keys", "rms_norm"]
+__all__ = [
+    "AttentionWeights",
+    "attend",
+    "by_groups",
+    "capped",
+    "grouped_attention",
+    "head_norm",
+    "queries_keys",
+    "rms_norm",
+]
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,19 @@ def head_norm(x_BhTd: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _project(x_BTD: Tensor, w_hdD: Tensor, bias_hd: Tensor | None) -> Tensor:
     y_BhTd = torch.einsum("btD,hdD->bhtd", x_BTD, w_hdD)
     return y_BhTd if bias_hd is None else y_BhTd + bias_hd[:, None]
+
+
+def by_groups(x_BHTi: Tensor, factor_Uio: Tensor, bias_Uo: Tensor | None = None) -> Tensor:
+    """Heads ``[B, H, T, o]``: each times the matrix that its group of ``H / U`` heads shares, plus its bias.
+
+    One product for each group: broadcast over the heads, PyTorch would copy the matrix for every one of them.
+    """
+    (batch, heads, tokens, _), groups = x_BHTi.shape, len(factor_Uio)
+    x_Uni = x_BHTi.unflatten(1, (groups, heads // groups)).transpose(0, 1).flatten(1, 3)
+    y_Uno = x_Uni @ factor_Uio
+    if bias_Uo is not None:
+        y_Uno = y_Uno + bias_Uo[:, None]
+    return y_Uno.unflatten(1, (batch, heads // groups, tokens)).transpose(0, 1).flatten(1, 2)
 
 
 def queries_keys(x_BTD: Tensor, w: AttentionWeights, eps: float) -> tuple[Tensor, Tensor]:

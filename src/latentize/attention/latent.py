@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentize.attention.cache import GrowingCache
 from latentize.attention.coding import RowCode
-from latentize.attention.grouped import attend, capped, head_norm
+from latentize.attention.grouped import attend, by_groups, capped, head_norm
 from latentize.attention.masks import causal_mask
 from latentize.attention.projections import UpProjections
 from latentize.attention.rope import rope_angles, rotate_half
@@ -179,17 +179,14 @@ def absorbed_heads(
         allowed: Boolean, broadcastable to ``[B, H, T, S]``.
         w: The weights, or up-projections alone.
     """
-    heads, up, ropes = q_nope_BHTN.shape[1], w.k_up_UNr.shape[0], k_rope_BPSR.shape[1]
+    heads, ropes = q_nope_BHTN.shape[1], k_rope_BPSR.shape[1]
     # Heads that share a projection or a roped key lie next to each other: (U, s) and (P, H / P).
-    q_latent_BHTr = (q_nope_BHTN.unflatten(1, (up, heads // up)) @ w.k_up_UNr[:, None]).flatten(1, 2)
+    q_latent_BHTr = by_groups(q_nope_BHTN, w.k_up_UNr)
     score_rope = q_rope_BHTR.unflatten(1, (ropes, heads // ropes)) @ k_rope_BPSR[:, :, None].mT
     score_BHTS = capped(w.softmax_scale * (q_latent_BHTr @ c_B1Sr.mT + score_rope.flatten(1, 2)), w.softcap)
     p_BHTS = score_BHTS.masked_fill(~allowed, -torch.inf).softmax(-1)
     summed_BHTr = p_BHTS @ c_B1Sr
-    v_BUsTV = summed_BHTr.unflatten(1, (up, heads // up)) @ w.v_up_UVr[:, None].mT
-    if w.v_up_bias_UV is not None:
-        v_BUsTV = v_BUsTV + w.v_up_bias_UV[:, None, None]
-    return v_BUsTV.flatten(1, 2)
+    return by_groups(summed_BHTr, w.v_up_UVr.mT, w.v_up_bias_UV)
 
 
 def output(heads_BHTV: Tensor, w: LatentWeights) -> Tensor:

@@ -27,6 +27,9 @@ __all__ = [
     "fused_attention",
     "has_fused",
     "merge",
+    "products",
+    "softmax_with_lse",
+    "sums",
 ]
 
 # Cached tokens that one thread attends at a time; below twice that nothing is split.
@@ -72,28 +75,41 @@ def attend_block(
     """
     narrow = rows_Bsd.dtype == torch.bfloat16 and multiplies_bfloat16(rows_Bsd.device.type)
     rows = rows_Bsd if narrow else rows_Bsd.to(torch.promote_types(rows_Bsd.dtype, torch.float32))
-    score_BQs = _scores((q_BQd * scale).to(rows.dtype), rows)
+    score_BQs = products((q_BQd * scale).to(rows.dtype), rows)
     if mask_BQs is not None:
         score_BQs = score_BQs + mask_BQs
+    p_BQs, lse_BQ = softmax_with_lse(score_BQs, blind=mask_BQs is not None)
+    return sums(p_BQs.to(rows.dtype), rows, size).to(q_BQd.dtype), lse_BQ
+
+
+def softmax_with_lse(score_BQs: Tensor, *, blind: bool = True) -> tuple[Tensor, Tensor]:
+    """Probabilities and log-sum-exps of scores, these in float32 or wider.
+
+    Args:
+        score_BQs: Logits.
+        blind: Whether a query may see nothing; it gets zeros, and ``-inf``.
+    """
     p_BQs = score_BQs.softmax(-1)
     # p = exp(score - lse) tells the log-sum-exp wherever it is known best: at its largest.
-    wide = torch.promote_types(rows.dtype, torch.float32)
+    wide = torch.promote_types(score_BQs.dtype, torch.float32)
     top_BQ = score_BQs.amax(-1).to(wide)
     lse_BQ = top_BQ - p_BQs.amax(-1).to(wide).log()
-    if mask_BQs is not None:
+    if blind:
         blind_BQ = top_BQ == -torch.inf
         lse_BQ, p_BQs = lse_BQ.masked_fill(blind_BQ, -torch.inf), p_BQs.masked_fill(blind_BQ[..., None], 0)
-    return _sums(p_BQs.to(rows.dtype), rows, size).to(q_BQd.dtype), lse_BQ
+    return p_BQs, lse_BQ
 
 
-def _scores(q_BQd: Tensor, rows_Bsd: Tensor) -> Tensor:
-    if len(rows_Bsd) == 1:
+def products(q_BQd: Tensor, rows_Bsd: Tensor) -> Tensor:
+    """Of queries with rows, ``[B, Q, s]``; rows may be of one sequence for all."""
+    if len(q_BQd) == 1:
         return (q_BQd[0] @ rows_Bsd[0].mT)[None]
     # Batched products are another matter than plain ones: with rows on the left this one is twice as fast.
     return (rows_Bsd @ q_BQd.mT).mT.contiguous()
 
 
-def _sums(p_BQs: Tensor, rows_Bsd: Tensor, size: int | None) -> Tensor:
+def sums(p_BQs: Tensor, rows_Bsd: Tensor, size: int | None) -> Tensor:
+    """Of the first ``size`` values of rows, weighted, ``[B, Q, size]``."""
     if len(rows_Bsd) == 1:
         return (p_BQs[0] @ rows_Bsd[0, :, :size])[None]
     # A batched product copies what is not contiguous, which costs more than to sum all of it.

@@ -10,7 +10,6 @@ d = r + P R.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,22 +17,13 @@ from torch import Tensor
 from latentize.attention.coding import RowCode
 from latentize.runtime.codecs import Coded, encode_together
 from latentize.runtime.exact import ExactRows
-from latentize.runtime.kernels.storage import Means, Part, Stored, plain_part
-from latentize.runtime.rows import BLOCK
+from latentize.runtime.kernels.storage import Part, Stored, plain_part
+from latentize.runtime.means import Means
 
 __all__ = ["RowCoder", "with_angles"]
 
 # Rows that are seen as they are, ``[B, E, d]``, and their numbers, ``[B, E]``; -1 where there is none.
 Apart = tuple[Tensor, Tensor]
-
-
-@lru_cache(maxsize=256)
-def _block_angles(frequencies: tuple[float, ...], number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines at the positions of a block; all layers of a model have the same."""
-    with torch.inference_mode(False):
-        position_s = BLOCK * number + torch.arange(BLOCK, device=device)
-        angle_sF = position_s[:, None].float() * torch.tensor(frequencies, device=device)
-        return torch.cat([angle_sF.cos(), angle_sF.sin()], dim=-1).to(dtype)
 
 
 class RowCoder:
@@ -87,15 +77,9 @@ class RowCoder:
             first: And among all that there were.
             dtype: Of the result.
         """
-        halves = [(codec, (stored,)) for codec, stored in zip(self.codecs, tensors, strict=True)]
-        parts = [part for codec, stored in halves for part in codec.even(stored, dtype)]
-        # All is put together at once: a block is larger than what is near to a core.
-        rows_Bse = torch.cat([*parts, self._beside(parts[0], first)], dim=-1)
-        rank, size = len(self.code.latent_mix_rr), self.code.rope_values
-        both = rows_Bse[..., :rank], rows_Bse[..., rank : rank + size]
-        for rows, (codec, stored) in zip(both, halves, strict=True):
-            rows.mul_(codec.gains(stored, dtype))
-        self.exact.lay_over(rows_Bse[..., : rank + size], start)
+        halves = [codec.decode((stored,), dtype) for codec, stored in zip(self.codecs, tensors, strict=True)]
+        rows_Bse = torch.cat([*halves, self._beside(halves[0], first)], dim=-1)
+        self.exact.lay_over(rows_Bse[..., : sum(half.shape[-1] for half in halves)], start)
         return rows_Bse
 
     def parts(self, tensors: tuple[Tensor, ...], count: int, newest: Apart | None = None) -> list[Part]:
@@ -124,8 +108,10 @@ class RowCoder:
     def means(self, batch: int) -> Means:
         """For so many sequences."""
         frequencies_F, starts_B1 = self.code.frequencies_F, self.exact.starts_B1
-        starts_B1 = torch.zeros(batch, 1, device=frequencies_F.device) if starts_B1 is None else starts_B1
-        return Means(frequencies_F.float(), starts_B1[:, 0].to(torch.int32))
+        if starts_B1 is not None:
+            return Means(frequencies_F.float(), starts_B1[:, 0].to(torch.int32))
+        starts_B = torch.zeros(batch, dtype=torch.int32, device=frequencies_F.device)
+        return Means(frequencies_F.float(), starts_B, self.code.frequencies)
 
     def angles(self, number_s: Tensor) -> Tensor:
         """Of rows by their numbers among all that there were, ``[s, 2 F]``; ``[B, s, 2 F]`` if padded."""
@@ -143,13 +129,8 @@ class RowCoder:
 
     def _beside(self, like_Bsm: Tensor, first: int) -> Tensor:
         """The angles of as many rows from ``first`` on, ``[B, s, 2 F]``."""
-        (block, within), count = divmod(first, BLOCK), like_Bsm.shape[1]
-        if self.exact.starts_B1 is None and within + count <= BLOCK:
-            angles = _block_angles(self.code.frequencies, block, like_Bsm.device, like_Bsm.dtype)
-            angles = angles[within : within + count]
-        else:
-            angles = self.angles(first + torch.arange(count, device=like_Bsm.device)).to(like_Bsm.dtype)
-        return angles.expand(len(like_Bsm), -1, -1)
+        (batch, count), dtype = like_Bsm.shape[:2], like_Bsm.dtype
+        return self.means(batch).from_row(first, count, dtype).expand(batch, -1, -1)
 
 
 def with_angles(rows_Bsd: Tensor, angles: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentize.attention.grouped import by_groups
 from latentize.attention.latent import expand
 from latentize.attention.masks import causal_mask
 from latentize.attention.projections import Up, UpProjections
 from latentize.runtime.absorbed import additive, attend_rows, fused_attention, has_fused, merge
-from latentize.runtime.backends import TORCH, Backend
+from latentize.runtime.backends import TORCH, Backend, refusal
+from latentize.runtime.coded_attention import attend_codes
 from latentize.runtime.rows import CachedRows
 
 __all__ = ["Up", "decode", "heads", "prefill"]
@@ -59,22 +61,24 @@ def decode(
     backend: Backend = TORCH,
 ) -> Tensor:
     """Few new tokens: queries go into the latent space, sums of latents come out of it. As :func:`heads`."""
-    shared = len(up.k_up_UNr)
     turn_rr = rows.rotation_rr
-    q_latent_BHTr = (q_nope_BHTN.unflatten(1, (shared, -1)) @ up.k_up_UNr[:, None]).flatten(1, 2)
+    q_latent_BHTr = by_groups(q_nope_BHTN, up.k_up_UNr)
     if turn_rr is not None:
         q_latent_BHTr = q_latent_BHTr @ turn_rr
     q_rope_BHTR = rows.queries(q_rope_BHTR)
     summed_BHTr = backend.attend(q_latent_BHTr, q_rope_BHTR, rows, up.softmax_scale, mask)
+    if summed_BHTr is None and rows.coded and refusal(q_latent_BHTr, q_rope_BHTR, rows, mask) is None:
+        parts, lengths_B, options = rows.storage(q_rope_BHTR)
+        mask_BTS = None if mask is None else mask[:, 0]
+        summed_BHTr = attend_codes(
+            q_latent_BHTr, q_rope_BHTR, parts, lengths_B, up.softmax_scale, mask_BTS=mask_BTS, **options
+        )
     if summed_BHTr is None:
         q_BHTd, mask = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), _seen(rows, mask, q_nope_BHTN)
         summed_BHTr = attend_rows(q_BHTd, rows.blocks(), up.softmax_scale, mask, size=up.k_up_UNr.shape[2])
     if turn_rr is not None:
         summed_BHTr = summed_BHTr @ turn_rr.mT
-    v_BUsTV = summed_BHTr.unflatten(1, (shared, -1)) @ up.v_up_UVr[:, None].mT
-    if up.v_up_bias_UV is not None:
-        v_BUsTV = v_BUsTV + up.v_up_bias_UV[:, None, None]
-    return v_BUsTV.flatten(1, 2)
+    return by_groups(summed_BHTr, up.v_up_UVr.mT, up.v_up_bias_UV)
 
 
 def prefill(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from latentize.runtime.codecs import all_words
-from latentize.runtime.kernels.storage import Means, Part
+from latentize.runtime.kernels.storage import Part
+from latentize.runtime.means import Means
 
 __all__ = [
     "LARGEST_FLOAT32_RANK",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentize.runtime.kernels.storage import Means, Part
+from latentize.runtime.kernels.storage import Part
+from latentize.runtime.means import Means
 
 __all__ = ["absorbed_decode_reference", "coded_decode_reference", "visible"]
 

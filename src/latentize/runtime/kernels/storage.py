@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentize.runtime.codecs import FLOATS, Coded, codec
 
-__all__ = ["KINDS", "Means", "Part", "Stored", "plain_part"]
+__all__ = ["KINDS", "Part", "Stored", "plain_part"]
 
 # Formats as kernels know them.
 KINDS = ("float", "fp8", "int8", "int4", "coded")
@@ -87,16 +87,3 @@ def plain_part(rows_BEd: Tensor, rank: int, count: int, *, first: int = 0, numbe
         Stored((half,), FLOATS[half.dtype], half.shape[-1]) for half in rows_BEd.tensor_split([rank], dim=-1)
     )
     return Part(latent, rope, count, first, numbers_BE)
-
-
-@dataclass(frozen=True)
-class Means:
-    """What turns the mean of the keys, which is no part of coded rows (``attention.coding.RowCode.means``).
-
-    Attributes:
-        frequencies_F: Radians per position, float32.
-        starts_B: Number of the row that each text begins with, int32.
-    """
-
-    frequencies_F: Tensor
-    starts_B: Tensor

@@ -18,7 +18,8 @@ from latentize.attention.coding import GROUP, WIDTHS, Segments
 from latentize.runtime.codecs import Coded, codec
 from latentize.runtime.kernels.launch import absorbed_decode, coded_decode
 from latentize.runtime.kernels.reference import absorbed_decode_reference, coded_decode_reference
-from latentize.runtime.kernels.storage import Means, Part, Stored, plain_part
+from latentize.runtime.kernels.storage import Part, Stored, plain_part
+from latentize.runtime.means import Means
 
 __all__ = ["Variant", "passes", "works"]
 

@@ -1,0 +1,110 @@
+"""Attention of one new token over rows in codes, in plain PyTorch, fast.
+
+The kernel's plain twin (``kernels.reference``) restores whole rows first. Here little more is made than the codes say:
+components without bits are zero and left out, a token's gains go to its scores and probabilities, and the angles that
+the mean of the keys is turned by stay a table of their own.
+
+B batch, H query heads, S cached tokens, s rows of a block, r kv_lora_rank, n values of the roped components, F pairs,
+b values that have bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from latentize.machine import multiplies_bfloat16
+from latentize.runtime.absorbed import attend_block, merge, products, softmax_with_lse, sums
+from latentize.runtime.kernels.storage import Part
+from latentize.runtime.means import BLOCK_OF_CODES, Means
+
+__all__ = ["attend_codes"]
+
+
+def attend_codes(
+    q_BHTr: Tensor,
+    q_rope_BHTR: Tensor,
+    parts: Sequence[Part],
+    lengths_B: Tensor,
+    scale: float,
+    *,
+    means: Means,
+    mask_BTS: Tensor | None = None,
+) -> Tensor:
+    """Sums of latents, ``[B, H, 1, r]``; the arguments are those of ``kernels.launch.coded_decode``."""
+    dtype = q_BHTr.dtype
+    if dtype != torch.bfloat16 or not multiplies_bfloat16(q_BHTr.device.type):
+        dtype = torch.promote_types(dtype, torch.float32)
+    q_BHr, q_rope_BHm = ((q[:, :, 0] * scale).to(dtype) for q in (q_BHTr, q_rope_BHTR))
+    found, apart = [], []
+    for part in parts:
+        hidden_BS = _hidden(part, lengths_B, mask_BTS)
+        if part.latent.coded is None:
+            apart.append((part, hidden_BS))
+            continue
+        for start in range(0, part.count, BLOCK_OF_CODES):
+            stop = min(start + BLOCK_OF_CODES, part.count)
+            found.append(_block(q_BHr, q_rope_BHm, part, start, stop, hidden_BS[:, start:stop], means))
+    if apart:
+        found.append(_plain(torch.cat([q_BHr, q_rope_BHm], dim=-1), apart, q_BHr.shape[-1], means))
+    return merge(found)[0][:, :, None].to(q_BHTr.dtype)
+
+
+def _numbers(part: Part, device: torch.device) -> Tensor:
+    """Of a part's rows, each in its sequence, ``[B, S]`` or ``[1, S]``."""
+    if part.numbers_BE is not None:
+        return part.numbers_BE
+    return torch.arange(part.first, part.first + part.count, device=device)[None]
+
+
+def _hidden(part: Part, lengths_B: Tensor, mask_BTS: Tensor | None) -> Tensor:
+    """Which rows of a part the token does not see there, ``[B, S]``."""
+    numbers_BS = _numbers(part, lengths_B.device)
+    hidden_BS = (numbers_BS >= lengths_B[:, None]) | (numbers_BS < 0)
+    if mask_BTS is not None:
+        mask_BS = mask_BTS[:, 0].expand(len(lengths_B), -1)
+        at_BS = numbers_BS.clamp(0, mask_BS.shape[1] - 1).expand(len(lengths_B), -1)
+        hidden_BS |= ~mask_BS.gather(1, at_BS)
+    if part.apart_BA is not None:
+        # One column more than there are rows takes what lies elsewhere.
+        at_BA = part.apart_BA - part.first
+        at_BA = at_BA.where((at_BA >= 0) & (at_BA < part.count), part.count)
+        hidden_BS = F.pad(hidden_BS, (0, 1)).scatter(1, at_BA.expand(len(lengths_B), -1), True)[:, :-1]
+    return hidden_BS
+
+
+def _block(
+    q_BHr: Tensor, q_rope_BHm: Tensor, part: Part, start: int, stop: int, hidden_Bs: Tensor, means: Means
+) -> tuple[Tensor, Tensor]:
+    """Sums and log-sum-exps over some rows in codes, as ``absorbed.attend_block`` has them, in float32."""
+    latent, rope = part.latent.coded, part.rope.coded
+    assert latent is not None and rope is not None
+    codes = [(half.tensors[0][:, start:stop],) for half in (part.latent, part.rope)]
+    c_Bsb, z_Bsb = latent.even(codes[0], q_BHr.dtype), rope.even(codes[1], q_BHr.dtype)
+    gain_B1s, rope_gain_B1s = (own.gains(t, torch.float32).mT for own, t in zip((latent, rope), codes, strict=True))
+    angles_Bsm = means.from_row(part.first + start, stop - start, q_BHr.dtype)
+    score_BHs = products(q_BHr[..., : c_Bsb.shape[-1]], c_Bsb) * gain_B1s
+    score_BHs = score_BHs.addcmul_(products(q_rope_BHm[..., : z_Bsb.shape[-1]], z_Bsb), rope_gain_B1s)
+    score_BHs += products(q_rope_BHm[..., part.rope.size :], angles_Bsm)
+    score_BHs.masked_fill_(hidden_Bs[:, None], -torch.inf)
+    p_BHs, lse_BH = softmax_with_lse(score_BHs)
+    p_BHs *= gain_B1s
+    summed_BHb = sums(p_BHs.to(c_Bsb.dtype), c_Bsb, None).float()
+    return F.pad(summed_BHb, (0, part.latent.size - summed_BHb.shape[-1])), lse_BH
+
+
+def _plain(q_BHd: Tensor, parts: Sequence[tuple[Part, Tensor]], rank: int, means: Means) -> tuple[Tensor, Tensor]:
+    """The same over rows that are seen as they are, all together."""
+    halves = [part.rows(q_BHd.dtype) for part, _ in parts]
+    latent_BEr, rope_BEn = (torch.cat(half, dim=1) for half in zip(*halves, strict=True))
+    numbers = [_numbers(part, q_BHd.device).expand(len(q_BHd), -1) for part, _ in parts]
+    hidden_BE = torch.cat([hidden for _, hidden in parts], dim=1)
+    angles_BEm = means.at(torch.cat(numbers, dim=1)).to(q_BHd.dtype)
+    # Nothing that is not seen may matter, whatever it is.
+    rows_BEd = torch.cat([latent_BEr, rope_BEn, angles_BEm], dim=-1).masked_fill(hidden_BE[..., None], 0)
+    mask_B1E = torch.zeros((), dtype=q_BHd.dtype).masked_fill(hidden_BE, -torch.inf)[:, None]
+    summed_BHr, lse_BH = attend_block(q_BHd, rows_BEd, 1.0, mask_B1E, size=rank)
+    return summed_BHr.float(), lse_BH
