@@ -91,7 +91,7 @@ ON_PURPOSE = {
     "healing/run.py: look": "sums of what was brought back",
     "conversion/texts.py: mixed": "the text",
     "runtime/absorbed.py: has_fused": "tries an operator of the CPU",
-    "runtime/layer.py: rotation": "moved by rotation_on",
+    "runtime/rotation.py: rotation": "moved by rotation_on",
 }
 
 

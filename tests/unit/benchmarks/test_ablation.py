@@ -31,6 +31,7 @@ def test_every_part_is_there(parts: dict[str, Any]) -> None:
 SIZED: dict[str, Any] = {
     **SMALL,
     "fast": False,
+    "polish": False,
     "kv_lora_rank": 24,
     "qk_rope_head_dim": 8,
     "tokens": 2048,
