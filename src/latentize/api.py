@@ -433,6 +433,7 @@ def verify(
     folder: str | Path | None = None,
     kind: str = "f32",
     environment: str | Path | None = None,
+    serve_on: str | None = None,
     **sizes: int,
 ) -> dict[str, Any]:
     """What ``latentize verify --json`` prints.
@@ -443,17 +444,23 @@ def verify(
         folder: That a GGUF file was exported from.
         kind: Type of the GGUF file that is made for llama.cpp, where ``out`` is a folder.
         environment: The engine's virtual environment.
+        serve_on: ``ENGINE`` or ``ENGINE@MACHINE``, as ``vllm@h100``: whether that would serve a model of these sizes
+            (:func:`latentize.planning.serving.serving`).
         sizes: ``prompts``, ``prompt_tokens``, ``new_tokens`` of :func:`latentize.engines.compare.verify_engine`.
 
     Raises:
         CheckpointError: something is wrong with the output.
-        EngineError: the engine is missing, stops, or computes something else.
-        OptionError: no such engine or type; a GGUF file without ``folder``.
+        EngineError: the engine is missing, stops, or computes something else; or it would refuse the sizes.
+        OptionError: no such engine, machine or type; a GGUF file without ``folder``.
     """
     from latentize.evaluation.verify import TOLERANCE, require
     from latentize.evaluation.verify import verify as check
 
-    path, checked = expanded(out), {}
+    path, checked, planned = expanded(out), {}, {}
+    if serve_on is not None:
+        from latentize.planning.serving import required_serving
+
+        planned = required_serving(str(folder or path), serve_on)
     if path.is_file():
         from latentize.formats.gguf_check import check_gguf
 
@@ -465,16 +472,17 @@ def verify(
     elif engine is None:
         verdict = check(path)
         require(verdict, path)
-        return {"ok": verdict.ok, "tolerance": TOLERANCE, **{k: v for k, v in vars(verdict).items() if k != "problems"}}
+        found = {k: v for k, v in vars(verdict).items() if k != "problems"}
+        return {"ok": verdict.ok, "tolerance": TOLERANCE, **found, **planned}
     if engine is None:
-        return checked
+        return {**checked, **planned}
     from latentize.engines.compare import verify_engine
 
     options: dict[str, Any] = {
         "folder": folder and expanded(folder),
         "environment": environment and expanded(environment),
     }
-    return {"ok": True, **checked, **verify_engine(engine, path, kind=kind, **{**options, **sizes})}
+    return {"ok": True, **checked, **planned, **verify_engine(engine, path, kind=kind, **{**options, **sizes})}
 
 
 def export(

@@ -10,7 +10,8 @@ import pytest
 from tests.common import FAMILIES, ONLY_MHA, call_cli, pico_config
 
 from latentize.errors import CheckpointError, ConfigError, OptionError
-from latentize.planning.inspection import plan, shapes
+from latentize.planning.inspection import plan
+from latentize.planning.reading import shapes
 
 GIB = 2**30
 

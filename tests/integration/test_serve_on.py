@@ -15,7 +15,9 @@ from tests.common import SMALL, call_cli, logits, random_tokens, relative_error
 import latentize
 from latentize.conversion.serving import fit, fitting_settings
 from latentize.errors import FormatError, OptionError
-from latentize.planning.inspection import read_spec, serving
+from latentize.planning.inspection import plan
+from latentize.planning.reading import read_spec
+from latentize.planning.serving import serving
 from latentize.recipe import Recipe
 
 
@@ -85,3 +87,27 @@ def test_what_cannot_be(source: Callable[..., Path], text: str, tmp_path: Path, 
     with pytest.raises(FormatError, match="soft-capped") as caught:
         latentize.convert(source("gemma2", 2), tmp_path / "out", serve_on="vllm@h100", keep=0.5, data=(text,))
     assert caught.value.where == "--for vllm@h100"
+
+
+def test_verify_says_who_will_serve_it(models: dict[str, Path], capsys: Any) -> None:
+    done = call_cli(capsys, "verify", models["padded"], "--for", "sglang@a100", "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["ok"] and found["served_decode"] == "triton, made for any sizes, slower"
+    refused = call_cli(capsys, "verify", models["plain"], "--for", "vllm@h100")
+    assert (
+        refused.returncode == 2 and "prefill is refused" in refused.stderr and "mla_attention.py" not in refused.stdout
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_plan_says_which_sizes_it_would_choose(ranks: int, capsys: Any) -> None:
+    asked = ("plan", "llama-3-8b", "--keep", "25%", "--for", "vllm@b200", "--tensor-parallel", ranks)
+    made = json.loads(call_cli(capsys, *asked, "--json").stdout.splitlines()[-1])["serving"]
+    assert made["served"] and made["fast"] and made["sizes"]["kv_lora_rank"] == 512
+    assert made["sizes"]["heads"] == 32 // ranks
+    assert "decode by FLASHINFER_MLA" in " ".join(call_cli(capsys, *asked).stdout.split())
+
+
+def test_plan_of_latents_that_are_there(models: dict[str, Path]) -> None:
+    found = plan(str(models["plain"]), serve_on="vllm@h100")["serving"]
+    assert not found["served"] and found["sizes"]["kv_lora_rank"] == 24

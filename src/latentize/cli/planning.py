@@ -39,7 +39,7 @@ def inspect(
 
 def _serving(model: str, engine: str, cache: str | None, tensor_parallel: int, as_json: bool) -> None:
     """How an engine would serve it."""
-    from latentize.planning.inspection import serving
+    from latentize.planning.serving import serving
     from latentize.report.tables import serving_table
 
     facts = serving(model, engine, cache=cache, tensor_parallel=tensor_parallel)
@@ -64,6 +64,10 @@ def plan(
     reserve: Annotated[str, typer.Option(help="Share of the memory that is for something else.")] = "10%",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share the heads: what each holds.")] = 1,
     weight_bits: Annotated[float, typer.Option(help="Bits of a stored weight.")] = 16,
+    serve_on: Annotated[
+        str | None,
+        typer.Option("--for", metavar="ENGINE[@MACHINE]", help="Sizes that an engine serves fast, as vllm@h100."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the bytes of the KV cache: MHA, MQA, GQA, MLA, window, int8, int4; with a machine, what fits and how
@@ -76,6 +80,7 @@ def plan(
         model,
         **{"context": context, "batch": batch, "keep": keep, "bytes": bytes, "window": window, "reserve": reserve},
         tensor_parallel=tensor_parallel,
+        serve_on=serve_on,
         **machine,
     )
     if as_json:
@@ -86,6 +91,8 @@ def plan(
     console.print("values: cached per token and layer", style="dim")
     for number, note in enumerate(notes, 1):
         console.print(f"({number}) {note}", style="dim")
+    for note in result.get("serving", {}).get("notes", ()):
+        console.print(note)
     if "machine" in result:
         tables, notes = capacity_tables(result)
         if result.get("conversion"):

@@ -20,16 +20,20 @@ def verify(
     environment: Annotated[
         Path | None, typer.Option(help="The engine's virtual environment. Default: .engines/ENGINE.")
     ] = None,
+    serve_on: Annotated[
+        str | None,
+        typer.Option("--for", metavar="ENGINE[@MACHINE]", help="Whether an engine will serve its sizes, as vllm@h100."),
+    ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="How many the engine gets.")] = 10,
     new_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens after each.")] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Check hashes, finiteness, and that expanded, absorbed, prefill and decode agree; a GGUF file against its folder;
-    an engine against transformers in float32."""
+    an engine against transformers in float32; its sizes against what an engine elsewhere takes."""
     from latentize.api import verify as run
 
     sizes = {"prompts": prompts, "new_tokens": new_tokens}
-    result = run(out, engine=engine, folder=folder, kind=type_, environment=environment, **sizes)
+    result = run(out, engine=engine, folder=folder, kind=type_, environment=environment, serve_on=serve_on, **sizes)
     shown = {k: f"{v:.2e}" if isinstance(v, float) else v for k, v in result.items()}
     emit(result, as_json, facts_table(f"{out} is whole", shown))
 

@@ -75,9 +75,9 @@ class Fit:
         return notes
 
 
-def fit(recipe: Recipe, spec: AttentionSpec, rank: int, rope: int) -> Fit:
+def fit(recipe: Recipe, spec: AttentionSpec, rank: int, rope: int, tensor_parallel: int = 1) -> Fit:
     """How the engine of a recipe serves a latent and a roped key of these sizes, padded with as few zeros as serve it
-    best."""
+    best; on so many ranks, which share the heads."""
     assert recipe.serve_on is not None
     engine, _, hardware = recipe.serve_on.partition("@")
     machine, own = machine_of(engine, hardware or None), (spec.head_dim, spec.head_dim)
@@ -89,7 +89,7 @@ def fit(recipe: Recipe, spec: AttentionSpec, rank: int, rope: int) -> Fit:
 
     def made(nope: int, value: int) -> Fit:
         sizes = replace(plain, qk_nope_head_dim=nope, v_head_dim=value)
-        phases = served(engine, machine, sizes_of(sizes), cache=cache, dtype=recipe.dtype)
+        phases = served(engine, machine, sizes_of(sizes, tensor_parallel), cache=cache, dtype=recipe.dtype)
         return Fit(recipe.serve_on or "", sizes, own, tuple(phases))
 
     larger = [size for size in _PADDED if size > spec.head_dim]

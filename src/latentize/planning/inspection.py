@@ -2,68 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from latentize.checkpoint import Checkpoint, load_config, open_checkpoint, resolve
-from latentize.checkpoint.gguf import is_gguf, only_gguf
-from latentize.errors import CheckpointError, ConfigError, LatentizeError, OptionError, UnsupportedModelError
+from latentize.checkpoint import Checkpoint, open_checkpoint, resolve
+from latentize.errors import (
+    LatentizeError,
+    OptionError,
+    UnsupportedModelError,
+)
 from latentize.families import LatentModel, ModelSpec, is_latent, latent_model, model_spec
 from latentize.families.described import described
 from latentize.families.stored import match_tensors
-from latentize.paths import expanded
 from latentize.planning import cache_sizes as arithmetic
 from latentize.planning import capacity
 from latentize.planning.devices import Machine, machine_of
+from latentize.planning.reading import read_spec
+from latentize.planning.serving import planned_serving
 from latentize.recipe import parse_keep
 
-__all__ = ["inspect", "plan", "serving", "shapes"]
-
-
-def shapes() -> dict[str, Path]:
-    """Published shapes that ship as small configs, by name, for ``latentize plan``."""
-    folder = Path(str(resources.files("latentize.planning") / "shapes"))
-    return {path.stem: path for path in sorted(folder.glob("*.json"))}
-
-
-def _config_file(model: str) -> Path:
-    """The ``config.json``, or the GGUF file, that ``model`` means; from the hub nothing else is downloaded."""
-    path = expanded(model)
-    # ``os.path`` says no to names that are too long; ``pathlib`` raises.
-    if os.path.isfile(path):
-        return path
-    if os.path.isdir(path):
-        return only_gguf(path) or path / "config.json"
-    if model in shapes():
-        return shapes()[model]
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(hf_hub_download(model, "config.json"))
-        except Exception as error:
-            raise CheckpointError(
-                f"cannot get config.json from the hub: {str(error).splitlines()[0]}",
-                where=model,
-                fix="check the name, the network and your access, or pass a local folder",
-            ) from error
-    raise CheckpointError("there is no such folder or file", where=model, fix=f"shipped shapes: {', '.join(shapes())}")
-
-
-def read_spec(model: str) -> ModelSpec | LatentModel:
-    """The description of a model from its ``config.json``, or the keys of its GGUF file, alone."""
-    path = _config_file(model)
-    if is_gguf(path):
-        return model_spec(load_config(path).to_dict())
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the file cannot be read: {error}", where=str(path)) from error
-    return latent_model(config) if is_latent(config) else model_spec(config)
+__all__ = ["inspect", "plan"]
 
 
 def plan(
@@ -77,6 +35,7 @@ def plan(
     device: str | None = None,
     reserve: Any = "10%",
     tensor_parallel: int = 1,
+    serve_on: str | None = None,
     **machine: Any,
 ) -> dict[str, Any]:
     """What ``latentize plan --json`` prints.
@@ -92,13 +51,15 @@ def plan(
             fits and how fast it could be.
         reserve: Share of its memory that is for something else.
         tensor_parallel: Ranks that share the heads; with several, rows say what each of them holds (``rank_bytes``).
+        serve_on: ``ENGINE`` or ``ENGINE@MACHINE``; with it ``serving`` has the sizes that a conversion for that engine
+            would choose, and the backends that would run.
         machine: ``memory``, ``bandwidth``, ``tflops``, ``weight_bits`` of :func:`devices.machine_of`.
 
     With a machine whose arithmetic is known, ``conversion`` has the time and memory of converting the model, with
     ``--fast`` and by default.
 
     Raises:
-        OptionError: ``keep`` or ``reserve`` is no share, or the machine is not possible.
+        OptionError: ``keep`` or ``reserve`` is no share, or the machine is not possible; no such engine.
         CheckpointError, ConfigError, UnsupportedModelError: as for reading any model.
     """
     share = _share(keep, "--keep", "25% or 0.25", least=1e-9)
@@ -112,6 +73,8 @@ def plan(
         rows = arithmetic.plan(spec, **options, coded=coded)
     facts = {"model": described(spec), "context": tokens, "batch": batch}
     facts |= {"tensor_parallel": tensor_parallel} if tensor_parallel > 1 else {}
+    if serve_on is not None:
+        facts["serving"] = planned_serving(model, spec, share, serve_on, tensor_parallel)
     kv_heads = 1 if isinstance(spec, LatentModel) else spec.attention.num_kv_heads
 
     def on_a_rank(entries: list[dict[str, Any]], rows: list[arithmetic.CacheSize]) -> list[dict[str, Any]]:
@@ -202,57 +165,6 @@ def inspect(model: str) -> dict[str, Any]:
     if checkpoint.quantization is not None:
         facts |= {"quantization": checkpoint.quantization, "note": checkpoint.quantization_note}
     return {**facts, "methods": methods}
-
-
-def serving(model: str, where: str, *, cache: str | None = None, tensor_parallel: int = 1) -> dict[str, Any]:
-    """What an engine does with a portable model, by its sizes: ``latentize inspect --for``. Reads no weights.
-
-    Args:
-        model: A folder, a ``config.json``, or a hub id.
-        where: ``ENGINE`` or ``ENGINE@MACHINE``, as ``vllm@h100``.
-        cache: Format of its cache: bf16, fp16, fp8, or one of llama.cpp's. By default that of the model.
-        tensor_parallel: Ranks that share the heads.
-
-    Returns:
-        What is read, for what, ``served`` and ``fast`` of all phases, ``phases`` as ``Served.describe`` has them, what
-        becomes of scaled RoPE, where latents are with several ranks, and what to do ``instead``.
-
-    Raises:
-        OptionError: no such engine or machine, or heads that ranks cannot share.
-        UnsupportedModelError: the model has no latent attention that engines know.
-    """
-    from latentize.engines.contracts import contract, machine_of, served, sizes_of
-
-    engine, _, hardware = where.partition("@")
-    table, machine, spec = contract(engine), machine_of(engine, hardware or None), read_spec(model)
-    if not isinstance(spec, LatentModel):
-        raise UnsupportedModelError(
-            "engines serve latents of DeepSeek's layout, and this model has none", where=model,
-            fix="convert it first, in the portable format",
-        )  # fmt: skip
-    sizes = sizes_of(spec.attention, tensor_parallel)
-    dtype = str(spec.config.get("dtype") or spec.config.get("torch_dtype") or "bfloat16")
-    # What engines without a choice of formats call the model's own.
-    own = {"bfloat16": "bf16", "float16": "fp16", "float32": "f32"}.get(dtype, "bf16")
-    cache = cache or ("f16" if engine == "llama.cpp" else own)
-    phases = served(engine, machine, sizes, cache=cache, dtype=dtype)
-    kind = spec.rope.rope_type
-    return {
-        "engine": engine,
-        "version": table.version,
-        "read": table.read,
-        "machine": hardware or machine,
-        "hardware": machine,
-        "sizes": sizes,
-        "cache": cache,
-        "dtype": dtype,
-        "fast": all(phase.fast for phase in phases),
-        "served": all(phase.refused is None for phase in phases),
-        "phases": [phase.describe() for phase in phases],
-        "rope": None if kind == "default" else table.rope.get(kind, table.rope.get("others")),
-        "latent_on_ranks": table.tensor_parallel,
-        "instead": table.instead,
-    }
 
 
 def _stored(checkpoint: Checkpoint) -> int:

@@ -10,7 +10,7 @@ import pytest
 from latentize.conversion.effort import effort_of
 from latentize.conversion.pipeline import Effort
 from latentize.families import ModelSpec
-from latentize.planning.inspection import read_spec
+from latentize.planning.reading import read_spec
 from latentize.recipe import Recipe
 from latentize.training.polish import Polish
 

@@ -8,7 +8,8 @@ import pytest
 
 from latentize.conversion.work import Rates, Work
 from latentize.planning.forecast import forecast
-from latentize.planning.inspection import plan, read_spec
+from latentize.planning.inspection import plan
+from latentize.planning.reading import read_spec
 from latentize.recipe import Recipe
 
 RATES = Rates(narrow=2e11, wide=1e11, double=5e10, scores=4e10, moved=1e10)

@@ -14,7 +14,7 @@ from tests.common import call_cli, portable
 from latentize.attention.spec import LatentSpec
 from latentize.engines.contracts import ENGINES, HARDWARE, Backend, Served, contract, machine_of, served, sizes_of
 from latentize.errors import OptionError, UnsupportedModelError
-from latentize.planning.inspection import serving
+from latentize.planning.serving import serving
 
 SIZES = {"kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "row", "qk", "heads"}
 

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from latentize.errors import ConfigError, LatentizeError
 from latentize.families import is_latent, latent_model, model_spec
 from latentize.families.latent import LATENT_TYPES
-from latentize.planning.inspection import inspect, plan, shapes
+from latentize.planning.inspection import inspect, plan
+from latentize.planning.reading import shapes
 from latentize.recipe import Recipe
 
 PUBLISHED = ("deepseek-v2-lite", "deepseek-v3", "glm-4.7-flash")

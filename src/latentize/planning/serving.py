@@ -1,0 +1,109 @@
+"""How an engine would serve a model, by its sizes: before anybody rents a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latentize.conversion.serving import fit, fitting_settings
+from latentize.engines.contracts import contract, machine_of, served, sizes_of
+from latentize.errors import EngineError, UnsupportedModelError
+from latentize.families import LatentModel, ModelSpec
+from latentize.methods.method import budget_of
+from latentize.planning.reading import read_spec
+from latentize.recipe import Recipe
+
+__all__ = ["planned_serving", "required_serving", "serving"]
+
+
+def serving(model: str, where: str, *, cache: str | None = None, tensor_parallel: int = 1) -> dict[str, Any]:
+    """What an engine does with a portable model, by its sizes: ``latentize inspect --for``. Reads no weights.
+
+    Args:
+        model: A folder, a ``config.json``, or a hub id.
+        where: ``ENGINE`` or ``ENGINE@MACHINE``, as ``vllm@h100``.
+        cache: Format of its cache: bf16, fp16, fp8, or one of llama.cpp's. By default that of the model.
+        tensor_parallel: Ranks that share the heads.
+
+    Returns:
+        What is read, for what, ``served`` and ``fast`` of all phases, ``phases`` as ``Served.describe`` has them, what
+        becomes of scaled RoPE, where latents are with several ranks, and what to do ``instead``.
+
+    Raises:
+        OptionError: no such engine or machine, or heads that ranks cannot share.
+        UnsupportedModelError: the model has no latent attention that engines know.
+    """
+    engine, _, hardware = where.partition("@")
+    table, machine, spec = contract(engine), machine_of(engine, hardware or None), read_spec(model)
+    if not isinstance(spec, LatentModel):
+        raise UnsupportedModelError(
+            "engines serve latents of DeepSeek's layout, and this model has none", where=model,
+            fix="convert it first, in the portable format",
+        )  # fmt: skip
+    sizes = sizes_of(spec.attention, tensor_parallel)
+    dtype = str(spec.config.get("dtype") or spec.config.get("torch_dtype") or "bfloat16")
+    # What engines without a choice of formats call the model's own.
+    own = {"bfloat16": "bf16", "float16": "fp16", "float32": "f32"}.get(dtype, "bf16")
+    cache = cache or ("f16" if engine == "llama.cpp" else own)
+    phases = served(engine, machine, sizes, cache=cache, dtype=dtype)
+    kind = spec.rope.rope_type
+    return {
+        "engine": engine,
+        "version": table.version,
+        "read": table.read,
+        "machine": hardware or machine,
+        "hardware": machine,
+        "sizes": sizes,
+        "cache": cache,
+        "dtype": dtype,
+        "fast": all(phase.fast for phase in phases),
+        "served": all(phase.refused is None for phase in phases),
+        "phases": [phase.describe() for phase in phases],
+        "rope": None if kind == "default" else table.rope.get(kind, table.rope.get("others")),
+        "latent_on_ranks": table.tensor_parallel,
+        "instead": table.instead,
+    }
+
+
+def required_serving(model: str, where: str) -> dict[str, str]:
+    """Which backends will run, phase by phase, as ``served_prefill`` and ``served_decode``: ``latentize verify --for``.
+
+    Raises:
+        EngineError: the engine would refuse the sizes.
+        OptionError, UnsupportedModelError: as for :func:`serving`.
+    """
+    facts, found = serving(model, where), {}
+    for phase in facts["phases"]:
+        if phase["refused"]:
+            padded = ", ".join(f"{size} {value}" for size, value in (phase["fast_if_padded"] or {}).items())
+            fix = f"latentize convert SOURCE --for {where}" + (f", which pads: {padded}" if padded else "")
+            raise EngineError(f"{phase['phase']} is refused: {phase['refused']}", where=f"{model}, {where}", fix=fix)
+        speed = "made for these sizes" if phase["fast"] else "made for any sizes, slower"
+        found[f"served_{phase['phase']}"] = f"{phase['backend']}, {speed}"
+    return found
+
+
+def planned_serving(model: str, spec: ModelSpec | LatentModel, keep: float, where: str, ranks: int) -> dict[str, Any]:
+    """What an engine would do with a model, or with what ``convert --for`` would make of it: ``latentize plan --for``.
+
+    Args:
+        model, spec: Its name, and what it is.
+        keep: Share of the source's cached values.
+        where: ``ENGINE`` or ``ENGINE@MACHINE``.
+        ranks: That share the heads.
+    """
+    if isinstance(spec, LatentModel):
+        return serving(model, where, tensor_parallel=ranks)
+    recipe = Recipe.build(keep=keep, serve_on=where)
+    setting = fitting_settings(recipe, spec.attention)[0]
+    made = fit(recipe, spec.attention, setting.kv_lora_rank, setting.qk_rope_head_dim, ranks)
+    s = made.sizes
+    sizes = f"latents of {s.kv_lora_rank}, roped keys of {s.qk_rope_head_dim}, un-roped ones of {s.qk_nope_head_dim}"
+    sizes = f"convert --for {where} would make {sizes}, values of {s.v_head_dim}"
+    return {
+        "where": where,
+        "sizes": sizes_of(made.sizes, ranks),
+        "fast": all(phase.fast for phase in made.phases),
+        "served": all(phase.refused is None for phase in made.phases),
+        "phases": [phase.describe() for phase in made.phases],
+        "notes": [sizes, *made.notes(budget_of(recipe, spec.attention))],
+    }
