@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import LLAMA3_SCALING, pico_model, text_file, trained_tokenizer
+from tests.common import LLAMA3_SCALING, YARN_SCALING, pico_model, text_file, trained_tokenizer
 from tests.engine.conftest import Record
 
 import latentize
@@ -21,6 +21,12 @@ from latentize.errors import LatentizeError
 CONVERTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Llama 2, SmolLM2, TinyLlama": ("llama", {}, "exact"),
     "Llama 3.1+, scaled RoPE": ("llama", {"rope_parameters": LLAMA3_SCALING}, "approximate"),
+    "Qwen2.5 for long texts, YaRN": ("qwen2", {"rope_parameters": YARN_SCALING}, "approximate"),
+    "older long Llamas, linear RoPE": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+        "approximate",
+    ),
     "Mistral 0.2+": ("mistral", {}, "exact"),
     "Granite 3": ("granite", {}, "exact"),
     "Phi-4": ("phi3", {}, "exact"),

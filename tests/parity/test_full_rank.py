@@ -7,13 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import FAMILIES, FP32, LLAMA3_SCALING, ONLY_MHA, SMALL, STOCK, logits, random_tokens, relative_error
+from tests.common import (
+    FAMILIES,
+    FP32,
+    LLAMA3_SCALING,
+    ONLY_MHA,
+    SMALL,
+    STOCK,
+    YARN_SCALING,
+    logits,
+    random_tokens,
+    relative_error,
+)
 
 import latentize
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
     ("llama", {"rope_parameters": LLAMA3_SCALING, "rms_norm_eps": 1e-5}),
+    ("llama", {"rope_parameters": YARN_SCALING}),
+    ("qwen3", {"rope_parameters": {**YARN_SCALING, "attention_factor": 1.3}}),
+    ("smollm3", {"rope_parameters": YARN_SCALING}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"tie_word_embeddings": True}),
     ("mistral", {"head_dim": 8, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),

@@ -20,6 +20,10 @@ from latentize.errors import UnsupportedModelError
 __all__ = ["AttentionSpec", "LatentSpec", "RopeSpec", "kv_cache_bytes", "mean_over_layers"]
 
 
+# Of a ramp whose ends are one pair.
+_STEEP = 0.001
+
+
 @dataclass(frozen=True)
 class RopeSpec:
     """Rotary position embedding of a layer (Su et al., arXiv 2104.09864).
@@ -59,11 +63,13 @@ class RopeSpec:
             return tuple(w / self.scaling["factor"] for w in ladder)
         if self.rope_type == "llama3":
             return tuple(self._llama3(w) for w in ladder)
+        if self.rope_type == "yarn":
+            return tuple(self._yarn(f, w) for f, w in enumerate(ladder))
         raise UnsupportedModelError(
             f"RoPE scaling of type '{self.rope_type}' is not supported",
             code="LZ208",
             where="config.json, rope_scaling or rope_parameters",
-            fix="supported are default, linear and llama3",
+            fix="supported are default, linear, llama3 and yarn",
         )
 
     def _llama3(self, w: float) -> float:
@@ -73,6 +79,38 @@ class RopeSpec:
         ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         kept = min(1.0, max(0.0, ramp))
         return w * (kept + (1 - kept) / s["factor"])
+
+    def _yarn(self, f: int, w: float) -> float:
+        """YaRN's interpolation (Peng et al., arXiv 2309.00071, section 3.2): as Llama 3.1's, with a ramp over pairs."""
+        s = self.scaling
+
+        def pair_that_turns(often: float) -> float:
+            """The pair, as a real number, that turns so often in the original context."""
+            turns = s["original_max_position_embeddings"] / (2 * math.pi * often)
+            return self.rotary_dim * math.log(turns) / (2 * math.log(self.theta))
+
+        low, high = pair_that_turns(s.get("beta_fast") or 32), pair_that_turns(s.get("beta_slow") or 1)
+        if s.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.rotary_dim - 1)
+        ramp = (f - low) / (high - low if high != low else _STEEP)
+        kept = 1 - min(1.0, max(0.0, ramp))
+        return w * (kept + (1 - kept) / s["factor"])
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor on what is rotated, queries and keys alike: YaRN's (equation 15 there), 1 without it."""
+        s = self.scaling
+        if self.rope_type != "yarn":
+            return 1.0
+        if s.get("attention_factor") is not None:
+            return float(s["attention_factor"])
+
+        def scale(m: float) -> float:
+            return 0.1 * m * math.log(s["factor"]) + 1 if s["factor"] > 1 else 1.0
+
+        m, m_all = s.get("mscale"), s.get("mscale_all_dim")
+        return scale(m) / scale(m_all) if m and m_all else scale(1.0)
 
     def parameters(self) -> dict[str, Any]:
         """The ``rope_parameters`` entry of a transformers config."""

@@ -73,7 +73,7 @@ def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
         # Of an odd number the last pair is whole, at the frequencies of the odd number.
         rotary = rotated + rotated % 2
         spec = RopeSpec(theta=float(theta ** (rotary / max(1, rotated))), rotary_dim=rotary, scaling=entries)
-        if all(0 < w < math.inf for w in (spec.theta, *spec.frequencies)):
+        if all(0 < w < math.inf for w in (spec.theta, *spec.frequencies, spec.attention_factor)):
             return spec
         reason = "its frequencies should be positive numbers"
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
@@ -292,9 +292,10 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
             f"heads of {head_dim} cannot be rotated: RoPE needs pairs", code="LZ121", where="config.json, head_dim"
         )
     rope = rope_spec(config, head_dim)
-    if rope.rotary_dim != head_dim and not table.attention.get("partial"):
+    if rope.rotary_dim != head_dim and (rope.attention_factor != 1 or not table.attention.get("partial")):
+        scaled = "" if rope.attention_factor == 1 else ", and a factor on it,"
         raise UnsupportedModelError(
-            f"'{table.model_type}' with RoPE on a part of each head cannot be converted",
+            f"'{table.model_type}' with RoPE on a part of each head{scaled} cannot be converted",
             code="LZ209",
             where="config.json, partial_rotary_factor",
         )
@@ -312,6 +313,7 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         qk_norm=bool(feature.get("qk_norm")),
         qk_norm_across=bool(feature.get("qk_norm_across")),
         norm_eps=eps,
-        softmax_scale=scale,
+        # A factor on rotated queries and keys is one on their products.
+        softmax_scale=(scale or head_dim**-0.5) * rope.attention_factor**2,
         softcap=float(feature.get("softcap") or 0.0),
     )

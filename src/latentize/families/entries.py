@@ -167,10 +167,23 @@ def _rope(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) -> d
         if beside is not None and not kind:
             entries[key] = beside
         entries.setdefault(key, read.get("max_position_embeddings"))
+        if entries["rope_type"] == "yarn" and "factor" in entries and entries["factor"] is None:
+            entries["factor"] = _times(read.get("max_position_embeddings"), entries[key])
     if entries["rope_type"] == "default" and not table.attention.get("partial"):
         # Only families that rotate a part of each head look at it, and scalings do.
         entries.pop("partial_rotary_factor", None)
     return entries
+
+
+def _times(longest: Any, original: Any) -> float:
+    """How many times longer the context has become."""
+    try:
+        return float(longest / original)
+    except (TypeError, ArithmeticError) as error:
+        raise ConfigError(
+            f"contexts of {longest!r} tokens, {original!r} before: that makes no factor",
+            where="config.json, rope_scaling or rope_parameters",
+        ) from error
 
 
 def _stretch(table: Table, entries: dict[str, Any], stated: Any, head_dim: Any) -> None:

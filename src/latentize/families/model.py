@@ -79,7 +79,11 @@ class ModelSpec:
         """The attention of a layer; ``None`` where it stays as it is."""
         if self.kind(layer) != FULL:
             return None
-        return replace(self.attention, rotates=False) if layer in self.unrotated else self.attention
+        if layer not in self.unrotated:
+            return self.attention
+        # A factor on what is rotated is on nothing there.
+        scale = self.attention.softmax_scale / self.attention.rope.attention_factor**2
+        return replace(self.attention, rotates=False, softmax_scale=scale)
 
     @property
     def additive_masks(self) -> bool:

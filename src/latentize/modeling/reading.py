@@ -197,7 +197,7 @@ class _Proof:
         ):
             raise _differs("RoPE", where)
         scaling = getattr(rotary, f"{FULL}_attention_scaling", getattr(rotary, "attention_scaling", 1.0))
-        if scaling != 1.0:
+        if not _near(scaling, spec.attention.rope.attention_factor):
             raise _differs("a factor on what RoPE rotates", where)
 
     def _layer(self, index: int) -> Callable[..., Any]:
@@ -259,7 +259,9 @@ class _Proof:
                 raise _differs(f"the epsilon of '{name}'", where)
         if ours.spec is not None:
             scale = getattr(getattr(theirs, spec.module("attention")), "scaling", None)
-            if scale is not None and not _near(scale, ours.spec.softmax_scale):
+            # What RoPE multiplies queries and keys with is not in it.
+            factor = ours.spec.rope.attention_factor**2 if ours.spec.rotates else 1.0
+            if scale is not None and not _near(scale * factor, ours.spec.softmax_scale):
                 raise _differs("the factor on attention's logits", where)
 
     def _check_attention(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FAMILIES, FP32, FP64, LLAMA3_SCALING, pico_config, relative_error
+from tests.common import FAMILIES, FP32, FP64, LLAMA3_SCALING, YARN_SCALING, pico_config, relative_error
 from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
@@ -21,6 +21,9 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 500_000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
     "llama3": LLAMA3_SCALING,
+    "yarn": YARN_SCALING,
+    "yarn, ends": {**YARN_SCALING, "attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+    "yarn, mscale": {**YARN_SCALING, "mscale": 0.7, "mscale_all_dim": 0.4},
 }
 
 
@@ -42,20 +45,27 @@ def test_frequencies_are_those_of_the_familys_rotary_module(family: str, scaling
         given["partial_rotary_factor"] = plain.rope_parameters["partial_rotary_factor"]
     nested = "full_attention" in plain.rope_parameters
     config = plain if nested else pico_config(family, rope_parameters=given)
-    ours = torch.tensor(model_spec(config.to_dict()).attention.rope.frequencies)
+    if "yarn" in scaling and given.get("partial_rotary_factor", 1.0) != 1:
+        with pytest.raises(UnsupportedModelError, match="a factor on it"):
+            model_spec(config.to_dict())
+        return
+    spec = model_spec(config.to_dict()).attention
+    ours = torch.tensor(spec.rope.frequencies)
     module = rotary(family, config)
     prefix = "full_attention_" if nested else ""
-    assert getattr(module, prefix + "attention_scaling") == 1
+    factor = getattr(module, prefix + "attention_scaling")
+    assert spec.rope.attention_factor == pytest.approx(factor) and (factor == 1) != ("yarn" in scaling)
+    assert spec.softmax_scale == pytest.approx(factor**2 * model_spec(plain.to_dict()).attention.softmax_scale)
     theirs = getattr(module, prefix + "inv_freq")
     assert relative_error(ours, theirs) <= FP32
     # A ladder spans decades: compare each rung too.
     assert torch.allclose(ours, theirs, rtol=FP32, atol=0)
 
 
-@pytest.mark.parametrize("scaling", ["linear", "llama3"])
+@pytest.mark.parametrize("scaling", [name for name in SCALINGS if name != "default"])
 def test_scaled_frequencies_are_those_of_transformers_table(scaling: str) -> None:
     config = pico_config(rope_parameters=dict(SCALINGS[scaling]))
-    theirs, _ = ROPE_INIT_FUNCTIONS[scaling](config, "cpu")
+    theirs, _ = ROPE_INIT_FUNCTIONS[SCALINGS[scaling]["rope_type"]](config, "cpu")
     ours = torch.tensor(rope_spec(config.to_dict(), 16).frequencies)
     assert torch.allclose(ours, theirs, rtol=FP32, atol=0)
     plain = torch.tensor(RopeSpec(10_000.0, 16).frequencies)
@@ -72,7 +82,7 @@ def test_llama3_scaling_keeps_fast_divides_slow_and_ramps_between() -> None:
     assert ((quotient > 1.001) & (quotient < 7.999)).any()
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_scalings_that_depend_on_length_are_refused(kind: str) -> None:
     with pytest.raises(UnsupportedModelError, match=kind):
         _ = RopeSpec(10_000.0, 16, {"rope_type": kind, "factor": 2.0}).frequencies
