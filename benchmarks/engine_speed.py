@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import llama_file
 import torch
 
 import latentize
@@ -106,56 +107,11 @@ class Transformers:
         return [middle - start, time.perf_counter() - middle]
 
 
-def source_file(out: Path) -> None:
-    """The bundled Llama as GGUF, float32: what a converted file is compared with."""
-    import gguf
-
-    from latentize.checkpoint import open_checkpoint
-    from latentize.formats.gguf_vocab import read_vocab
-
-    checkpoint = open_checkpoint(SOURCE)
-    config = checkpoint.config
-    writer = gguf.GGUFWriter(out, "llama")
-    vocab = read_vocab(SOURCE, config["vocab_size"])
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    for name, value in {
-        "vocab_size": config["vocab_size"],
-        "block_count": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "head_count": heads,
-        "head_count_kv": kv_heads,
-        "layer_norm_rms_eps": config["rms_norm_eps"],
-        "rope_dimension_count": config["head_dim"],
-        "rope_freq_base": config["rope_parameters"]["rope_theta"],
-        "tokenizer_model": "gpt2",
-        "tokenizer_pre": vocab.pre,
-        "token_list": vocab.tokens,
-        "token_types": vocab.types,
-        "token_merges": vocab.merges,
-        "file_type": 0,
-    }.items():
-        getattr(writer, f"add_{name}")(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    for name in checkpoint.names():
-        tensor = checkpoint.load(name).float()
-        # llama.cpp rotates neighbours; transformers rotates halves.
-        for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
-            if part in name:
-                tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def measure(out: Path, contexts: list[int], rounds: int, threads: int) -> dict[str, Any]:
     longest, rows = max(contexts) + STEPS + 1, []
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / "source.gguf", Path(folder) / "converted.gguf"]
-        source_file(files[0])
+        llama_file.write(SOURCE, files[0])
         latentize.export(out, files[1], kind="f32")
         runs: dict[str, Any] = {
             "source, llama.cpp": Llama(files[0], longest, threads),

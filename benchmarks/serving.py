@@ -6,9 +6,9 @@
 
 Each server is started with the command of docs/engines.md. Clients ask for one completion after the other, each with a
 prompt of its own, streamed. Printed are tokens a second of all clients, the time to the first token, the memory of the
-server's processes, and how many greedy answers are those of transformers in the server's precision. What an engine does
-in this time is its own: llama_cpp.server answers one request after the other. Writes
-``benchmarks/results/serving.json`` and prints Markdown.
+server's processes, and how many greedy answers of 64 tokens are those of transformers. llama_cpp.server answers one
+request after the other; the others take several together. Writes ``benchmarks/results/serving.json`` and prints
+Markdown.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import llama_file
+import numpy as np
 import torch
 
 import latentize
@@ -176,14 +178,17 @@ def served(engine: str, name: str, folder: Path, texts: list[str], args: argpars
         model = folder
         if engine == "llama.cpp":
             model = Path(place) / "out.gguf"
-            latentize.export(folder, model, kind="bf16")
+            if (folder / "latentize.json").exists():
+                latentize.export(folder, model, kind="f16")
+            else:
+                llama_file.write(folder, model, np.float16)
         with serving(engine, model, Path(place)) as (address, group):
             # The first answers are slower, whoever gives them.
             found = ["".join(ask(engine, address, str(model), text, ANSWER)) for text in texts[:COMPARED]]
             made = load(engine, address, group, str(model), texts[COMPARED:], args)
-    same = [
-        a.strip() == b.strip() for a, b in zip(found, expected(folder, texts[:COMPARED], torch.bfloat16), strict=True)
-    ]
+    # llama.cpp computes in float32 whatever weights are stored in, the others in the model's own precision.
+    dtype = torch.float32 if engine == "llama.cpp" else torch.bfloat16
+    same = [a.strip() == b.strip() for a, b in zip(found, expected(folder, texts[:COMPARED], dtype), strict=True)]
     return {"engine": engine, "model": name, "date": datetime.date.today().isoformat(), "same": sum(same), **made}
 
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Makes the environments that the engine tests run in, one for each engine: .engines/NAME.
 #
-#   scripts/engines.sh [NAME…]     llama.cpp, transformers, vllm; all if none is named
+#   scripts/engines.sh [NAME…]     llama.cpp, transformers, vllm; these if none is named
+#                                  flashinfer, sglang: their Python alone, which is asked what sizes it takes and
+#                                  computes nothing (tests/engine/test_shape_checks.py)
 #
 #   PYTHON          interpreter to make them with
 #   ENGINES         where they go; `latentize verify --engine` looks there, too
@@ -15,6 +17,8 @@ ENGINES=${LATENTIZE_ENGINES:-${ENGINES:-.engines}}
 ENGINE_WHEELS=${ENGINE_WHEELS:-.cache/engines}
 LLAMA_CPP=0.3.36 # of llama-cpp-python, which brings llama.cpp along
 VLLM=0.32.0
+FLASHINFER=0.7.4
+SGLANG=0.5.23
 TRANSFORMERS=$(sed -n 's/^transformers==//p' constraints.txt)
 
 install() { # ENVIRONMENT ARGUMENT…
@@ -47,13 +51,27 @@ make_vllm() {
   "$environment/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
 }
 
+make_flashinfer() {
+  install "$1" -c constraints.txt torch numpy packaging apache-tvm-ffi einops nvidia-ml-py requests tabulate tqdm
+  # Without what it wants besides: compilers, and CUDA's libraries.
+  install "$1" --no-deps "flashinfer-python==$FLASHINFER"
+}
+
+make_sglang() {
+  install "$1" -c constraints.txt torch numpy "transformers==$TRANSFORMERS" aiohttp apache-tvm-ffi compressed-tensors \
+    dill gguf IPython msgspec orjson pillow psutil pybase64 pydantic pyzmq requests sentencepiece starlette
+  install "$1" --no-deps "sglang==$SGLANG"
+}
+
 for name in "${@:-llama.cpp transformers vllm}"; do
   for engine in $name; do
     case $engine in
       llama.cpp) version=$LLAMA_CPP ;;
       transformers) version=$TRANSFORMERS ;;
       vllm) version=$VLLM ;;
-      *) echo "no such engine: $engine; there are llama.cpp, transformers and vllm" >&2; exit 2 ;;
+      flashinfer) version=$FLASHINFER ;;
+      sglang) version=$SGLANG ;;
+      *) echo "no such engine: $engine; there are llama.cpp, transformers, vllm, flashinfer, sglang" >&2; exit 2 ;;
     esac
     environment=$ENGINES/$engine
     if [ "$(cat "$environment/.made" 2>/dev/null)" = "$version" ]; then

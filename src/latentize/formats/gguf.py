@@ -32,7 +32,7 @@ from latentize.paths import expanded
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["check_portable", "gguf_reasons", "gguf_tensors", "write_gguf"]
+__all__ = ["add_vocab", "check_portable", "gguf_reasons", "gguf_tensors", "write_gguf"]
 
 _LAYER = {
     "input_layernorm": "attn_norm",
@@ -180,7 +180,8 @@ def _add_rope(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
 
 
-def _add_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
+def add_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
+    """Write the tokenizer."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocab.pre)
     writer.add_token_list(vocab.tokens)
@@ -306,7 +307,7 @@ def _write(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(TYPES[kind][1])
     _add_shape(writer, checkpoint.config)
-    _add_vocab(writer, vocab)
+    add_vocab(writer, vocab)
     for tensor in tensors:
         ggml = gguf.GGMLQuantizationType[ggml_type(tensor, kind)]
         block, size = gguf.GGML_QUANT_SIZES[ggml]
