@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.common import logits, portable, random_tokens, relative_error
+from tests.common import (
+    logits,
+    pico_model,
+    portable,
+    random_tokens,
+    relative_error,
+    text_file,
+    trained_tokenizer,
+)
 from tests.engine.conftest import Record
 
 import latentize
@@ -122,3 +130,18 @@ def test_a_file(models: Callable[[str], Path], tmp_path: Path) -> None:
     found = latentize.verify(out, engine="llama.cpp", folder=models(ODD), prompts=2, new_tokens=8)
     assert found["type"] == "f16" and found["kl"] <= LIMITS["f16"]
     assert found["tensors"]["F16"] > 10 and found["ok"]
+
+
+def test_zeros_change_nothing(tmp_path: Path, record: Record) -> None:
+    """Four heads padded to eight, values of 32 to 64, for kernels that this machine has not."""
+    source = tmp_path / "source"
+    pico_model("llama", 2, vocab_size=320, hidden_size=128, head_dim=96).to(torch.bfloat16).save_pretrained(source)
+    trained_tokenizer().save_pretrained(source)
+    options = {"kv_lora_rank": 128, "qk_rope_head_dim": 64, "tokens": 4096, "sequence_length": 64, "fast": True}
+    options |= {"selection_tokens": 256, "evaluation_tokens": 512, "data": (text_file(tmp_path),)}
+    report = latentize.convert(source, tmp_path / "out", serve_on="llama.cpp@rtx4090", **options)
+    assert any("heads from 4 to 8" in note for note in report["notes"])
+    found = record(
+        "padded with zeros", latentize.verify(tmp_path / "out", engine="llama.cpp", prompts=4, new_tokens=16)
+    )
+    assert found["kl"] <= 1e-6 and found["greedy_identical"] == 4

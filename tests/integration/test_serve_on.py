@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def models(source: Callable[..., Path], text: str, tmp_path_factory: pytest.Temp
         found[name] = folder / name
         report = latentize.convert(source("llama", 2, head_dim=32), found[name], serve_on=where, **options)
         notes = " ".join(report["notes"])
-        assert ("values from 32 to 64 are padded with zeros" in notes) == (name == "padded"), notes
+        assert ("values of each head from 32 to 64: padded with zeros" in notes) == (name == "padded"), notes
     return found
 
 
@@ -75,6 +76,28 @@ def test_zeros_change_nothing(models: dict[str, Path]) -> None:
     assert bool(values_HVr[:, :32].any()) and not bool(values_HVr[:, 32:].any())
     served = {phase["phase"]: phase for phase in serving(str(models["padded"]), "flashinfer@h100")["phases"]}
     assert served["prefill"]["backend"] == "fa3" and served["prefill"]["fast"]
+
+
+@torch.no_grad()
+def test_heads_of_zeros_change_nothing(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    """llama.cpp's kernels on CUDA take 128 + 64 with heads in eights; here are four, which share up-projections."""
+    model = source("llama", 2, hidden_size=128, head_dim=96)
+    options = {**SMALL, "dtype": "bfloat16", "kv_lora_rank": 128, "qk_rope_head_dim": 64, "data": (text,)}
+    report = latentize.convert(model, tmp_path / "padded", serve_on="llama.cpp@rtx4090", **options)
+    latentize.convert(model, tmp_path / "plain", **options)
+    assert any("heads from 4 to 8" in note for note in report["notes"]), report["notes"]
+    tokens = random_tokens()
+    assert relative_error(logits(tmp_path / "padded", tokens), logits(tmp_path / "plain", tokens)) < 1e-5
+    assert latentize.verify(tmp_path / "padded", serve_on="llama.cpp@rtx4090")["served_decode"].endswith("these sizes")
+    config = json.loads((tmp_path / "padded" / "config.json").read_text())
+    assert config["num_attention_heads"] == config["num_key_value_heads"] == 8
+
+
+def test_heads_are_padded_where_kernels_count_them() -> None:
+    spec = replace(read_spec("llama-3-8b").attention, num_heads=24)
+    made = fit(Recipe.build(keep="25%", serve_on="vllm@b200"), spec, 256, 64)
+    assert made.standing == (0, 0) and made.padded == (32, 128, 128)
+    assert fit(Recipe.build(keep="25%", serve_on="vllm@b200"), spec, 512, 64).padded == (24, 128, 128)
 
 
 def test_what_cannot_be(source: Callable[..., Path], text: str, tmp_path: Path, capsys: Any) -> None:

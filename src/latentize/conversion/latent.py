@@ -102,7 +102,7 @@ class LatentJob(Job):
             budget = None if self.recipe.sizes else budget_of(self.recipe, self.spec.attention)
             self.notes += served.notes(budget)
             if served.zeros:
-                self.writer.padded = served.sizes.qk_nope_head_dim, served.sizes.v_head_dim
+                self.writer.padded = served.padded
         if not isinstance(self.writer, NativeWriter):
             self.writer.rope_theta = first.rope_theta(self.spec.attention)
         self.notes += first.approximations(self.spec.attention)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -16,8 +16,9 @@ from latentize.recipe import Recipe
 __all__ = ["Fit", "fit", "fitting_settings"]
 
 # Sizes that are tried where a method's own are not served as well: of latents, of roped keys, and of un-roped keys and
-# values once they are padded with zeros.
+# values once they are padded with zeros; and what the number of heads is made a multiple of.
 _RANKS, _ROPES, _PADDED = range(16, 1025, 16), (32, 48, 64, 96, 128), (64, 96, 128, 192, 256)
+_HEADS = (8, 16, 32, 64, 128)
 
 # Of the values that were asked for; what is further off is said.
 _NEAR = 0.9
@@ -30,13 +31,13 @@ class Fit:
     Attributes:
         where: As asked for.
         sizes: Of the model, padded.
-        before: Un-roped and value dimensions of a head before they are.
+        before: Heads, and un-roped and value dimensions of each, before they are.
         phases: What becomes of prefill and decode.
     """
 
     where: str
     sizes: LatentSpec
-    before: tuple[int, int]
+    before: tuple[int, int, int]
     phases: tuple[Served, ...]
 
     @property
@@ -45,9 +46,19 @@ class Fit:
         return sum(p.refused is not None for p in self.phases), sum(not p.fast for p in self.phases)
 
     @property
+    def padded(self) -> tuple[int, int, int]:
+        """The same with zeros."""
+        return self.sizes.num_heads, self.sizes.qk_nope_head_dim, self.sizes.v_head_dim
+
+    @property
     def zeros(self) -> int:
-        """Dimensions of a head that are padded."""
-        return self.sizes.qk_nope_head_dim + self.sizes.v_head_dim - sum(self.before)
+        """Weights of a layer that are padded."""
+        return self._weights(*self.padded) - self._weights(*self.before)
+
+    def _weights(self, heads: int, nope: int, value: int) -> int:
+        """Of queries, the up-projection and the output."""
+        s = self.sizes
+        return heads * ((nope + value) * (s.hidden_size + s.kv_lora_rank) + s.qk_rope_head_dim * s.hidden_size)
 
     def notes(self, budget: int | None) -> list[str]:
         """What a report says of it, where so many cached values were asked for, or ``None``, certain sizes."""
@@ -64,14 +75,10 @@ class Fit:
         if budget is not None and not _NEAR <= values / budget <= 1:
             notes.append(f"{values} cached values instead of {budget}: the nearest sizes that are served as well")
         if self.zeros:
-            nope, value = self.before
-            sizes = [("un-roped keys", nope, s.qk_nope_head_dim), ("values", value, s.v_head_dim)]
+            names = ("heads", "un-roped keys of each head", "values of each head")
+            sizes = zip(names, self.before, self.padded, strict=True)
             padded = ", ".join(f"{name} from {old} to {new}" for name, old, new in sizes if new > old)
-            # A dimension of keys has rows of queries and of the up-projection; of values, of that and the output.
-            more = self.zeros * s.num_heads * (s.hidden_size + s.kv_lora_rank)
-            notes.append(
-                f"a head's {padded} are padded with zeros, {more:,} more weights a layer, nothing in the cache"
-            )
+            notes.append(f"{padded}: padded with zeros, {self.zeros:,} more weights a layer, nothing in the cache")
         return notes
 
 
@@ -80,21 +87,27 @@ def fit(recipe: Recipe, spec: AttentionSpec, rank: int, rope: int, tensor_parall
     best; on so many ranks, which share the heads."""
     assert recipe.serve_on is not None
     engine, _, hardware = recipe.serve_on.partition("@")
-    machine, own = machine_of(engine, hardware or None), (spec.head_dim, spec.head_dim)
+    machine, own = machine_of(engine, hardware or None), (spec.num_heads, spec.head_dim, spec.head_dim)
     usual = {"bfloat16": "bf16", "float16": "fp16", "float32": "f32"}[recipe.dtype]
     cache = recipe.cache_for or ("f16" if engine == "llama.cpp" else usual)
-    plain = LatentSpec(
-        spec.hidden_size, spec.num_heads, rank, rope, *own, rope_heads=1, up_heads=spec.num_heads, softmax_scale=1.0
-    )
+    plain = LatentSpec(spec.hidden_size, own[0], rank, rope, *own[1:], rope_heads=1, up_heads=own[0], softmax_scale=1.0)
 
-    def made(nope: int, value: int) -> Fit:
-        sizes = replace(plain, qk_nope_head_dim=nope, v_head_dim=value)
+    def made(heads: int, nope: int, value: int) -> Fit:
+        sizes = replace(plain, num_heads=heads, up_heads=heads, qk_nope_head_dim=nope, v_head_dim=value)
         phases = served(engine, machine, sizes_of(sizes, tensor_parallel), cache=cache, dtype=recipe.dtype)
         return Fit(recipe.serve_on or "", sizes, own, tuple(phases))
 
-    larger = [size for size in _PADDED if size > spec.head_dim]
-    tried = [made(*padded) for padded in product((spec.head_dim, *larger), repeat=2)]
-    return min(tried, key=lambda f: (f.standing, f.zeros))
+    def best(heads: Iterable[int]) -> Fit:
+        dims = (spec.head_dim, *(size for size in _PADDED if size > spec.head_dim))
+        return min((made(*sizes) for sizes in product(heads, dims, dims)), key=lambda f: (f.standing, f.zeros))
+
+    found = best(own[:1])
+    if not any(found.standing):
+        return found
+    # More heads cost most, and few kernels count them.
+    more = sorted({-(-own[0] // step) * step for step in _HEADS if own[0] % step})
+    several = [heads for heads in more if heads % tensor_parallel == 0]
+    return min([found, *([best(several)] if several else [])], key=lambda f: (f.standing, f.zeros))
 
 
 def fitting_settings(recipe: Recipe, spec: AttentionSpec) -> list[Setting]:

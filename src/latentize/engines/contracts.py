@@ -38,7 +38,7 @@ HARDWARE = {
 _USUAL = {"mlx": "apple", "llama.cpp": "cpu", "transformers": "cpu"}
 _PHASES = ("prefill", "decode")
 # What zeros can be added to for nothing in the cache.
-_PADDED = ("qk_nope_head_dim", "v_head_dim")
+_PADDED = ("qk_nope_head_dim", "v_head_dim", "heads")
 
 
 def _misses(size: int, wanted: Sequence[int] | Mapping[str, int]) -> bool:
@@ -282,11 +282,20 @@ def _pad(
             trial = {**sizes, **wanted}
             trial["qk"] = trial["qk_nope_head_dim"] + trial["qk_rope_head_dim"]
             fits = backend.declines(trial, cache, dtype) is None and not any(_broken(limits, trial, cache, dtype))
-            cost = sum(wanted.values())
+            cost = trial["heads"] * (trial["qk"] + trial["v_head_dim"])
             if fits and wanted and (best is None or cost < best[0]):
                 best = cost, wanted, backend.name
     if best is not None:
         _, made.padded, made.padded_backend = best
+
+
+def _at_least(size: int, wanted: Sequence[int] | Mapping[str, int]) -> list[int]:
+    """What a table has that is no smaller than a size; of bounds, the least."""
+    if not isinstance(wanted, Mapping):
+        return [one for one in wanted if one >= size]
+    step = wanted.get("multiple_of", 1)
+    least = -(-max(size, wanted.get("least", 0)) // step) * step
+    return [least] if least <= wanted.get("most", least) else []
 
 
 def _padded(sizes: Mapping[str, int], shape: Mapping[str, Any]) -> dict[str, int] | None:
@@ -297,7 +306,7 @@ def _padded(sizes: Mapping[str, int], shape: Mapping[str, Any]) -> dict[str, int
         shape["qk_nope_head_dim"] = [qk - sizes["qk_rope_head_dim"] for qk in shape.pop("qk")]
     wanted = {}
     for name, choice in Backend.missed(sizes, shape).items():
-        larger = [] if isinstance(choice, Mapping) else [size for size in choice if size > sizes[name]]
+        larger = [size for size in _at_least(sizes[name], choice) if size > sizes[name]]
         if name not in _PADDED or not larger:
             return None
         wanted[name] = min(larger)

@@ -98,11 +98,11 @@ class LatentWriter(FormatWriter):
 
     Attributes:
         suited: Whether rows already have the axes and the size that they are to have.
-        padded: Un-roped and value dimensions of a head, zeros included; ``None`` is as they come.
+        padded: Heads, and un-roped and value dimensions of each, zeros included; ``None`` is as they come.
     """
 
     suited = False
-    padded: tuple[int, int] | None = None
+    padded: tuple[int, int, int] | None = None
 
     def oriented(self, w: LatentWeights, index: int) -> LatentWeights:
         """The same layer in the axes that it is to be written in, where it computes the same in any: as they come."""

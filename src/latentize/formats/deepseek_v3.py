@@ -227,18 +227,27 @@ def decode_attention(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     )
 
 
-def padded(w: LatentWeights, nope: int, value: int) -> LatentWeights:
-    """The same layer with un-roped keys and values of so many dimensions, the new ones zero."""
-    more_nope, more_value = nope - w.spec.qk_nope_head_dim, value - w.spec.v_head_dim
-    pad = torch.nn.functional.pad
-    bias_HN = w.q_nope_bias_HN
+def padded(w: LatentWeights, heads: int, nope: int, value: int) -> LatentWeights:
+    """The same layer with so many heads, of un-roped keys and values of so many dimensions; the new ones are zero."""
+    spec, pad = w.spec, torch.nn.functional.pad
+    more, more_nope, more_value = heads - spec.num_heads, nope - spec.qk_nope_head_dim, value - spec.v_head_dim
+    # Where heads share an up-projection, the new ones have one of their own.
+    share = spec.num_heads // spec.up_heads if more else 1
+    up = (t.repeat_interleave(share, dim=0) for t in (w.k_up_UNr, w.v_up_UVr))
+    k_up_UNr, v_up_UVr = (pad(t, (0, 0, 0, n, 0, more)) for t, n in zip(up, (more_nope, more_value), strict=True))
+    biases = (w.q_nope_bias_HN, w.q_rope_bias_HR)
+    q_nope_bias_HN, q_rope_bias_HR = (
+        None if bias is None else pad(bias, (0, n, 0, more)) for bias, n in zip(biases, (more_nope, 0), strict=True)
+    )
     return replace(
         w,
-        q_nope_HND=pad(w.q_nope_HND, (0, 0, 0, more_nope)),
-        q_nope_bias_HN=None if bias_HN is None else pad(bias_HN, (0, more_nope)),
-        k_up_UNr=pad(w.k_up_UNr, (0, 0, 0, more_nope)),
-        v_up_UVr=pad(w.v_up_UVr, (0, 0, 0, more_value)),
-        o_DHV=pad(w.o_DHV, (0, more_value)),
+        q_nope_HND=pad(w.q_nope_HND, (0, 0, 0, more_nope, 0, more)),
+        q_rope_HRD=pad(w.q_rope_HRD, (0, 0, 0, 0, 0, more)),
+        q_nope_bias_HN=q_nope_bias_HN,
+        q_rope_bias_HR=q_rope_bias_HR,
+        k_up_UNr=k_up_UNr,
+        v_up_UVr=v_up_UVr,
+        o_DHV=pad(w.o_DHV, (0, more_value, 0, more)),
     )
 
 
@@ -327,8 +336,8 @@ class DeepseekWriter(LatentWriter):
             "hidden_size": a.hidden_size,
             "intermediate_size": self.spec.intermediate_size,
             "num_hidden_layers": self.spec.layers,
-            "num_attention_heads": a.num_heads,
-            "num_key_value_heads": a.num_heads,
+            "num_attention_heads": latent.num_heads,
+            "num_key_value_heads": latent.num_heads,
             "q_lora_rank": None,
             "kv_lora_rank": latent.kv_lora_rank,
             "qk_rope_head_dim": latent.qk_rope_head_dim,
