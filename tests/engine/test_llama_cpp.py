@@ -133,14 +133,16 @@ def test_a_file(models: Callable[[str], Path], tmp_path: Path) -> None:
 
 
 def test_zeros_change_nothing(tmp_path: Path, record: Record) -> None:
-    """Four heads padded to eight, values of 32 to 64, for kernels that this machine has not."""
+    """Six heads padded to eight, for kernels that this machine has not."""
     source = tmp_path / "source"
-    pico_model("llama", 2, vocab_size=320, hidden_size=128, head_dim=96).to(torch.bfloat16).save_pretrained(source)
+    pico_model("llama", 2, vocab_size=320, hidden_size=192, num_attention_heads=6, head_dim=96).to(
+        torch.bfloat16
+    ).save_pretrained(source)
     trained_tokenizer().save_pretrained(source)
     options = {"kv_lora_rank": 128, "qk_rope_head_dim": 64, "tokens": 4096, "sequence_length": 64, "fast": True}
     options |= {"selection_tokens": 256, "evaluation_tokens": 512, "data": (text_file(tmp_path),)}
     report = latentize.convert(source, tmp_path / "out", serve_on="llama.cpp@rtx4090", **options)
-    assert any("heads from 4 to 8" in note for note in report["notes"])
+    assert any("heads from 6 to 8" in note for note in report["notes"])
     found = record(
         "padded with zeros", latentize.verify(tmp_path / "out", engine="llama.cpp", prompts=4, new_tokens=16)
     )

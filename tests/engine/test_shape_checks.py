@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from latentize.attention.spec import LatentSpec
+from latentize.attention.spec import AttentionSpec, LatentSpec, RopeSpec
+from latentize.conversion.serving import fit, fitting_settings
 from latentize.engines.contracts import Backend, contract, served, sizes_of
+from latentize.recipe import Recipe
 
 pytestmark = pytest.mark.engine
 
@@ -39,6 +41,7 @@ SHAPES = {
     "Phi-3-mini 512 + 64": (3072, 32, 512, 64, 96, 96),
     "Phi-3-mini 256 + 64": (3072, 32, 256, 64, 96, 128),
     "448 + 64": (4096, 32, 448, 64, 128, 128),
+    "512 + 128": (4096, 32, 512, 128, 128, 128),
     "192 + 64, value 256": (6144, 64, 512, 64, 192, 256),
     "DeepSeek-V3": (7168, 128, 512, 64, 128, 128),
 }
@@ -69,14 +72,19 @@ CASES = [
 
 @functools.cache
 def _asked(engine: str) -> dict[str, Any]:
-    """Answers of an engine's code to all cases, from its own environment."""
+    """Answers to all cases."""
+    return _ask(engine, CASES)
+
+
+def _ask(engine: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Answers of an engine's code, from its own environment."""
     folder = Path(os.environ.setdefault("LATENTIZE_ENGINES", str(ROOT / ".engines"))) / engine
     python = folder.absolute() / "bin" / "python"
     if not python.exists() or (folder / ".unfinished").exists():
         pytest.skip(f"2026-11-29: there is no environment with {engine}; scripts/engines.sh {engine}")
     done = subprocess.run(
         [python, Path(__file__).with_name("shape_checks.py"), engine],
-        input=json.dumps(CASES),
+        input=json.dumps(cases),
         capture_output=True,
         text=True,
         timeout=600,
@@ -191,6 +199,37 @@ def test_what_sglang_hands_to_flashinfer() -> None:
                     wrong.append((phase, name, machine, case["shape"], refused or "is taken"))
     assert not wrong, "\n".join(map(str, wrong))
     assert compared == {("decode", "trtllm_mla"), ("prefill", "trtllm_mla"), ("decode", "flashinfer")}
+
+
+# Name → heads, kv heads, size of a head, hidden size, and the share of its cache that is asked for.
+SOURCES = {
+    "SmolLM2": (9, 3, 64, 576, "85%"),
+    "Llama-3-8B and Qwen3-8B": (32, 8, 128, 4096, "30%"),
+    "Mistral-Small": (32, 8, 128, 5120, "30%"),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_a_conversion_for_an_engine_becomes_is_taken(engine: str, source: str) -> None:
+    """Whatever sizes ``convert --for`` chooses, some backend of the engine's own code takes them, in both phases."""
+    heads, kv_heads, head_dim, hidden, keep = SOURCES[source]
+    spec = AttentionSpec(hidden, heads, kv_heads, head_dim, RopeSpec(10_000.0, head_dim))
+    cases = []
+    for machine in MACHINES:
+        recipe = Recipe.build(keep=keep, serve_on=f"{engine}@{machine}")
+        if not any(machine in backend.hardware for backend in contract(engine).backends):
+            continue
+        setting = fitting_settings(recipe, spec)[0]
+        made = fit(recipe, spec, setting.kv_lora_rank, setting.qk_rope_head_dim)
+        refused = made.standing[0]
+        # The one latent of vLLM's kernel for CPUs is larger than SmolLM2's whole cache.
+        assert refused == ((engine, machine, source) == ("vllm", "cpu", "SmolLM2")), (machine, made)
+        case = {"machine": machine, "cache": "bf16", "dtype": "bfloat16", **sizes_of(made.sizes)}
+        cases += [] if refused else [{**case, "phase": phase} for phase in ("prefill", "decode")]
+    for case, answer in zip(cases, _ask(engine, cases)["cases"], strict=True):
+        taken = answer["chosen"] if "chosen" in answer else not all(answer["backends"].values())
+        assert taken, (case, answer)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -80,12 +80,12 @@ def test_zeros_change_nothing(models: dict[str, Path]) -> None:
 
 @torch.no_grad()
 def test_heads_of_zeros_change_nothing(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
-    """llama.cpp's kernels on CUDA take 128 + 64 with heads in eights; here are four, which share up-projections."""
-    model = source("llama", 2, hidden_size=128, head_dim=96)
+    """llama.cpp's kernels on CUDA take 128 + 64 with heads in eights; here are six, which share up-projections."""
+    model = source("llama", 2, hidden_size=192, num_attention_heads=6, head_dim=96)
     options = {**SMALL, "dtype": "bfloat16", "kv_lora_rank": 128, "qk_rope_head_dim": 64, "data": (text,)}
     report = latentize.convert(model, tmp_path / "padded", serve_on="llama.cpp@rtx4090", **options)
     latentize.convert(model, tmp_path / "plain", **options)
-    assert any("heads from 4 to 8" in note for note in report["notes"]), report["notes"]
+    assert any("heads from 6 to 8" in note for note in report["notes"]), report["notes"]
     tokens = random_tokens()
     assert relative_error(logits(tmp_path / "padded", tokens), logits(tmp_path / "plain", tokens)) < 1e-5
     assert latentize.verify(tmp_path / "padded", serve_on="llama.cpp@rtx4090")["served_decode"].endswith("these sizes")

@@ -19,6 +19,8 @@ __all__ = ["Fit", "fit", "fitting_settings"]
 # values once they are padded with zeros; and what the number of heads is made a multiple of.
 _RANKS, _ROPES, _PADDED = range(16, 1025, 16), (32, 48, 64, 96, 128), (64, 96, 128, 192, 256)
 _HEADS = (8, 16, 32, 64, 128)
+# Times as many, at most: each costs what a real one costs, wherever it is attended.
+_MORE_HEADS = 1.5
 
 # Of the values that were asked for; what is further off is said.
 _NEAR = 0.9
@@ -78,7 +80,10 @@ class Fit:
             names = ("heads", "un-roped keys of each head", "values of each head")
             sizes = zip(names, self.before, self.padded, strict=True)
             padded = ", ".join(f"{name} from {old} to {new}" for name, old, new in sizes if new > old)
-            notes.append(f"{padded}: padded with zeros, {self.zeros:,} more weights a layer, nothing in the cache")
+            notes.append(
+                f"{padded}: padded with zeros, {self.zeros:,} more weights and multiplications a token in a "
+                "layer, nothing in the cache"
+            )
         return notes
 
 
@@ -104,9 +109,9 @@ def fit(recipe: Recipe, spec: AttentionSpec, rank: int, rope: int, tensor_parall
     found = best(own[:1])
     if not any(found.standing):
         return found
-    # More heads cost most, and few kernels count them.
-    more = sorted({-(-own[0] // step) * step for step in _HEADS if own[0] % step})
-    several = [heads for heads in more if heads % tensor_parallel == 0]
+    # Heads cost most, and few kernels count them.
+    more = {-(-own[0] // step) * step for step in _HEADS if own[0] % step}
+    several = sorted(heads for heads in more if heads % tensor_parallel == 0 and heads <= _MORE_HEADS * own[0])
     return min([found, *([best(several)] if several else [])], key=lambda f: (f.standing, f.zeros))
 
 
