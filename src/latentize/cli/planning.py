@@ -91,8 +91,11 @@ def plan(
     console.print("values: cached per token and layer", style="dim")
     for number, note in enumerate(notes, 1):
         console.print(f"({number}) {note}", style="dim")
-    for note in result.get("serving", {}).get("notes", ()):
-        console.print(note)
+    if serve_on is not None:
+        from latentize.report.tables import serving_table
+
+        served = result["serving"]
+        console.print(*(served["notes"] if "notes" in served else serving_table(model, served)), sep="\n")
     if "machine" in result:
         tables, notes = capacity_tables(result)
         if result.get("conversion"):

@@ -97,13 +97,14 @@ def planned_serving(model: str, spec: ModelSpec | LatentModel, keep: float, wher
     setting = fitting_settings(recipe, spec.attention)[0]
     made = fit(recipe, spec.attention, setting.kv_lora_rank, setting.qk_rope_head_dim, ranks)
     s = made.sizes
-    sizes = f"latents of {s.kv_lora_rank}, roped keys of {s.qk_rope_head_dim}, un-roped ones of {s.qk_nope_head_dim}"
-    sizes = f"convert --for {where} would make {sizes}, values of {s.v_head_dim}"
+    cached = f"latents of {s.kv_lora_rank} and roped keys of {s.qk_rope_head_dim}"
+    heads = f"{s.num_heads} heads of {s.qk_nope_head_dim} un-roped dimensions, values of {s.v_head_dim}"
+    chosen = f"convert --for {where} would make {cached}; {heads}"
     return {
         "where": where,
         "sizes": sizes_of(made.sizes, ranks),
         "fast": all(phase.fast for phase in made.phases),
         "served": all(phase.refused is None for phase in made.phases),
         "phases": [phase.describe() for phase in made.phases],
-        "notes": [sizes, *made.notes(budget_of(recipe, spec.attention))],
+        "notes": [chosen, *made.notes(budget_of(recipe, spec.attention))],
     }
