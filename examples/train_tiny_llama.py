@@ -28,7 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from latentize.modeling.attention import causal_blocks
+from latentize.modeling.blocks import causal_blocks
 from latentize.text.documents import stdlib_documents
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}

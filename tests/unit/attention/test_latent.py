@@ -17,7 +17,8 @@ from latentize.attention.cache import GrowingCache
 from latentize.attention.latent import LatentWeights, cache_rows, expanded_heads, latent_attention, queries
 from latentize.attention.masks import causal_mask
 from latentize.attention.spec import RopeSpec
-from latentize.modeling.attention import LatentAttention, prefill, state_dict
+from latentize.modeling.attention import LatentAttention, state_dict
+from latentize.modeling.expanded import attend_expanded
 
 D = 24
 
@@ -138,9 +139,9 @@ def test_absorbed_equals_expanded_and_the_fused_prefill(
     allowed = causal_mask(new, past + new, window=window)
     naive = expanded_heads(*q_new, *rows, allowed, w)
     mask = None if window is None else allowed[None, None]
-    assert relative_error(prefill(*q_new, *rows, w, mask), naive) <= FP32
+    assert relative_error(attend_expanded(*q_new, *rows, w, mask), naive) <= FP32
     additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    assert relative_error(prefill(*q_new, *rows, w, additive[None, None]), naive) <= FP32
+    assert relative_error(attend_expanded(*q_new, *rows, w, additive[None, None]), naive) <= FP32
 
 
 @pytest.mark.parametrize("absorb", [False, True])
@@ -184,7 +185,7 @@ def test_gradients_of_both_forms_agree(norms: bool) -> None:
 def test_gradient_of_the_fused_prefill() -> None:
     w, x = random_weights(), torch.randn(1, 7, D)
     positions, grads = torch.arange(7)[None], []
-    for form in (prefill, lambda *a: expanded_heads(*a[:4], causal_mask(7, 7), a[4])):
+    for form in (attend_expanded, lambda *a: expanded_heads(*a[:4], causal_mask(7, 7), a[4])):
         k_up = w.k_up_UNr.clone().requires_grad_()
         changed = replace(w, k_up_UNr=k_up)
         form(*queries(x, changed, positions), *cache_rows(x, changed, positions), changed).square().sum().backward()

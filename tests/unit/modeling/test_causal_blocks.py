@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from latentize.attention.masks import newest_mask
 from latentize.attention.projections import Up
-from latentize.modeling.attention import prefill
 from latentize.modeling.blocks import causal_blocks, newest_blocks
+from latentize.modeling.expanded import attend_expanded
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 31, 64])
@@ -36,7 +36,7 @@ def _calls_blocks(dtype: torch.dtype, heads: int, tokens: int, *, learns: bool, 
         patch("latentize.modeling.attention.causal_blocks", wraps=causal_blocks) as blocks,
         torch.autocast("cpu", torch.bfloat16, enabled=fast),
     ):
-        prefill(q, rope, latent, rope[:, :1], up)
+        attend_expanded(q, rope, latent, rope[:, :1], up)
     return blocks.called
 
 
