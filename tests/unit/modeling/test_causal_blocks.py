@@ -33,7 +33,7 @@ def _calls_blocks(dtype: torch.dtype, heads: int, tokens: int, *, learns: bool, 
     rope, latent = torch.randn(1, heads, tokens, 2, dtype=dtype), torch.randn(1, 1, tokens, 4, dtype=dtype)
     up = Up(torch.randn(heads, 4, 4, dtype=dtype), torch.randn(heads, 4, 4, dtype=dtype), 0.5)
     with (
-        patch("latentize.modeling.attention.causal_blocks", wraps=causal_blocks) as blocks,
+        patch("latentize.modeling.expanded.causal_blocks", wraps=causal_blocks) as blocks,
         torch.autocast("cpu", torch.bfloat16, enabled=fast),
     ):
         attend_expanded(q, rope, latent, rope[:, :1], up)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,28 @@ PROMPT = "some words"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model and what was made of it; tests change their ``generation_config.json``."""
+    """A model and what was made of it; tests change their ``generation_config.json`` for a while."""
     folder = tmp_path_factory.mktemp("settings")
     source, out = pico(folder), folder / "out"
     api.convert(source, out, keep="50%", data=(text_file(folder),), **SMALL)
     return {"source": source, "converted": out}
 
 
+@contextmanager
+def settings(folder: Path, entries: dict[str, Any]) -> Iterator[None]:
+    """``generation_config.json`` for a while: the folder serves other tests, too."""
+    path = folder / "generation_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(entries))
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
 def ask(folder: Path, entries: dict[str, Any], **options: Any) -> dict[str, Any]:
-    (folder / "generation_config.json").write_text(json.dumps(entries))
-    return api.generate(folder, PROMPT, **{"max_new_tokens": 8, **options})
+    with settings(folder, entries):
+        return api.generate(folder, PROMPT, **{"max_new_tokens": 8, **options})
 
 
 NEUTRAL = {"eos_token_id": 0}
@@ -139,9 +151,9 @@ def test_text_ends_where_it_is_said(models: dict[str, Path], kind: str) -> None:
 
 def test_the_command_says_it_on_stderr(models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = models["converted"]
-    (folder / "generation_config.json").write_text(json.dumps({**NEUTRAL, "num_beams": 2, "num_return_sequences": 2}))
     for more in ((), ("--json",)):
-        done = call_cli(capsys, "generate", folder, PROMPT, "--max-new-tokens", 4, *more)
+        with settings(folder, {**NEUTRAL, "num_beams": 2, "num_return_sequences": 2}):
+            done = call_cli(capsys, "generate", folder, PROMPT, "--max-new-tokens", 4, *more)
         assert done.returncode == 0, done.stderr
         assert "num_return_sequences = 2 is left out" in done.stderr
         assert (last_json(done.stdout)["tokens"] == 4) if more else done.stdout.startswith(PROMPT)
