@@ -65,7 +65,8 @@ def serving(model: str, where: str, *, cache: str | None = None, tensor_parallel
 
 
 def required_serving(model: str, where: str) -> dict[str, str]:
-    """Which backends will run, phase by phase, as ``served_prefill`` and ``served_decode``: ``latentize verify --for``.
+    """Which backends will run, phase by phase, as ``served_prefill`` and ``served_decode``, and what would become of
+    scaled RoPE (``scaled_rope``): ``latentize verify --for``.
 
     Raises:
         EngineError: the engine would refuse the sizes.
@@ -79,7 +80,7 @@ def required_serving(model: str, where: str) -> dict[str, str]:
             raise EngineError(f"{phase['phase']} is refused: {phase['refused']}", where=f"{model}, {where}", fix=fix)
         speed = "made for these sizes" if phase["fast"] else "made for any sizes, slower"
         found[f"served_{phase['phase']}"] = f"{phase['backend']}, {speed}"
-    return found
+    return found | ({"scaled_rope": facts["rope"]} if facts["rope"] else {})
 
 
 def planned_serving(model: str, spec: ModelSpec | LatentModel, keep: float, where: str, ranks: int) -> dict[str, Any]:

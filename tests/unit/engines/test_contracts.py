@@ -14,7 +14,7 @@ from tests.common import call_cli, portable
 from latentize.attention.spec import LatentSpec
 from latentize.engines.contracts import ENGINES, HARDWARE, Backend, Served, contract, machine_of, served, sizes_of
 from latentize.errors import OptionError, UnsupportedModelError
-from latentize.planning.serving import serving
+from latentize.planning.serving import required_serving, serving
 
 SIZES = {"kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "row", "qk", "heads"}
 
@@ -117,6 +117,14 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     done = call_cli(capsys, "inspect", folder, "--for", "sglang@a100", "--tensor-parallel", "2")
     assert done.returncode == 0 and "triton" in done.stdout
     assert call_cli(capsys, "inspect", folder, "--for", "vllm@h900").returncode == 2
+
+
+def test_what_becomes_of_scaled_rope(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+    folder = portable(tmp_path, heads=4, rank=512, rope=64, nope=128, value=128, rope_parameters=rope)
+    assert "lose what only they have" in required_serving(str(folder), "vllm@h100")["scaled_rope"]
+    assert "softmax" in required_serving(str(folder), "llama.cpp@cpu")["scaled_rope"]
+    assert serving(str(folder), "transformers@cpu")["rope"]
 
 
 def test_a_model_without_latents(source: Any) -> None:
