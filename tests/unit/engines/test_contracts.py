@@ -121,7 +121,9 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
 
 def test_what_becomes_of_scaled_rope(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
-    folder = portable(tmp_path, heads=4, rank=512, rope=64, nope=128, value=128, rope_parameters=rope)
+    folder = portable(
+        tmp_path, heads=4, rank=512, rope=64, nope=128, value=128, stored=torch.bfloat16, rope_parameters=rope
+    )
     assert "lose what only they have" in required_serving(str(folder), "vllm@h100")["scaled_rope"]
     assert "softmax" in required_serving(str(folder), "llama.cpp@cpu")["scaled_rope"]
     assert serving(str(folder), "transformers@cpu")["rope"]
