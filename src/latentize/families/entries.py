@@ -161,6 +161,7 @@ def _rope(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) -> d
     entries.setdefault("rope_type", entries.get("type", "default"))
     entries.pop("type", None)
     _check_rope_type(table, entries["rope_type"])
+    entries["rope_type"] = table.attention.get("rope_renamed", {}).get(entries["rope_type"], entries["rope_type"])
     if entries["rope_type"] in _STRETCHED:
         key = "original_max_position_embeddings"
         beside = read.get(key, config.get(key))

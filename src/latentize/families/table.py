@@ -32,6 +32,7 @@ _ATTENTION_KEYS = {
     "partial",
     "unrotated",
     "rope_of",
+    "rope_renamed",
     "rope_types",
     "rotary",
     "heads_fill",
@@ -111,13 +112,14 @@ class Table:
             a head, ``partial`` that RoPE may cover a part of it; ``unrotated`` has the config keys of a ``list`` of 1
             and 0 for each layer, 0 where nothing rotates, and of a number that stands for one, ``every`` so many
             layers; ``rope_of`` is the kind of layer whose entry of ``rope_parameters`` counts; ``rope_types`` are those
-            that RoPE may have; ``rope_theta_key`` and ``rope_partial_key`` are what it is called beside
-            ``rope_parameters``; ``head_dim`` is ``"stated"`` (and may not be null), ``"optional"`` where null stands
-            for none, ``"true"`` where zero does, too, ``"derived"`` where it is the heads' share of the hidden size
-            whatever is stated; ``heads_fill`` says that the heads together have to be the hidden size,
-            ``heads_divide`` that it has to be a multiple of their number; ``kv_heads`` is ``"all"`` where every query
-            head has its own, ``"stated"`` where it may not be null; ``rotary`` is ``"own"`` where the attention counts
-            what rotates by itself; ``another_with`` has keys that make it another architecture.
+            that RoPE may have, ``rope_renamed`` what transformers makes of some; ``rope_theta_key`` and
+            ``rope_partial_key`` are what it is called beside ``rope_parameters``; ``head_dim`` is ``"stated"`` (and may
+            not be null), ``"optional"`` where null stands for none, ``"true"`` where zero does, too, ``"derived"``
+            where it is the heads' share of the hidden size whatever is stated; ``heads_fill`` says that the heads
+            together have to be the hidden size, ``heads_divide`` that it has to be a multiple of their number;
+            ``kv_heads`` is ``"all"`` where every query head has its own, ``"stated"`` where it may not be null;
+            ``rotary`` is ``"own"`` where the attention counts what rotates by itself; ``another_with`` has keys that
+            make it another architecture.
         top_tensors: Tensor → symbolic shape, outside the layers.
         ignored_tensors: Regular expressions: what transformers ignores in files, as it is derived.
         renamed_tensors: Part of a name that transformers reads, too → the part that the tables here have.

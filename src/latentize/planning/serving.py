@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from latentize.conversion.serving import fit, fitting_settings
 from latentize.engines.contracts import contract, machine_of, served, sizes_of
 from latentize.errors import EngineError, UnsupportedModelError
 from latentize.families import LatentModel, ModelSpec
-from latentize.methods.method import budget_of
 from latentize.planning.reading import read_spec
-from latentize.recipe import Recipe
 
 __all__ = ["planned_serving", "required_serving", "serving"]
 
@@ -94,6 +91,11 @@ def planned_serving(model: str, spec: ModelSpec | LatentModel, keep: float, wher
     """
     if isinstance(spec, LatentModel):
         return serving(model, where, tensor_parallel=ranks)
+    # Not at the top: they import torch, and a plan without an engine does without.
+    from latentize.conversion.serving import fit, fitting_settings
+    from latentize.methods.method import budget_of
+    from latentize.recipe import Recipe
+
     recipe = Recipe.build(keep=keep, serve_on=where)
     setting = fitting_settings(recipe, spec.attention)[0]
     made = fit(recipe, spec.attention, setting.kv_lora_rank, setting.qk_rope_head_dim, ranks)

@@ -167,9 +167,14 @@ def differences(spec: ModelSpec, model: Any) -> list[str]:
     ours = torch.tensor(spec.attention.rope.frequencies)
     if turning.shape != ours.shape or not torch.allclose(ours, turning, rtol=FP32, atol=0):
         found.append("frequencies")
+    rotary = body.rotary_emb
+    factor = getattr(rotary, f"{FULL}_attention_scaling", getattr(rotary, "attention_scaling", 1.0))
     for layer in spec.converted:
-        attention = getattr(body.layers[layer], spec.module("attention"))
-        if not math.isclose(attention.scaling, spec.attention.softmax_scale, rel_tol=FP32):
+        attention, own = getattr(body.layers[layer], spec.module("attention")), spec.layer_attention(layer)
+        assert own is not None
+        # What is rotated is multiplied, queries and keys alike.
+        scaling = attention.scaling * (factor**2 if own.rotates else 1)
+        if not math.isclose(scaling, own.softmax_scale, rel_tol=FP32):
             found.append("factor on logits")
         output = getattr(attention, spec.module("o_proj")).weight
         if output.shape != (spec.attention.hidden_size, spec.attention.num_heads * spec.attention.head_dim):
