@@ -38,7 +38,7 @@ def attend_expanded(
     q_BHTd = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
     k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w, q_nope_BHTN.shape[1])
     if w.softcap:
-        return capped_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale, w.softcap, mask)
+        return _capped_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale, w.softcap, mask)
     if mask is None and q_BHTd.dtype == k_BHSd.dtype and suit_blocks(q_BHTd, k_BHSd.shape[2]):
         return causal_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale)
     if mask is None and q_BHTd.shape[2] != k_BHSd.shape[2]:
@@ -47,7 +47,7 @@ def attend_expanded(
     return padded_attention(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale, mask)
 
 
-def capped_blocks(
+def _capped_blocks(
     q_BHTd: Tensor, k_BHSd: Tensor, v_BHSV: Tensor, scale: float, softcap: float, mask: Tensor | None
 ) -> Tensor:
     """Attention with bent logits, which no fused operator of PyTorch has, ``[B, H, T, V]``: block by block of queries.

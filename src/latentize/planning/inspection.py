@@ -6,11 +6,7 @@ import math
 from typing import Any
 
 from latentize.checkpoint import Checkpoint, open_checkpoint, resolve
-from latentize.errors import (
-    LatentizeError,
-    OptionError,
-    UnsupportedModelError,
-)
+from latentize.errors import LatentizeError, OptionError, UnsupportedModelError
 from latentize.families import LatentModel, ModelSpec, is_latent, latent_model, model_spec
 from latentize.families.described import described
 from latentize.families.stored import match_tensors
