@@ -41,6 +41,7 @@ __all__ = [
     "Rounding",
     "RowCode",
     "Segments",
+    "angles_at",
     "coded",
     "gain_codes",
     "gain_values",
@@ -108,6 +109,12 @@ def indices(evens: Sequence[Tensor], segments: Sequence[Segments]) -> list[list[
         index_Bsf = index_n.view(*whole_Bsm.shape[:-1], whole_Bsm.shape[-1] // book.values)
         found[bits] = iter(index_Bsf.split([size // book.values for size in sizes], dim=-1))
     return [[(bits, next(found[bits])) for bits, _ in widths if bits] for widths in segments]
+
+
+def angles_at(positions: Tensor, frequencies_F: Tensor) -> Tensor:
+    """Cosines and sines of each frequency at some positions, ``[..., 2 F]`` float32."""
+    angle_F = positions[..., None].float() * frequencies_F
+    return torch.cat([angle_F.cos(), angle_F.sin()], dim=-1)
 
 
 def coded(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
@@ -290,8 +297,7 @@ class RowCode(Rounding):
 
     def angles(self, positions: Tensor) -> Tensor:
         """Cosines and sines of each frequency at some positions, ``[..., 2 F]`` float32."""
-        angle_F = positions[..., None].float() * self.frequencies_F
-        return torch.cat([angle_F.cos(), angle_F.sin()], dim=-1)
+        return angles_at(positions, self.frequencies_F)
 
     def means(self, angles: Tensor) -> Tensor:
         """What the mean of the roped components has become where :meth:`angles` are, ``[..., n]`` float32."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from latentize.attention.spec import AttentionSpec, LatentSpec
-from latentize.engines.contracts import Served, contract, machine_of, served, sizes_of
+from latentize.engines.contracts import Served, contract, machine_of, served, sizes_of, usual_cache
 from latentize.methods.method import budget_of
 from latentize.methods.registry import settings
 from latentize.methods.setting import Setting
@@ -93,8 +93,7 @@ def fit(recipe: Recipe, spec: AttentionSpec, rank: int, rope: int, tensor_parall
     assert recipe.serve_on is not None
     engine, _, hardware = recipe.serve_on.partition("@")
     machine, own = machine_of(engine, hardware or None), (spec.num_heads, spec.head_dim, spec.head_dim)
-    usual = {"bfloat16": "bf16", "float16": "fp16", "float32": "f32"}[recipe.dtype]
-    cache = recipe.cache_for or ("f16" if engine == "llama.cpp" else usual)
+    cache = recipe.cache_for or usual_cache(engine, recipe.dtype)
     plain = LatentSpec(spec.hidden_size, own[0], rank, rope, *own[1:], rope_heads=1, up_heads=own[0], softmax_scale=1.0)
 
     def made(heads: int, nope: int, value: int) -> Fit:

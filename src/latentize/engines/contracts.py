@@ -18,7 +18,18 @@ from typing import Any
 from latentize.attention.spec import LatentSpec
 from latentize.errors import OptionError
 
-__all__ = ["ENGINES", "HARDWARE", "Backend", "Contract", "Served", "contract", "machine_of", "served", "sizes_of"]
+__all__ = [
+    "ENGINES",
+    "HARDWARE",
+    "Backend",
+    "Contract",
+    "Served",
+    "contract",
+    "machine_of",
+    "served",
+    "sizes_of",
+    "usual_cache",
+]
 
 ENGINES = ("vllm", "sglang", "flashmla", "flashinfer", "llama.cpp", "mlx", "transformers")
 # What tables call a machine, by the names that people have for it.
@@ -223,6 +234,12 @@ def machine_of(engine: str, hardware: str | None) -> str:
     if name in HARDWARE.values():
         return name
     raise OptionError(f"no machine '{name}'", where="--for", fix=f"one of {', '.join(HARDWARE)}, as {engine}@h100")
+
+
+def usual_cache(engine: str, dtype: str) -> str:
+    """The format of an engine's cache where none is asked for: the model's own, as tables call it."""
+    own = {"bfloat16": "bf16", "float16": "fp16", "float32": "f32"}
+    return "f16" if engine == "llama.cpp" else own.get(dtype, "bf16")
 
 
 def served(engine: str, machine: str, sizes: Mapping[str, int], *, cache: str, dtype: str) -> list[Served]:

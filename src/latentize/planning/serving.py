@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from latentize.engines.contracts import contract, machine_of, served, sizes_of
+from latentize.engines.contracts import contract, machine_of, served, sizes_of, usual_cache
 from latentize.errors import EngineError, UnsupportedModelError
 from latentize.families import LatentModel, ModelSpec
 from latentize.planning.reading import read_spec
@@ -38,9 +38,7 @@ def serving(model: str, where: str, *, cache: str | None = None, tensor_parallel
         )  # fmt: skip
     sizes = sizes_of(spec.attention, tensor_parallel)
     dtype = str(spec.config.get("dtype") or spec.config.get("torch_dtype") or "bfloat16")
-    # What engines without a choice of formats call the model's own.
-    own = {"bfloat16": "bf16", "float16": "fp16", "float32": "f32"}.get(dtype, "bf16")
-    cache = cache or ("f16" if engine == "llama.cpp" else own)
+    cache = cache or usual_cache(engine, dtype)
     phases = served(engine, machine, sizes, cache=cache, dtype=dtype)
     kind = spec.rope.rope_type
     return {

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentize.machine import multiplies_bfloat16
-from latentize.runtime.absorbed import attend_block, merge, products, softmax_with_lse, sums
+from latentize.runtime.absorbed import additive, attend_block, merge, products, softmax_with_lse, sums
 from latentize.runtime.kernels.storage import Part
 from latentize.runtime.means import BLOCK_OF_CODES, Means
 
@@ -105,6 +105,6 @@ def _plain(q_BHd: Tensor, parts: Sequence[tuple[Part, Tensor]], rank: int, means
     angles_BEm = means.at(torch.cat(numbers, dim=1)).to(q_BHd.dtype)
     # Nothing that is not seen may matter, whatever it is.
     rows_BEd = torch.cat([latent_BEr, rope_BEn, angles_BEm], dim=-1).masked_fill(hidden_BE[..., None], 0)
-    mask_B1E = torch.zeros((), dtype=q_BHd.dtype).masked_fill(hidden_BE, -torch.inf)[:, None]
+    mask_B1E = additive(~hidden_BE, q_BHd.dtype)[:, None]
     summed_BHr, lse_BH = attend_block(q_BHd, rows_BEd, 1.0, mask_B1E, size=rank)
     return summed_BHr.float(), lse_BH

@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from latentize.attention.coding import angles_at
+
 __all__ = ["BLOCK_OF_CODES", "Means"]
 
 # Rows in codes that are attended to at once: of fewer bytes than others, and by more calls.
@@ -33,7 +35,7 @@ class Means:
 
     def at(self, numbers_Bs: Tensor) -> Tensor:
         """Cosines and sines at rows by their numbers, ``[B, s, 2 F]`` float32."""
-        return _angles((numbers_Bs - self.starts_B[:, None]).float(), self.frequencies_F)
+        return angles_at(numbers_Bs - self.starts_B[:, None], self.frequencies_F)
 
     def from_row(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """The same for ``count`` rows from ``first`` on, ``[B, s, 2 F]``, or one for all sequences."""
@@ -43,14 +45,9 @@ class Means:
         return self.at(first + torch.arange(count, device=device)[None]).to(dtype)
 
 
-def _angles(position_s: Tensor, frequencies_F: Tensor) -> Tensor:
-    angle_sF = position_s[..., None] * frequencies_F
-    return torch.cat([angle_sF.cos(), angle_sF.sin()], dim=-1)
-
-
 @lru_cache(maxsize=256)
 def _of_block(frequencies: tuple[float, ...], number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """All layers of a model have the same."""
     with torch.inference_mode(False):
         position_s = BLOCK_OF_CODES * number + torch.arange(BLOCK_OF_CODES, device=device)
-        return _angles(position_s.float(), torch.tensor(frequencies, device=device)).to(dtype)
+        return angles_at(position_s, torch.tensor(frequencies, device=device)).to(dtype)
