@@ -6,6 +6,7 @@ watched for. It finds what is made in the wrong place, not what is moved there; 
 
 from __future__ import annotations
 
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.coded_rows import coded_call, coded_configuration
 from tests.common import SMALL, pico, text_file
 from tests.latent_models import mixture, saved
 from torch.overrides import TorchFunctionMode
 
 import latentize
+from latentize.runtime.coded_attention import attend_codes
 from latentize.training.descent import Schedule
 
 PACKAGES = ("conversion", "text", "methods", "modeling", "training", "healing", "attention", "runtime")
@@ -130,6 +133,15 @@ def test_a_lower_rank(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with Watched() as watched:
         latentize.convert(source, tmp_path / "out", keep=0.6, **{**SMALL, "tokens": 512, "fast": False})
     assert watched.found <= ON_PURPOSE.keys()
+
+
+def test_attention_over_codes() -> None:
+    random.seed(0)
+    for _ in range(20):
+        call, options = coded_call(coded_configuration())
+        with Watched() as watched:
+            attend_codes(*call, **options)
+        assert watched.calls and watched.found <= ON_PURPOSE.keys()
 
 
 @pytest.mark.parametrize("more", [{}, {"top_k": 8}, {"train": "lora", "cache": "int8"}])
