@@ -15,8 +15,9 @@ import time
 
 import torch
 
-from latentize.attention.coding import RowCode, Segments
+from latentize.attention.coding import RowCode
 from latentize.attention.projections import Up
+from latentize.attention.quantizer import Segments
 from latentize.runtime.heads import decode
 from latentize.runtime.layer import LatentLayer
 

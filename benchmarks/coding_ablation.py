@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from latentize.attention import codebooks, coding
+from latentize.attention import codebooks, quantizer
 from latentize.conversion import coding as conversion
 from latentize.conversion.coding import Coding, code_rows
 from latentize.conversion.draft import Draft, observe
@@ -67,10 +67,13 @@ def one_value_at_a_time() -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def forgetting(change: AbstractContextManager[Any]) -> Any:
-    codebooks.codebook.cache_clear()
+    known = (codebooks.codebook, codebooks.finder, quantizer.quantizer)
+    for made in known:
+        made.cache_clear()
     with change:
         yield
-    codebooks.codebook.cache_clear()
+    for made in known:
+        made.cache_clear()
 
 
 def no_gain() -> AbstractContextManager[Any]:
@@ -78,7 +81,7 @@ def no_gain() -> AbstractContextManager[Any]:
         return torch.zeros(*x_Bsn.shape[:-1], 1, dtype=torch.int16)
 
     stack = contextlib.ExitStack()
-    for module in (coding, rate):
+    for module in (quantizer, rate):
         stack.enter_context(patch.object(module, "gain_codes", ones))
     stack.enter_context(patch.object(rate, "_gains", lambda parts, _: torch.ones(len(parts))))
     return stack

@@ -7,7 +7,7 @@ import random
 import torch
 from torch import Tensor
 
-from latentize.attention.coding import GROUP, WIDTHS, Segments
+from latentize.attention.quantizer import GROUP, WIDTHS, Segments
 from latentize.runtime.codecs import Coded
 from latentize.runtime.kernels.storage import Part, Stored, plain_part
 from latentize.runtime.means import Means

@@ -10,6 +10,7 @@ n vectors, v values of a vector, k words, c cells, m words that a cell knows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-__all__ = ["VALUES_AT_ONCE", "Codebook", "codebook", "words"]
+__all__ = ["VALUES_AT_ONCE", "Codebook", "Finder", "codebook", "finder", "words"]
 
 # Values that share an index, by the bits of each.
 VALUES_AT_ONCE = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 8: 1}
@@ -28,11 +29,68 @@ _CELLS, _SPREAD, _KNOWN = 1 << 14, 1.8, 16
 _AT_ONCE = 1 << 14
 
 
-class Codebook:
-    """Words, and how the nearest is found.
+class Finder:
+    """Finds the nearest words, in one of several codebooks for each vector.
 
     Each axis is cut into intervals, so that vectors fall into cells, and each cell knows the words that are nearest to
     its middle. Only those are tried.
+
+    Args:
+        books: Words of each, ``[k, v]`` float32, in standard deviations; ``v`` is the same for all.
+    """
+
+    def __init__(self, books: Sequence[Tensor]) -> None:
+        self.values, device = books[0].shape[1], books[0].device
+        # Of each axis.
+        self._intervals = int(_CELLS ** (1 / self.values) + 1e-6)
+        inner = torch.arange(1, self._intervals, device=device) / self._intervals
+        self._edges = _SPREAD * torch.special.ndtri(inner)
+        self._places_v = self._intervals ** torch.arange(self.values - 1, -1, -1, device=device)
+        known = [self._known(words_kv) for words_kv in books]
+        # What each cell knows, one book after the other: numbers of words, [c, m]; half their squares and the words,
+        # [c, v + 1, m].
+        self._index_cm, self._words_cvm = (torch.cat(parts) for parts in zip(*known, strict=True))
+
+    @property
+    def cells(self) -> int:
+        """Of one book."""
+        return self._intervals**self.values
+
+    def _known(self, words_kv: Tensor) -> tuple[Tensor, Tensor]:
+        device, count = words_kv.device, min(_KNOWN, len(words_kv))
+        middle = _SPREAD * torch.special.ndtri((torch.arange(self._intervals, device=device) + 0.5) / self._intervals)
+        middle_cv = torch.cartesian_prod(*[middle] * self.values).view(-1, self.values)
+        half_k = words_kv.square().sum(1) / 2
+        parts = [torch.addmm(-half_k, part_cv, words_kv.T).topk(count).indices for part_cv in middle_cv.split(2048)]
+        index_cm = torch.cat(parts)
+        with_half_kv = torch.cat([half_k[:, None], words_kv], dim=1)
+        return index_cm.to(torch.int32), with_half_kv[index_cm].mT.contiguous()
+
+    def nearest(self, x_nv: Tensor, first_n: Tensor | None = None) -> Tensor:
+        """The numbers of the nearest words in their books, ``[n]`` int32.
+
+        Args:
+            x_nv: Vectors, float32.
+            first_n: :attr:`cells` times the number of each vector's book; the first book for all by default.
+        """
+        found = []
+        for start in range(0, max(1, len(x_nv)), _AT_ONCE):
+            part_nv = x_nv[start : start + _AT_ONCE].contiguous()
+            cell_n = (torch.bucketize(part_nv, self._edges) * self._places_v).sum(1)
+            if first_n is not None:
+                cell_n += first_n[start : start + _AT_ONCE]
+            half_nm, *words = self._words_cvm.index_select(0, cell_n).unbind(1)
+            # The largest product, less half of the word's square, is the least distance. Value by value: a vector's
+            # word must not depend on which others are looked up with it.
+            score_nm = half_nm.neg_()
+            for x_n1, word_nm in zip(part_nv.split(1, dim=1), words, strict=True):
+                score_nm.addcmul_(x_n1, word_nm)
+            found.append(self._index_cm[cell_n, score_nm.argmax(1)])
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+class Codebook:
+    """The words of one codebook.
 
     Args:
         words_kv: In standard deviations.
@@ -47,45 +105,12 @@ class Codebook:
         return self.words_kv.shape[1]
 
     @cached_property
-    def _intervals(self) -> int:
-        """Of each axis."""
-        return int(_CELLS ** (1 / self.values) + 1e-6)
-
-    @cached_property
-    def _edges(self) -> Tensor:
-        """Between the intervals of an axis."""
-        inner = torch.arange(1, self._intervals, device=self.words_kv.device) / self._intervals
-        return _SPREAD * torch.special.ndtri(inner)
-
-    @cached_property
-    def _known(self) -> tuple[Tensor, Tensor]:
-        """What each cell knows: numbers of words, ``[c, m]``; half their squares and the words, ``[c, v + 1, m]``."""
-        device, count = self.words_kv.device, min(_KNOWN, len(self.words_kv))
-        middle = _SPREAD * torch.special.ndtri((torch.arange(self._intervals, device=device) + 0.5) / self._intervals)
-        middle_cv = torch.cartesian_prod(*[middle] * self.values).view(-1, self.values)
-        half_k = self.words_kv.square().sum(1) / 2
-        parts = [
-            torch.addmm(-half_k, part_cv, self.words_kv.T).topk(count).indices for part_cv in middle_cv.split(2048)
-        ]
-        index_cm = torch.cat(parts)
-        with_half_kv = torch.cat([half_k[:, None], self.words_kv], dim=1)
-        return index_cm.to(torch.int32), with_half_kv[index_cm].mT.contiguous()
+    def _finder(self) -> Finder:
+        return Finder([self.words_kv])
 
     def nearest(self, x_nv: Tensor) -> Tensor:
         """The numbers of the nearest words, ``[n]`` int32."""
-        index_cm, known_cvm = self._known
-        places_v = self._intervals ** torch.arange(self.values - 1, -1, -1, device=x_nv.device)
-        found = []
-        for part_nv in x_nv.float().contiguous().split(_AT_ONCE):
-            cell_n = (torch.bucketize(part_nv, self._edges) * places_v).sum(1)
-            half_nm, *words = known_cvm.index_select(0, cell_n).unbind(1)
-            # The largest product, less half of the word's square, is the least distance. Value by value: a vector's
-            # word must not depend on which others are looked up with it.
-            score_nm = half_nm.neg()
-            for x_n1, word_nm in zip(part_nv.split(1, dim=1), words, strict=True):
-                score_nm.addcmul_(x_n1, word_nm)
-            found.append(index_cm[cell_n, score_nm.argmax(1)])
-        return torch.cat(found)
+        return self._finder.nearest(x_nv.float())
 
 
 def words(bits: int) -> Tensor:
@@ -100,3 +125,10 @@ def codebook(bits: int, device: torch.device) -> Codebook:
     # Not an inference tensor: training looks things up in it, too.
     with torch.inference_mode(False):
         return Codebook(words(bits).to(device))
+
+
+@lru_cache(maxsize=64)
+def finder(widths: tuple[int, ...], device: torch.device) -> Finder:
+    """Finds words for values of so many bits, several widths whose indices stand for equally many values."""
+    with torch.inference_mode(False):
+        return Finder([codebook(bits, device).words_kv for bits in widths])

@@ -11,15 +11,14 @@ for the angle, and that follows from the position. Codes are of what is left.
 
 Components come with the widest codes first, and in units of their own spread, so that all look alike: Gaussians of
 variance one. Some neighbours of one width share an index into a codebook (:mod:`latentize.attention.codebooks`), and
-all values of a token's half (latent or roped) share one gain of eight bits.
+all values of a token's half (latent or roped) share one gain of eight bits (:mod:`latentize.attention.quantizer`).
 
 B batch, T tokens, H query heads, P roped keys, R size of a roped key, F = R / 2 pairs, J = P F components of the roped
-keys, n = 2 J real values of them, r kv_lora_rank, f indices.
+keys, n = 2 J real values of them, r kv_lora_rank.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,105 +28,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentize.attention.codebooks import codebook
 from latentize.attention.grouped import by_groups
 from latentize.attention.masks import newest_mask
+from latentize.attention.quantizer import Segments, coded, row_bytes
 from latentize.errors import CheckpointError
 
-__all__ = [
-    "GROUP",
-    "MOST_BITS",
-    "WIDTHS",
-    "Rounding",
-    "RowCode",
-    "Segments",
-    "angles_at",
-    "coded",
-    "gain_codes",
-    "gain_values",
-    "indices",
-    "row_bytes",
-]
+__all__ = ["Rounding", "RowCode", "angles_at"]
 
-# ``(bits, values)`` along an axis, the widest first. What gets no bits comes last.
-Segments = tuple[tuple[int, int], ...]
-
-# Seven bits are left out: they would be looked up one by one, as eight are.
-WIDTHS, MOST_BITS = (0, 1, 2, 3, 4, 5, 6, 8), 8
-# Values that fill whole bytes and whole indices in every width.
-GROUP = 8
-# Codes of a gain for a factor of two, and the least and the largest of them.
-_OCTAVE, _LEAST, _LARGEST = 8, -128, 127
 # What a config calls the codebooks.
 _CODEBOOKS = "gaussian"
-
-
-def row_bytes(latent: Segments, rope: Segments) -> int:
-    """Bytes of a token: a gain for each half, and eight values of a width in as many bytes as it has bits."""
-    return 2 + sum(bits * -(-count // GROUP) for part in (latent, rope) for bits, count in part)
-
-
-def gain_codes(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
-    """What is stored of each token's gain, ``[B, s, 1]`` int16.
-
-    Args:
-        x_Bsn: Values, in units of their spread.
-        segments: Their widths.
-        spread: Factor on the root mean square of all values that have bits.
-    """
-    count = sum(values for bits, values in segments if bits)
-    square_Bs1 = x_Bsn[..., :count].float().square().sum(-1, keepdim=True) / max(1, count)
-    wanted_Bs1 = _OCTAVE * (0.5 * square_Bs1.clamp_min(1e-30).log2() + math.log2(spread))
-    return wanted_Bs1.round().clamp(_LEAST, _LARGEST).to(torch.int16)
-
-
-def gain_values(codes: Tensor) -> Tensor:
-    """Gains of their codes, float32."""
-    return torch.exp2(codes.float() / _OCTAVE)
-
-
-def indices(evens: Sequence[Tensor], segments: Sequence[Segments]) -> list[list[tuple[int, Tensor]]]:
-    """Bits and indices ``[B, s, f]`` int32 of each width that has any, for each of several tensors; values are filled
-    up to whole bytes.
-
-    Args:
-        evens: Values ``[B, s, n]`` of the same tokens, divided by their gains, float32. What has one width is looked up
-            together.
-        segments: The widths of each.
-    """
-    parts: dict[int, list[Tensor]] = {}
-    for even_Bsn, widths in zip(evens, segments, strict=True):
-        for (bits, count), part_Bsm in zip(widths, even_Bsn.split([count for _, count in widths], dim=-1), strict=True):
-            if bits:
-                whole_Bsm = torch.nn.functional.pad(part_Bsm, (0, -count % GROUP)) if count % GROUP else part_Bsm
-                parts.setdefault(bits, []).append(whole_Bsm)
-    found = {}
-    for bits, some in parts.items():
-        book, sizes = codebook(bits, some[0].device), [part.shape[-1] for part in some]
-        whole_Bsm = some[0] if len(some) == 1 else torch.cat(some, dim=-1)
-        index_n = book.nearest(whole_Bsm.reshape(-1, book.values))
-        index_Bsf = index_n.view(*whole_Bsm.shape[:-1], whole_Bsm.shape[-1] // book.values)
-        found[bits] = iter(index_Bsf.split([size // book.values for size in sizes], dim=-1))
-    return [[(bits, next(found[bits])) for bits, _ in widths if bits] for widths in segments]
 
 
 def angles_at(positions: Tensor, frequencies_F: Tensor) -> Tensor:
     """Cosines and sines of each frequency at some positions, ``[..., 2 F]`` float32."""
     angle_F = positions[..., None].float() * frequencies_F
     return torch.cat([angle_F.cos(), angle_F.sin()], dim=-1)
-
-
-def coded(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
-    """Values as they come back from their codes, float32."""
-    gain_Bs1 = gain_values(gain_codes(x_Bsn, segments, spread))
-    back_Bsn, at = torch.zeros_like(x_Bsn, dtype=torch.float32), 0
-    counts = (count for bits, count in segments if bits)
-    (found,) = indices([x_Bsn.float() / gain_Bs1], [segments])
-    for count, (bits, index_Bsf) in zip(counts, found, strict=True):
-        words_kv = codebook(bits, x_Bsn.device).words_kv
-        back_Bsn[..., at : at + count] = words_kv[index_Bsf].flatten(-2)[..., :count]
-        at += count
-    return back_Bsn * gain_Bs1
 
 
 class Rounding(ABC):
@@ -308,15 +223,16 @@ class RowCode(Rounding):
         keys = z_BTn.float() @ self._to_keys_nPR.flatten(1)
         return keys.unflatten(-1, self._to_keys_nPR.shape[1:]).transpose(1, 2)
 
-    def queries(self, q_rope_BHTR: Tensor) -> Tensor:
-        """Roped queries whose products with components are those of the queries with keys, ``[B, H, T, n]``."""
+    @cached_property
+    def _from_queries_PRm(self) -> Tensor:
+        """Of :meth:`queries`, float32."""
         to_PRn = self._to_keys_nPR.permute(1, 2, 0)
-        return by_groups(q_rope_BHTR.float(), to_PRn).to(q_rope_BHTR.dtype)
+        return torch.cat([to_PRn, to_PRn @ self._means_An.mT], dim=-1)
 
-    def mean_queries(self, q_BHTn: Tensor) -> Tensor:
-        """From :meth:`queries` to what has the same products with :meth:`angles` as they with the mean there,
-        ``[B, H, T, 2 F]``."""
-        return (q_BHTn.float() @ self._means_An.mT).to(q_BHTn.dtype)
+    def queries(self, q_rope_BHTR: Tensor) -> Tensor:
+        """Roped queries whose products with components and the :meth:`angles` of their means, side by side, are those
+        of the queries with keys, ``[B, H, T, n + 2 F]``."""
+        return by_groups(q_rope_BHTR.float(), self._from_queries_PRm).to(q_rope_BHTR.dtype)
 
     def rounded(
         self, c_B1Tr: Tensor, k_rope_BPTR: Tensor, exact_BT: Tensor, positions_BT: Tensor

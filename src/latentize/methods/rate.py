@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 from latentize.attention.codebooks import codebook
-from latentize.attention.coding import (
+from latentize.attention.coding import RowCode
+from latentize.attention.latent import LatentWeights
+from latentize.attention.quantizer import (
     GROUP,
     MOST_BITS,
     WIDTHS,
-    RowCode,
     Segments,
     gain_codes,
     gain_values,
     row_bytes,
 )
-from latentize.attention.latent import LatentWeights
 from latentize.errors import OptionError
 
 __all__ = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from latentize.attention.codebooks import VALUES_AT_ONCE, codebook, words
-from latentize.attention.coding import GROUP, Segments, gain_codes, gain_values, indices
+from latentize.attention.quantizer import GROUP, Segments, gain_values, quantizer
 from latentize.errors import OptionError
 
 __all__ = [
@@ -211,28 +211,45 @@ class Coded:
 
 
 def encode_together(codecs: Sequence[Coded], halves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What each codec stores of its half of the same rows. One token asks for as many operations as thousands: values
-    of one width are looked up together."""
-    gains = [gain_codes(x_BSn, c.segments, c.spread) for c, x_BSn in zip(codecs, halves, strict=True)]
-    evens = [x_BSn.float() / gain_values(gain_BS1) for x_BSn, gain_BS1 in zip(halves, gains, strict=True)]
-    made = []
-    for gain_BS1, found in zip(gains, indices(evens, [c.segments for c in codecs]), strict=True):
-        gain_byte_BS1 = (gain_BS1 + _GAIN_OFFSET).to(torch.uint8)
-        made.append(torch.cat([gain_byte_BS1, *(_packed(index_BSf, bits) for bits, index_BSf in found)], dim=-1))
-    return tuple(made)
+    """What each codec stores of its half of the same rows: what can be is looked up together."""
+    segments, spreads = tuple(c.segments for c in codecs), tuple(c.spread for c in codecs)
+    gain_Bsh, index_Bsf = quantizer(segments, spreads, halves[0].device).codes(halves)
+    # Each byte is the sum of what gains and indices bring to it, at most 255: exact in any precision.
+    brought_Bse = torch.cat([gain_Bsh + _GAIN_OFFSET, index_Bsf & 255, index_Bsf >> 8], dim=-1)
+    bytes_Bsm = (brought_Bse.float() @ _packing(segments, halves[0].device)).to(torch.uint8)
+    return bytes_Bsm.split([1 + _code_bytes(half) for half in segments], dim=-1)
 
 
-def _packed(index_BSf: Tensor, bits: int) -> Tensor:
-    """Indices of values of so many bits as bytes.
+def _code_bytes(segments: Segments) -> int:
+    return sum(bits * -(-count // GROUP) for bits, count in segments)
 
-    An index of more than eight bits is in two places: the lowest eight bits of all, then the rest of all.
+
+@lru_cache(maxsize=256)
+def _packing(segments: tuple[Segments, ...], device: torch.device) -> Tensor:
+    """What gains, the lowest eight bits of indices and their other bits add to each byte of a row, ``[e, m]``.
+
+    A half is its gain and its segments. An index of more than eight bits is in two places: the lowest eight bits of all
+    indices of the segment, then the rest of all, the first in the lowest bits.
     """
-    rest = bits * VALUES_AT_ONCE[bits] - 8
-    if not rest:
-        return index_BSf.to(torch.uint8)
-    high_BSmf = (index_BSf >> 8).unflatten(-1, (-1, 8 // rest))
-    high_BSm = (high_BSmf << _shifts(rest, index_BSf.device)).sum(-1, dtype=torch.int32)
-    return torch.cat([index_BSf & 255, high_BSm], dim=-1).to(torch.uint8)
+    gains, low, high, at = [], [], [], 0
+    for half in segments:
+        gains.append((at, 1.0))
+        at += 1
+        for bits, count in half:
+            if not bits:
+                continue
+            values = VALUES_AT_ONCE[bits]
+            indices, rest = -(-count // GROUP) * GROUP // values, bits * values - 8
+            for number in range(indices):
+                low.append((at + number, 1.0))
+                byte, shift = divmod(number * rest, 8)
+                high.append((at + indices + byte, float(1 << shift)) if rest else (at + number, 0.0))
+            at += bits * indices * values // 8
+    with torch.inference_mode(False):
+        made_em = torch.zeros(len(gains) + len(low) + len(high), at, device=device)
+        for entry, (byte, factor) in enumerate(gains + low + high):
+            made_em[entry, byte] = factor
+        return made_em
 
 
 @cache
@@ -243,7 +260,7 @@ def _shifts(rest: int, device: torch.device) -> Tensor:
 
 
 def _unpacked(byte_BSm: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Values of what :func:`_packed` makes."""
+    """Values of a segment, of its bytes as :func:`_packing` puts them."""
     table, rest = _words(bits, dtype, byte_BSm.device), bits * VALUES_AT_ONCE[bits] - 8
     if not rest:
         return _looked_up(byte_BSm, table)
@@ -254,7 +271,7 @@ def _unpacked(byte_BSm: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _places(segments: Segments, device: torch.device) -> Tensor:
-    """As :func:`_packed` puts them."""
+    """As :func:`_packing` puts them."""
     first_word, total = {}, 0
     for bits, values in VALUES_AT_ONCE.items():
         first_word[bits], total = total, total + (values << bits * values)

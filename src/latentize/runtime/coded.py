@@ -10,6 +10,7 @@ d = r + P R.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,15 +52,20 @@ class RowCoder:
         if first:
             self.exact.begin(exact_BT)
 
-    def rows(self, c_BTr: Tensor, k_rope_BPTR: Tensor, number_T: Tensor, first: int) -> Tensor:
+    def rows(self, c_BTr: Tensor, k_rope_BPTR: Tensor, number: int | Tensor, first: int) -> Tensor:
         """New rows before they are rounded, ``[B, T, d]``; those that stay exact are kept.
 
         Args:
             c_BTr, k_rope_BPTR: Latents and roped keys.
-            number_T: Of the tokens, among all that there were.
+            number: Of the first token among all that there were, or those of all, ``[T]``, where only the device knows.
             first: Of the first of them, among the rows that are kept.
         """
-        z_BTn = self.code.components(k_rope_BPTR) - self.code.means(self.angles(number_T))
+        batch, count = c_BTr.shape[:2]
+        if isinstance(number, int):
+            angles = self.means(batch).from_row(number, count, torch.float32)
+        else:
+            angles = self.angles(number)
+        z_BTn = self.code.components(k_rope_BPTR) - self.code.means(angles)
         rows_BTd = torch.cat([c_BTr.float() @ self.code.latent_mix_rr.mT, z_BTn], dim=-1).to(c_BTr.dtype)
         self.exact.add(rows_BTd, self.new_exact_BT, first, self.code.sinks)
         return rows_BTd
@@ -82,14 +88,21 @@ class RowCoder:
         self.exact.lay_over(rows_Bse[..., : sum(half.shape[-1] for half in halves)], start)
         return rows_Bse
 
-    def parts(self, tensors: tuple[Tensor, ...], count: int, newest: Apart | None = None) -> list[Part]:
+    def parts(
+        self, tensors: tuple[Tensor, ...], count: int, newest: Apart | None = None, *, full: bool = False
+    ) -> list[Part]:
         """Rows as a kernel reads them: those in codes, and those of them that are seen as they are.
 
         Args:
             tensors: Codes of latents and of roped keys.
             count: Rows in codes, at most.
-            newest: Those of the newest rows that are among them.
+            newest: Those of the newest rows that are among them, where rows have a place each.
+            full: Whether it is known that there are ``count``.
         """
+        leading = self.exact.leading
+        if newest is None and self.exact.kept is not None and 0 < leading < count:
+            first = plain_part(self.exact.kept[0], len(self.code.latent_mix_rr), leading, full=full)
+            return [self._in_codes(tensors, count - leading, first=leading, full=full), first]
         apart: list[Apart] = []
         if self.exact.kept is not None:
             rows_BEd, at_BE = self.exact.kept
@@ -99,11 +112,17 @@ class RowCoder:
                 here_BE &= (at_BE[..., None] != newest[1][:, None]).all(-1)
             apart.append((rows_BEd, at_BE.where(here_BE, -1)))
         apart += [] if newest is None else [newest]
-        sizes = (len(self.code.latent_mix_rr), self.code.rope_values)
-        latent, rope = (Stored((t,), "coded", n, c) for t, n, c in zip(tensors, sizes, self.codecs, strict=True))
         elsewhere_BA = torch.cat([at_BE for _, at_BE in apart], dim=1) if apart else None
-        coded = Part(latent, rope, count, apart_BA=elsewhere_BA)
-        return [coded, *(plain_part(rows, sizes[0], rows.shape[1], numbers_BE=at_BE) for rows, at_BE in apart)]
+        plain = [plain_part(t, len(self.code.latent_mix_rr), t.shape[1], numbers_BE=at_BE) for t, at_BE in apart]
+        return [self._in_codes(tensors, count, apart_BA=elsewhere_BA, full=full), *plain]
+
+    def _in_codes(self, tensors: tuple[Tensor, ...], count: int, *, first: int = 0, **where: Any) -> Part:
+        """So many rows from ``first`` on."""
+        sizes = (len(self.code.latent_mix_rr), self.code.rope_values)
+        latent, rope = (
+            Stored((t[:, first:],), "coded", n, c) for t, n, c in zip(tensors, sizes, self.codecs, strict=True)
+        )
+        return Part(latent, rope, count, first, **where)
 
     def means(self, batch: int) -> Means:
         """For so many sequences."""

@@ -25,7 +25,7 @@ __all__ = ["attend_codes"]
 
 
 def attend_codes(
-    q_BHTr: Tensor,
+    q_BHTr: Tensor | None,
     q_rope_BHTR: Tensor,
     parts: Sequence[Part],
     lengths_B: Tensor,
@@ -34,23 +34,29 @@ def attend_codes(
     means: Means,
     mask_BTS: Tensor | None = None,
 ) -> Tensor:
-    """Sums of latents, ``[B, H, 1, r]``; the arguments are those of ``kernels.launch.coded_decode``."""
-    dtype = q_BHTr.dtype
-    if dtype != torch.bfloat16 or not multiplies_bfloat16(q_BHTr.device.type):
+    """Sums of latents, ``[B, H, 1, r]``; the arguments are those of ``kernels.launch.coded_decode``, but ``q_BHTr`` is
+    ``None`` where all of every key is roped."""
+    dtype = q_rope_BHTR.dtype
+    if dtype != torch.bfloat16 or not multiplies_bfloat16(q_rope_BHTR.device.type):
         dtype = torch.promote_types(dtype, torch.float32)
-    q_BHr, q_rope_BHm = ((q[:, :, 0] * scale).to(dtype) for q in (q_BHTr, q_rope_BHTR))
+    q_rope_BHm = (q_rope_BHTR[:, :, 0] * scale).to(dtype)
+    q_BHr = None if q_BHTr is None else (q_BHTr[:, :, 0] * scale).to(dtype)
     found, apart = [], []
     for part in parts:
         hidden_BS = _hidden(part, lengths_B, mask_BTS)
         if part.latent.coded is None:
             apart.append((part, hidden_BS))
             continue
-        for start in range(0, part.count, BLOCK_OF_CODES):
-            stop = min(start + BLOCK_OF_CODES, part.count)
-            found.append(_block(q_BHr, q_rope_BHm, part, start, stop, hidden_BS[:, start:stop], means))
+        start = 0
+        while start < part.count:
+            # Of the rows that share a table of angles.
+            stop = min(start + BLOCK_OF_CODES - (part.first + start) % BLOCK_OF_CODES, part.count)
+            hidden_Bs = None if hidden_BS is None else hidden_BS[:, start:stop]
+            found.append(_block(q_BHr, q_rope_BHm, part, start, stop, hidden_Bs, means))
+            start = stop
     if apart:
-        found.append(_plain(torch.cat([q_BHr, q_rope_BHm], dim=-1), apart, q_BHr.shape[-1], means))
-    return merge(found)[0][:, :, None].to(q_BHTr.dtype)
+        found.append(_plain(q_BHr, q_rope_BHm, apart, means))
+    return merge(found)[0][:, :, None].to(q_rope_BHTR.dtype)
 
 
 def _numbers(part: Part, device: torch.device) -> Tensor:
@@ -60,8 +66,10 @@ def _numbers(part: Part, device: torch.device) -> Tensor:
     return torch.arange(part.first, part.first + part.count, device=device)[None]
 
 
-def _hidden(part: Part, lengths_B: Tensor, mask_BTS: Tensor | None) -> Tensor:
-    """Which rows of a part the token does not see there, ``[B, S]``."""
+def _hidden(part: Part, lengths_B: Tensor, mask_BTS: Tensor | None) -> Tensor | None:
+    """Which rows of a part the token does not see there, ``[B, S]``; ``None`` if it sees all."""
+    if part.full and part.numbers_BE is None and part.apart_BA is None and mask_BTS is None:
+        return None
     numbers_BS = _numbers(part, lengths_B.device)
     hidden_BS = (numbers_BS >= lengths_B[:, None]) | (numbers_BS < 0)
     if mask_BTS is not None:
@@ -77,34 +85,51 @@ def _hidden(part: Part, lengths_B: Tensor, mask_BTS: Tensor | None) -> Tensor:
 
 
 def _block(
-    q_BHr: Tensor, q_rope_BHm: Tensor, part: Part, start: int, stop: int, hidden_Bs: Tensor, means: Means
+    q_BHr: Tensor | None,
+    q_rope_BHm: Tensor,
+    part: Part,
+    start: int,
+    stop: int,
+    hidden_Bs: Tensor | None,
+    means: Means,
 ) -> tuple[Tensor, Tensor]:
     """Sums and log-sum-exps over some rows in codes, as ``absorbed.attend_block`` has them, in float32."""
     latent, rope = part.latent.coded, part.rope.coded
     assert latent is not None and rope is not None
     codes = [(half.tensors[0][:, start:stop],) for half in (part.latent, part.rope)]
-    c_Bsb, z_Bsb = latent.even(codes[0], q_BHr.dtype), rope.even(codes[1], q_BHr.dtype)
+    c_Bsb, z_Bsb = (own.even(t, q_rope_BHm.dtype) for own, t in zip((latent, rope), codes, strict=True))
     gain_B1s, rope_gain_B1s = (own.gains(t, torch.float32).mT for own, t in zip((latent, rope), codes, strict=True))
-    angles_Bsm = means.from_row(part.first + start, stop - start, q_BHr.dtype)
-    score_BHs = products(q_BHr[..., : c_Bsb.shape[-1]], c_Bsb) * gain_B1s
-    score_BHs = score_BHs.addcmul_(products(q_rope_BHm[..., : z_Bsb.shape[-1]], z_Bsb), rope_gain_B1s)
+    angles_Bsm = means.from_row(part.first + start, stop - start, q_rope_BHm.dtype)
+    score_BHs = products(q_rope_BHm[..., : z_Bsb.shape[-1]], z_Bsb) * rope_gain_B1s
     score_BHs += products(q_rope_BHm[..., part.rope.size :], angles_Bsm)
-    score_BHs.masked_fill_(hidden_Bs[:, None], -torch.inf)
-    p_BHs, lse_BH = softmax_with_lse(score_BHs)
+    if q_BHr is not None:
+        score_BHs.addcmul_(products(q_BHr[..., : c_Bsb.shape[-1]], c_Bsb), gain_B1s)
+    if hidden_Bs is not None:
+        score_BHs.masked_fill_(hidden_Bs[:, None], -torch.inf)
+    p_BHs, lse_BH = softmax_with_lse(score_BHs, blind=hidden_Bs is not None)
     p_BHs *= gain_B1s
     summed_BHb = sums(p_BHs.to(c_Bsb.dtype), c_Bsb, None).float()
     return F.pad(summed_BHb, (0, part.latent.size - summed_BHb.shape[-1])), lse_BH
 
 
-def _plain(q_BHd: Tensor, parts: Sequence[tuple[Part, Tensor]], rank: int, means: Means) -> tuple[Tensor, Tensor]:
+def _plain(
+    q_BHr: Tensor | None, q_rope_BHm: Tensor, parts: Sequence[tuple[Part, Tensor | None]], means: Means
+) -> tuple[Tensor, Tensor]:
     """The same over rows that are seen as they are, all together."""
-    halves = [part.rows(q_BHd.dtype) for part, _ in parts]
+    dtype, rank = q_rope_BHm.dtype, parts[0][0].latent.size
+    halves = [part.rows(dtype) for part, _ in parts]
     latent_BEr, rope_BEn = (torch.cat(half, dim=1) for half in zip(*halves, strict=True))
-    numbers = [_numbers(part, q_BHd.device).expand(len(q_BHd), -1) for part, _ in parts]
-    hidden_BE = torch.cat([hidden for _, hidden in parts], dim=1)
-    angles_BEm = means.at(torch.cat(numbers, dim=1)).to(q_BHd.dtype)
-    # Nothing that is not seen may matter, whatever it is.
-    rows_BEd = torch.cat([latent_BEr, rope_BEn, angles_BEm], dim=-1).masked_fill(hidden_BE[..., None], 0)
-    mask_B1E = additive(~hidden_BE, q_BHd.dtype)[:, None]
-    summed_BHr, lse_BH = attend_block(q_BHd, rows_BEd, 1.0, mask_B1E, size=rank)
+    numbers_BE = torch.cat([_numbers(part, latent_BEr.device).expand(len(latent_BEr), -1) for part, _ in parts], dim=1)
+    rows_BEd = torch.cat([latent_BEr, rope_BEn, means.at(numbers_BE).to(dtype)], dim=-1)
+    q_BHr = q_rope_BHm.new_zeros(*q_rope_BHm.shape[:2], rank) if q_BHr is None else q_BHr
+    mask_B1E = None
+    if any(hidden_BS is not None for _, hidden_BS in parts):
+        nowhere_BE = torch.zeros_like(numbers_BE, dtype=torch.bool)
+        sizes = [part.count for part, _ in parts]
+        hidden = [at if own is None else own for at, (_, own) in zip(nowhere_BE.split(sizes, 1), parts, strict=True)]
+        hidden_BE = torch.cat(hidden, dim=1)
+        # Nothing that is not seen may matter, whatever it is.
+        rows_BEd = rows_BEd.masked_fill(hidden_BE[..., None], 0)
+        mask_B1E = additive(~hidden_BE, dtype)[:, None]
+    summed_BHr, lse_BH = attend_block(torch.cat([q_BHr, q_rope_BHm], dim=-1), rows_BEd, 1.0, mask_B1E, size=rank)
     return summed_BHr.float(), lse_BH

@@ -20,6 +20,7 @@ class ExactRows:
 
     Attributes:
         starts_B1: Number of the row that each text begins with; ``None`` where all begin with the first.
+        leading: How many rows there are, where they are the first of all sequences, in order; 0 where they are not.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,7 @@ class ExactRows:
 
     def _settle(self) -> None:
         """Find once what every step asks for: no step of a captured graph may."""
-        self._first, self._end, self._full = 0, 0, False
+        self._first, self._end, self._full, self.leading = 0, 0, False, 0
         if self._at_BE is None:
             return
         there_BE = self._at_BE >= 0
@@ -40,6 +41,8 @@ class ExactRows:
         self._full = bool(there_BE.all())
         if len(self._row):
             self._first, self._end = int(self._row.min()), int(self._row.max()) + 1
+            if len(self._row) == self._end * len(there_BE) and bool((self._row == self._slot).all()):
+                self.leading = self._end
 
     @property
     def kept(self) -> tuple[Tensor, Tensor] | None:

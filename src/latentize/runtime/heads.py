@@ -61,17 +61,21 @@ def decode(
     backend: Backend = TORCH,
 ) -> Tensor:
     """Few new tokens: queries go into the latent space, sums of latents come out of it. As :func:`heads`."""
-    turn_rr = rows.rotation_rr
-    q_latent_BHTr = by_groups(q_nope_BHTN, up.k_up_UNr)
-    if turn_rr is not None:
-        q_latent_BHTr = q_latent_BHTr @ turn_rr
+    turn_rr, unroped = rows.rotation_rr, q_nope_BHTN.shape[-1] > 0
+    if unroped:
+        q_latent_BHTr = by_groups(q_nope_BHTN, up.k_up_UNr)
+        if turn_rr is not None:
+            q_latent_BHTr = q_latent_BHTr @ turn_rr
+    else:
+        q_latent_BHTr = q_nope_BHTN.new_zeros(*q_nope_BHTN.shape[:-1], up.k_up_UNr.shape[2])
     q_rope_BHTR = rows.queries(q_rope_BHTR)
     summed_BHTr = backend.attend(q_latent_BHTr, q_rope_BHTR, rows, up.softmax_scale, mask)
     if summed_BHTr is None and rows.coded and refusal(q_latent_BHTr, q_rope_BHTR, rows, mask) is None:
         parts, lengths_B, options = rows.storage(q_rope_BHTR)
         mask_BTS = None if mask is None else mask[:, 0]
+        q_codes_BHTr = q_latent_BHTr if unroped else None
         summed_BHTr = attend_codes(
-            q_latent_BHTr, q_rope_BHTR, parts, lengths_B, up.softmax_scale, mask_BTS=mask_BTS, **options
+            q_codes_BHTr, q_rope_BHTR, parts, lengths_B, up.softmax_scale, mask_BTS=mask_BTS, **options
         )
     if summed_BHTr is None:
         q_BHTd, mask = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), _seen(rows, mask, q_nope_BHTN)

@@ -166,9 +166,9 @@ class LatentLayer(CacheLayerMixin):
         count, (latent, rope) = self._latent_tensors, self.codecs
         return torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
 
-    def _next(self, count: int) -> Tensor:
-        """Numbers of the rows that come next, ``[T]``."""
-        return self.seen + torch.arange(count, device=self.device)
+    def _next(self, count: int) -> int | Tensor:
+        """Number of the row that comes next, or those of the next ``count``, ``[T]``, where only the device knows."""
+        return self.seen
 
     def _placed(self, rows_Bsd: Tensor, first: int, shift: int) -> Tensor:
         """Coded rows with the angles that the mean of their keys is turned by; others as they are.
@@ -282,11 +282,11 @@ class LatentLayer(CacheLayerMixin):
         """All rows that are kept, as they lie."""
         border, found = self.stored.length, []
         if border and self.coder is not None:
-            found = self.coder.parts(self.stored.tensors, border)
+            found = self.coder.parts(self.stored.tensors, border, full=True)
         elif border:
             found = [self._part(self.stored.tensors, border)]
         if self.recent.length:
-            found.append(plain_part(self.recent.tensors[0], self.rank, self.recent.length, first=border))
+            found.append(plain_part(self.recent.tensors[0], self.rank, self.recent.length, first=border, full=True))
         return found
 
     def _part(self, tensors: tuple[Tensor, ...], count: int) -> Part:

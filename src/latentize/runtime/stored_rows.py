@@ -69,9 +69,7 @@ class StoredRows(CachedRows):
     def queries(self, q_rope_BHTR: Tensor) -> Tensor:
         if self.layer.coder is None:
             return super().queries(q_rope_BHTR)
-        code = self.layer.coder.code
-        q_BHTn = code.queries(q_rope_BHTR)
-        return torch.cat([q_BHTn, code.mean_queries(q_BHTn)], dim=-1)
+        return self.layer.coder.code.queries(q_rope_BHTR)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         rows_BSd = torch.cat(list(self.layer.filled(self.dtype, self.new, self.band_BEd)), dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentize.attention.coding import coded, row_bytes
+from latentize.attention.quantizer import coded, row_bytes
 from latentize.errors import OptionError
 from latentize.runtime.codecs import FORMATS, Coded, codec
 from latentize.runtime.rotation import rotation

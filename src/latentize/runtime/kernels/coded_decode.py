@@ -55,7 +55,7 @@ def _values(
 
 @triton.jit
 def _gains(ptr, at_N, ok_N):
-    """Of a byte: eight steps an octave, as ``coding.gain_values``."""
+    """Of a byte: eight steps an octave, as ``quantizer.gain_values``."""
     byte_N = tl.load(ptr + at_N, mask=ok_N, other=0).to(tl.float32)
     return tl.where(ok_N, tl.exp2((byte_N - 128.0) / 8.0), 0.0)
 

@@ -247,7 +247,7 @@ def coded_decode(
     Args:
         q_BHTr: Absorbed queries, in the basis that latents are stored in, ``T = 1``.
         q_rope_BHTR: Queries for components, then for the cosines and the sines that the mean is turned by: ``n + 2 F``
-            values (``RowCode.queries``, ``RowCode.mean_queries``).
+            values (``RowCode.queries``).
         parts: The cache's rows, both halves in codes or both as they are.
         lengths_B, scale, mask_BTS, splits, cut: As there.
         means: What turns the mean of the keys.

@@ -6,6 +6,7 @@ B sequences, S rows of a storage, n values of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ class Part:
         first: The number of the first of them in its sequence.
         numbers_BE: The number of each in its sequence, in any order; -1 where there is none. Integers.
         apart_BA: Numbers of rows that lie in another part, too, and are not to be read here. Integers.
+        full: Whether it is known that every sequence has all of them.
     """
 
     latent: Stored
@@ -74,6 +76,7 @@ class Part:
     first: int = 0
     numbers_BE: Tensor | None = None
     apart_BA: Tensor | None = None
+    full: bool = False
 
     def rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Latents ``[B, count, r]`` and roped keys ``[B, count, R]``, gathered and restored."""
@@ -81,9 +84,9 @@ class Part:
         return latent, rope
 
 
-def plain_part(rows_BEd: Tensor, rank: int, count: int, *, first: int = 0, numbers_BE: Tensor | None = None) -> Part:
+def plain_part(rows_BEd: Tensor, rank: int, count: int, **where: Any) -> Part:
     """Rows as they are, latents of ``rank`` values and then roped keys; the rest as in :class:`Part`."""
     latent, rope = (
         Stored((half,), FLOATS[half.dtype], half.shape[-1]) for half in rows_BEd.tensor_split([rank], dim=-1)
     )
-    return Part(latent, rope, count, first, numbers_BE)
+    return Part(latent, rope, count, **where)

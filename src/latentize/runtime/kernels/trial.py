@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentize.attention.coding import GROUP, WIDTHS, Segments
+from latentize.attention.quantizer import GROUP, WIDTHS, Segments
 from latentize.runtime.codecs import Coded, codec
 from latentize.runtime.kernels.launch import absorbed_decode, coded_decode
 from latentize.runtime.kernels.reference import absorbed_decode_reference, coded_decode_reference
