@@ -77,12 +77,11 @@ def forgetting(change: AbstractContextManager[Any]) -> Any:
 
 
 def no_gain() -> AbstractContextManager[Any]:
-    def ones(x_Bsn: Tensor, *_: Any) -> Tensor:
-        return torch.zeros(*x_Bsn.shape[:-1], 1, dtype=torch.int16)
+    def ones(self: quantizer.Quantizer, x_Bsn: Tensor) -> Tensor:
+        return torch.full((*x_Bsn.shape[:-1], self._counted_nh.shape[-1]), 128, dtype=torch.int32)
 
     stack = contextlib.ExitStack()
-    for module in (quantizer, rate):
-        stack.enter_context(patch.object(module, "gain_codes", ones))
+    stack.enter_context(patch.object(quantizer.Quantizer, "gain_codes", ones))
     stack.enter_context(patch.object(rate, "_gains", lambda parts, _: torch.ones(len(parts))))
     return stack
 

@@ -54,6 +54,7 @@ def coded_configuration() -> dict:
         "recent": random.randint(0, 6),
         "sinks": random.choice([0, 1, 4]),
         "newest": random.choice([0, 4]),
+        "leading": random.choice([0, 0, 1, 4]),
         "padded": random.random() < 0.4,
         "masked": random.random() < 0.3,
         "ragged": random.random() < 0.5,
@@ -63,24 +64,25 @@ def coded_configuration() -> dict:
 
 
 def coded_call(made: dict) -> tuple[tuple, dict]:
-    """Arguments of a decode: first and newest rows among those in codes apart, as in a static cache, and recent ones
-    after them, as in a growing one."""
+    """Arguments of a decode: first and newest rows among those in codes apart, as in a static cache, or first rows
+    before them, and recent ones after them, as in a growing one."""
     B, H, S, E, r = (made[n] for n in ("batch", "heads", "rows", "recent", "rank"))
     n = sum(count for _, count in made["rope"])
     dtype, total = getattr(torch, made["dtype"]), S + E
     rows = torch.randn(B, total, r + n) * (2.0 ** torch.randint(-5, 3, (B, total, 1)))
+    lead = min(made["leading"], S - 1)
     halves = []
     for segments, spread, x_BSn in zip(
         (made["latent"], made["rope"]), made["spreads"], rows.split([r, n], -1), strict=True
     ):
         own = Coded(segments, spread)
         (byte_BSm,) = own.encode(x_BSn[:, :S])
-        halves.append(Stored((roomy(byte_BSm, random.randint(0, 5)),), "coded", x_BSn.shape[-1], own))
+        halves.append(Stored((roomy(byte_BSm, random.randint(0, 5))[:, lead:],), "coded", x_BSn.shape[-1], own))
     starts_B = torch.randint(0, 9, (B,)) if made["padded"] else torch.zeros(B, dtype=torch.long)
-    first_BE = starts_B[:, None] + torch.arange(made["sinks"])
+    first_BE = starts_B[:, None] + torch.arange(0 if lead else made["sinks"])
     newest_BE = (S - 1 - torch.randperm(made["newest"])).expand(B, -1)
     first_BE = first_BE.where((first_BE[..., None] != newest_BE[:, None]).all(-1) & (first_BE < S), -1)
-    newest_BE = newest_BE.clamp_min(-1)
+    newest_BE = newest_BE.where(newest_BE >= lead, -1)
     apart = []
     for at_BE in (first_BE, newest_BE):
         exact_BEd = rows.gather(1, at_BE.clamp_min(0)[..., None].expand(-1, -1, r + n)).to(dtype)
@@ -88,7 +90,9 @@ def coded_call(made: dict) -> tuple[tuple, dict]:
         apart += [plain_part(exact_BEd, r, at_BE.shape[1], numbers_BE=at_BE)] if at_BE.shape[1] else []
     elsewhere = torch.cat([part.numbers_BE for part in apart], dim=1) if apart else None
     recent = plain_part(roomy(rows[:, S:].to(dtype), 2), r, E, first=S)
-    parts = [Part(*halves, S, apart_BA=elsewhere), *apart, *([recent] if E else [])]
+    parts = [Part(*halves, S - lead, lead, apart_BA=elsewhere), *apart, *([recent] if E else [])]
+    if lead:
+        parts.insert(1, plain_part(roomy(rows[:, :lead].to(dtype), 1), r, lead))
     frequencies_F = torch.rand(made["pairs"])
     means = Means(frequencies_F, starts_B.to(torch.int32))
     q, q_rope = torch.randn(B, H, 1, r).to(dtype), torch.randn(B, H, 1, n + 2 * made["pairs"]).to(dtype)

@@ -43,8 +43,9 @@ class Finder:
         self.values, device = books[0].shape[1], books[0].device
         # Of each axis.
         self._intervals = int(_CELLS ** (1 / self.values) + 1e-6)
-        inner = torch.arange(1, self._intervals, device=device) / self._intervals
-        self._edges = _SPREAD * torch.special.ndtri(inner)
+        number_i = torch.arange(self._intervals, dtype=torch.float32, device=device)
+        self._edges = _SPREAD * torch.special.ndtri(number_i[1:] / self._intervals)
+        self._middles = _SPREAD * torch.special.ndtri((number_i + 0.5) / self._intervals)
         self._places_v = self._intervals ** torch.arange(self.values - 1, -1, -1, device=device)
         known = [self._known(words_kv) for words_kv in books]
         # What each cell knows, one book after the other: numbers of words, [c, m]; half their squares and the words,
@@ -57,9 +58,8 @@ class Finder:
         return self._intervals**self.values
 
     def _known(self, words_kv: Tensor) -> tuple[Tensor, Tensor]:
-        device, count = words_kv.device, min(_KNOWN, len(words_kv))
-        middle = _SPREAD * torch.special.ndtri((torch.arange(self._intervals, device=device) + 0.5) / self._intervals)
-        middle_cv = torch.cartesian_prod(*[middle] * self.values).view(-1, self.values)
+        count = min(_KNOWN, len(words_kv))
+        middle_cv = torch.cartesian_prod(*[self._middles] * self.values).view(-1, self.values)
         half_k = words_kv.square().sum(1) / 2
         parts = [torch.addmm(-half_k, part_cv, words_kv.T).topk(count).indices for part_cv in middle_cv.split(2048)]
         index_cm = torch.cat(parts)

@@ -181,7 +181,7 @@ class RowCode(Rounding):
         (count, _), pairs = self.mean_J2.shape, len(self.frequencies_F)
         number_J, pair_J = torch.arange(count, device=self.mean_J2.device), self.pair_J.long()
         re_J, im_J = self.mean_J2.float().unbind(-1)
-        made_2FJ2 = torch.zeros(2, pairs, count, 2, device=self.mean_J2.device)
+        made_2FJ2 = torch.zeros(2, pairs, count, 2, dtype=torch.float32, device=self.mean_J2.device)
         made_2FJ2[0, pair_J, number_J] = torch.stack([re_J, im_J], dim=-1)
         made_2FJ2[1, pair_J, number_J] = torch.stack([-im_J, re_J], dim=-1)
         return made_2FJ2.flatten(2).flatten(0, 1)

@@ -8,9 +8,7 @@ B batch, s tokens, h halves, n values of a half, f indices.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +22,6 @@ __all__ = [
     "Quantizer",
     "Segments",
     "coded",
-    "gain_codes",
     "gain_values",
     "quantizer",
     "row_bytes",
@@ -37,8 +34,8 @@ Segments = tuple[tuple[int, int], ...]
 WIDTHS, MOST_BITS = (0, 1, 2, 3, 4, 5, 6, 8), 8
 # Values that fill whole bytes and whole indices in every width.
 GROUP = 8
-# Codes of a gain for a factor of two, and the least and the largest of them.
-_OCTAVE, _LEAST, _LARGEST = 8, -128, 127
+# Codes of a gain for a factor of two, the code of one, and the largest.
+_OCTAVE, _ONE, _LARGEST = 8, 128, 255
 # Below it a token's squares are nothing.
 _TINY = 1e-30
 
@@ -48,24 +45,16 @@ def row_bytes(latent: Segments, rope: Segments) -> int:
     return 2 + sum(bits * -(-count // GROUP) for part in (latent, rope) for bits, count in part)
 
 
-def gain_codes(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
-    """What is stored of each token's gain, ``[B, s, 1]`` int16.
-
-    Args:
-        x_Bsn: Values, in units of their spread.
-        segments: Their widths.
-        spread: Factor on the root mean square of all values that have bits.
-    """
-    count = sum(values for bits, values in segments if bits)
-    square_Bs1 = x_Bsn[..., :count].float().square().sum(-1, keepdim=True)
-    level = _OCTAVE * (math.log2(spread) - 0.5 * math.log2(max(1, count)))
-    wanted_Bs1 = square_Bs1.clamp_min_(_TINY).log2_().mul_(0.5 * _OCTAVE).add_(level)
-    return wanted_Bs1.round_().clamp_(_LEAST, _LARGEST).to(torch.int16)
+def gain_values(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Gains of their codes, ``[..., h]``."""
+    return _gains(dtype, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
-def gain_values(codes: Tensor) -> Tensor:
-    """Gains of their codes, float32."""
-    return torch.exp2(codes.float() / _OCTAVE)
+@cache
+def _gains(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of all codes."""
+    with torch.inference_mode(False):
+        return torch.exp2((torch.arange(_LARGEST + 1, device=device) - _ONE).double() / _OCTAVE).to(dtype)
 
 
 class Quantizer:
@@ -73,74 +62,81 @@ class Quantizer:
 
     Args:
         segments: Widths of each half's values.
-        spreads: Factor on the gains of each half.
+        spreads: Factor on each half's gain, which is the root mean square of its values that have bits.
         device: Of the rows.
-
-    Attributes:
-        widths: Bits of each index's values, in order: half by half, the widest first.
     """
 
     def __init__(self, segments: tuple[Segments, ...], spreads: tuple[float, ...], device: torch.device) -> None:
-        self._segments, self._spreads = segments, spreads
-        self.widths: list[int] = []
-        vectors: list[list[int]] = []
-        # Values that fill up an index are zeros, one column beyond those that there are.
+        # Column, index and half by half, the widest first. Values that fill up an index are zeros, one column beyond.
         at, beyond = 0, sum(count for half in segments for _, count in half)
+        vectors: list[tuple[int, int, list[int]]] = []
+        counted_nh = torch.zeros(beyond, len(segments), dtype=torch.float32)
         self._fills = False
-        for bits, count in (segment for half in segments for segment in half):
+        for half, (bits, count) in ((half, segment) for half, some in enumerate(segments) for segment in some):
             if bits:
                 filled, values = -(-count // GROUP) * GROUP, VALUES_AT_ONCE[bits]
                 columns = [at + n if n < count else beyond for n in range(filled)]
-                vectors += [columns[n : n + values] for n in range(0, filled, values)]
-                self.widths += [bits] * (filled // values)
+                vectors += [(half, bits, columns[n : n + values]) for n in range(0, filled, values)]
+                counted_nh[at : at + count, half] = 1
                 self._fills |= filled > count
             at += count
+        counts_h = counted_nh.sum(0).clamp_min(1)
+        level_h = _ONE + _OCTAVE * (torch.tensor(spreads, dtype=torch.float32).log2() - 0.5 * counts_h.log2())
         # By how many values an index stands for.
         together: dict[int, list[int]] = {}
-        for number, bits in enumerate(self.widths):
+        for number, (_, bits, _) in enumerate(vectors):
             together.setdefault(VALUES_AT_ONCE[bits], []).append(number)
         order = [number for numbers in together.values() for number in numbers]
-        self._columns = _integers([column for number in order for column in vectors[number]], device)
-        self._back_f = _integers([order.index(number) for number in range(len(order))], device)
+        back = [0] * len(order)
+        for place, number in enumerate(order):
+            back[number] = place
         self._lookups = []
-        for values, numbers in together.items():
-            books = tuple(sorted({self.widths[number] for number in numbers}))
-            find = finder(books, device)
-            first = [find.cells * books.index(self.widths[number]) for number in numbers]
-            self._lookups.append((find, values * len(numbers), _integers(first, device) if len(books) > 1 else None))
+        with torch.inference_mode(False):
+            # Not inference tensors: training rounds rows, too.
+            self._counted_nh, self._level_h = counted_nh.to(device), level_h.to(device)
+            columns = [(column, half) for half, _, some in (vectors[number] for number in order) for column in some]
+            self._column_m, self._half_m = (
+                torch.tensor(columns, dtype=torch.long, device=device).view(-1, 2).T.contiguous()
+            )
+            self._back_f = torch.tensor(back, dtype=torch.long, device=device)
+            for values, numbers in together.items():
+                books = tuple(sorted({vectors[number][1] for number in numbers}))
+                find = finder(books, device)
+                first_f = torch.tensor([find.cells * books.index(vectors[n][1]) for n in numbers], device=device)
+                self._lookups.append((find, values * len(numbers), first_f if len(books) > 1 else None))
 
-    def codes(self, halves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Codes of the gains, ``[B, s, h]`` int16, and the indices, ``[B, s, f]`` int32.
+    def gain_codes(self, x_Bsn: Tensor) -> Tensor:
+        """What is stored of the gains of rows, a byte each, ``[B, s, h]`` int32.
 
         Args:
-            halves: Values ``[B, s, n]`` of each, in units of their spread.
+            x_Bsn: Values of all halves side by side, in units of their spread, float32.
         """
-        gains = [gain_codes(x_Bsn, *how) for x_Bsn, *how in zip(halves, self._segments, self._spreads, strict=True)]
-        gain_Bsh = gains[0] if len(gains) == 1 else torch.cat(gains, dim=-1)
-        apart = gain_values(gain_Bsh).split(1, dim=-1)
-        even = [x_Bsn.float() / gain_Bs1 for x_Bsn, gain_Bs1 in zip(halves, apart, strict=True)]
-        return gain_Bsh, self._indices(even[0] if len(even) == 1 else torch.cat(even, dim=-1))
+        with torch.autocast(x_Bsn.device.type, enabled=False):
+            square_Bsh = (x_Bsn.square() @ self._counted_nh).clamp_min_(_TINY)
+        wanted_Bsh = square_Bsh.log2_().mul_(0.5 * _OCTAVE).add_(self._level_h)
+        # What is no number has some code, too.
+        return wanted_Bsh.round_().clamp_(0, _LARGEST).int().clamp_(0)
 
-    def _indices(self, even_Bsn: Tensor) -> Tensor:
-        """Of values of all halves, side by side and divided by their gains."""
-        rows = even_Bsn.shape[:-1]
+    def codes(self, x_Bsn: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of the gains, ``[B, s, h]``, and indices, ``[B, s, f]`` int32: half by half, the widest first.
+
+        Args:
+            x_Bsn: As in :meth:`gain_codes`.
+        """
+        gain_Bsh, rows = self.gain_codes(x_Bsn), x_Bsn.shape[:-1]
         if not self._lookups:
-            return even_Bsn.new_empty((*rows, 0), dtype=torch.int32)
+            return gain_Bsh, gain_Bsh.new_empty((*rows, 0))
         if self._fills:
-            even_Bsn = torch.nn.functional.pad(even_Bsn, (0, 1))
-        even_Bsm, found = even_Bsn.index_select(-1, self._columns), []
+            x_Bsn = torch.nn.functional.pad(x_Bsn, (0, 1))
+        even_Bsm = x_Bsn.index_select(-1, self._column_m)
+        even_Bsm /= gain_values(gain_Bsh).index_select(-1, self._half_m)
+        found = []
         parts = even_Bsm.split([size for _, size, _ in self._lookups], dim=-1)
         for part_Bsm, (find, size, first_f) in zip(parts, self._lookups, strict=True):
             shape = (*rows, size // find.values)
             first_n = None if first_f is None else first_f.expand(shape).reshape(-1)
             found.append(find.nearest(part_Bsm.reshape(-1, find.values), first_n).view(shape))
-        return found[0] if len(found) == 1 else torch.cat(found, dim=-1).index_select(-1, self._back_f)
-
-
-def _integers(numbers: Sequence[int], device: torch.device) -> Tensor:
-    # Not an inference tensor: training rounds rows, too.
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.long, device=device)
+        return gain_Bsh, found[0] if len(found) == 1 else torch.cat(found, dim=-1).index_select(-1, self._back_f)
 
 
 @lru_cache(maxsize=256)
@@ -151,7 +147,7 @@ def quantizer(segments: tuple[Segments, ...], spreads: tuple[float, ...], device
 
 def coded(x_Bsn: Tensor, segments: Segments, spread: float) -> Tensor:
     """Values as they come back from their codes, float32."""
-    gain_Bs1, index_Bsf = quantizer((segments,), (spread,), x_Bsn.device).codes([x_Bsn])
+    gain_Bs1, index_Bsf = quantizer((segments,), (spread,), x_Bsn.device).codes(x_Bsn.float())
     back_Bsn, value, index = torch.zeros_like(x_Bsn, dtype=torch.float32), 0, 0
     for bits, count in segments:
         if not bits:

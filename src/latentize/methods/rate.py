@@ -27,8 +27,8 @@ from latentize.attention.quantizer import (
     MOST_BITS,
     WIDTHS,
     Segments,
-    gain_codes,
     gain_values,
+    quantizer,
     row_bytes,
 )
 from latentize.errors import OptionError
@@ -324,7 +324,7 @@ def _spread(half: Half, scales_m: Tensor, segments: Segments) -> float:
     parts_nme = half.values_nm.unflatten(1, (-1, half.each))
     deviation_m1 = _deviations(parts_nme)[:, None]
     even_nm = (parts_nme / scales_m[:, None]).flatten(1)
-    plain_n = gain_values(gain_codes(even_nm, segments, 1.0))[:, 0]
+    plain_n = gain_values(quantizer((segments,), (1.0,), even_nm.device).gain_codes(even_nm.float()))[:, 0]
     return round(math.exp(float((_gains(parts_nme, deviation_m1) / plain_n).log().mean())), 4)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from latentize.errors import OptionError
 from latentize.runtime.codecs import codec
+from latentize.runtime.coded import code_ahead
 from latentize.runtime.layer import LatentLayer
 from latentize.runtime.static import StaticLatentLayer
 
@@ -105,6 +107,12 @@ class LatentCache(Cache):
             layers = [other if e is None else mine for e, mine, other in zip(entries, layers, others, strict=True)]
         self._rows = [layer for layer in layers if isinstance(layer, LatentLayer)]
         super().__init__(layers=layers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if self._rows and self.layers[layer_idx] is self._rows[0]:
+            one = key_states.shape[2] == 1
+            code_ahead([(m.coder, m.next_coded if one else None) for m in self._rows if m.coder is not None])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def nbytes(self) -> int:

@@ -35,8 +35,6 @@ __all__ = [
 ]
 
 _TINY = 1e-30
-# Gains are stored as bytes.
-_GAIN_OFFSET = 128
 
 
 class Codec(Protocol):
@@ -175,7 +173,7 @@ class Coded:
     spread: float
 
     def encode(self, x_BSn: Tensor) -> tuple[Tensor, ...]:
-        return encode_together((self,), (x_BSn,))
+        return encode_together((self,), x_BSn)
 
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         even_BSb = self.even(stored, dtype).mul_(self.gains(stored, dtype))
@@ -183,7 +181,7 @@ class Coded:
 
     def gains(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Of each token, ``[B, S, 1]``."""
-        return gain_values(stored[0][..., :1].to(torch.int16) - _GAIN_OFFSET).to(dtype)
+        return gain_values(stored[0][..., :1], dtype)
 
     def places(self, device: torch.device) -> Tensor:
         """Where a kernel finds each value before its gain, ``[6, n]`` int32.
@@ -210,46 +208,64 @@ class Coded:
         return sum(count for bits, count in self.segments if not bits)
 
 
-def encode_together(codecs: Sequence[Coded], halves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What each codec stores of its half of the same rows: what can be is looked up together."""
-    segments, spreads = tuple(c.segments for c in codecs), tuple(c.spread for c in codecs)
-    gain_Bsh, index_Bsf = quantizer(segments, spreads, halves[0].device).codes(halves)
-    # Each byte is the sum of what gains and indices bring to it, at most 255: exact in any precision.
-    brought_Bse = torch.cat([gain_Bsh + _GAIN_OFFSET, index_Bsf & 255, index_Bsf >> 8], dim=-1)
-    bytes_Bsm = (brought_Bse.float() @ _packing(segments, halves[0].device)).to(torch.uint8)
-    return bytes_Bsm.split([1 + _code_bytes(half) for half in segments], dim=-1)
+def encode_together(codecs: Sequence[Coded], rows_BSn: Tensor) -> tuple[Tensor, ...]:
+    """What each codec stores of its values, which lie side by side: one row asks for as many operations as thousands,
+    so all that can be is done together."""
+    segments, device = tuple(c.segments for c in codecs), rows_BSn.device
+    pack = _packing(segments, device)
+    gain_BSh, index_BSf = quantizer(segments, tuple(c.spread for c in codecs), device).codes(rows_BSn.float())
+    high_BSf = index_BSf.index_select(-1, pack.wide_f) >> 8 << pack.shift_f
+    high_BSm = high_BSf.new_zeros((*high_BSf.shape[:-1], pack.highs))
+    high_BSm.scatter_add_(-1, pack.high_f.expand_as(high_BSf), high_BSf)
+    made_BSm = torch.cat([gain_BSh, index_BSf & 255, high_BSm], dim=-1)
+    return made_BSm.index_select(-1, pack.order_m).to(torch.uint8).split(pack.sizes, dim=-1)
 
 
-def _code_bytes(segments: Segments) -> int:
-    return sum(bits * -(-count // GROUP) for bits, count in segments)
-
-
-@lru_cache(maxsize=256)
-def _packing(segments: tuple[Segments, ...], device: torch.device) -> Tensor:
-    """What gains, the lowest eight bits of indices and their other bits add to each byte of a row, ``[e, m]``.
+@dataclass(frozen=True)
+class _Packing:
+    """How bytes are made of gains and indices.
 
     A half is its gain and its segments. An index of more than eight bits is in two places: the lowest eight bits of all
     indices of the segment, then the rest of all, the first in the lowest bits.
+
+    Attributes:
+        wide_f: Numbers of the indices of more than eight bits.
+        shift_f, high_f: What their rest is shifted by, and the number of the byte that it goes to.
+        highs: How many of these bytes there are.
+        order_m: Of gains, lowest bits and bytes of the rest, what comes where.
+        sizes: Bytes of each half.
     """
-    gains, low, high, at = [], [], [], 0
-    for half in segments:
-        gains.append((at, 1.0))
-        at += 1
-        for bits, count in half:
+
+    wide_f: Tensor
+    shift_f: Tensor
+    high_f: Tensor
+    highs: int
+    order_m: Tensor
+    sizes: list[int]
+
+
+@lru_cache(maxsize=256)
+def _packing(segments: tuple[Segments, ...], device: torch.device) -> _Packing:
+    wide: list[tuple[int, int, int]] = []
+    order: list[tuple[int, int]] = []
+    sizes, lows, highs = [], 0, 0
+    for half, some in enumerate(segments):
+        began = len(order)
+        order.append((0, half))
+        for bits, count in some:
             if not bits:
                 continue
-            values = VALUES_AT_ONCE[bits]
-            indices, rest = -(-count // GROUP) * GROUP // values, bits * values - 8
-            for number in range(indices):
-                low.append((at + number, 1.0))
-                byte, shift = divmod(number * rest, 8)
-                high.append((at + indices + byte, float(1 << shift)) if rest else (at + number, 0.0))
-            at += bits * indices * values // 8
+            indices, rest = -(-count // GROUP) * GROUP // VALUES_AT_ONCE[bits], bits * VALUES_AT_ONCE[bits] - 8
+            order += [(1, lows + n) for n in range(indices)]
+            order += [(2, highs + n) for n in range(indices * rest // 8)]
+            wide += [(lows + n, n * rest % 8, highs + n * rest // 8) for n in range(indices if rest else 0)]
+            lows, highs = lows + indices, highs + indices * rest // 8
+        sizes.append(len(order) - began)
+    first = (0, len(segments), len(segments) + lows)
     with torch.inference_mode(False):
-        made_em = torch.zeros(len(gains) + len(low) + len(high), at, device=device)
-        for entry, (byte, factor) in enumerate(gains + low + high):
-            made_em[entry, byte] = factor
-        return made_em
+        wide_f, shift_f, high_f = torch.tensor(wide, dtype=torch.long, device=device).view(-1, 3).T.contiguous()
+        order_m = torch.tensor([first[kind] + n for kind, n in order], device=device)
+    return _Packing(wide_f, shift_f.to(torch.int32), high_f, highs, order_m, sizes)
 
 
 @cache
@@ -260,7 +276,7 @@ def _shifts(rest: int, device: torch.device) -> Tensor:
 
 
 def _unpacked(byte_BSm: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Values of a segment, of its bytes as :func:`_packing` puts them."""
+    """Values of a segment, of its bytes as ``_Packing`` puts them."""
     table, rest = _words(bits, dtype, byte_BSm.device), bits * VALUES_AT_ONCE[bits] - 8
     if not rest:
         return _looked_up(byte_BSm, table)
@@ -271,7 +287,7 @@ def _unpacked(byte_BSm: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _places(segments: Segments, device: torch.device) -> Tensor:
-    """As :func:`_packing` puts them."""
+    """As ``_Packing`` puts them."""
     first_word, total = {}, 0
     for bits, values in VALUES_AT_ONCE.items():
         first_word[bits], total = total, total + (values << bits * values)

@@ -21,7 +21,7 @@ from latentize.runtime.exact import ExactRows
 from latentize.runtime.kernels.storage import Part, Stored, plain_part
 from latentize.runtime.means import Means
 
-__all__ = ["RowCoder", "with_angles"]
+__all__ = ["RowCoder", "code_ahead", "with_angles"]
 
 # Rows that are seen as they are, ``[B, E, d]``, and their numbers, ``[B, E]``; -1 where there is none.
 Apart = tuple[Tensor, Tensor]
@@ -39,12 +39,14 @@ class RowCoder:
         exact: The first rows of each text.
         new_exact_BT: Which of the tokens that come next are among them.
         band: How many rows the last tokens saw as they are, where each saw others; else 0.
+        ahead: Codes of the row that is coded next, where there are some already.
     """
 
     def __init__(self, code: RowCode, newest: int) -> None:
         self.code, self.newest = code, max(newest, code.newest)
         self.codecs = (Coded(code.latent, code.spreads[0]), Coded(code.rope, code.spreads[1]))
         self.exact, self.new_exact_BT, self.band = ExactRows(), torch.zeros(1, 0, dtype=torch.bool), 0
+        self.ahead: tuple[Tensor, ...] | None = None
 
     def expect(self, exact_BT: Tensor, *, first: bool) -> None:
         """Say which of the tokens that come next are the first of their texts; ``first`` is before any token."""
@@ -70,9 +72,11 @@ class RowCoder:
         self.exact.add(rows_BTd, self.new_exact_BT, first, self.code.sinks)
         return rows_BTd
 
-    def encoded(self, halves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def encoded(self, rows_Bsd: Tensor) -> tuple[Tensor, ...]:
         """Codes of latents and of roped keys, as :meth:`rows` has them."""
-        return encode_together(self.codecs, halves)
+        if self.ahead is not None and rows_Bsd.shape[1] == 1:
+            return self.ahead
+        return encode_together(self.codecs, rows_Bsd)
 
     def decoded(self, tensors: tuple[Tensor, ...], start: int, first: int, dtype: torch.dtype) -> Tensor:
         """A block of rows of their codes as :meth:`placed` has them; exact ones are in their places.
@@ -150,6 +154,24 @@ class RowCoder:
         """The angles of as many rows from ``first`` on, ``[B, s, 2 F]``."""
         (batch, count), dtype = like_Bsm.shape[:2], like_Bsm.dtype
         return self.means(batch).from_row(first, count, dtype).expand(batch, -1, -1)
+
+
+def code_ahead(layers: Sequence[tuple[RowCoder, Tensor | None]]) -> None:
+    """Code what each layer codes when one more token comes, for all layers together.
+
+    Args:
+        layers: Coders and the row that is next, ``[B, 1, d]``; ``None`` where there is none.
+    """
+    apart: dict[torch.device, list[tuple[RowCoder, Tensor]]] = {}
+    for coder, row_B1d in layers:
+        coder.ahead = None
+        if row_B1d is not None:
+            apart.setdefault(row_B1d.device, []).append((coder, row_B1d))
+    for some in apart.values():
+        codecs = [codec for coder, _ in some for codec in coder.codecs]
+        found = encode_together(codecs, torch.cat([row_B1d for _, row_B1d in some], dim=-1))
+        for (coder, _), latent, rope in zip(some, found[::2], found[1::2], strict=True):
+            coder.ahead = (latent, rope)
 
 
 def with_angles(rows_Bsd: Tensor, angles: Tensor) -> Tensor:

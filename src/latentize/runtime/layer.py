@@ -145,6 +145,12 @@ class LatentLayer(CacheLayerMixin):
             self._store(have - coder.newest)
         return band_BEd
 
+    @property
+    def next_coded(self) -> Tensor | None:
+        """The row that is coded when one more token comes, ``[B, 1, d]``."""
+        newest = 0 if self.coder is None else self.coder.newest
+        return self.recent.view(0, 1)[0] if newest and self.recent.length == newest else None
+
     def _store(self, count: int) -> None:
         """The oldest of the waiting rows, for good."""
         (old_Bsd,) = self.recent.view(0, count)
@@ -153,9 +159,9 @@ class LatentLayer(CacheLayerMixin):
 
     def _encoded(self, rows_Bsd: Tensor) -> tuple[Tensor, ...]:
         """What is stored of rows."""
-        halves = rows_Bsd.split([self.rank, rows_Bsd.shape[-1] - self.rank], dim=-1)
         if self.coder is not None:
-            return self.coder.encoded(halves)
+            return self.coder.encoded(rows_Bsd)
+        halves = rows_Bsd.split([self.rank, rows_Bsd.shape[-1] - self.rank], dim=-1)
         return tuple(t for c, half in zip(self.codecs, halves, strict=True) for t in c.encode(half))
 
     def _restore(self, start: int, stop: int, dtype: torch.dtype, shift: int = 0) -> Tensor:

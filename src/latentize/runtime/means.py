@@ -50,4 +50,4 @@ def _of_block(frequencies: tuple[float, ...], number: int, device: torch.device,
     """All layers of a model have the same."""
     with torch.inference_mode(False):
         position_s = BLOCK_OF_CODES * number + torch.arange(BLOCK_OF_CODES, device=device)
-        return angles_at(position_s, torch.tensor(frequencies, device=device)).to(dtype)
+        return angles_at(position_s, torch.tensor(frequencies, dtype=torch.float32, device=device)).to(dtype)

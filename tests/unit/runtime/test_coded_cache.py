@@ -13,10 +13,15 @@ from tests.common import FP32, relative_error
 from tests.unit.attention.test_coding import row_code
 from tests.unit.runtime.test_latent_cache import layer, up, weights
 from torch import Tensor
+from transformers import LlamaConfig
 
+from latentize.attention import codebooks, quantizer
 from latentize.attention.coding import RowCode
 from latentize.attention.latent import LatentWeights, absorbed_heads, cache_rows, queries
-from latentize.runtime.cache import LatentLayer, cache_formats
+from latentize.runtime import coded as coded_rows
+from latentize.runtime import means
+from latentize.runtime.cache import LatentCache, LatentLayer, cache_formats
+from latentize.runtime.codecs import encode_together
 from latentize.runtime.heads import decode, heads, prefill
 from latentize.runtime.static import StaticLatentLayer
 from latentize.runtime.stored_rows import StoredRows
@@ -272,3 +277,61 @@ def test_kernels_read_codes_for_one_new_token(stops: list[int], why: str | None)
     assert rows.coded and (rows.unread is None if why is None else why in rows.unread)
     rows.layer.window = 12
     assert "window" in rows.unread
+
+
+def test_layers_that_are_coded_together_are_coded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of different plans and newest rows, one of which has none, after prompts, single tokens and a crop."""
+    own = [coded_weights(seed, 4, 2, 2, newest) for seed, newest in ((1, 3), (2, 3), (3, 2), (4, 0))]
+    rows, together = [rows_of(w, 30, 2, seed) for seed, w in enumerate(own)], 0
+    cache = LatentCache(LlamaConfig(num_hidden_layers=len(own)))
+    apart = [layer() for _ in own]
+
+    def watched(codecs: Any, found: Tensor) -> tuple[Tensor, ...]:
+        nonlocal together
+        together += len(codecs) == 6
+        return encode_together(codecs, found)
+
+    monkeypatch.setattr(coded_rows, "encode_together", watched)
+    start = 0
+    for stop in (1, 2, 9, *range(10, 20), -4, 17, 22, 23):
+        if stop < 0:
+            cache.crop(stop)
+            for alone in apart:
+                alone.crop(stop)
+            start += stop
+            continue
+        for number, (w, (_, c, k), alone) in enumerate(zip(own, rows, apart, strict=True)):
+            assert w.code is not None
+            new, exact = slice(start, stop), w.code.exact(torch.arange(start, stop)[None].expand(2, -1), start)
+            for made in (cache.layers[number], alone):
+                made.attends_rows = True
+                made.codes(w.code, exact)
+            cache.update(c[:, :, new], k[:, :, new], number)
+            alone.update(c[:, :, new], k[:, :, new])
+        start = stop
+    assert together > 8
+    for made, alone in zip(cache.layers, apart, strict=True):
+        assert made.stored.length == alone.stored.length
+        for one, other in zip(made.stored.view(0, made.stored.length), alone.stored.view(0, 99), strict=True):
+            assert torch.equal(one, other[:, : made.stored.length])
+
+
+def test_tables_do_not_follow_the_default_precision() -> None:
+    """A program may have set it before the first row is coded."""
+    for made in (codebooks.codebook, codebooks.finder, quantizer.quantizer, means._of_block):
+        made.cache_clear()
+    w = coded_weights(5, 4, 2, 2, newest=2)
+    x, c, k = rows_of(w, 12, 1, 5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        first = filled(w, c, k, [11, 12])
+        made = decode(*queries(x[:, -1:], w, torch.tensor([[11]])), first.last, up(w), None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for cached in (codebooks.codebook, codebooks.finder, quantizer.quantizer, means._of_block):
+        cached.cache_clear()
+    second = filled(w, c, k, [11, 12])
+    expected = decode(*queries(x[:, -1:], w, torch.tensor([[11]])), second.last, up(w), None)
+    for one, other in zip(first.stored.view(0, 10), second.stored.view(0, 10), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(made, expected)
