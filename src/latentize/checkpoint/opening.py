@@ -10,6 +10,7 @@ from typing import Any
 from latentize.checkpoint.base import Checkpoint
 from latentize.checkpoint.gguf import GgufCheckpoint, is_gguf
 from latentize.checkpoint.gguf_config import gguf_config
+from latentize.checkpoint.quantised import QuantisedCheckpoint, is_read
 from latentize.checkpoint.reader import SafetensorsCheckpoint
 from latentize.errors import CheckpointError, LatentizeError
 
@@ -17,7 +18,7 @@ __all__ = ["load_config", "loading", "open_checkpoint", "pretrained"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A folder with safetensors weights, or a GGUF file.
+    """A folder with safetensors weights, quantised or not, or a GGUF file.
 
     Args:
         path: As :func:`latentize.checkpoint.resolve` gives it.
@@ -26,7 +27,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError, ConfigError: files are missing, damaged, or contradict each other.
         UnsupportedModelError: a GGUF file that transformers does not read.
     """
-    return GgufCheckpoint(path) if is_gguf(path) else SafetensorsCheckpoint(path)
+    if is_gguf(path):
+        return GgufCheckpoint(path)
+    stored = SafetensorsCheckpoint(path)
+    return QuantisedCheckpoint(stored) if is_read(stored.config) else stored
 
 
 def pretrained(path: Path) -> dict[str, Any]:
@@ -62,7 +66,7 @@ def loading(path: Path) -> Iterator[None]:
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """transformers' config of a model.
+    """transformers' config of a model, without what is said of weights that are read dequantised.
 
     Args:
         path: Of a folder or a GGUF file.
@@ -72,4 +76,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         return gguf_config(path)
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    config: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    if is_read(config.to_dict()):
+        del config.quantization_config
+    return config

@@ -46,6 +46,11 @@ _TORCH_NAMES = {
     "I32": "int32",
     "I64": "int64",
 }
+# Bytes that are exponents come as bytes.
+_QUANTISED_NAMES = {
+    **{"U8": "uint8", "I8": "int8", "I16": "int16", "BOOL": "bool", "F8_E8M0": "uint8"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+}
 
 
 def _read_json(path: Path, error: type[CheckpointError] | type[ConfigError], code: str) -> dict[str, Any]:
@@ -274,6 +279,15 @@ class SafetensorsCheckpoint(Checkpoint):
     def load(self, name: str) -> Any:
         if name not in self:
             raise self.missing(name)
+        self.dtype(name)
+        return self.raw(name)
+
+    def raw(self, name: str) -> Any:
+        """One tensor, also of a type that only quantised weights have.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity, or PyTorch has no such type.
+        """
         path, entry = self._file_of[name], self._entry[name]
         begin, end = entry["data_offsets"]
         # Read, not mapped: mapped pages would stay in memory as long as the file is open.
@@ -299,6 +313,10 @@ class SafetensorsCheckpoint(Checkpoint):
     def _tensor(self, name: str, buffer: bytearray, shape: list[int]) -> Any:
         import torch
 
-        dtype = getattr(torch, self.dtype(name))
+        stored = self._entry[name]["dtype"]
+        known = {**_TORCH_NAMES, **_QUANTISED_NAMES}
+        if stored not in known:
+            raise _unread(stored, self.where(name))
+        dtype = getattr(torch, known[stored])
         tensor = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
         return self.checked(name, tensor.view(shape))

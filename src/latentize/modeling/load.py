@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext, redirect_stderr
 from functools import partial
 from io import StringIO
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from latentize.checkpoint import load_config, loading, pretrained
+from latentize.checkpoint import load_config, loading, open_checkpoint, pretrained
 from latentize.checkpoint.gguf import is_gguf
 from latentize.checkpoint.gguf_config import gguf_ends
 from latentize.errors import CheckpointError
@@ -48,15 +49,16 @@ def load_model(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options = {**pretrained(path), **_dequantised(path), "dtype": dtype, "trust_remote_code": trust_remote_code}
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    known = _dequantised(path, dtype, trust_remote_code)
     settings = stored_settings(path)
     if settings is not None:
         # Not to be read by transformers, which refuses what it does not understand.
         options["generation_config"] = GenerationConfig()
     # The bar that transformers shows for a GGUF file knows no setting.
     with loading(path), redirect_stderr(StringIO()) if is_gguf(path) else nullcontext():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
-    model, info = loaded
+        loader: Any = _class_of(known["config"], trust_remote_code) if "state_dict" in known else AutoModelForCausalLM
+        model, info = loader.from_pretrained(**{**pretrained(path), **known, **options})
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         odd = sorted(str(k) for k in info.get(kind, ()))
         if odd:
@@ -78,10 +80,24 @@ def _require_rows(path: Path, embedding: torch.nn.Embedding, args: tuple[torch.T
         require_rows(ids, embedding.weight.shape[0], path)
 
 
-def _dequantised(path: Path) -> dict[str, Any]:
-    """What transformers is told of a GGUF file beside where it is."""
+def _class_of(config: Any, trust_remote_code: bool) -> type:
+    """transformers' class of a model, which takes tensors that are in memory; the one that finds it takes none."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return type(AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code))
+
+
+def _dequantised(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> dict[str, Any]:
+    """What transformers is told of quantised weights. It dequantises a GGUF file itself. Those of a folder it gets
+    dequantised: it would want the library that made them, and often a GPU."""
     if not is_gguf(path):
-        return {}
+        checkpoint = open_checkpoint(path)
+        if checkpoint.quantization is None:
+            return {}
+        tensors = {name: checkpoint.load(name).to(dtype) for name in checkpoint.names()}
+        config = load_config(path, trust_remote_code=trust_remote_code)
+        return {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
     import transformers
 
     try:

@@ -104,7 +104,7 @@ class _Proof:
             with loading(checkpoint.path), _files_that_are_opened(self.files), _without_threads(), _quietly():
                 top = AutoModelForCausalLM.from_pretrained(config=config, dtype="auto", **named)
         else:
-            # Reading a GGUF file for it would dequantise all of it.
+            # Reading quantised weights for it would dequantise all of them.
             top = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **trust)
             for role in ("embedding", "norm", "head"):
                 self._fill(top, role)
@@ -241,8 +241,8 @@ class _Proof:
                 if name not in held or not torch.equal(tensor, held[name].cpu()):
                     raise _differs(f"'{prefix}{name}'", str(checkpoint.path))
         else:
-            # No quantised model has latents.
-            found = ours.tensors
+            # What is dequantised here is read by nobody else.
+            found = self.source.module_tensors(ours.tensors, ours.index)
         filled = copy.deepcopy(layer)
         filled.load_state_dict({n: t.to("cpu", torch.float32) for n, t in found.items()}, strict=True, assign=True)
         return filled.requires_grad_(False)

@@ -390,7 +390,8 @@ def _quantization(found: Mapping[str, Any] | None) -> dict[str, str]:
     if found is None:
         return {}
     tensors = ", ".join(f"{count} × {kind}" for kind, count in found["tensors"].items())
-    said = f"GGUF, {found['file_type']} ({tensors}), dequantised by {found['dequantised_by']}"
+    kind = f"GGUF, {found['file_type']}" if found["format"] == "gguf" else found["file_type"]
+    said = f"{kind} ({tensors}), dequantised by {found['dequantised_by']}"
     return {"weights of the source": said}
 
 

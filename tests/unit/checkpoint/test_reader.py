@@ -295,8 +295,14 @@ def test_quantised_weights(copy: Callable[[str], Path]) -> None:
 
 def test_an_announced_quantisation(copy: Callable[[str], Path]) -> None:
     folder = copy("single")
-    edit_json(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "awq"}))
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "quip"}))
     refused(folder, "quantization_config", error=UnsupportedModelError)
+
+
+def test_an_announced_quantisation_of_nothing(copy: Callable[[str], Path]) -> None:
+    folder = copy("single")
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "awq"}))
+    refused(folder, "said to be quantised (awq), and none is", "quantization_config")
 
 
 def test_an_adapter_is_not_a_model(copy: Callable[[str], Path]) -> None:

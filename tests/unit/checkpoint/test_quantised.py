@@ -1,0 +1,154 @@
+"""Quantised weights are read as the libraries that wrote them dequantise them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.common import pico
+from tests.quantised import FORMATS, quantised
+
+from latentize.checkpoint import open_checkpoint
+from latentize.checkpoint.dequantise import bitsandbytes_4bit, bitsandbytes_8bit, fp8, unpacked
+from latentize.errors import CheckpointError, ConfigError, LatentizeError
+from latentize.families.opening import open_source
+from latentize.modeling.load import load_model
+
+BITSANDBYTES = Path(__file__).resolve().parents[2] / "data" / "bitsandbytes.safetensors"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico(tmp_path_factory.mktemp("source"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_weight_is_what_was_quantised(name: str, source: Path, tmp_path: Path) -> None:
+    expected = quantised(source, tmp_path / "made", name)
+    checkpoint, spec = open_source(tmp_path / "made")
+    assert sorted(checkpoint.names()) == sorted(expected)
+    assert "quantization_config" not in checkpoint.config
+    for tensor, value in expected.items():
+        made = checkpoint.load(tensor)
+        assert checkpoint.shape(tensor) == tuple(value.shape) == tuple(made.shape)
+        assert str(made.dtype) == f"torch.{checkpoint.dtype(tensor)}"
+        assert made.numel() * made.element_size() == checkpoint.size(tensor)
+        assert torch.equal(made.float(), value.float()), tensor
+    rows = [5, 0, 5]
+    tensor = spec.layer_prefix(1) + "self_attn.q_proj.weight"
+    assert torch.equal(checkpoint.load_rows(tensor, rows), expected[tensor][rows])
+    found = checkpoint.quantization
+    assert found is not None and found["tensors"]["quantised"] == 14
+    assert (
+        name.partition(",")[0].lower() in found["file_type"].lower()
+        and found["file_type"] in checkpoint.quantization_note
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith(("fp8, b", "fp8, one", "compressed"))])
+def test_as_transformers_dequantises_them(name: str, source: Path, tmp_path: Path) -> None:
+    """Where it does without a GPU."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
+
+    quantised(source, tmp_path / "made", name)
+    entries = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]
+    kind: Any = CompressedTensorsConfig if name.startswith("compressed") else FineGrainedFP8Config
+    known = {"weight_block_size", "activation_scheme"} & entries.keys() if kind is FineGrainedFP8Config else ()
+    options = {key: entries[key] for key in known}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "made", quantization_config=kind(dequantize=True, **options), dtype=torch.float32
+    )
+    checkpoint, theirs = open_checkpoint(tmp_path / "made"), model.state_dict()
+    for tensor in checkpoint.names():
+        assert torch.equal(checkpoint.load(tensor).float(), theirs[tensor]), tensor
+
+
+@pytest.mark.parametrize("name", ["fp8, blocks", "GPTQ, 4 bits", "compressed-tensors, int4"])
+def test_the_model_runs_on_what_is_read(name: str, source: Path, tmp_path: Path) -> None:
+    expected = quantised(source, tmp_path / "made", name)
+    model = load_model(tmp_path / "made")
+    for tensor, value in model.state_dict().items():
+        if tensor in expected:
+            assert torch.equal(value, expected[tensor].float()), tensor
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4-nested", "fp4-nested", "int8"])
+def test_against_files_of_bitsandbytes(name: str) -> None:
+    """Made by its version 0.50.2 of one random matrix, on a CPU: ``quantize_4bit`` of bfloat16 in blocks of 64, and
+    ``int8_vectorwise_quant`` of float16; beside each what it dequantises it to."""
+    stored = load_file(BITSANDBYTES)
+    parts = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.")}
+    expected = parts.pop("expected")
+    if name == "int8":
+        made = bitsandbytes_8bit(parts["weight"], parts["SCB"])
+    else:
+        short = {key.removeprefix("weight.").partition(".bitsandbytes__")[0]: t for key, t in parts.items()}
+        made = bitsandbytes_4bit(short)
+    assert made.dtype == expected.dtype and torch.equal(made, expected)
+
+
+def test_last_blocks_may_be_smaller() -> None:
+    w, scale = torch.randn(40, 24).to(torch.float8_e4m3fn), torch.rand(3, 2)
+    made = fp8(w, scale, (16, 16))
+    for row, column in ((0, 0), (15, 16), (16, 15), (39, 23)):
+        assert made[row, column] == w[row, column].float() * scale[row // 16, column // 16]
+    exponents = torch.randint(120, 130, (3, 2), dtype=torch.uint8)
+    assert torch.equal(fp8(w, exponents, (16, 16)), fp8(w, 2.0 ** (exponents.float() - 127), (16, 16)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_integers_across_words(bits: int) -> None:
+    values = torch.randint(0, 1 << bits, (3, 64))
+    rows = [int("".join(f"{value:0{bits}b}" for value in reversed(row)), 2) for row in values.tolist()]
+    packed = [[(row >> at) & 0xFFFFFFFF for at in range(0, 64 * bits, 32)] for row in rows]
+    signed = torch.tensor(packed).to(torch.uint32).view(torch.int32)
+    assert torch.equal(unpacked(signed, bits), values.int())
+
+
+def changed(folder: Path, **entries: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= entries
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "said"),
+    [
+        ("AWQ", {"version": "gemv"}, "version 'gemv'"),
+        ("GPTQ, 4 bits", {"bits": 5}, "GPTQ, 5 bits"),
+        ("GPTQ, 4 bits", {"checkpoint_format": "marlin"}, "marlin"),
+        ("GPTQ, 4 bits", {"quant_method": "quip"}, "quantised"),
+        ("compressed-tensors, int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(
+    name: str, entries: dict[str, Any], said: str, source: Path, tmp_path: Path
+) -> None:
+    quantised(source, tmp_path / "made", name)
+    changed(tmp_path / "made", **entries)
+    with pytest.raises(LatentizeError, match=said) as refused:
+        open_source(tmp_path / "made")
+    assert refused.value.code == "LZ204"
+
+
+@pytest.mark.parametrize(("name", "part"), [("GPTQ, 4 bits", "qzeros"), ("AWQ", "scales"), ("fp8, blocks", "weight")])
+def test_a_part_that_is_missing(name: str, part: str, source: Path, tmp_path: Path) -> None:
+    quantised(source, tmp_path / "made", name)
+    file, tensor = tmp_path / "made" / "model.safetensors", "model.layers.0.self_attn.q_proj"
+    stored = load_file(file)
+    del stored[f"{tensor}.{part}"]
+    save_file(stored, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="is missing") as refused:
+        open_source(tmp_path / "made")[0].load(f"{tensor}.weight")
+    assert tensor in str(refused.value)
+
+
+def test_entries_that_make_no_sense(source: Path, tmp_path: Path) -> None:
+    quantised(source, tmp_path / "made", "GPTQ, 4 bits")
+    changed(tmp_path / "made", bits="four")
+    with pytest.raises(ConfigError, match="'bits' should be a whole number"):
+        open_source(tmp_path / "made")
