@@ -23,11 +23,14 @@ STOCK = 1e-4  # stock DeepSeek-V3, whose latent norm is linear to 2**-16
 STREAM = 1e-4  # one measurement made in two ways
 
 FAMILIES = (
+    "apertus",
     "ernie4_5",
+    "exaone4",
     "gemma2",
     "gemma3_text",
     "glm",
     "glm4",
+    "glm4_moe",
     "gpt_neox",
     "granite",
     "lfm2",
@@ -51,8 +54,17 @@ FAMILIES = (
 _EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2}
 _ALTERNATING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
 PECULIAR: dict[str, dict[str, Any]] = {
+    "exaone4": _ALTERNATING,
     "gemma2": {**_ALTERNATING, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 4.0},
     "gemma3_text": {**_ALTERNATING, "query_pre_attn_scalar": 20},
+    "glm4_moe": {
+        "n_routed_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "routed_scaling_factor": 1.5,
+    },
     "granite": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 2.0,
@@ -136,6 +148,11 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
         else:
             gain = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
             parameter.data = gain * noise / parameter.shape[1] ** 0.5
+
+    for name, buffer in model.named_buffers():
+        # A router's, which moves its choices.
+        if name.endswith("correction_bias"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def pico_model(family: str = "llama", kv_heads: int = 2, seed: int = 0, **changes: Any) -> Any:

@@ -74,7 +74,7 @@ MLPS = ("mlp", "feed_forward", "block_sparse_moe")
 
 def turned(t: Tensor) -> Tensor:
     """Heads in another order, or values of a vector."""
-    return t.roll(16, 0)
+    return t.roll(16, 0) if t.ndim else t
 
 
 @pytest.mark.parametrize("part", ["embedding", "final norm", "norm", "heads", "bias", "MLP", "another layer"])
@@ -82,13 +82,14 @@ def turned(t: Tensor) -> Tensor:
 def test_a_wrong_tensor_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, part: str) -> None:
     checkpoint, spec = opened(tmp_path, family)
     layer = spec.layer_prefix(spec.converted[-1])
+    matrices = [n for n in checkpoint.names() if n.startswith(layer) and len(checkpoint.shape(n)) > 1]
     endings = {
         "embedding": (spec.module("embedding") + ".weight",),
         "final norm": (spec.module("norm") + ".weight",),
         "norm": (layer + spec.module("input_norm") + ".weight", layer + "post_attention_layernorm.weight"),
         "heads": tuple(f"{layer}{spec.module('attention')}.{spec.module(p)}.weight" for p in ("o_proj",)),
-        "bias": tuple(n for n in checkpoint.names() if n.startswith(layer) and n.endswith("bias"))[:1],
-        "MLP": tuple(n for n in checkpoint.names() if n.startswith(layer) and any(p in n for p in MLPS))[:1],
+        "bias": tuple(n for n in checkpoint.names() if n.startswith(layer) and n.endswith(".bias"))[:1],
+        "MLP": tuple(n for n in matrices if any(p in n for p in MLPS))[:1],
         "another layer": tuple(n for n in checkpoint.names() if n.startswith(layer)),
     }
     names = [name for name in endings[part] if name in checkpoint]

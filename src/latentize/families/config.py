@@ -135,6 +135,8 @@ def _unrotated(table: Table, config: Mapping[str, Any], layers: int) -> frozense
     rule = table.attention.get("unrotated")
     if rule is None:
         return frozenset()
+    if "with" in rule:
+        return frozenset(range(layers) if config.get(rule["with"]) is not None else ())
     listed, interval = config.get(rule["list"]), config.get(rule["every"])
     if listed is None:
         listed = [(layer + 1) % interval if interval else 1 for layer in range(layers)]

@@ -146,6 +146,7 @@ def _rope(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) -> d
     ``partial_rotary_factor`` beside it.
     """
     scaling, given = config.get("rope_scaling"), config.get("rope_parameters")
+    given = table.implied.get("rope_parameters") if given is None else given
     for name, entry in (("rope_scaling", scaling or None), ("rope_parameters", given)):
         if entry is not None and not isinstance(entry, Mapping):
             raise ConfigError(f"'{name}' should be an object, is {entry!r}", where=f"config.json, {name}")

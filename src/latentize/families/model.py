@@ -111,6 +111,7 @@ class ModelSpec:
         }
         if experts is not None:
             size |= {"experts": self.experts, "moe": whole_number(self.config, experts.intermediate)}
+            size["shared"] = size["moe"] * (whole_number(self.config, experts.shared) if experts.shared else 0)
         symbolic = dict(self.table.top_tensors)
         if not self.tied:
             symbolic[self.table.module("head") + ".weight"] = ("vocab", "hidden")

@@ -53,19 +53,22 @@ def match_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> None:
 def _renamed(names: Collection[str], known: Collection[str], spec: ModelSpec) -> Iterator[tuple[str, str | None]]:
     """Stored names that are not those of the table, and what transformers takes them for."""
     derived = re.compile("|".join((_DERIVED, *spec.table.ignored_tensors)))
+    before, _ = spec.table.layer_prefix.split("{layer}")
+    further = re.compile(rf"{re.escape(before)}(\d{{1,8}})\.")
     body = spec.module("embedding").partition(".")[0] + "."
     taken = set(names)
     for name in names:
         if name in known:
             continue
-        if derived.search(name):
+        found = further.match(name) if spec.table.further_layers else None
+        if derived.search(name) or (found is not None and int(found[1]) >= spec.layers):
             yield name, None
             continue
         meant = name
-        for part, ours in spec.table.renamed_tensors.items():
-            meant = meant.replace(part, ours)
-        found = next((n for n in (meant, meant.removeprefix(body), body + meant) if n in known), None)
+        for part, own in spec.table.renamed_tensors.items():
+            meant = meant.replace(part, own)
+        ours = next((n for n in (meant, meant.removeprefix(body), body + meant) if n in known), None)
         # What is there twice is one too many.
-        if found is not None and found not in taken:
-            taken.add(found)
-            yield name, found
+        if ours is not None and ours not in taken:
+            taken.add(ours)
+            yield name, ours

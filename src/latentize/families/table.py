@@ -75,7 +75,8 @@ class Experts:
             their rows, then stacked over experts, others are renamed.
         other_tensors: As ``tensors``, once a layer (the router).
         dense_tensors: MLP of the layers that have no experts.
-        every, except_layers: Config keys: every so many layers has experts, but for these.
+        every, except_layers, dense: Config keys: every so many layers has experts, but for these, and the first ones.
+        shared: Config key: so many experts, side by side, that every token goes through.
     """
 
     count: Sequence[str]
@@ -87,11 +88,14 @@ class Experts:
     dense_tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     every: str = ""
     except_layers: str = ""
+    dense: str = ""
+    shared: str = ""
 
     def in_layer(self, layer: int, config: Mapping[str, Any]) -> bool:
         """Whether a layer has experts."""
         step = int(config.get(self.every) or 1) if self.every else 1
-        return (layer + 1) % step == 0 and layer not in (config.get(self.except_layers) or ())
+        first = int(config.get(self.dense) or 0) if self.dense else 0
+        return layer >= first and (layer + 1) % step == 0 and layer not in (config.get(self.except_layers) or ())
 
 
 @dataclass(frozen=True)
@@ -111,15 +115,15 @@ class Table:
             ``softmax_scalar`` is a number whose ``-1/2``-th power scales logits; ``interleaved`` says how pairs lie in
             a head, ``partial`` that RoPE may cover a part of it; ``unrotated`` has the config keys of a ``list`` of 1
             and 0 for each layer, 0 where nothing rotates, and of a number that stands for one, ``every`` so many
-            layers; ``rope_of`` is the kind of layer whose entry of ``rope_parameters`` counts; ``rope_types`` are those
-            that RoPE may have, ``rope_renamed`` what transformers makes of some; ``rope_theta_key`` and
-            ``rope_partial_key`` are what it is called beside ``rope_parameters``; ``head_dim`` is ``"stated"`` (and may
-            not be null), ``"optional"`` where null stands for none, ``"true"`` where zero does, too, ``"derived"``
-            where it is the heads' share of the hidden size whatever is stated; ``heads_fill`` says that the heads
-            together have to be the hidden size, ``heads_divide`` that it has to be a multiple of their number;
-            ``kv_heads`` is ``"all"`` where every query head has its own, ``"stated"`` where it may not be null;
-            ``rotary`` is ``"own"`` where the attention counts what rotates by itself; ``another_with`` has keys that
-            make it another architecture.
+            layers, or the key that makes it all converted layers ``with`` a value; ``rope_of`` is the kind of layer
+            whose entry of ``rope_parameters`` counts; ``rope_types`` are those that RoPE may have, ``rope_renamed``
+            what transformers makes of some; ``rope_theta_key`` and ``rope_partial_key`` are what it is called beside
+            ``rope_parameters``; ``head_dim`` is ``"stated"`` (and may not be null), ``"optional"`` where null stands
+            for none, ``"true"`` where zero does, too, ``"derived"`` where it is the heads' share of the hidden size
+            whatever is stated; ``heads_fill`` says that the heads together have to be the hidden size, ``heads_divide``
+            that it has to be a multiple of their number; ``kv_heads`` is ``"all"`` where every query head has its own,
+            ``"stated"`` where it may not be null; ``rotary`` is ``"own"`` where the attention counts what rotates by
+            itself; ``another_with`` has keys that make it another architecture.
         top_tensors: Tensor → symbolic shape, outside the layers.
         ignored_tensors: Regular expressions: what transformers ignores in files, as it is derived.
         renamed_tensors: Part of a name that transformers reads, too → the part that the tables here have.
@@ -138,6 +142,8 @@ class Table:
             ``"unrotated"``. They stay as they are.
         kept_tensors: Such a kind → its tensors in the place of attention's, where it has other ones.
         experts: See :class:`Experts`.
+        further_layers: Whether files have layers beyond the model's, which predict several tokens at once: transformers
+            does not run them, and they are left out.
         native_only: What no format but the native one can hold, in words.
     """
 
@@ -163,6 +169,7 @@ class Table:
     layer_kinds: Mapping[str, Any] = field(default_factory=dict)
     kept_tensors: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     experts: Experts | None = None
+    further_layers: bool = False
     native_only: tuple[str, ...] = ()
 
     @classmethod

@@ -92,18 +92,21 @@ def test_tensor_shapes_are_the_models_own(family: str, switch: dict[str, Any], k
 def test_features_of_each_family(family: str) -> None:
     table = families()[family]
     attention = model_spec(entries(family, **{table.norm_eps: 1e-4})).attention
-    assert attention.qkv_bias == (family in ("glm", "glm4", "gpt_neox", "qwen2", "seed_oss", "stablelm", "starcoder2"))
+    biased = ("glm", "glm4", "glm4_moe", "gpt_neox", "qwen2", "seed_oss", "stablelm", "starcoder2")
+    assert attention.qkv_bias == (family in biased)
     assert attention.o_bias == (family in ("gpt_neox", "seed_oss", "starcoder2"))
     across = family in ("olmo2", "olmo3", "olmoe")
-    assert attention.qk_norm == (across or family in ("gemma3_text", "lfm2", "qwen3", "qwen3_moe"))
+    normed = ("apertus", "exaone4", "gemma3_text", "glm4_moe", "lfm2", "qwen3", "qwen3_moe")
+    assert attention.qk_norm == (across or family in normed)
     assert attention.qk_norm_across == across
-    assert attention.rotates_whole == (family not in ("glm", "glm4", "gpt_neox", "stablelm"))
+    assert attention.rotates_whole == (family not in ("glm", "glm4", "glm4_moe", "gpt_neox", "stablelm"))
     assert attention.norm_eps == 1e-4
     kv_heads = 4 if family in ONLY_MHA else 2
     assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, kv_heads, 16)
 
 
 HYBRID = {
+    "exaone4": "sliding_attention",
     "gemma2": "sliding_attention",
     "gemma3_text": "sliding_attention",
     "olmo3": "sliding_attention",
@@ -122,11 +125,11 @@ def test_layers_that_stay(family: str) -> None:
     else:
         assert spec.converted == [0, 1]
     assert [spec.layer_attention(layer).rotates for layer in spec.converted] == (  # type: ignore[union-attr]
-        [True, False] if family == "smollm3" else [True] * len(spec.converted)
+        {"smollm3": [True, False], "exaone4": [False]}.get(family, [True] * len(spec.converted))
     )
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("family", ["exaone4", "gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "smollm3"])
 def test_kinds_of_layers_that_a_config_leaves_out(family: str) -> None:
     """As transformers fills them in."""
     active = {"use_sliding_window": True, "max_window_layers": 3} if family in ("qwen2", "qwen3", "smollm3") else {}
