@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import LLAMA3_SCALING, YARN_SCALING, pico_model, text_file, trained_tokenizer
+from tests.common import LLAMA3_SCALING, PECULIAR, YARN_SCALING, pico_model, text_file, trained_tokenizer
 from tests.engine.conftest import Record
 
 import latentize
@@ -35,6 +35,7 @@ CONVERTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "SmolLM3, layers without RoPE": ("smollm3", {}, "exact"),
     "Phi-4-mini, RoPE on parts of heads": ("phi3", {"partial_rotary_factor": 0.75}, "exact"),
     "GLM-4 of 2024, half of a head rotates, biases": ("glm", {}, "approximate"),
+    "GLM-4.5, experts, half of a head rotates": ("glm4_moe", PECULIAR["glm4_moe"], "approximate"),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral 0.1, sliding window": ("mistral", {"sliding_window": 16}),

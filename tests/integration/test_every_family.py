@@ -23,7 +23,7 @@ from latentize.runtime.cache import LatentCache
 
 # What the portable format holds exactly, up to compression, or after a linear fit; the rest stays in its own form.
 EXACT = ("ernie4_5", "granite", "llama", "mistral", "phi3", "smollm3")
-FITTED = ("glm", "qwen2", "qwen3", "seed_oss")
+FITTED = ("glm", "glm4_moe", "qwen2", "qwen3", "seed_oss")
 
 
 @pytest.fixture(scope="module")

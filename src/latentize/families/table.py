@@ -77,6 +77,8 @@ class Experts:
         dense_tensors: MLP of the layers that have no experts.
         every, except_layers, dense: Config keys: every so many layers has experts, but for these, and the first ones.
         shared: Config key: so many experts, side by side, that every token goes through.
+        deepseek: Whether they are DeepSeek-V3's, under its names: chosen by sigmoid, with a bias that only chooses, in
+            groups, beside shared ones (arXiv 2412.19437, section 2.1.2).
     """
 
     count: Sequence[str]
@@ -90,6 +92,7 @@ class Experts:
     except_layers: str = ""
     dense: str = ""
     shared: str = ""
+    deepseek: bool = False
 
     def in_layer(self, layer: int, config: Mapping[str, Any]) -> bool:
         """Whether a layer has experts."""

@@ -1,4 +1,4 @@
-"""The portable format: a dense DeepSeek-V3 checkpoint that engines load with no code of ours.
+"""The portable format: a DeepSeek-V3 checkpoint that engines load with no code of ours.
 
 Such a checkpoint leaves no freedom: one shared roped key, interleaved, on one plain frequency ladder; no biases;
 logits scaled by ``qk_head_dim ** -0.5``; an RMSNorm with epsilon 1e-6 on the latent, and 1e-6 everywhere else for
@@ -6,7 +6,7 @@ engines that read only one. Four identities make a converted model fit, exactly 
 
 1.  Softmax scale. ``k_up`` and the roped queries carry the quotient of the two scales.
 2.  Epsilon. A residual stream scaled by ``a = sqrt(1e-6 / eps)`` gives ``RMSNorm(a x; a² eps) = RMSNorm(x; eps)``:
-    the embedding, ``o_proj`` and ``down_proj`` are multiplied by ``a``; the output head is untied.
+    the embedding, ``o_proj`` and every ``down_proj`` are multiplied by ``a``; the output head is untied.
 3.  Latent norm. For ``mean(y²) << eps``, ``RMSNorm(y) = y / sqrt(eps)`` to first order. The latent is made so small
     that even the largest token stays below ``delta · eps``, and the norm's weight restores the scale.
 4.  Precision of that. The factor is split: ``2**-10`` goes into ``input_layernorm``, undone in ``q_proj`` and the roped
@@ -56,6 +56,8 @@ EPS = 1e-6
 DELTA, DELTA_FP16 = 2.0**-16, 2.0**-9
 NORM_SHIFT = 2.0**-10
 _ATTENTION = "self_attn."
+# A bias that only chooses experts.
+_CHOOSES = "mlp.gate.e_score_correction_bias"
 _NONE = Balance()
 
 
@@ -63,6 +65,8 @@ def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
     """Why the portable format cannot hold a model converted in this way; empty if it can."""
     a = model.attention
     reasons = list(model.table.native_only)
+    if model.table.experts is not None and not model.table.experts.deepseek:
+        reasons.append("experts chosen by softmax, DeepSeek-V3's are by sigmoid")
     if model.kinds:
         kept = next(kind for kind in model.kinds if kind != FULL)
         reasons.append(f"layers of '{kept}' stay as they are, in DeepSeek's layout all are latent")
@@ -251,8 +255,21 @@ def padded(w: LatentWeights, heads: int, nope: int, value: int) -> LatentWeights
     )
 
 
+def _apart(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor as DeepSeek's checkpoints have it: gate and up-projection apart, experts one by one."""
+    stem, _, last = name.removesuffix(".weight").rpartition(".")
+    experts = stem.endswith("experts") and tensor.ndim == 3
+    for number, own in enumerate(tensor) if experts else [("", tensor)]:
+        where = f"{stem}.{number}" if experts else stem
+        if last == "gate_up_proj":
+            for part, rows in zip(("gate", "up"), own.chunk(2), strict=True):
+                yield f"{where}.{part}_proj.weight", rows.clone()
+        else:
+            yield (f"{where}.{last}.weight" if experts else name), own.clone() if experts else own
+
+
 class DeepseekWriter(LatentWriter):
-    """Writes a dense ``DeepseekV3ForCausalLM``."""
+    """Writes a ``DeepseekV3ForCausalLM``, dense unless the source has DeepSeek's experts."""
 
     name = "deepseek_v3"
 
@@ -307,12 +324,14 @@ class DeepseekWriter(LatentWriter):
         for name, tensor in made.stored.items():
             if name.startswith(_ATTENTION):
                 continue
-            if name == "mlp.gate_up_proj.weight":
-                for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
-                    self._add(f"{prefix}mlp.{part}_proj.weight", rows.clone())
+            if name == _CHOOSES:
+                # As it is: it decides between experts that are nearly as good.
+                self.folder.add(prefix + name, tensor.cpu())
                 continue
-            factor = {"input_layernorm.weight": NORM_SHIFT, "mlp.down_proj.weight": self.block_scale}.get(name, 1.0)
-            self._add(prefix + name, tensor, factor)
+            for part, rows in _apart(name, tensor):
+                adds = part.startswith("mlp.") and part.endswith("down_proj.weight")
+                factor = NORM_SHIFT if part == "input_layernorm.weight" else self.block_scale if adds else 1.0
+                self._add(prefix + part, rows, factor)
 
     def top(self) -> None:
         embedding = "model.embed_tokens.weight"
@@ -351,9 +370,20 @@ class DeepseekWriter(LatentWriter):
             "attention_bias": False,
             "attention_dropout": 0.0,
             "tie_word_embeddings": False,
-            # No layer is a mixture of experts; engines still read these and want whole numbers.
-            "first_k_dense_replace": self.spec.layers,
             "moe_layer_freq": 1,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "num_nextn_predict_layers": 0,
+            **self._experts(),
+            "use_cache": True,
+            **self._exponents(),
+        }
+
+    def _experts(self) -> dict[str, Any]:
+        """Entries of a mixture of experts, the source's. Where no layer is one, engines still read them and want whole
+        numbers."""
+        none = {
+            "first_k_dense_replace": self.spec.layers,
             "moe_intermediate_size": self.spec.intermediate_size,
             "n_routed_experts": 1,
             "n_shared_experts": 1,
@@ -361,13 +391,9 @@ class DeepseekWriter(LatentWriter):
             "n_group": 1,
             "topk_group": 1,
             "norm_topk_prob": True,
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
             "routed_scaling_factor": 1.0,
-            "num_nextn_predict_layers": 0,
-            "use_cache": True,
-            **self._exponents(),
         }
+        return none if self.spec.table.experts is None else {name: self.spec.config[name] for name in none}
 
     def _exponents(self) -> dict[str, Any]:
         found = [self._balances[layer] for layer in range(self.spec.layers)]
