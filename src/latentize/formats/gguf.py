@@ -1,15 +1,16 @@
 """GGUF: a portable checkpoint as one file for llama.cpp, architecture ``deepseek2``.
 
 llama.cpp attends in the absorbed form, so the file holds the up-projection in two parts, ``attn_k_b`` transposed. Its
-keys are those that llama.cpp's own converter writes for DeepSeek, but for three: ``attention.q_lora_rank`` is 0, since
-the key has to be there; no count of experts or of groups of them, since one group of one expert stops llama.cpp; and
-``leading_dense_block_count`` is the number of layers.
+keys are those that llama.cpp's own converter writes for DeepSeek, but for these: ``attention.q_lora_rank`` is 0, since
+the key has to be there; no count of groups of experts, since one group stops llama.cpp; and where no layer has experts,
+no count of those, and ``leading_dense_block_count`` is the number of layers.
 
     letters: H heads, N un-roped key, R roped key, V value, r kv_lora_rank, D hidden
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,7 +33,7 @@ from latentize.paths import expanded
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["add_vocab", "check_portable", "gguf_reasons", "gguf_tensors", "write_gguf"]
+__all__ = ["add_vocab", "check_portable", "expert_keys", "gguf_reasons", "gguf_tensors", "write_gguf"]
 
 _LAYER = {
     "input_layernorm": "attn_norm",
@@ -44,18 +45,24 @@ _LAYER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
 }
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj$")
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def gguf_reasons(config: dict[str, Any]) -> list[str]:
-    """Why llama.cpp's ``deepseek2`` cannot run a dense DeepSeek-V3 of this config; empty if it can."""
+    """Why llama.cpp's ``deepseek2`` cannot run a DeepSeek-V3 of this config; empty if it can."""
     reasons = []
-    layers = config["num_hidden_layers"]
     if config.get("q_lora_rank") is not None:
         reasons.append("it has a low-rank query")
-    if config.get("first_k_dense_replace", 0) < layers:
-        reasons.append("it has layers with a mixture of experts")
+    if _has_experts(config) and config.get("n_group", 1) != 1:
+        reasons.append("it chooses experts in groups")
+    if _has_experts(config) and config.get("moe_layer_freq", 1) != 1:
+        reasons.append("not every layer after the first ones has experts")
     if config.get("attention_bias"):
         reasons.append("its attention has biases, for which deepseek2 has no tensors")
     if not config.get("rope_interleave", True):
@@ -129,6 +136,14 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[GgufTensor]:
             number, _, inner = stem.removeprefix("model.layers.").partition(".")
             prefix, name = f"blk.{number}.", _LAYER.get(inner)
             plain = _plain(inner, balance.get(number, Balance()), config)
+            expert = _EXPERT.fullmatch(inner)
+            if expert is not None and kind == "weight":
+                if expert[1] == "0":
+                    found.append(_experts(checkpoint, source, f"{prefix}ffn_{expert[2]}_exps.weight"))
+                continue
+            if source.endswith(".mlp.gate.e_score_correction_bias"):
+                found.append(GgufTensor(f"{prefix}exp_probs_b.bias", source, checkpoint.shape(source), _same))
+                continue
             if inner == "self_attn.kv_b_proj" and kind == "weight":
                 found.append(
                     GgufTensor(f"{prefix}attn_k_b.weight", source, (heads, rank, nope), partial(k_up, plain=plain))
@@ -141,6 +156,13 @@ def gguf_tensors(checkpoint: Checkpoint) -> list[GgufTensor]:
             raise FormatError("deepseek2 has no such tensor", where=f"{checkpoint.path}, tensor {source}")
         found.append(GgufTensor(f"{prefix}{name}.weight", source, checkpoint.shape(source), plain))
     return found
+
+
+def _experts(checkpoint: Checkpoint, first: str, name: str) -> GgufTensor:
+    """One tensor for all experts of a layer."""
+    count = checkpoint.config["n_routed_experts"]
+    names = tuple(first.replace(".experts.0.", f".experts.{number}.") for number in range(count))
+    return GgufTensor(name, first, (count, *checkpoint.shape(first)), _same, names)
 
 
 def _add_shape(writer: GGUFWriter, config: dict[str, Any]) -> None:
@@ -159,11 +181,39 @@ def _add_shape(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_value_length(rank)
     writer.add_key_length_mla(config["qk_nope_head_dim"] + rope)
     writer.add_value_length_mla(config["v_head_dim"])
-    writer.add_leading_dense_block_count(config["num_hidden_layers"])
-    # No layer has experts; these two have to be there all the same.
-    writer.add_expert_feed_forward_length(config["intermediate_size"])
-    writer.add_expert_shared_count(0)
+    for key, value in expert_keys(config).items():
+        if isinstance(value, bool):
+            writer.add_bool(f"deepseek2.{key}", value)
+        elif isinstance(value, float):
+            writer.add_float32(f"deepseek2.{key}", value)
+        else:
+            writer.add_uint32(f"deepseek2.{key}", int(value))
     _add_rope(writer, config)
+
+
+def _has_experts(config: dict[str, Any]) -> bool:
+    return config.get("first_k_dense_replace", 0) < config["num_hidden_layers"]
+
+
+def expert_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Keys that say which layers have experts, and how they are chosen."""
+    if not _has_experts(config):
+        # Two more have to be there all the same.
+        return {
+            "leading_dense_block_count": config["num_hidden_layers"],
+            "expert_feed_forward_length": config["intermediate_size"],
+            "expert_shared_count": 0,
+        }
+    return {
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_count": config["n_routed_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": bool(config["norm_topk_prob"]),
+        "expert_gating_func": int(gguf_module().ExpertGatingFuncType.SIGMOID),
+    }
 
 
 def _add_rope(writer: GGUFWriter, config: dict[str, Any]) -> None:
@@ -201,7 +251,7 @@ def add_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
 
 
 def check_portable(checkpoint: Checkpoint) -> None:
-    """Raise unless the folder is a dense DeepSeek-V3 that llama.cpp's ``deepseek2`` can run.
+    """Raise unless the folder is a DeepSeek-V3 that llama.cpp's ``deepseek2`` can run.
 
     Raises:
         FormatError: it is native, of another architecture, or has what ``deepseek2`` has not.
@@ -233,7 +283,7 @@ def write_gguf(folder: Path, out: Path, kind: str, *, name: str = "", overwrite:
     One tensor is in memory at a time.
 
     Args:
-        folder: A dense DeepSeek-V3 checkpoint, with its tokenizer.
+        folder: A portable DeepSeek-V3 checkpoint, with its tokenizer.
         out: The file.
         kind: Of matrices: ``f32``, ``bf16``, ``f16`` or ``q8_0``; norms are float32.
         name: Of the model, in the file.
@@ -331,4 +381,4 @@ def _write(
 
 def _loaded(checkpoint: Checkpoint, tensors: list[GgufTensor]) -> Iterator[tuple[GgufTensor, Tensor]]:
     for tensor in tensors:
-        yield tensor, tensor.of(checkpoint.load(tensor.source))
+        yield tensor, tensor.load(checkpoint)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentize.checkpoint import Checkpoint, open_checkpoint
 from latentize.errors import CheckpointError
-from latentize.formats.gguf import check_portable, gguf_tensors
+from latentize.formats.gguf import check_portable, expert_keys, gguf_tensors
 from latentize.formats.gguf_types import BLOCK, GgufTensor, gguf_module, rounded
 from latentize.formats.gguf_vocab import Vocab, read_vocab
 
@@ -60,7 +60,7 @@ def _expected_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     vocab = read_vocab(checkpoint.path, config["vocab_size"])
     shape = {
         "block_count": config["num_hidden_layers"],
-        "leading_dense_block_count": config["num_hidden_layers"],
+        **expert_keys(config),
         "embedding_length": config["hidden_size"],
         "feed_forward_length": config["intermediate_size"],
         "attention.head_count": config["num_attention_heads"],
@@ -163,7 +163,7 @@ def check_gguf(path: Path, folder: Path) -> dict[str, Any]:
             problems.append(f"tensor {tensor.name} is missing")
             continue
         entry = entries[tensor.name]
-        problem, error = _tensor_problem(entry, tensor, tensor.of(checkpoint.load(tensor.source)))
+        problem, error = _tensor_problem(entry, tensor, tensor.load(checkpoint))
         kind = entry.tensor_type.name
         counts[kind], largest[kind] = counts.get(kind, 0) + 1, max(largest.get(kind, 0.0), error)
         if problem:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentize.checkpoint import Checkpoint
 from latentize.errors import FormatError, OptionError
 from latentize.formats.half import FP16_ROUNDING, lost_in_fp16
 
@@ -44,15 +45,30 @@ class GgufTensor:
 
     Attributes:
         name: In the file.
-        source: Its tensor in the folder.
+        source: Its tensor in the folder, or the first of those that it is made of.
         shape: As numpy has it; GGUF counts dimensions from the other end.
         of: The tensor, from the one in the folder.
+        stacked: All of them, where there are several: experts.
     """
 
     name: str
     source: str
     shape: tuple[int, ...]
     of: Callable[[Tensor], Tensor]
+    stacked: tuple[str, ...] = ()
+
+    def load(self, checkpoint: Checkpoint) -> Tensor:
+        """As it will be stored, but for its type."""
+        if not self.stacked:
+            return self.of(checkpoint.load(self.source))
+        # Room for all of them once.
+        found = None
+        for number, name in enumerate(self.stacked):
+            tensor = self.of(checkpoint.load(name))
+            found = tensor.new_empty(self.shape) if found is None else found
+            found[number] = tensor
+        assert found is not None
+        return found
 
 
 def ggml_type(tensor: GgufTensor, kind: str) -> str:
@@ -63,7 +79,10 @@ def ggml_type(tensor: GgufTensor, kind: str) -> str:
     subnormal, and llama.cpp would round what it is multiplied with to fp16 as well. It is small, and stays in F32.
     """
     wanted = TYPES[kind][0]
-    if len(tensor.shape) == 1 or (tensor.name.endswith("attn_kv_a_mqa.weight") and wanted in ("F16", "Q8_0")):
+    # llama.cpp's converter leaves routers as they are, too.
+    if len(tensor.shape) == 1 or tensor.name.endswith("ffn_gate_inp.weight"):
+        return "F32"
+    if tensor.name.endswith("attn_kv_a_mqa.weight") and wanted in ("F16", "Q8_0"):
         return "F32"
     return "F16" if wanted == "Q8_0" and tensor.shape[-1] % BLOCK else wanted
 

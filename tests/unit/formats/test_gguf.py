@@ -14,7 +14,17 @@ import pytest
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
-from tests.common import call_cli, last_json, leftovers, portable, run_python, trained_tokenizer
+from tests.common import (
+    SMALL,
+    call_cli,
+    last_json,
+    leftovers,
+    pico,
+    portable,
+    run_python,
+    text_file,
+    trained_tokenizer,
+)
 
 import latentize
 from latentize.errors import CheckpointError, FormatError, LatentizeError, OptionError, OutputError
@@ -106,6 +116,29 @@ def test_tensors_are_those_of_the_folder(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(tensors[f"{name}.weight"], source[f"{original}.weight"]), name
 
 
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_experts_of_a_layer_are_one_tensor(tmp_path: Path, kind: str) -> None:
+    source = pico(tmp_path, "glm4_moe", vocab_size=320)
+    trained_tokenizer().save_pretrained(source)
+    latentize.convert(source, tmp_path / "out", keep="50%", data=[str(text_file(tmp_path))], **SMALL)
+    write_gguf(tmp_path / "out", tmp_path / "out.gguf", kind)
+    assert check_gguf(tmp_path / "out.gguf", tmp_path / "out")["tensors"]["F32"] > 2
+    found, stored = values(tmp_path / "out.gguf"), load_file(tmp_path / "out" / "model.safetensors")
+    expected = {"count": 3, "used_count": 2, "shared_count": 1, "feed_forward_length": 32, "gating_func": 2}
+    expected |= {"weights_scale": 1.5, "weights_norm": True}
+    assert {key: found[f"deepseek2.expert_{key}"] for key in expected} == expected
+    assert found["deepseek2.leading_dense_block_count"] == 1
+    tensors = {t.name: t for t in GGUFReader(tmp_path / "out.gguf").tensors}
+    assert not [name for name in tensors if name.startswith("blk.0.") and "exp" in name]
+    assert tensors["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    bias = torch.from_numpy(np.array(tensors["blk.1.exp_probs_b.bias"].data))
+    assert torch.equal(bias, stored["model.layers.1.mlp.gate.e_score_correction_bias"])
+    if kind == "f32":
+        made = torch.from_numpy(np.array(tensors["blk.1.ffn_down_exps.weight"].data))
+        own = [stored[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"] for expert in range(3)]
+        assert torch.equal(made, torch.stack(own))
+
+
 @pytest.mark.parametrize(
     ("kind", "matrix", "code"), [("f32", "F32", 0), ("f16", "F16", 1), ("q8_0", "Q8_0", 7), ("bf16", "BF16", 32)]
 )
@@ -190,7 +223,7 @@ def test_a_file_of_something_else_is_noticed(folder: Path, tmp_path: Path, what:
         ({"model_type": "latentize"}, "native"),
         ({"model_type": "llama"}, "only a portable folder"),
         ({"q_lora_rank": 8}, "low-rank query"),
-        ({"first_k_dense_replace": 1}, "mixture of experts"),
+        ({"first_k_dense_replace": 1, "n_group": 2}, "experts in groups"),
         ({"attention_bias": True}, "biases"),
         ({"rope_interleave": False}, "interleaved"),
         ({"rms_norm_eps": 1e-5}, "epsilon"),
