@@ -210,14 +210,13 @@ class CompressedTensors(Scheme):
         return *rows, 2 * columns
 
     def restored(self, parts: Mapping[str, Any], module: str) -> Any:
-        package = self._package()
+        self._package()
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationScheme
 
         group = self._group(module)
         scheme = QuantizationScheme.model_validate(group)
         name = str(group.get("format") or self.entries.get("format"))
-        assert package
         return BaseCompressor.get_value_from_registry(name).decompress(dict(parts), scheme)["weight"]
 
     def _group(self, module: str) -> Mapping[str, Any]:
