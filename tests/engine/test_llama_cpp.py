@@ -20,6 +20,7 @@ from tests.common import (
     trained_tokenizer,
 )
 from tests.engine.conftest import Record
+from tests.sentencepieces import STEPS, sentencepiece
 
 import latentize
 from latentize.engines.run import run_engine
@@ -47,6 +48,19 @@ def test_logits_and_greedy_tokens(models: Callable[[str], Path], record: Record,
     if kind == "f32":
         assert found["greedy_identical"] == 10
     assert found["greedy_margin"] <= 2 * found["largest_logprob_error"]
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_sentencepiece(tmp_path: Path, record: Record, kind: str) -> None:
+    """Llama 2's, Mistral's and Gemma's ways with spaces, and bytes of what is unknown: the same tokens, and the same
+    model."""
+    folder = portable(tmp_path, heads=4, rank=64, rope=32, nope=32, value=32, vocab_size=600)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    sentencepiece(kind, 600).save_pretrained(folder)
+    found = record(f"SentencePiece, {kind}", latentize.verify(folder, engine="llama.cpp", prompts=4, new_tokens=16))
+    assert found["texts_cut_alike"] == found["texts"] > 10
+    assert found["kl"] <= LIMITS["f32"] and found["greedy_identical"] == 4
 
 
 @pytest.mark.parametrize("name", [FAST, ODD])

@@ -232,11 +232,15 @@ def _add_rope(writer: GGUFWriter, config: dict[str, Any]) -> None:
 
 def add_vocab(writer: GGUFWriter, vocab: Vocab) -> None:
     """Write the tokenizer."""
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(vocab.model)
     writer.add_tokenizer_pre(vocab.pre)
     writer.add_token_list(vocab.tokens)
     writer.add_token_types(vocab.types)
-    writer.add_token_merges(vocab.merges)
+    if vocab.scores is None:
+        writer.add_token_merges(vocab.merges)
+    else:
+        writer.add_token_scores(vocab.scores)
+        writer.add_add_space_prefix(vocab.space_prefix)
     writer.add_add_bos_token(vocab.add_bos)
     for name, number in vocab.special.items():
         getattr(writer, f"add_{name}_token_id")(number)

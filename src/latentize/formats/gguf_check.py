@@ -77,14 +77,20 @@ def _expected_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "general.architecture": "deepseek2",
         **{f"deepseek2.{key}": value for key, value in shape.items()},
-        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.model": vocab.model,
         "tokenizer.ggml.pre": vocab.pre,
         "tokenizer.ggml.tokens": vocab.tokens,
         "tokenizer.ggml.token_type": vocab.types,
-        "tokenizer.ggml.merges": vocab.merges,
+        **_expected_pieces(vocab),
         **{f"tokenizer.ggml.{_ID_NAMES.get(name, name)}_token_id": n for name, n in vocab.special.items()},
         **_expected_templates(vocab),
     }
+
+
+def _expected_pieces(vocab: Vocab) -> dict[str, Any]:
+    if vocab.scores is None:
+        return {"tokenizer.ggml.merges": vocab.merges}
+    return {"tokenizer.ggml.scores": vocab.scores, "tokenizer.ggml.add_space_prefix": vocab.space_prefix}
 
 
 def _expected_templates(vocab: Vocab) -> dict[str, Any]:
@@ -96,6 +102,8 @@ def _expected_templates(vocab: Vocab) -> dict[str, Any]:
 
 def _same(found: Any, wanted: Any) -> bool:
     # GGUF's numbers with a point are float32.
+    if isinstance(wanted, list) and wanted and isinstance(wanted[0], float):
+        return bool(np.array_equal(np.array(found, np.float32), np.array(wanted, np.float32)))
     return bool(np.float32(found) == np.float32(wanted)) if isinstance(wanted, float) else found == wanted
 
 

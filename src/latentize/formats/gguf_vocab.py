@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as GGUF stores it.
+"""A BPE tokenizer as GGUF stores it, byte-level or SentencePiece's.
 
 llama.cpp knows no pre-tokenizer by its rules, only by a name; the rules are in its sources. So the rules of
 ``tokenizer.json`` have to be the ones that it keeps under some name; where they are not, text would silently be cut
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentize.errors import FormatError
+from latentize.formats.gguf_pieces import Pieces, is_sentencepiece, pieces
 
 __all__ = ["NORMAL", "Vocab", "pre_tokenizer_name", "read_vocab"]
 
@@ -40,6 +41,8 @@ class Vocab:
         tokens: By id, as many as the model has embeddings.
         types: GGUF's type of each.
         merges: Two pieces with a space between, in the order of their rank.
+        scores: Of each token, where SentencePiece's take the place of merges.
+        space_prefix: Of those: whether a text begins with a space that it has not.
         special: ``bos``, ``eos``, ``eot``, ``eom``, ``unk``, ``pad`` → id, where there is one; at ``eos``, ``eot`` and
             ``eom`` a text ends.
         add_bos: Whether texts begin with the bos token.
@@ -57,6 +60,13 @@ class Vocab:
     chat_template: str | None = None
     named_templates: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    scores: list[float] | None = None
+    space_prefix: bool = False
+
+    @property
+    def model(self) -> str:
+        """What llama.cpp calls the way in which text is cut."""
+        return "gpt2" if self.scores is None else "llama"
 
 
 def _refuse(what: str, folder: Path, fix: str) -> FormatError:
@@ -94,14 +104,28 @@ def pre_tokenizer_name(tokenizer: dict[str, Any]) -> str | None:
 def _check_model(tokenizer: dict[str, Any], folder: Path) -> None:
     model, steps = tokenizer["model"], _steps(tokenizer.get("pre_tokenizer"))
     kind = model.get("type")
-    if kind != "BPE" or model.get("byte_fallback") or not any(s["type"] == "ByteLevel" for s in steps):
+    if kind != "BPE" or not (is_sentencepiece(tokenizer) or any(s["type"] == "ByteLevel" for s in steps)):
         raise _refuse(
-            f"it is not a byte-level BPE ({kind}{', SentencePiece style' if model.get('byte_fallback') else ''})",
+            f"it is no BPE of bytes, and none of SentencePiece ({kind})",
             folder,
             "put the original's tokenizer.model into the folder and use convert_hf_to_gguf.py of llama.cpp",
         )
     if not model["merges"]:
         raise _refuse("it merges nothing, and llama.cpp wants merges", folder, "use a tokenizer that was trained")
+
+
+def _sentencepiece(entries: dict[str, Any], count: int, folder: Path) -> Pieces | None:
+    """What is to be said of pieces, where a tokenizer has them.
+
+    Raises:
+        FormatError: llama.cpp would cut text in another way.
+    """
+    if not is_sentencepiece(entries):
+        return None
+    found = pieces(entries, count)
+    if isinstance(found, str):
+        raise _refuse(found, folder, "use the model's own tokenizer, or convert_hf_to_gguf.py of llama.cpp")
+    return found
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int]:
@@ -184,18 +208,23 @@ def read_vocab(folder: Path, vocab_size: int) -> Vocab:
         raise _refuse("there is no tokenizer.json", folder, "put the model's own tokenizer.json into the folder")
     tokenizer, entries = load_tokenizer(folder), json.loads(path.read_text(encoding="utf-8"))
     _check_model(entries, folder)
-    name = pre_tokenizer_name(entries)
+    tokens, types = _tokens(tokenizer, entries, vocab_size, folder)
+    extra = _sentencepiece(entries, vocab_size, folder)
+    # Its pieces have no rules before them.
+    name = pre_tokenizer_name(entries) if extra is None else "default"
     if name is None:
         raise _refuse(
             "llama.cpp has no name for its pre-tokenizer that we know",
             folder,
             f"known are {', '.join(sorted(_NAMES.values()))}; convert_hf_to_gguf.py of llama.cpp may know more",
         )
-    tokens, types = _tokens(tokenizer, entries, vocab_size, folder)
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in entries["model"]["merges"]]
+    merges = entries["model"]["merges"] if extra is None else []
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
     normalizer = entries.get("normalizer")
-    notes = []
-    if normalizer is not None:
+    notes = [] if extra is None else list(extra.notes)
+    for number, kind in ({} if extra is None else extra.types).items():
+        types[number] = kind
+    if normalizer is not None and extra is None:
         notes.append(
             f"llama.cpp skips the tokenizer's normalizer ({normalizer['type']}): unusual Unicode is cut otherwise"
         )
@@ -214,4 +243,6 @@ def read_vocab(folder: Path, vocab_size: int) -> Vocab:
         chat_template=default,
         named_templates=named,
         notes=notes,
+        scores=None if extra is None else extra.scores,
+        space_prefix=extra is not None and extra.space_prefix,
     )

@@ -25,11 +25,13 @@ from tests.common import (
     text_file,
     trained_tokenizer,
 )
+from tests.sentencepieces import STEPS, sentencepiece
 
 import latentize
 from latentize.errors import CheckpointError, FormatError, LatentizeError, OptionError, OutputError
 from latentize.formats.gguf import gguf_reasons, write_gguf
 from latentize.formats.gguf_check import check_gguf
+from latentize.formats.gguf_pieces import BYTE, UNKNOWN
 from latentize.formats.gguf_types import GgufTensor, check_range
 from latentize.formats.gguf_vocab import pre_tokenizer_name, read_vocab
 
@@ -417,10 +419,70 @@ def test_vocabulary(folder: Path) -> None:
     assert vocab.special == {"bos": 0, "eos": 0} and not vocab.add_bos and vocab.notes == []
 
 
+@pytest.fixture(scope="module")
+def pieced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of SentencePiece's kind."""
+    made = portable(tmp_path_factory.mktemp("pieced"), heads=2, rank=32, rope=16, nope=16, value=16, vocab_size=600)
+    for file in made.glob("tokenizer*"):
+        file.unlink()
+    sentencepiece("llama", 590).save_pretrained(made)
+    return made
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_sentencepiece_has_scores_in_the_place_of_merges(pieced: Path, tmp_path: Path, kind: str) -> None:
+    copy = Path(shutil.copytree(pieced, tmp_path / "folder"))
+    sentencepiece(kind, 590).save_pretrained(copy)
+    write_gguf(copy, tmp_path / "out.gguf", "f32")
+    assert check_gguf(tmp_path / "out.gguf", copy)["keys"] > 10
+    found, stored = values(tmp_path / "out.gguf"), json.loads((copy / "tokenizer.json").read_text())["model"]
+    assert found["tokenizer.ggml.model"] == "llama" and "tokenizer.ggml.merges" not in found
+    assert found["tokenizer.ggml.add_space_prefix"] == (kind != "gemma")
+    assert (
+        found["tokenizer.ggml.token_type"][:4] == [UNKNOWN, 3, 3, BYTE] and found["tokenizer.ggml.token_type"][-1] == 5
+    )
+    scores = found["tokenizer.ggml.scores"]
+    made = [stored["vocab"][left + right] for left, right in stored["merges"]]
+    assert all(scores[a] > scores[b] for a, b in zip(dict.fromkeys(made), list(dict.fromkeys(made))[1:], strict=False))
+    never = set(stored["vocab"].values()) - set(made)
+    assert max(scores[number] for number in never) < min(scores[number] for number in made)
+
+
+def _spread(entries: dict[str, Any]) -> None:
+    """A merge that makes a piece far from the others that make it."""
+    merges = entries["model"]["merges"]
+    made = [left + right for left, right in merges]
+    twice = next(at for at in range(len(made) - 1) if made[at] == made[at + 1])
+    merges.append(merges.pop(twice))
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda t: t["model"].update(byte_fallback=True), "not a byte-level BPE"),
+        (lambda t: t["model"]["merges"].pop(), "would merge"),
+        (_spread, "have others between them"),
+        (lambda t: t["model"]["vocab"].update({"zz": t["model"]["vocab"].pop("<0x7A>")}), "byte 122"),
+        (lambda t: t.update(normalizer={"type": "NFKC"}), "normalizer"),
+        (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokenizer"),
+        (lambda t: t["model"].update(dropout=0.1), "dropout"),
+    ],
+)
+def test_pieces_that_llama_cpp_would_put_together_otherwise(
+    pieced: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], why: str
+) -> None:
+    copy = Path(shutil.copytree(pieced, tmp_path / "folder"))
+    entries = json.loads((copy / "tokenizer.json").read_text())
+    change(entries)
+    (copy / "tokenizer.json").write_text(json.dumps(entries))
+    with pytest.raises(FormatError, match=why) as error:
+        write_gguf(copy, tmp_path / "out.gguf", "f32")
+    assert "tokenizer.json" in error.value.where and error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t: t["model"].update(byte_fallback=True), "its pre-tokenizer"),
         (lambda t: t["model"].update(merges=[]), "merges nothing"),
         (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "no name"),
         (lambda t: t["model"]["vocab"].update({"toolate": 400}), "no embedding"),
