@@ -1,7 +1,7 @@
 """What quantised weights stand for, format by format.
 
 Each function takes the tensors of one weight, by the last part of their names, and returns the matrix that the library
-that made them computes with, in the precision that it does.
+that made them computes with, rounded as there, in float32.
 
 o rows of a weight (outputs), i columns (inputs), g groups of inputs.
 """
@@ -9,6 +9,7 @@ o rows of a weight (outputs), i columns (inputs), g groups of inputs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +22,12 @@ __all__ = ["awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "gptq", "unpa
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 # 1 / 127, as bitsandbytes has it.
 _BYTE = 7.874015718698502e-3
+# Rows and bytes that are worked on at once: integers take several times the room of what they make.
+_ROWS, _BYTES = 1024, 1 << 22
 
 
 def fp8(weight_oi: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
-    """``[o, i]`` float32: DeepSeek-V3 (arXiv 2412.19437, section 3.3), as transformers' ``Fp8Dequantize``.
+    """``[o, i]``: DeepSeek-V3 (arXiv 2412.19437, section 3.3), as transformers' ``Fp8Dequantize``.
 
     Args:
         weight_oi: ``float8_e4m3fn`` or ``e5m2``.
@@ -35,29 +38,37 @@ def fp8(weight_oi: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tens
     scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
     (rows, columns), values_oi = weight_oi.shape, weight_oi.float()
     if scale.numel() == 1:
-        return values_oi * scale.reshape(())
-    if scale.ndim == 1:
-        return values_oi * scale[:, None]
-    sizes = [-(-size // count) for size, count in zip((rows, columns), scale.shape, strict=True)]
-    for axis, size in enumerate(sizes if block is None or 1 in scale.shape else block):
-        scale = scale.repeat_interleave(size, dim=axis)
-    return values_oi * scale[:rows, :columns]
+        return values_oi.mul_(scale.reshape(()))
+    if scale.ndim == 1 or scale.shape[1] == 1:
+        return values_oi.mul_(scale.view(-1, 1)) if len(scale) == rows else _by_rows(values_oi, scale, block)
+    by_column = block[1] if block is not None else -(-columns // scale.shape[1])
+    return _by_rows(values_oi, scale.repeat_interleave(by_column, dim=1)[:, :columns], block)
+
+
+def _by_rows(values_oi: Tensor, scale_ni: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """Each row times the scales of its block of rows."""
+    size = block[0] if block is not None else -(-len(values_oi) // len(scale_ni))
+    for rows_bi, own_i in zip(values_oi.split(size), scale_ni, strict=True):
+        rows_bi.mul_(own_i)
+    return values_oi
 
 
 def unpacked(words_nm: Tensor, bits: int) -> Tensor:
     """Integers of so many bits that lie one after the other in words of 32, lowest bits first, ``[n, 32 m / bits]``
     int32."""
-    words_nm = words_nm.long() & 0xFFFFFFFF
     at = torch.arange(32 * words_nm.shape[1] // bits, device=words_nm.device) * bits
     word, shift = at // 32, at % 32
-    # What goes on in the next word; of the last one nothing does.
-    next_nm = torch.nn.functional.pad(words_nm, (0, 1))[:, word + 1]
-    values = (words_nm[:, word] | next_nm << 32) >> shift
-    return (values & (1 << bits) - 1).int()
+    made = torch.empty(len(words_nm), len(at), dtype=torch.int32, device=words_nm.device)
+    for part_nm, out in zip(words_nm.split(_ROWS), made.split(_ROWS), strict=True):
+        wide_nm = part_nm.long() & 0xFFFFFFFF
+        # What goes on in the next word; of the last one nothing does.
+        next_nm = torch.nn.functional.pad(wide_nm, (0, 1))[:, word + 1]
+        out.copy_(((wide_nm[:, word] | next_nm << 32) >> shift) & (1 << bits) - 1)
+    return made
 
 
 def gptq(parts: Mapping[str, Tensor], bits: int, group_size: int, *, shifted: bool) -> Tensor:
-    """``[o, i]`` in the precision of the scales: GPTQ (arXiv 2210.17323), as AutoGPTQ and GPTQModel store it.
+    """``[o, i]``, rounded to the precision of the scales: GPTQ (arXiv 2210.17323), as AutoGPTQ and GPTQModel store it.
 
     Args:
         parts: ``qweight [i · bits / 32, o]``, ``qzeros [g, o · bits / 32]``, ``scales [g, o]`` and maybe ``g_idx [i]``.
@@ -66,16 +77,22 @@ def gptq(parts: Mapping[str, Tensor], bits: int, group_size: int, *, shifted: bo
         shifted: Whether zero points are one less than they are.
     """
     scale_go = parts["scales"]
-    weight_io = unpacked(parts["qweight"].T, bits).T
     zero_go = unpacked(parts["qzeros"], bits)[:, : scale_go.shape[1]] + int(shifted)
-    inputs = len(weight_io)
+    inputs = len(parts["qweight"]) * 32 // bits
     size = inputs if group_size < 1 else group_size
     group_i = parts["g_idx"].long() if "g_idx" in parts else torch.arange(inputs) // size
-    return (scale_go[group_i] * (weight_io - zero_go[group_i])).T
+    made_oi = torch.empty(scale_go.shape[1], inputs)
+    # Output by output: what they are made of is several times as large.
+    for start in range(0, len(made_oi), _ROWS):
+        own = slice(start, start + _ROWS)
+        weight_oi = unpacked(parts["qweight"][:, own].T, bits)
+        made_oi[own] = scale_go[:, own].T[:, group_i] * (weight_oi - zero_go[:, own].T[:, group_i])
+    return made_oi
 
 
 def awq(parts: Mapping[str, Tensor], bits: int, group_size: int) -> Tensor:
-    """``[o, i]`` in the precision of the scales: AWQ (arXiv 2306.00978), as AutoAWQ's ``gemm`` version stores it.
+    """``[o, i]``, rounded to the precision of the scales: AWQ (arXiv 2306.00978), as AutoAWQ's ``gemm`` version stores
+    it.
 
     Args:
         parts: ``qweight [i, o · bits / 32]``, ``qzeros [g, o · bits / 32]`` and ``scales [g, o]``.
@@ -86,41 +103,49 @@ def awq(parts: Mapping[str, Tensor], bits: int, group_size: int) -> Tensor:
     def integers(words: Tensor) -> Tensor:
         return unpacked(words, bits).unflatten(1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(1)
 
-    weight_io, zero_go = integers(parts["qweight"]), integers(parts["qzeros"])
-    size = len(weight_io) if group_size < 1 else group_size
-    scale_io, zero_io = (t.repeat_interleave(size, dim=0) for t in (parts["scales"], zero_go))
-    return ((weight_io - zero_io) * scale_io).T
+    words_im, scale_go, zero_go = parts["qweight"], parts["scales"], integers(parts["qzeros"])
+    size = len(words_im) if group_size < 1 else group_size
+    made_oi = torch.empty(scale_go.shape[1], len(words_im))
+    for group, (scale_o, zero_o) in enumerate(zip(scale_go, zero_go, strict=True)):
+        own = slice(group * size, (group + 1) * size)
+        made_oi[:, own] = ((integers(words_im[own]) - zero_o) * scale_o).T
+    return made_oi
 
 
 def bitsandbytes_4bit(parts: Mapping[str, Tensor]) -> Tensor:
-    """``[o, i]`` in the precision that was quantised: QLoRA's NF4 and FP4 (arXiv 2305.14314), as bitsandbytes stores
-    it.
+    """``[o, i]``, rounded to the precision that was quantised: QLoRA's NF4 and FP4 (arXiv 2305.14314), as bitsandbytes
+    stores it.
 
     Args:
         parts: ``weight`` (two values a byte, the first in the high bits), ``absmax``, ``quant_map``, ``quant_state``
             (JSON), and where ``absmax`` is quantised, too, ``nested_absmax`` and ``nested_quant_map``.
     """
     state: dict[str, Any] = json.loads(bytes(parts["quant_state"].tolist()))
-    absmax = parts["absmax"]
+    absmax, shape, size = parts["absmax"], state["shape"], state["blocksize"]
     if "nested_absmax" in parts:
-        nested = _by_blocks(parts["nested_quant_map"][absmax.long()], parts["nested_absmax"], state["nested_blocksize"])
+        nested = parts["nested_quant_map"][absmax.long()]
+        _by_blocks(nested, parts["nested_absmax"], state["nested_blocksize"])
         absmax = nested + state["nested_offset"]
-    byte = parts["weight"].reshape(-1).view(torch.uint8).long()
-    shape = state["shape"]
-    count = 1
-    for size in shape:
-        count *= size
-    values = parts["quant_map"].float()[torch.stack([byte >> 4, byte & 15], dim=1).flatten()[:count]]
-    return _by_blocks(values, absmax.float(), state["blocksize"]).view(shape).to(getattr(torch, state["dtype"]))
+    byte_m, table = parts["weight"].reshape(-1).view(torch.uint8), parts["quant_map"].float()
+    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1)
+    made_n = torch.empty(len(byte_m), 2)
+    for part_m, out in zip(byte_m.split(_BYTES), made_n.split(_BYTES), strict=True):
+        out.copy_(pairs.index_select(0, part_m.int()))
+    values_n = made_n.view(-1)[: math.prod(shape)]
+    _by_blocks(values_n, absmax, size)
+    return values_n.to(getattr(torch, state["dtype"])).float().view(shape)
 
 
-def _by_blocks(values_n: Tensor, factors: Tensor, size: int) -> Tensor:
-    """Each value times the factor of its block; the last block may be smaller."""
-    return values_n * factors.float().repeat_interleave(size)[: len(values_n)]
+def _by_blocks(values_n: Tensor, factors: Tensor, size: int) -> None:
+    """Multiply each value by the factor of its block; the last block may be smaller."""
+    whole = len(values_n) // size
+    values_n[: whole * size].view(whole, size).mul_(factors[:whole].float()[:, None])
+    if whole * size < len(values_n):
+        values_n[whole * size :].mul_(factors[whole].float())
 
 
 def bitsandbytes_8bit(weight_oi: Tensor, largest_o: Tensor) -> Tensor:
-    """``[o, i]`` float32: LLM.int8() (arXiv 2208.07339, equation 4), as bitsandbytes stores it.
+    """``[o, i]``: LLM.int8() (arXiv 2208.07339, equation 4), as bitsandbytes stores it.
 
     Args:
         weight_oi: int8.

@@ -88,7 +88,7 @@ def test_against_files_of_bitsandbytes(name: str) -> None:
     else:
         short = {key.removeprefix("weight.").partition(".bitsandbytes__")[0]: t for key, t in parts.items()}
         made = bitsandbytes_4bit(short)
-    assert made.dtype == expected.dtype and torch.equal(made, expected)
+    assert made.dtype == torch.float32 and torch.equal(made, expected.float())
 
 
 def test_last_blocks_may_be_smaller() -> None:
