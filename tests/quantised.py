@@ -149,6 +149,9 @@ def compressed(name: str, **weights: Any) -> tuple[dict[str, Any], Quantise]:
         size = {"group": weights.get("group_size"), "tensor_group": weights.get("group_size")}
         columns = size.get(weights["strategy"]) or w.shape[1]
         scale = w.unflatten(1, (-1, columns)).abs().amax(-1) / most[weights["type"]]
+        if name.startswith("mx"):
+            # A power of two.
+            scale = torch.exp2(scale.log2().ceil())
         state = {"weight": w.bfloat16(), "weight_scale": scale.bfloat16()}
         if weights["strategy"] == "tensor_group":
             state["weight_global_scale"] = (448 * 6 / w.abs().max()).reshape(1).float()
@@ -180,6 +183,12 @@ FORMATS: dict[str, tuple[dict[str, Any], Quantise]] = {
     "compressed-tensors, int4": compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
     "compressed-tensors, int4 with zeros": compressed(
         "pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False
+    ),
+    "compressed-tensors, MXFP4": compressed(
+        "mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32
+    ),
+    "compressed-tensors, MXFP8": compressed(
+        "mxfp8-quantized", num_bits=8, type="float", strategy="group", group_size=32
     ),
     "compressed-tensors, NVFP4": compressed(
         "nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16

@@ -174,6 +174,9 @@ class CompressedTensors(Scheme):
         super().__init__(entries, where)
         if self.entries.get("sparsity_config", {}).get("format", "dense") != "dense":
             raise self.refused("compressed-tensors, sparse")
+        if "mxfp6" in self.kind() or "24" in self.kind():
+            # Of neither do the shapes of what is stored tell that of the weight.
+            raise self.refused(self.kind())
 
     def kind(self) -> str:
         formats = {str(self.entries.get("format", "dense"))}

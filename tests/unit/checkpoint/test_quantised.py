@@ -122,6 +122,7 @@ def changed(folder: Path, **entries: Any) -> None:
         ("GPTQ, 4 bits", {"bits": 5}, "GPTQ, 5 bits"),
         ("GPTQ, 4 bits", {"checkpoint_format": "marlin"}, "marlin"),
         ("GPTQ, 4 bits", {"quant_method": "quip"}, "quantised"),
+        ("compressed-tensors, int4", {"format": "mxfp6-pack-quantized"}, "mxfp6"),
         ("compressed-tensors, int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
     ],
 )
