@@ -7,6 +7,7 @@ the place of scores, the best first. A piece is as good as the first merge that 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["BYTE", "UNKNOWN", "Pieces", "is_sentencepiece", "pieces"]
@@ -18,6 +19,7 @@ _SPACE = "▁"
 _NEVER = -1e9
 
 
+@dataclass(frozen=True)
 class Pieces:
     """What ``llama`` needs beside tokens.
 
@@ -28,8 +30,10 @@ class Pieces:
         notes: What llama.cpp does differently.
     """
 
-    def __init__(self, scores: list[float], types: dict[int, int], space_prefix: bool, notes: list[str]) -> None:
-        self.scores, self.types, self.space_prefix, self.notes = scores, types, space_prefix, notes
+    scores: list[float]
+    types: dict[int, int]
+    space_prefix: bool
+    notes: list[str]
 
 
 def is_sentencepiece(entries: dict[str, Any]) -> bool:
