@@ -191,7 +191,7 @@ def trained_tokenizer(vocab: int = 320) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
     )
-    fast.train_from_iterator(_sentences(), trainer)
+    fast.train_from_iterator(sentences(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
@@ -299,7 +299,7 @@ def pico(
 
 
 @functools.cache
-def _sentences() -> tuple[str, ...]:
+def sentences() -> tuple[str, ...]:
     draw = random.Random(0)
     letters = "etaoinshrdlu"
     words = ["".join(draw.choices(letters, k=draw.randint(2, 7))) for _ in range(60)]
@@ -309,7 +309,7 @@ def _sentences() -> tuple[str, ...]:
 def text_file(tmp_path: Path) -> str:
     """A .jsonl of 150 short documents, the same on every machine."""
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in _sentences()))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences()))
     return str(path)
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 from typing import Any
 
-from tests.common import _sentences
+from tests.common import sentences
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 STEPS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def _learnt(count: int) -> list[str]:
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(vocab_size=count, show_progress=False)
-    fast.train_from_iterator(_sentences(), trainer)
+    fast.train_from_iterator(sentences(), trainer)
     return [token for token, _ in sorted(fast.get_vocab().items(), key=lambda item: item[1])]
 
 
