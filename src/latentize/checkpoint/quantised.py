@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from latentize.errors import CheckpointError
 __all__ = ["QuantisedCheckpoint", "is_read", "unquantised"]
 
 _CONFIG = "quantization_config"
+# In the place of a last part: a tensor that is as it is.
+_ITSELF = ""
 # Scales of activations and caches, which are no weights.
 _NO_WEIGHTS = ("input_scale", "output_scale", "activation_scale", "k_scale", "v_scale", "qscale_act")
 _NO_WEIGHTS += ("input_zero_point", "output_zero_point", "input_global_scale")
@@ -45,6 +48,28 @@ def unquantised(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != _CONFIG or not is_read(config)}
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor of the model.
+
+    Attributes:
+        parts: What it is made of: last part of a name → stored tensor. One that is as it is has itself, without a name.
+        shape: As the model has it.
+    """
+
+    parts: Mapping[str, str]
+    shape: tuple[int, ...]
+
+    @property
+    def first(self) -> str:
+        """The stored tensor, or the first of several."""
+        return next(iter(self.parts.values()))
+
+    @property
+    def quantised(self) -> bool:
+        return _ITSELF not in self.parts
+
+
 class QuantisedCheckpoint(Checkpoint):
     """A folder with weights that are quantised in a way that is read.
 
@@ -60,15 +85,11 @@ class QuantisedCheckpoint(Checkpoint):
         self.config = unquantised(stored.config)
         method = _method(stored.config)
         self._scheme = SCHEMES[method](stored.config[_CONFIG], f"{stored.config_path}, {_CONFIG}")
-        # Stored tensors of each weight by the last part of their names; None where it is one tensor as it is.
-        self._parts: dict[str, dict[str, str] | None] = _grouped(list(stored.names()), self._scheme)
-        self._first = {
-            name: name if parts is None else next(iter(parts.values())) for name, parts in self._parts.items()
+        self._weights = {
+            name: _Weight(parts, self._shape(parts))
+            for name, parts in _grouped(list(stored.names()), self._scheme).items()
         }
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for name, parts in self._parts.items():
-            self._shapes[name] = stored.shape(name) if parts is None else self._shape(name, parts)
-        count = sum(parts is not None for parts in self._parts.values())
+        count = sum(weight.quantised for weight in self._weights.values())
         if not count:
             raise CheckpointError(
                 f"the weights are said to be quantised ({method}), and none is",
@@ -79,7 +100,7 @@ class QuantisedCheckpoint(Checkpoint):
         self.quantization = {
             "format": method,
             "file_type": self._scheme.kind(),
-            "tensors": {"quantised": count, "as they are": len(self._parts) - count},
+            "tensors": {"quantised": count, "as they are": len(self._weights) - count},
             "dequantised_by": self._scheme.by(),
         }
 
@@ -89,19 +110,21 @@ class QuantisedCheckpoint(Checkpoint):
         kind = self.quantization["file_type"]
         return f"the source's weights are quantised ({kind}): losses are counted from what they are dequantised to"
 
-    def _shape(self, name: str, parts: Mapping[str, str]) -> tuple[int, ...]:
+    def _shape(self, parts: Mapping[str, str]) -> tuple[int, ...]:
+        if _ITSELF in parts:
+            return self._stored.shape(parts[_ITSELF])
         shapes = {last: self._stored.shape(stored) for last, stored in parts.items()}
         try:
             return self._scheme.shape(shapes, lambda last: self._stored.raw(parts[last]))
         except (KeyError, ValueError, TypeError) as error:
-            raise self._damaged(name, error) from error
+            raise self._damaged(next(iter(parts.values())), error) from error
 
-    def _damaged(self, name: str, error: Exception) -> CheckpointError:
-        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    def _damaged(self, stored: str, error: Exception) -> CheckpointError:
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error) or repr(error)
         return CheckpointError(
             f"the tensors of a quantised weight ({self._scheme.kind()}) make no sense: {said.splitlines()[0]}",
             code="LZ109",
-            where=self.where(name),
+            where=self._stored.where(stored),
             fix="download the file again",
         )
 
@@ -110,69 +133,68 @@ class QuantisedCheckpoint(Checkpoint):
         return self._stored.files
 
     def names(self) -> Iterator[str]:
-        yield from self._parts
+        yield from self._weights
 
     def __contains__(self, name: str) -> bool:
-        return name in self._parts
+        return name in self._weights
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return self._weights[name].shape
 
     def dtype(self, name: str) -> str:
-        return self._stored.dtype(self._first[name]) if self._parts[name] is None else "float32"
+        weight = self._weights[name]
+        return "float32" if weight.quantised else self._stored.dtype(weight.first)
 
     def size(self, name: str) -> int:
-        return self._stored.size(self._first[name]) if self._parts[name] is None else 4 * math.prod(self._shapes[name])
+        weight = self._weights[name]
+        return 4 * math.prod(weight.shape) if weight.quantised else self._stored.size(weight.first)
 
     def where(self, name: str) -> str:
-        return self._stored.where(self._first[name]) if name in self._first else f"{self.path}, tensor {name}"
+        return self._stored.where(self._weights[name].first)
 
     def rename(self, names: Mapping[str, str | None]) -> None:
         for old, new in names.items():
-            for known in (self._parts, self._first, self._shapes):
-                value = known.pop(old)
-                if new is not None:
-                    known[new] = value  # type: ignore[index, assignment]
+            weight = self._weights.pop(old)
+            if new is not None:
+                self._weights[new] = weight
 
     def stored_as(self, name: str) -> str:
-        return self._first[name]
+        return self._weights[name].first
 
     def load(self, name: str) -> Any:
         if name not in self:
             raise self.missing(name)
-        parts = self._parts[name]
-        if parts is None:
-            return self._stored.load(self._first[name])
-        tensors = {last: self._stored.raw(stored) for last, stored in parts.items()}
-        module = self._first[name].removesuffix("." + next(iter(parts)))
+        weight = self._weights[name]
+        if not weight.quantised:
+            return self._stored.load(weight.first)
+        parts = {last: self._stored.raw(stored) for last, stored in weight.parts.items()}
+        module = weight.first.removesuffix("." + next(iter(parts)))
         try:
-            restored = self._scheme.restored(tensors, module).float().contiguous()
+            restored = self._scheme.restored(parts, module).float().contiguous()
         except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-            raise self._damaged(name, error) from error
-        if tuple(restored.shape) != self._shapes[name]:
-            raise self._damaged(name, ValueError(f"{list(restored.shape)} values, not {list(self._shapes[name])}"))
+            raise self._damaged(weight.first, error) from error
+        if tuple(restored.shape) != weight.shape:
+            error = ValueError(f"{list(restored.shape)} values, not {list(weight.shape)}")
+            raise self._damaged(weight.first, error)
         return self.checked(name, restored)
 
     def load_rows(self, name: str, rows: Sequence[int]) -> Any:
-        if self._parts[name] is None:
-            return self._stored.load_rows(self._first[name], rows)
-        return self.load(name)[list(rows)]
+        weight = self._weights[name]
+        return self.load(name)[list(rows)] if weight.quantised else self._stored.load_rows(weight.first, rows)
 
 
-def _grouped(names: Sequence[str], scheme: Scheme) -> dict[str, dict[str, str] | None]:
-    """Tensors of the model by name, and the stored tensors that each is made of."""
+def _grouped(names: Sequence[str], scheme: Scheme) -> dict[str, dict[str, str]]:
+    """Tensors of the model by name, and what each is made of, as :class:`_Weight` has it."""
     lasts = sorted({"weight", *scheme.marks, *scheme.parts}, key=len, reverse=True)
     ending = re.compile(rf"\.({'|'.join(map(re.escape, lasts))})$")
     split = {name: ending.search(name) for name in names}
     quantised = {name[: found.start()] for name, found in split.items() if found and found[1] in scheme.marks}
-    grouped: dict[str, dict[str, str] | None] = {}
+    grouped: dict[str, dict[str, str]] = {}
     for name in names:
         found = split[name]
         module = name[: found.start()] if found else ""
         if found and module in quantised:
-            parts = grouped.setdefault(f"{module}.weight", {})
-            assert parts is not None
-            parts[found[1]] = name
+            grouped.setdefault(f"{module}.weight", {})[found[1]] = name
         elif name.rpartition(".")[2] not in _NO_WEIGHTS:
-            grouped[name] = None
+            grouped[name] = {_ITSELF: name}
     return grouped
