@@ -4,8 +4,13 @@ Roped keys may be several (``P``: one a kv head for MHA2MLA and for exact conver
 up-projections (``U = G``), projections may have biases, roped parts a norm, and logits a cap. The latent has no norm,
 and queries are not compressed. RoPE is in the "half" layout.
 
+A norm of keys (qk-norm, Qwen3) is one number a token and kv head, ``κ = 1 / rms(W_K x)``, and its weight is a part of
+the projections. So the norm is exact beside a key of any rank where ``κ`` is cached: a logit is ``κ (q_C · W_UK c + q_R
+· k_R)``. Queries are normalised before they are split (arXiv 2606.16310).
+
 B batch, T new tokens, S cached tokens, D hidden, H query heads, P roped keys, U up-projections, s = H / U,
-r kv_lora_rank, N qk_nope_head_dim, R qk_rope_head_dim, F = R / 2 pairs, V v_head_dim.
+r kv_lora_rank, N qk_nope_head_dim, R qk_rope_head_dim, F = R / 2 pairs, V v_head_dim; K norms of keys, d size of a
+head before its norm, e = d or, where all heads have one norm, G d.
 """
 
 from __future__ import annotations
@@ -29,6 +34,8 @@ __all__ = [
     "cache_rows",
     "expand",
     "expanded_heads",
+    "factors_apart",
+    "key_factors",
     "latent_attention",
     "output",
     "queries",
@@ -51,10 +58,14 @@ class LatentWeights:
         q_nope_bias_HN, q_rope_bias_HR, k_rope_bias_PR, o_bias_D: Biases, or ``None``. The un-roped key and the
             latent need none: a constant key drops out of the softmax, a constant value is an output bias.
         q_norm_R, k_norm_R: Weights of an RMSNorm of each head, or of all heads together (``[H, R]`` and ``[P, R]``), or
-            ``None``; exact only where the whole head is roped.
+            ``None``; where the whole head is roped. With ``q_HdD`` the first is of the whole queries, ``[d]`` or
+            ``[H, d]``, and there is no second.
         norm_eps: Epsilon of that norm.
         softcap: Logits are ``softcap · tanh(logits / softcap)``; 0 is not at all.
         code: How cached rows are rounded, or ``None``; not trained.
+        q_HdD: Queries before their norm, where norms are kept beside a compressed key. Un-roped and roped part are then
+            made from normalised queries: ``q_nope_HNd`` and ``q_rope_HRd``.
+        k_KeD, key_gain_K: There a token's factors are ``key_gain / rms(k_KeD x)``.
     """
 
     q_nope_HND: Tensor
@@ -75,12 +86,15 @@ class LatentWeights:
     norm_eps: float = 1e-6
     softcap: float = 0.0
     code: RowCode | None = None
+    q_HdD: Tensor | None = None
+    k_KeD: Tensor | None = None
+    key_gain_K: Tensor | None = None
 
     @property
     def spec(self) -> LatentSpec:
-        heads, nope, hidden = self.q_nope_HND.shape
+        heads, nope, _ = self.q_nope_HND.shape
         return LatentSpec(
-            hidden_size=hidden,
+            hidden_size=self.kv_a_rD.shape[1],
             num_heads=heads,
             kv_lora_rank=self.kv_a_rD.shape[0],
             qk_rope_head_dim=self.k_rope_PRD.shape[1],
@@ -90,7 +104,12 @@ class LatentWeights:
             up_heads=self.k_up_UNr.shape[0],
             softmax_scale=self.softmax_scale,
             softcap=self.softcap,
+            key_scales=self.key_scales,
         )
+
+    @property
+    def key_scales(self) -> int:
+        return 0 if self.k_KeD is None else len(self.k_KeD)
 
     @property
     def v_up_bias_UV(self) -> None:
@@ -119,16 +138,48 @@ def _project(x_BTD: Tensor, w_hdD: Tensor, bias_hd: Tensor | None) -> Tensor:
 
 def queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Un-roped and roped queries, ``[B, H, T, N]`` and ``[B, H, T, R]``."""
+    if w.q_HdD is not None:
+        assert w.q_norm_R is not None
+        q_BHTd = head_norm(_project(x_BTD, w.q_HdD, None), w.q_norm_R, w.norm_eps)
+        q_rope_BHTR = turned(q_BHTd @ w.q_rope_HRD.mT, None, w.norm_eps, w.frequencies_PF, positions_BT)
+        return q_BHTd @ w.q_nope_HND.mT, q_rope_BHTR
     q_nope_BHTN = _project(x_BTD, w.q_nope_HND, w.q_nope_bias_HN)
     q_rope_BHTR = _project(x_BTD, w.q_rope_HRD, w.q_rope_bias_HR)
     return q_nope_BHTN, turned(q_rope_BHTR, w.q_norm_R, w.norm_eps, w.frequencies_PF, positions_BT)
 
 
 def cache_rows(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """What is cached of the new tokens: the latent ``[B, 1, T, r]`` and the roped keys ``[B, P, T, R]``."""
+    """What is cached of the new tokens: the latent ``[B, 1, T, r]`` and the roped keys ``[B, P, T, R]``.
+
+    Where norms are kept beside a compressed key there is one roped key, and its factors follow it: ``[B, 1, T, R + K]``.
+    """
     c_B1Tr = torch.nn.functional.linear(x_BTD, w.kv_a_rD)[:, None]
     k_rope_BPTR = _project(x_BTD, w.k_rope_PRD, w.k_rope_bias_PR)
-    return c_B1Tr, turned(k_rope_BPTR, w.k_norm_R, w.norm_eps, w.frequencies_PF, positions_BT)
+    k_rope_BPTR = turned(k_rope_BPTR, w.k_norm_R, w.norm_eps, w.frequencies_PF, positions_BT)
+    if w.k_KeD is None or w.key_gain_K is None:
+        return c_B1Tr, k_rope_BPTR
+    k_BTKe = torch.einsum("btD,keD->btke", x_BTD, w.k_KeD)
+    return c_B1Tr, torch.cat([k_rope_BPTR, key_factors(k_BTKe, w.key_gain_K, w.norm_eps)], dim=-1)
+
+
+def key_factors(k_BTKe: Tensor, gain_K: Tensor, eps: float) -> Tensor:
+    """What norms multiply keys by, ``[B, 1, T, K]``: ``gain / rms(k)``.
+
+    Args:
+        k_BTKe: Keys before their norms.
+        gain_K: A factor on each; it brings what is cached near one.
+        eps: Of the norms.
+    """
+    wide = k_BTKe.to(torch.promote_types(k_BTKe.dtype, torch.float32))
+    return (gain_K * torch.rsqrt(wide.square().mean(-1) + eps)).to(k_BTKe.dtype)[:, None]
+
+
+def factors_apart(k_rope_BPSR: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """Roped keys, and the ``count`` factors that follow them, ``[B, K, S]``."""
+    if not count:
+        return k_rope_BPSR, None
+    k_rope_B1SR, factor_B1SK = k_rope_BPSR.tensor_split([k_rope_BPSR.shape[-1] - count], dim=-1)
+    return k_rope_B1SR, factor_B1SK[:, 0].mT
 
 
 def turned(x_BhTR: Tensor, norm_R: Tensor | None, eps: float, frequencies_PF: Tensor, positions_BT: Tensor) -> Tensor:
@@ -153,10 +204,14 @@ def turned(x_BhTR: Tensor, norm_R: Tensor | None, eps: float, frequencies_PF: Te
 def expand(c_B1Sr: Tensor, k_rope_BPSR: Tensor, w: UpProjections, heads: int) -> tuple[Tensor, Tensor]:
     """Keys ``[B, H, S, N + R]`` and values ``[B, H, S, V]`` of all ``heads``."""
     k_nope_BUSN, v_BUSV = w.up(c_B1Sr)
+    k_rope_BPSR, factor_BKS = factors_apart(k_rope_BPSR, w.key_scales)
     share = heads // k_nope_BUSN.shape[1]
     k_nope_BHSN = k_nope_BUSN.repeat_interleave(share, dim=1)
     k_rope_BHSR = k_rope_BPSR.repeat_interleave(heads // k_rope_BPSR.shape[1], dim=1)
-    return torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1), v_BUSV.repeat_interleave(share, dim=1)
+    k_BHSd = torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1)
+    if factor_BKS is not None:
+        k_BHSd = k_BHSd * factor_BKS.repeat_interleave(heads // w.key_scales, dim=1)[..., None]
+    return k_BHSd, v_BUSV.repeat_interleave(share, dim=1)
 
 
 def expanded_heads(
@@ -179,11 +234,15 @@ def absorbed_heads(
         allowed: Boolean, broadcastable to ``[B, H, T, S]``.
         w: The weights, or up-projections alone.
     """
+    k_rope_BPSR, factor_BKS = factors_apart(k_rope_BPSR, w.key_scales)
     heads, ropes = q_nope_BHTN.shape[1], k_rope_BPSR.shape[1]
     # Heads that share a projection or a roped key lie next to each other: (U, s) and (P, H / P).
     q_latent_BHTr = by_groups(q_nope_BHTN, w.k_up_UNr)
     score_rope = q_rope_BHTR.unflatten(1, (ropes, heads // ropes)) @ k_rope_BPSR[:, :, None].mT
-    score_BHTS = capped(w.softmax_scale * (q_latent_BHTr @ c_B1Sr.mT + score_rope.flatten(1, 2)), w.softcap)
+    score_BHTS = w.softmax_scale * (q_latent_BHTr @ c_B1Sr.mT + score_rope.flatten(1, 2))
+    if factor_BKS is not None:
+        score_BHTS = score_BHTS * factor_BKS.repeat_interleave(heads // w.key_scales, dim=1)[:, :, None]
+    score_BHTS = capped(score_BHTS, w.softcap)
     p_BHTS = score_BHTS.masked_fill(~allowed, -torch.inf).softmax(-1)
     summed_BHTr = p_BHTS @ c_B1Sr
     return by_groups(summed_BHTr, w.v_up_UVr.mT, w.v_up_bias_UV)

@@ -162,6 +162,8 @@ class UpProjections(Protocol):
     @property
     def softcap(self) -> float: ...
     @property
+    def key_scales(self) -> int: ...
+    @property
     def requires_grad(self) -> bool: ...
     def up(self, c_B1Sr: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -174,6 +176,7 @@ class Up:
         k_up_UNr, v_up_UVr: ``W_UK`` and ``W_UV``.
         softmax_scale: Factor on the logits.
         softcap: What they are bent below; 0 is not at all.
+        key_scales: How many factors of keys are cached behind the roped key.
         v_up_bias_UV: Added to values; one of keys drops out of the softmax.
     """
 
@@ -182,6 +185,7 @@ class Up:
     softmax_scale: float
     softcap: float = 0.0
     v_up_bias_UV: Tensor | None = None
+    key_scales: int = 0
 
     @property
     def requires_grad(self) -> bool:
@@ -200,7 +204,7 @@ class Called:
     Attributes:
         projection: From latents to ``U (N + V)`` features.
         sizes: ``r``, ``N`` and ``V``.
-        softmax_scale, softcap: As of :class:`Up`.
+        softmax_scale, softcap, key_scales: As of :class:`Up`.
         like: Has the precision and the device of latents.
     """
 
@@ -209,13 +213,14 @@ class Called:
     softmax_scale: float
     softcap: float
     like: Tensor
+    key_scales: int = 0
     _up: Up | None = field(default=None, init=False)
 
     @property
     def _found(self) -> Up:
         if self._up is None:
             weight, bias = affine(self.projection, self.sizes[0], self.like)
-            self._up = _split(weight, bias, self.sizes, self.softmax_scale, self.softcap)
+            self._up = _split(weight, bias, self.sizes, self.softmax_scale, self.softcap, self.key_scales)
         return self._up
 
     @property
@@ -243,18 +248,28 @@ class Called:
 
 
 def _split(
-    weight: Tensor, bias: Tensor | None, sizes: tuple[int, int, int], softmax_scale: float, softcap: float
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: tuple[int, int, int],
+    softmax_scale: float,
+    softcap: float,
+    key_scales: int,
 ) -> Up:
     _, nope, value = sizes
     k_up_UNr, v_up_UVr = weight.unflatten(0, (-1, nope + value)).split([nope, value], dim=1)
     bias_UV = None if bias is None else bias.unflatten(0, (-1, nope + value))[:, nope:]
-    return Up(k_up_UNr, v_up_UVr, softmax_scale, softcap, bias_UV)
+    return Up(k_up_UNr, v_up_UVr, softmax_scale, softcap, bias_UV, key_scales)
 
 
 def up_projections(
-    projection: Any, sizes: tuple[int, int, int], softmax_scale: float, softcap: float, like: Tensor
+    projection: Any,
+    sizes: tuple[int, int, int],
+    softmax_scale: float,
+    softcap: float,
+    like: Tensor,
+    key_scales: int = 0,
 ) -> UpProjections:
     """Of a layer; arguments as of :class:`Called`."""
     if is_plain(projection):
-        return _split(projection.weight, projection.bias, sizes, softmax_scale, softcap)
-    return Called(projection, sizes, softmax_scale, softcap, like)
+        return _split(projection.weight, projection.bias, sizes, softmax_scale, softcap, key_scales)
+    return Called(projection, sizes, softmax_scale, softcap, like, key_scales)

@@ -172,6 +172,11 @@ class AttentionSpec:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def key_norms(self) -> int:
+        """Norms of a token's keys: one a kv head, or one over all of them."""
+        return (1 if self.qk_norm_across else self.num_kv_heads) * self.qk_norm
+
+    @property
     def kind(self) -> str:
         if self.num_kv_heads == self.num_heads:
             return "MHA"
@@ -198,6 +203,8 @@ class LatentSpec:
         up_heads: Distinct up-projections ``U`` (``H``, or ``G`` where heads of a group share them).
         softmax_scale: Factor on the logits.
         softcap: As in :class:`AttentionSpec`.
+        key_scales: Norms of keys ``K`` that are kept beside a compressed key: one a kv head, or one for all. A factor
+            of each is cached.
     """
 
     hidden_size: int
@@ -210,6 +217,7 @@ class LatentSpec:
     up_heads: int
     softmax_scale: float
     softcap: float = 0.0
+    key_scales: int = 0
 
     @property
     def qk_head_dim(self) -> int:
@@ -217,8 +225,8 @@ class LatentSpec:
 
     @property
     def cache_values(self) -> int:
-        """Cached values per token: the latent, once for keys and values together, and the roped keys."""
-        return self.kv_lora_rank + self.rope_heads * self.qk_rope_head_dim
+        """Cached values per token: the latent, once for keys and values together, the roped keys, and factors."""
+        return self.kv_lora_rank + self.rope_heads * self.qk_rope_head_dim + self.key_scales
 
 
 def kv_cache_bytes(cache_values: float, *, layers: int, tokens: int, batch: int = 1, bits: float = 16) -> int:

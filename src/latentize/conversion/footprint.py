@@ -159,6 +159,8 @@ class _Shapes:
         a, heads = self.spec.attention, self.spec.attention.num_heads
         rank, rope = setting.kv_lora_rank, setting.qk_rope_head_dim
         query = heads * (a.head_dim + rope) * a.hidden_size
+        if setting.key_scales:
+            query = (heads + a.num_kv_heads) * a.head_dim * a.hidden_size + heads * (a.head_dim + rope) * a.head_dim
         down = (rank + setting.rope_heads * rope) * a.hidden_size
         up = 2 * rank * (heads if expanded else a.num_kv_heads) * a.head_dim
         return item * (query + down + up + heads * a.head_dim * a.hidden_size)

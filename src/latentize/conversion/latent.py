@@ -209,6 +209,7 @@ class LatentJob(Job):
         for entries, setting in zip(made, self.settings, strict=True):
             # One is what all but exact conversions and mha2mla have.
             entries |= {"roped_keys": setting.rope_heads} if setting.rope_heads > 1 else {}
+            entries |= {"key_scales": setting.key_scales} if setting.key_scales else {}
         for layer, code in self._row_codes.items():
             made[layer] |= {"row_bytes": code.row_bytes, **code.describe()}
         return [
@@ -228,6 +229,8 @@ def format_of(
     """The writer, the settings that it can hold, and why not the portable one if it was not asked for."""
     # The native format chooses from the source's own frequencies, and keeps biases.
     free = [s for s in candidates if s.on_source_frequencies(spec.attention)]
+    # Norms are fitted only where they cannot be kept.
+    free = [s for s in free if s.key_scales] or free
     if recipe.format == "native":
         return NativeWriter, free, []
     if recipe.bytes is not None:

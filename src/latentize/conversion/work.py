@@ -157,8 +157,15 @@ class _Counter:
         """Shapes of a converted layer's matrices, a stack of those of the heads: every head has its own."""
         a, rank, rope = self.spec.attention, setting.kv_lora_rank, setting.qk_rope_head_dim
         heads, each, hidden = a.num_heads, a.head_dim, a.hidden_size
+        # Queries are normalised before they are split where norms are kept, and the norms of keys are made again.
+        kept = setting.key_scales
+        query = [
+            (heads, each, hidden),
+            (heads, each + rope, each),
+            (kept, a.num_kv_heads // max(1, kept) * each, hidden),
+        ]
         stacks = [
-            (heads, each + rope, hidden),
+            *(query if kept else [(heads, each + rope, hidden)]),
             (1, rank, hidden),
             (setting.rope_heads, rope, hidden),
             (heads, 2 * each, rank),

@@ -22,13 +22,14 @@ __all__ = ["NativeWriter", "layer_entry"]
 def layer_entry(w: LatentWeights) -> dict[str, Any]:
     """The description of a layer from which an empty one can be built."""
     return {
-        **vars(w.spec),
+        **{name: value for name, value in vars(w.spec).items() if value or name != "key_scales"},
         "q_bias": w.q_rope_bias_HR is not None,
         "k_rope_bias": w.k_rope_bias_PR is not None,
         "o_bias": w.o_bias_D is not None,
         "qk_norm": w.q_norm_R is not None,
         "qk_norm_across": w.q_norm_R is not None and w.q_norm_R.ndim == 2,
         "norm_eps": w.norm_eps,
+        **({} if w.q_HdD is None or w.k_KeD is None else {"head_dim": w.q_HdD.shape[1], "key_dim": w.k_KeD.shape[1]}),
         **({} if w.code is None else {"row_code": w.code.describe()}),
     }
 

@@ -104,10 +104,11 @@ class Student(nn.Module):
             layer.self_attn.requires_grad_(True)
 
     def _simulate(self, formats: str) -> None:
-        rounding = RoundedCache(**cache_formats(formats))
         for layer in self.layers:
+            spec = getattr(layer.self_attn, "spec", None)
+            rounding = RoundedCache(**cache_formats(formats), key_scales=getattr(spec, "key_scales", 0))
             layer.self_attn.register_forward_pre_hook(
-                lambda _, args, kwargs: (args, {**kwargs, "past_key_values": rounding}), with_kwargs=True
+                lambda _, args, kwargs, mine=rounding: (args, {**kwargs, "past_key_values": mine}), with_kwargs=True
             )
 
     def forward(self, text: Passages, targets: Targets | None) -> Losses:
@@ -257,15 +258,18 @@ class RoundedCache:
 
     Args:
         latent, rope: Formats, as of :class:`latentize.LatentCache`.
+        key_scales: Factors behind the roped key, which stay as they are.
     """
 
-    def __init__(self, latent: str | None = None, rope: str | None = None) -> None:
-        self.formats = latent, rope
+    def __init__(self, latent: str | None = None, rope: str | None = None, key_scales: int = 0) -> None:
+        self.formats, self.key_scales = (latent, rope), key_scales
 
     def update(self, c_B1Tr: Tensor, k_BPTR: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         latent, rope = self.formats
+        k_BPTR, factors_BPTK = k_BPTR.tensor_split([k_BPTR.shape[-1] - self.key_scales], dim=-1)
         keys_BTPR = k_BPTR.transpose(1, 2)
         keys_BPTR = _rounded(keys_BTPR.flatten(2), rope).unflatten(2, keys_BTPR.shape[2:]).transpose(1, 2)
+        keys_BPTR = torch.cat([keys_BPTR, factors_BPTK], dim=-1)
         if latent is None or isinstance(codec(latent, c_B1Tr.shape[-1]), Plain):
             return _rounded(c_B1Tr, latent), keys_BPTR
         turn_rr = rotation(c_B1Tr.shape[-1]).to(c_B1Tr)

@@ -17,13 +17,13 @@ from latentize.errors import OptionError
 from latentize.methods.low_rank import Factors
 from latentize.methods.method import Method, budget_of
 from latentize.methods.mha2mla import split_per_head
+from latentize.methods.norms import linear_heads
 from latentize.methods.position import (
     Components,
     costliest,
     dropping_cost,
     key_components,
     ladder,
-    linearised,
     on_ladder,
     position_aware_split,
     rope_cost,
@@ -59,9 +59,10 @@ class Calibrated(Method):
             widest = spec.rope.rotary_dim / rope
             strides = (*(s for s in _STRIDES if s < widest), widest)
             found = [Setting(self.name, rank, rope, stride=stride, linear=not_linear) for stride in strides]
-            found.append(Setting(self.name, rank, rope, linear=spec.qk_norm))
+            free = _with_norms(Setting(self.name, rank, rope, linear=spec.qk_norm), recipe, spec)
+            found.append(free)
             # Where every layer may choose, an even choice is one, and refinement often makes more of it.
-            even = Setting(self.name, rank, rope, stride=widest, linear=spec.qk_norm)
+            even = replace(free, stride=widest)
             if even not in found and even.on_source_frequencies(spec):
                 found.append(even)
             yield from found
@@ -69,7 +70,7 @@ class Calibrated(Method):
     def needs(self, setting: Setting, spec: AttentionSpec) -> Needed:
         if setting.whole:
             return Needed()
-        return Needed(distances=True, cross=setting.linear and spec.qk_norm)
+        return Needed(distances=True, cross=spec.qk_norm)
 
     def split(self, w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats, setting: Setting) -> RopeSplit:
         if setting.whole:
@@ -85,6 +86,19 @@ class Calibrated(Method):
 
     def compress(self, k_CD: Tensor, v_ED: Tensor, stats: CalibrationStats, setting: Setting) -> Factors:
         return balanced_pca(k_CD, v_ED, stats, setting.kv_lora_rank)
+
+
+def _with_norms(setting: Setting, recipe: Recipe, spec: AttentionSpec) -> Setting:
+    """The same with the norms of keys kept, where there are any that can be: their factors are cached, too.
+
+    A bias of an un-roped key would be no longer the same for all keys, and rows in codes have no factors.
+    """
+    if not spec.qk_norm or spec.qkv_bias or recipe.bytes is not None:
+        return setting
+    rank, rope, block = setting.kv_lora_rank, setting.qk_rope_head_dim, recipe.block
+    if recipe.sizes is None:
+        rank = min(rank, (budget_of(recipe, spec) - rope - spec.key_norms) // block * block)
+    return replace(setting, kv_lora_rank=rank, linear=False, key_scales=spec.key_norms) if rank > 0 else setting
 
 
 def _sizes(recipe: Recipe, spec: AttentionSpec) -> Iterator[tuple[int, int]]:
@@ -143,9 +157,7 @@ def ladder_costs(
         stats: Statistics of its inputs.
         candidates: Of the calibrated method.
     """
-    w = w.to(torch.float64)
-    if candidates[0].linear:
-        w = linearised(w, stats)
+    w = linear_heads(w.to(torch.float64), stats, candidates[0])
     components = key_components(w, spec, stats)
     if not spec.rotates:
         return [0.0] * len(candidates)

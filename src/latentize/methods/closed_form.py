@@ -15,6 +15,7 @@ from torch import Tensor
 from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
 from latentize.attention.spec import AttentionSpec
+from latentize.methods.norms import linear_heads, with_norms
 from latentize.methods.position import linearised
 from latentize.methods.registry import method_of
 from latentize.methods.setting import Setting
@@ -84,9 +85,8 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
         stats: Statistics of its inputs.
         setting: What to do.
     """
-    w = w.to(torch.float64)
-    if setting.linear:
-        w = linearised(w, stats)
+    source = w.to(torch.float64)
+    w = linear_heads(source, stats, setting)
     method = method_of(setting)
     split = method.split(w, spec, stats, setting)
     factors = method.compress(split.k_nope_CD, w.v_GdD.flatten(0, 1), stats, setting)
@@ -115,6 +115,8 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
         norm_eps=spec.norm_eps,
         softcap=spec.softcap,
     )
+    if setting.key_scales:
+        weights = with_norms(weights, source, w, spec)
     return Conversion(weights, split.kept_pairs, split.rope_cost_F, factors.energy_o)
 
 

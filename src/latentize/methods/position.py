@@ -26,6 +26,7 @@ from latentize.methods.statistics import CalibrationStats
 __all__ = [
     "Components",
     "assign_rungs",
+    "best_factors",
     "costliest",
     "dropping_cost",
     "key_components",
@@ -72,12 +73,9 @@ def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights
 
     def fit(w_hdD: Tensor, cross_hdD: Tensor) -> Tensor:
         # What one factor for all tokens of a head leaves over is fitted; there is little of it.
-        expected_hdD = w_hdD @ second
-        made_h, energy_h = (w_hdD * cross_hdD / stats.tokens).sum((1, 2)), (w_hdD * expected_hdD).sum((1, 2))
-        # A head that is zero is no multiple of anything.
-        share_h = torch.where(energy_h > 0, made_h / energy_h, 0.0)
-        left_hdD = cross_hdD / stats.tokens - share_h[:, None, None] * expected_hdD
-        return share_h[:, None, None] * w_hdD + torch.linalg.solve(damped, left_hdD.mT).mT
+        scaled_hdD = best_factors(w_hdD, cross_hdD, stats)[:, None, None] * w_hdD
+        left_hdD = cross_hdD / stats.tokens - scaled_hdD @ second
+        return scaled_hdD + torch.linalg.solve(damped, left_hdD.mT).mT
 
     q, k, v = w.q_HdD, w.k_GdD, w.v_GdD
     if w.q_norm_d is not None and w.k_norm_d is not None:
@@ -94,6 +92,20 @@ def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights
         made_E = torch.linalg.lstsq(o_DGd.flatten(1).cpu(), w.o_bias_D[:, None].cpu()).solution[:, 0]
         v = v + constant(made_E.to(v.device).view_as(v[..., 0]))
     return AttentionWeights(q, k, v, w.o_DHd)
+
+
+def best_factors(w_hdD: Tensor, cross_hdD: Tensor, stats: CalibrationStats) -> Tensor:
+    """Multiples of linear heads that come nearest to what normalised ones make of all tokens, ``[h]``.
+
+    Args:
+        w_hdD: The heads, times the weight of their norm.
+        cross_hdD: ``Σ y xᵀ`` of what they make.
+        stats: Of the inputs.
+    """
+    made_h = (w_hdD * cross_hdD / stats.tokens).sum((1, 2))
+    energy_h = (w_hdD * (w_hdD @ stats.second_moment_DD)).sum((1, 2))
+    # A head that is zero is no multiple of anything.
+    return torch.where(energy_h > 0, made_h / energy_h, 0.0)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ class Setting:
             the frequencies that serve it best, which only the native format holds.
         whole: ``calibrated``: every key keeps its head, its rotation and its norm, and nothing is compressed.
         linear: ``calibrated``: biases and per-head norms are replaced by the nearest linear projections.
+        key_scales: ``calibrated``: so many norms of keys are kept beside a compressed key, and a factor of each is
+            cached.
     """
 
     method: str
@@ -40,10 +42,11 @@ class Setting:
     stride: float | None = None
     linear: bool = False
     whole: bool = False
+    key_scales: int = 0
 
     @property
     def cache_values(self) -> int:
-        return self.kv_lora_rank + self.rope_heads * self.qk_rope_head_dim
+        return self.kv_lora_rank + self.rope_heads * self.qk_rope_head_dim + self.key_scales
 
     @property
     def frequencies_by_layer(self) -> bool:
@@ -59,7 +62,7 @@ class Setting:
             and float(self.stride).is_integer()
             and self.stride * self.qk_rope_head_dim <= spec.rope.rotary_dim
         )
-        return whole and self.linear == spec.qk_norm
+        return whole and self.linear == (spec.qk_norm and not self.key_scales)
 
     def rope_theta(self, spec: AttentionSpec) -> float:
         """Base of the ladder that rotates the shared key, ``θ^(σ R / d)``, where ``d`` of a head rotate."""
@@ -80,4 +83,5 @@ class Setting:
 
     def describe(self) -> dict[str, Any]:
         """The entries that mean something for this method."""
-        return {k: v for k, v in asdict(self).items() if v is not None and v is not False}
+        entries = {k: v for k, v in asdict(self).items() if v is not None and v is not False}
+        return {k: v for k, v in entries.items() if v or k != "key_scales"}

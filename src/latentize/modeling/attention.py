@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from latentize.attention.coding import Rounding, RowCode
-from latentize.attention.latent import LatentWeights, absorbed_heads, expand, turned
+from latentize.attention.grouped import head_norm
+from latentize.attention.latent import (
+    LatentWeights,
+    absorbed_heads,
+    expand,
+    key_factors,
+    turned,
+)
 from latentize.attention.masks import narrowed
 from latentize.attention.projections import UpProjections, affine, matrix, up_projections
 from latentize.attention.spec import LatentSpec
@@ -32,8 +39,10 @@ class LatentAttention(nn.Module):
         spec: Its sizes.
         layer_idx: Which layer of the cache is its own.
         q_bias, k_rope_bias, o_bias: Which projections have a bias.
-        qk_norm: Per-head RMSNorm of roped queries and keys; only where the whole head is roped.
+        qk_norm: Per-head RMSNorm of queries and keys. Of the roped ones where the whole head is roped; else ``spec`` has
+            ``key_scales``.
         qk_norm_across: Whether that is one norm over all heads.
+        head_dim, key_dim: Sizes of what is normalised, queries and keys, where the spec has ``key_scales``.
         norm_eps: Epsilon of that norm.
         frequency_table: Radians per position that ``rope_pairs`` chooses from.
         row_code: What :meth:`RowCode.describe` says of how rows are stored, where they are coded.
@@ -47,6 +56,8 @@ class LatentAttention(nn.Module):
     row_mix: Tensor
     row_pairs: Tensor
     row_mean: Tensor
+    q_maps: nn.Parameter | None
+    key_gain: nn.Parameter | None
     watch: Rounding | None = None
 
     def __init__(
@@ -59,6 +70,8 @@ class LatentAttention(nn.Module):
         o_bias: bool = False,
         qk_norm: bool = False,
         qk_norm_across: bool = False,
+        head_dim: int = 0,
+        key_dim: int = 0,
         norm_eps: float = 1e-6,
         frequency_table: tuple[float, ...] = (),
         row_code: dict[str, Any] | None = None,
@@ -67,7 +80,8 @@ class LatentAttention(nn.Module):
         s = spec
         self.spec, self.layer_idx, self.norm_eps = s, layer_idx, norm_eps
         self.frequency_table = frequency_table
-        self.q_proj = nn.Linear(s.hidden_size, s.num_heads * s.qk_head_dim, bias=q_bias)
+        self.head_dim = head_dim if s.key_scales else s.qk_head_dim
+        self.q_proj = nn.Linear(s.hidden_size, s.num_heads * self.head_dim, bias=q_bias)
         self.kv_a_proj = nn.Linear(s.hidden_size, s.kv_lora_rank, bias=False)
         self.k_rope_proj = nn.Linear(s.hidden_size, s.rope_heads * s.qk_rope_head_dim, bias=k_rope_bias)
         self.kv_b_proj = nn.Linear(s.kv_lora_rank, s.up_heads * (s.qk_nope_head_dim + s.v_head_dim), bias=False)
@@ -75,8 +89,14 @@ class LatentAttention(nn.Module):
         self.qk_norm_across = qk_norm_across
         # Vectors, also where there is a row for each head: an optimiser of matrices should not take them for one.
         heads, keys = (s.num_heads, s.rope_heads) if qk_norm_across else (1, 1)
-        self.q_norm = nn.Parameter(torch.ones(heads * s.qk_rope_head_dim)) if qk_norm else None
-        self.k_norm = nn.Parameter(torch.ones(keys * s.qk_rope_head_dim)) if qk_norm else None
+        self._normed = head_dim if s.key_scales else s.qk_rope_head_dim
+        self.q_norm = nn.Parameter(torch.ones(heads * self._normed)) if qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(keys * self._normed)) if qk_norm and not s.key_scales else None
+        self.k_norm_proj, self.q_maps, self.key_gain = None, None, None
+        if s.key_scales:
+            self.k_norm_proj = nn.Linear(s.hidden_size, s.key_scales * key_dim, bias=False)
+            self.q_maps = nn.Parameter(torch.zeros(s.num_heads * s.qk_head_dim, head_dim))
+            self.key_gain = nn.Parameter(torch.ones(s.key_scales))
         # An integer choice, not floats: loading in bf16 must not round a frequency.
         pairs = torch.zeros(s.rope_heads, s.qk_rope_head_dim // 2, dtype=torch.int32)
         self.register_buffer("rope_pairs", pairs)
@@ -110,6 +130,8 @@ class LatentAttention(nn.Module):
                 o_bias=w.o_bias_D is not None,
                 qk_norm=w.q_norm_R is not None,
                 qk_norm_across=w.q_norm_R is not None and w.q_norm_R.ndim == 2,
+                head_dim=0 if w.q_HdD is None else w.q_HdD.shape[1],
+                key_dim=0 if w.k_KeD is None else w.k_KeD.shape[1],
                 norm_eps=w.norm_eps,
                 frequency_table=table,
                 row_code=None if w.code is None else w.code.describe(),
@@ -139,12 +161,16 @@ class LatentAttention(nn.Module):
             UnsupportedModelError: LZ213, a projection does not say what it multiplies with.
         """
         s, nope = self.spec, self.spec.qk_nope_head_dim
-        heads, ropes = (s.num_heads, s.qk_head_dim), (s.rope_heads, s.qk_rope_head_dim)
+        heads, ropes = (s.num_heads, self.head_dim), (s.rope_heads, s.qk_rope_head_dim)
         q, q_bias = affine(self.q_proj, s.hidden_size)
         k_rope, k_bias = affine(self.k_rope_proj, s.hidden_size)
         o, o_bias = affine(self.o_proj, s.num_heads * s.v_head_dim)
         q_HdD, q_bias_Hd = q.unflatten(0, heads), None if q_bias is None else q_bias.unflatten(0, heads)
         kv_b_Udr = matrix(self.kv_b_proj, s.kv_lora_rank).unflatten(0, (s.up_heads, nope + s.v_head_dim))
+        own_HdD, k_KeD = None, None
+        if self.k_norm_proj is not None and self.q_maps is not None:
+            own_HdD, q_HdD = q_HdD, self.q_maps.unflatten(0, (s.num_heads, s.qk_head_dim))
+            k_KeD = matrix(self.k_norm_proj, s.hidden_size).unflatten(0, (s.key_scales, -1))
         return LatentWeights(
             q_nope_HND=q_HdD[:, :nope],
             q_rope_HRD=q_HdD[:, nope:],
@@ -164,12 +190,15 @@ class LatentAttention(nn.Module):
             norm_eps=self.norm_eps,
             softcap=s.softcap,
             code=self.code(),
+            q_HdD=own_HdD,
+            k_KeD=k_KeD,
+            key_gain_K=self.key_gain,
         )
 
     def _norm(self, weight: Tensor | None) -> Tensor | None:
         if weight is None or not self.qk_norm_across:
             return weight
-        return weight.unflatten(0, (-1, self.spec.qk_rope_head_dim))
+        return weight.unflatten(0, (-1, self._normed))
 
     def forward(
         self,
@@ -219,14 +248,21 @@ class LatentAttention(nn.Module):
         s, frequencies_PF = self.spec, self.frequencies()
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        q_BHTd = self.q_proj(hidden_states).unflatten(-1, (-1, s.qk_head_dim)).transpose(1, 2)
+        q_BHTd = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q_norm = self._norm(self.q_norm)
+        if self.q_maps is not None and q_norm is not None:
+            maps_HRd = self.q_maps.unflatten(0, (s.num_heads, s.qk_head_dim))
+            q_BHTd, q_norm = head_norm(q_BHTd, q_norm, self.norm_eps) @ maps_HRd.mT, None
         q_nope, q_rope = q_BHTd.split([s.qk_nope_head_dim, s.qk_rope_head_dim], dim=-1)
-        q_rope = turned(q_rope, self._norm(self.q_norm), self.norm_eps, frequencies_PF, position_ids)
+        q_rope = turned(q_rope, q_norm, self.norm_eps, frequencies_PF, position_ids)
         k_rope = self.k_rope_proj(hidden_states).unflatten(-1, (-1, s.qk_rope_head_dim)).transpose(1, 2)
         k_rope = turned(k_rope, self._norm(self.k_norm), self.norm_eps, frequencies_PF, position_ids)
+        if self.k_norm_proj is not None and self.key_gain is not None:
+            k_BTKe = self.k_norm_proj(hidden_states).unflatten(-1, (s.key_scales, -1))
+            k_rope = torch.cat([k_rope, key_factors(k_BTKe, self.key_gain, self.norm_eps).to(k_rope.dtype)], dim=-1)
         c = self.kv_a_proj(hidden_states)[:, None]
         sizes = (s.kv_lora_rank, s.qk_nope_head_dim, s.v_head_dim)
-        up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c)
+        up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c, s.key_scales)
         if cache is not None:
             check_cache(cache, self.layer_idx, c, k_rope)
         rounding, past = self.code() if self.watch is None else self.watch, 0
@@ -267,7 +303,13 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """``[B, H, T, V]`` from rows of all tokens as they are: they are rounded whenever they are read."""
         tokens, count = queries[0].shape[2], rows[0].shape[2]
-        c, k_rope, stored = rounding.as_cached(*rows, position_ids.expand(len(rows[0]), -1))
+        # Factors stay as they are.
+        k_rope, factors = rows[1].tensor_split([rows[1].shape[-1] - up.key_scales], dim=-1)
+        c, k_rope, stored = rounding.as_cached(rows[0], k_rope, position_ids.expand(len(rows[0]), -1))
+        if up.key_scales:
+            near = c.shape[2] - stored
+            factors = torch.cat([factors[:, :, :stored], factors[:, :, count - near :]], dim=2)
+            k_rope = torch.cat([k_rope, factors], dim=-1)
         if rounding.newest and tokens > 1:
             if mask is None and not up.softcap:
                 k_BHSd, v_BHSV = expand(c, k_rope, up, queries[0].shape[1])
@@ -361,6 +403,9 @@ def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str
         "k_norm": None if w.k_norm_R is None else w.k_norm_R.flatten(),
         "rope_pairs": gap_PFf.argmin(-1).to(torch.int32),
     }
+    if w.q_HdD is not None and w.k_KeD is not None:
+        tensors |= {"q_maps": tensors["q_proj.weight"], "q_proj.weight": w.q_HdD.flatten(0, 1)}
+        tensors |= {"k_norm_proj.weight": w.k_KeD.flatten(0, 1), "key_gain": w.key_gain_K}
     if w.code is not None:
         tensors |= {"row_latent_mix": w.code.latent_mix_rr, "row_mix": w.code.mix_JP2}
         tensors |= {"row_pairs": w.code.pair_J, "row_mean": w.code.mean_J2}

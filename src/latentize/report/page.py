@@ -278,6 +278,8 @@ def _layers(layers: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> s
     if all(size in layer for layer in layers for size in sizes):
         latents = [e["kv_lora_rank"] for e in layers]
         values = {"latent": latents, "roped keys": [e["qk_rope_head_dim"] * e.get("roped_keys", 1) for e in layers]}
+        if any("key_scales" in e for e in layers):
+            values["norms of keys"] = [e.get("key_scales", 0) for e in layers]
         most = max(sum(parts_) for parts_ in zip(*values.values(), strict=True))
         full = max(source["cache_values_per_token_layer"], most)
         title = f"Cached values a token, of the source's {source['cache_values_per_token_layer']}"

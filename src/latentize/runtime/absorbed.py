@@ -58,7 +58,13 @@ def has_fused() -> bool:
 
 
 def attend_block(
-    q_BQd: Tensor, rows_Bsd: Tensor, scale: float, mask_BQs: Tensor | None = None, *, size: int | None = None
+    q_BQd: Tensor,
+    rows_Bsd: Tensor,
+    scale: float,
+    mask_BQs: Tensor | None = None,
+    *,
+    size: int | None = None,
+    key_scales: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention over some rows, by matrix products: the twin of :func:`attend_block_fused`.
 
@@ -68,6 +74,8 @@ def attend_block(
         scale: Factor on the logits.
         mask_BQs: Added to the logits, broadcastable; ``-inf`` where nothing may be seen.
         size: Values of a row that are summed, the first ones; all by default.
+        key_scales: Values of a row that are factors on its logits, the last ones, each for as many queries; those are
+            zero there.
 
     Returns:
         Weighted sums of rows, ``[B, Q, size]``, and log-sum-exps of the logits, ``[B, Q]`` in float32. A query that may
@@ -76,6 +84,9 @@ def attend_block(
     narrow = rows_Bsd.dtype == torch.bfloat16 and multiplies_bfloat16(rows_Bsd.device.type)
     rows = rows_Bsd if narrow else rows_Bsd.to(torch.promote_types(rows_Bsd.dtype, torch.float32))
     score_BQs = products((q_BQd * scale).to(rows.dtype), rows)
+    if key_scales:
+        factor_BK1s = rows[..., -key_scales:].mT[:, :, None]
+        score_BQs = (score_BQs.unflatten(1, (key_scales, -1)) * factor_BK1s).flatten(1, 2)
     if mask_BQs is not None:
         score_BQs = score_BQs + mask_BQs
     p_BQs, lse_BQ = softmax_with_lse(score_BQs, blind=mask_BQs is not None)
@@ -159,6 +170,7 @@ def attend_rows(
     mask_BhTS: Tensor | None = None,
     *,
     size: int | None = None,
+    key_scales: int = 0,
     fused: bool | None = None,
 ) -> Tensor:
     """Absorbed attention over a cache.
@@ -169,7 +181,8 @@ def attend_rows(
         scale: Factor on the logits.
         mask_BhTS: Boolean or additive, for all rows together; ``h`` is 1 or H. Without one everything is seen.
         size: Values of a row that are summed, the first ones: ``r`` for the sum of latents. All by default.
-        fused: Use the fused operator; by default where there is one for the tensors.
+        key_scales: Values of a row that are factors on its logits, as for :func:`attend_block`.
+        fused: Use the fused operator; by default where there is one for the tensors. It knows of no factors.
 
     Returns:
         ``[B, H, T, size]``.
@@ -177,7 +190,8 @@ def attend_rows(
     heads, tokens = q_BHTd.shape[1:3]
     q_BQd = q_BHTd.flatten(1, 2)
     if fused is None:
-        fused = q_BHTd.device.type == "cpu" and not q_BHTd.requires_grad and _fused_is_faster(q_BHTd.dtype)
+        plain = not (q_BHTd.requires_grad or key_scales)
+        fused = q_BHTd.device.type == "cpu" and plain and _fused_is_faster(q_BHTd.dtype)
     parts, start = [], 0
     for rows_Bsd in blocks:
         mask_BQs = None
@@ -188,7 +202,7 @@ def attend_rows(
         if fused:
             parts += _split(q_BQd, rows_Bsd, scale, mask_BQs, size)
         else:
-            parts.append(attend_block(q_BQd, rows_Bsd, scale, mask_BQs, size=size))
+            parts.append(attend_block(q_BQd, rows_Bsd, scale, mask_BQs, size=size, key_scales=key_scales))
     return merge(parts)[0].unflatten(1, (heads, tokens))
 
 

@@ -108,7 +108,8 @@ def _native_heads(
     module: LatentAttention, q_nope: Tensor, q_rope: Tensor, c: Any, k_rope: Any, up: UpProjections, mask: Any
 ) -> Tensor:
     """Stands for ``LatentAttention.heads``."""
-    return heads(q_nope, q_rope, rows_of(c, k_rope), up, mask, getattr(module, _BACKEND))
+    rows = rows_of(c, k_rope, module.spec.key_scales)
+    return heads(q_nope, q_rope, rows, up, mask, getattr(module, _BACKEND))
 
 
 @dataclass

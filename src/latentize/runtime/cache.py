@@ -96,11 +96,13 @@ class LatentCache(Cache):
                 where="LatentCache",
                 fix="leave max_length out",
             )
+        # The native format says how many factors of keys a row has; others have none.
+        factors = [entry.get("key_scales", 0) if isinstance(entry, dict) else 0 for entry in entries]
         layers: list[Any] = [
-            LatentLayer(latent, rope, window, sinks, residual)
+            LatentLayer(latent, rope, window, sinks, residual, key_scales)
             if max_length is None
-            else StaticLatentLayer(latent, rope, max_length)
-            for _ in range(count)
+            else StaticLatentLayer(latent, rope, max_length, key_scales)
+            for key_scales in factors
         ]
         if None in entries:
             others = DynamicCache(config=config).layers

@@ -23,6 +23,7 @@ from latentize.errors import OptionError
 __all__ = [
     "FLOATS",
     "FORMATS",
+    "Beside",
     "Codec",
     "Coded",
     "Float8",
@@ -140,6 +141,28 @@ class Int4:
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         byte_BSm, scale_BS1 = stored
         return _looked_up(byte_BSm, _pairs(dtype, byte_BSm.device))[..., : self.size] * scale_BS1.to(dtype)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """All values but the last few by a codec, those as they are: one of a kind has no part in what others share.
+
+    Attributes:
+        others: Stores the others.
+        count: How many are stored as they are.
+        dtype: In which type.
+    """
+
+    others: Codec
+    count: int
+    dtype: torch.dtype
+
+    def encode(self, x_BSn: Tensor) -> tuple[Tensor, ...]:
+        return *self.others.encode(x_BSn[..., : -self.count]), x_BSn[..., -self.count :].to(self.dtype)
+
+    def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        *others, last_BSk = stored
+        return torch.cat([self.others.decode(tuple(others), dtype), last_BSk.to(dtype)], dim=-1)
 
 
 @cache

@@ -79,7 +79,8 @@ def decode(
         )
     if summed_BHTr is None:
         q_BHTd, mask = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), _seen(rows, mask, q_nope_BHTN)
-        summed_BHTr = attend_rows(q_BHTd, rows.blocks(), up.softmax_scale, mask, size=up.k_up_UNr.shape[2])
+        size, factors = up.k_up_UNr.shape[2], rows.key_scales
+        summed_BHTr = attend_rows(q_BHTd, rows.blocks(), up.softmax_scale, mask, size=size, key_scales=factors)
     if turn_rr is not None:
         summed_BHTr = summed_BHTr @ turn_rr.mT
     return by_groups(summed_BHTr, up.v_up_UVr.mT, up.v_up_bias_UV)

@@ -7,7 +7,10 @@ only the first tokens and the last ``N`` are kept (StreamingLLM, Xiao et al., ar
 :func:`latentize.accelerate` attends to the rows as they lie. A model that is not accelerated gets latents and keys back
 in its own precision, as from any cache of transformers.
 
-B batch, S cached tokens, T new tokens, r kv_lora_rank, P roped keys, R qk_rope_head_dim, d = r + P R.
+Norms that are kept beside a compressed key have a factor each in the row, behind the roped key. They are stored in the
+model's precision whatever the format.
+
+B batch, S cached tokens, T new tokens, r kv_lora_rank, P roped keys, R qk_rope_head_dim, K factors, d = r + P R + K.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from latentize.attention.coding import RowCode
 from latentize.attention.masks import narrowed, newest_mask
 from latentize.attention.rope import rotate_half, rotate_interleaved
 from latentize.errors import OptionError
-from latentize.runtime.codecs import FLOATS, Codec, Plain, codec
+from latentize.runtime.codecs import FLOATS, Beside, Codec, Plain, codec
 from latentize.runtime.coded import RowCoder
 from latentize.runtime.growing import Growing
 from latentize.runtime.kernels.storage import Part, Stored, plain_part
@@ -41,16 +44,24 @@ class LatentLayer(CacheLayerMixin):
         latent, rope: Formats of latents and roped keys; ``None`` is that of the model.
         window, sinks: As in :class:`LatentCache`.
         residual: As in :class:`LatentCache`.
+        key_scales: Factors of keys in a row, the last of its values.
     """
 
     is_sliding = False
 
     def __init__(
-        self, latent: str | None, rope: str | None, window: int | None, sinks: int, residual: int, **_: Any
+        self,
+        latent: str | None,
+        rope: str | None,
+        window: int | None,
+        sinks: int,
+        residual: int,
+        key_scales: int = 0,
+        **_: Any,
     ) -> None:
         # The base class would set `keys` and `values`, which are made on demand here.
         self.formats, self.window, self.sinks, self.residual = (latent, rope), window, sinks, residual
-        self.is_croppable = window is None
+        self.is_croppable, self.key_scales = window is None, key_scales
         # Set by what attends to rows as they lie.
         self.attends_rows = False
         self.frequencies_F: Tensor | None = None
@@ -66,13 +77,15 @@ class LatentLayer(CacheLayerMixin):
         self.dtype, self.device, self.rank = key_states.dtype, key_states.device, key_states.shape[-1]
         own = Plain(key_states.dtype)
         self.roped_keys = value_states.shape[1] if self.coder is None else 1
-        self.rope_size = value_states.shape[1] * value_states.shape[-1]
+        self.rope_size = value_states.shape[1] * value_states.shape[-1] - self.key_scales
         names, sizes = self.formats, (self.rank, self.rope_size)
         self.codecs: tuple[Codec, Codec] = tuple(  # type: ignore[assignment]
             own if name is None else codec(name, size) for name, size in zip(names, sizes, strict=True)
         )
         if self.coder is not None:
             self.codecs = self.coder.codecs
+        elif self.key_scales and self.codecs[1] != own:
+            self.codecs = self.codecs[0], Beside(self.codecs[1], self.key_scales, key_states.dtype)
         self.plain = all(c == own for c in self.codecs)
         self.is_initialized = True
 

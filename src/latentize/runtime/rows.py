@@ -1,7 +1,7 @@
 """What attention may see of earlier tokens, in whatever cache they lie.
 
-B batch, T new tokens, S cached tokens, s rows of a block, r kv_lora_rank, P roped keys, R qk_rope_head_dim,
-d = r + P R.
+B batch, T new tokens, S cached tokens, s rows of a block, r kv_lora_rank, P roped keys, R qk_rope_head_dim, K factors
+of keys, d = r + P R + K.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from latentize.runtime.codecs import FLOATS
 from latentize.runtime.kernels.storage import Part, Stored
@@ -29,6 +30,7 @@ class CachedRows(ABC):
         seen: How many tokens that are.
         columns: Of a mask for all of them; more where there is room for more.
         roped_keys: How many a token has.
+        key_scales: Factors of keys in a row, the last of its values; one for each ``H / K`` heads.
         stored_dtype: Of the model whose rows they are.
         rotation_rr: From stored latents to latents: queries are multiplied by it, sums by its transpose. ``None`` is
             not at all.
@@ -38,6 +40,7 @@ class CachedRows(ABC):
     seen: int
     columns: int
     roped_keys: int
+    key_scales: int = 0
     stored_dtype: torch.dtype
     rotation_rr: Tensor | None
     coded: bool = False
@@ -45,12 +48,13 @@ class CachedRows(ABC):
     @property
     def unread(self) -> str | None:
         """Why no kernel reads such rows, in the form that they have; ``None`` if some may."""
-        return None
+        return "factors of keys" if self.key_scales else None
 
     def queries(self, q_rope_BHTR: Tensor) -> Tensor:
         """Roped queries as wide as what :meth:`blocks` holds of the roped keys."""
         if self.roped_keys == 1:
-            return q_rope_BHTR
+            # Factors are no part of a product.
+            return pad(q_rope_BHTR, (0, self.key_scales)) if self.key_scales else q_rope_BHTR
         # A head's own roped key is one stretch of the row; zeros leave the others out.
         own_HP = torch.eye(self.roped_keys, dtype=q_rope_BHTR.dtype, device=q_rope_BHTR.device)
         own_HP = own_HP.repeat_interleave(q_rope_BHTR.shape[1] // self.roped_keys, dim=0)
@@ -82,11 +86,13 @@ class TensorRows(CachedRows):
 
     Args:
         c_B1Sr, k_rope_BPSR: Latents and roped keys.
+        key_scales: Factors behind the roped key.
     """
 
     rotation_rr = None
 
-    def __init__(self, c_B1Sr: Tensor, k_rope_BPSR: Tensor) -> None:
+    def __init__(self, c_B1Sr: Tensor, k_rope_BPSR: Tensor, key_scales: int = 0) -> None:
+        self.key_scales = key_scales
         self._c, self._k_rope = c_B1Sr, k_rope_BPSR
         self.seen = self.columns = c_B1Sr.shape[2]
         self.roped_keys, self.stored_dtype = k_rope_BPSR.shape[1], c_B1Sr.dtype
@@ -111,9 +117,9 @@ class TensorRows(CachedRows):
         return [Part(latent, rope, self.seen)], lengths_B, {}
 
 
-def rows_of(key: Tensor | CachedRows, value: Tensor | CachedRows) -> CachedRows:
+def rows_of(key: Tensor | CachedRows, value: Tensor | CachedRows, key_scales: int = 0) -> CachedRows:
     """What a cache has returned: latents and roped keys as tensors, or rows, which stand for both."""
     if isinstance(key, CachedRows):
         return key
     assert isinstance(value, Tensor)
-    return TensorRows(key, value)
+    return TensorRows(key, value, key_scales)

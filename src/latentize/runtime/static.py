@@ -36,16 +36,17 @@ class StaticLatentLayer(LatentLayer):
     Args:
         latent, rope: Formats of latents and roped keys; ``None`` is that of the model.
         max_length: MaskColumns, in tokens.
+        key_scales: As of :class:`LatentLayer`.
     """
 
-    def __init__(self, latent: str | None, rope: str | None, max_length: int) -> None:
+    def __init__(self, latent: str | None, rope: str | None, max_length: int, key_scales: int = 0) -> None:
         self.max_length = max_length
-        super().__init__(latent, rope, window=None, sinks=0, residual=0)
+        super().__init__(latent, rope, window=None, sinks=0, residual=0, key_scales=key_scales)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         batch = key_states.shape[0]
-        one = key_states.new_zeros(batch, 1, self.rank + self.rope_size)
+        one = key_states.new_zeros(batch, 1, self.rank + self.rope_size + self.key_scales)
         self.stored.tensors = tuple(t.new_zeros(batch, self.max_length, t.shape[-1]) for t in self._encoded(one))
         self.filled_B = torch.zeros(batch, dtype=torch.int32, device=self.device)
         # The newest rows as they are, in places that their numbers tell, and those numbers; -1 is none.

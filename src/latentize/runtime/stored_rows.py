@@ -33,7 +33,7 @@ class StoredRows(CachedRows):
     def __init__(self, layer: LatentLayer, dtype: torch.dtype, new: int, band_BEd: Tensor | None = None) -> None:
         self.layer, self.dtype, self.new, self.band_BEd = layer, dtype, new, band_BEd
         self.seen, self.columns = layer.seen, layer.columns
-        self.roped_keys, self.stored_dtype = layer.roped_keys, layer.dtype
+        self.roped_keys, self.key_scales, self.stored_dtype = layer.roped_keys, layer.key_scales, layer.dtype
         self.rotation_rr, self.coded = layer.rotation(dtype), layer.coder is not None
 
     def positions(self) -> Tensor:
@@ -61,7 +61,7 @@ class StoredRows(CachedRows):
     @property
     def unread(self) -> str | None:
         if self.layer.coder is None:
-            return None
+            return super().unread
         if self.layer.window is not None:
             return "codes in a window"
         return "codes that several new tokens see" if self.new > 1 else None
