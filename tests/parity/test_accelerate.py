@@ -17,14 +17,14 @@ from latentize.errors import UnsupportedModelError
 from latentize.runtime.cache import LatentCache
 
 
-@pytest.fixture(scope="module", params=[*MLA, "native", "native-mha2mla"])
+@pytest.fixture(scope="module", params=[*MLA, "native", "native-mha2mla", "native-norms"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A stock model and an accelerated copy."""
     if request.param in MLA:
         model = stock(request.param)
     else:
         folder: Path = tmp_path_factory.mktemp("native")
-        source = pico(folder, "qwen2")
+        source = pico(folder, "qwen3" if request.param.endswith("norms") else "qwen2")
         method = "mha2mla" if request.param.endswith("mha2mla") else "calibrated"
         options = {**SMALL, "fast": method == "calibrated"}
         latentize.convert(source, folder / "out", format="native", method=method, keep=0.5, **options)

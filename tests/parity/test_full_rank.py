@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.common import (
     FAMILIES,
     FP32,
@@ -21,6 +22,7 @@ from tests.common import (
 )
 
 import latentize
+from latentize.text.tokenizer import load_tokenizer
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
@@ -64,6 +66,51 @@ def test_native_at_full_rank_is_the_source(
     assert verdict["absorbed_error"] <= FP32
     assert verdict["decode_error"] <= FP32
     assert verdict["cache_values_per_token_layer"] == cache
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4], ids=["MQA", "GQA", "MHA"])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"head_dim": 24, "rms_norm_eps": 1e-2}),
+        ("qwen3_moe", {}),
+        ("olmo2", {"rms_norm_eps": 1e-2}),
+        ("olmo3", {}),
+        ("exaone4", {}),
+        ("apertus", {}),
+        ("gemma3_text", {}),
+        ("lfm2", {}),
+    ],
+    ids=lambda c: c if isinstance(c, str) else "-".join(c) or "plain",
+)
+def test_norms_are_exact_beside_keys_that_heads_share(
+    source: Callable[..., Path], tmp_path: Path, family: str, config: dict[str, Any], kv_heads: int
+) -> None:
+    """All components of all heads in one roped key, at their own frequencies, and a factor for each norm."""
+    model, out, text = source(family, kv_heads, **config), tmp_path / "out", tmp_path / "text.txt"
+    # Inputs that the calibration has not seen may lie where its latent has no direction: it sees every byte.
+    text.write_text(printable_bytes())
+    keys = kv_heads * config.get("head_dim", 16)
+    options = {"format": "native", "kv_lora_rank": min(keys, 64), "qk_rope_head_dim": keys, **SMALL}
+    report = latentize.convert(model, out, data=(str(text),), **options)
+    tokens = torch.tensor([load_tokenizer(model)(text.read_text()[:200])["input_ids"]])
+    assert relative_error(logits(out, tokens), logits(model, tokens)) <= FP32
+    norms = 1 if family in ("olmo2", "olmo3") else kv_heads
+    assert report["setting"]["key_scales"] == norms
+    cache = keys + min(keys, 64) + norms
+    assert report["cache_values_per_token_layer"] == cache
+    assert report["linear_fit_excess_loss"] is None, "nothing is fitted"
+    verdict = latentize.verify(out)
+    assert verdict["absorbed_error"] <= FP32
+    assert verdict["decode_error"] <= FP32
+    assert verdict["cache_values_per_token_layer"] == cache
+
+
+def printable_bytes() -> str:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(33, 127, (120, 300), generator=generator)
+    return "\n\n".join("".join(map(chr, row)) for row in codes.tolist())
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tens
 def cache_rows(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
     """What is cached of the new tokens: the latent ``[B, 1, T, r]`` and the roped keys ``[B, P, T, R]``.
 
-    Where norms are kept beside a compressed key there is one roped key, and its factors follow it: ``[B, 1, T, R + K]``.
+    Where norms are kept beside a compressed key, factors follow the one roped key: ``[B, 1, T, R + K]``.
     """
     c_B1Tr = torch.nn.functional.linear(x_BTD, w.kv_a_rD)[:, None]
     k_rope_BPTR = _project(x_BTD, w.k_rope_PRD, w.k_rope_bias_PR)

@@ -39,7 +39,7 @@ class LatentAttention(nn.Module):
         spec: Its sizes.
         layer_idx: Which layer of the cache is its own.
         q_bias, k_rope_bias, o_bias: Which projections have a bias.
-        qk_norm: Per-head RMSNorm of queries and keys. Of the roped ones where the whole head is roped; else ``spec`` has
+        qk_norm: Per-head RMSNorm of queries and keys. Of the roped ones where the whole head is; else ``spec`` has
             ``key_scales``.
         qk_norm_across: Whether that is one norm over all heads.
         head_dim, key_dim: Sizes of what is normalised, queries and keys, where the spec has ``key_scales``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,22 +25,41 @@ LOSSY = {None: 0.0, "bf16": 4e-3, "fp16": 5e-4, "fp32": FP32, "fp8": 0.05, "int8
 
 
 def weights(
-    seed: int, *, H: int = 4, U: int = 4, P: int = 1, r: int = 6, R: int = 4, N: int = 5, V: int = 3, D: int = 12
+    seed: int,
+    *,
+    H: int = 4,
+    U: int = 4,
+    P: int = 1,
+    r: int = 6,
+    R: int = 4,
+    N: int = 5,
+    V: int = 3,
+    D: int = 12,
+    K: int = 0,
 ):
-    g = torch.Generator().manual_seed(seed)
-    shapes = [(H, N, D), (H, R, D), (r, D), (P, R, D), (U, N, r), (U, V, r), (D, H, V)]
-    tensors = [torch.randn(shape, generator=g) / math.sqrt(shape[-1]) for shape in shapes]
-    return LatentWeights(*tensors, torch.rand(P, R // 2, generator=g), (N + R) ** -0.5)
+    g, d = torch.Generator().manual_seed(seed), 7 if K else D
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g) / math.sqrt(shape[-1])
+
+    shapes = [(H, N, d), (H, R, d), (r, D), (P, R, D), (U, N, r), (U, V, r), (D, H, V)]
+    w = LatentWeights(*(random(*shape) for shape in shapes), torch.rand(P, R // 2, generator=g), (N + R) ** -0.5)
+    if not K:
+        return w
+    own = {"q_HdD": random(H, d, D), "q_norm_R": torch.rand(d, generator=g), "k_KeD": random(K, d, D)}
+    return replace(w, **own, key_gain_K=torch.rand(K, generator=g) + 0.5)
 
 
-def layer(latent: str | None = None, rope: str | None = None, window: int | None = None, sinks=4, residual=0):
-    made = LatentLayer(latent, rope, window, sinks, residual)
+def layer(
+    latent: str | None = None, rope: str | None = None, window: int | None = None, sinks=4, residual=0, factors=0
+):
+    made = LatentLayer(latent, rope, window, sinks, residual, factors)
     made.attends_rows = True
     return made
 
 
 def up(w: LatentWeights) -> Up:
-    return Up(w.k_up_UNr, w.v_up_UVr, w.softmax_scale)
+    return Up(w.k_up_UNr, w.v_up_UVr, w.softmax_scale, key_scales=w.key_scales)
 
 
 @settings(deadline=None, max_examples=60)
@@ -48,7 +68,9 @@ def up(w: LatentWeights) -> Up:
     B=st.integers(1, 3),
     past=st.integers(0, 40),
     new=st.integers(1, 20),
-    shape=st.sampled_from([(4, 4, 1), (4, 2, 1), (4, 1, 1), (4, 2, 2), (6, 3, 3), (1, 1, 1)]),
+    shape=st.sampled_from(
+        [(4, 4, 1, 0), (4, 2, 1, 0), (4, 1, 1, 0), (4, 2, 2, 0), (6, 3, 3, 0), (1, 1, 1, 0), (4, 2, 1, 2), (6, 3, 1, 1)]
+    ),
     r=st.integers(1, 9),
     R=st.sampled_from([2, 4, 6]),
     formats=st.tuples(st.sampled_from([None, *FORMATS]), st.sampled_from([None, *FORMATS])),
@@ -58,12 +80,12 @@ def up(w: LatentWeights) -> Up:
 def test_heads_over_a_cache_against_the_reference(
     seed: int, B: int, past: int, new: int, shape: tuple, r: int, R: int, formats: tuple, residual: int, padded: bool
 ) -> None:
-    H, U, P = shape
-    w = weights(seed, H=H, U=U, P=P, r=r, R=R)
+    H, U, P, K = shape
+    w = weights(seed, H=H, U=U, P=P, r=r, R=R, K=K)
     x = torch.randn(B, past + new, 12, generator=torch.Generator().manual_seed(seed))
     at = torch.arange(past + new)[None]
     c, k_rope = cache_rows(x, w, at)
-    made = layer(*formats, residual=residual)
+    made = layer(*formats, residual=residual, factors=K)
     if past:
         made.update(c[:, :, :past], k_rope[:, :, :past])
     rows, _ = made.update(c[:, :, past:], k_rope[:, :, past:])
@@ -76,8 +98,9 @@ def test_heads_over_a_cache_against_the_reference(
     for form in (heads, decode, prefill):
         assert relative_error(form(q_nope, q_rope, rows, up(w), mask), expected) <= 3 * FP32, form.__name__
     # And what is restored is not far from what was put in.
-    for restored, put, name in zip(rows.tensors(), (c, k_rope), formats, strict=True):
-        assert relative_error(restored, put) <= LOSSY[name], name
+    for restored, put, name in zip(rows.tensors(), (c, k_rope[..., :R]), formats, strict=True):
+        assert relative_error(restored[..., : put.shape[-1]], put) <= LOSSY[name], name
+    assert torch.equal(rows.tensors()[1][..., R:], k_rope[..., R:]), "factors are stored as they are"
 
 
 @pytest.mark.parametrize("mask", [None, "some", "all of one"])
