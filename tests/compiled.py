@@ -37,9 +37,10 @@ def pointer(t: torch.Tensor) -> str:
 def attend(
     latent: str, rope: str, dtype: torch.dtype, rank: int, roped: int, *flags: bool, queries: int = 32
 ) -> ASTSource:
-    """``attend_splits`` with the constants that ``launch`` would give it; flags: window, turned sinks, mask."""
+    """``attend_splits`` with the constants that ``launch`` would give it; flags: window, turned sinks, mask and
+    factors."""
     halves = [Stored(codec(f, n).encode(torch.randn(1, 16, n)), f, n) for f, n in ((latent, rank), (rope, roped))]
-    part = Part(*halves, count=4)
+    part = Part(*halves, count=4, factors_BSK=torch.randn(1, 16, 4).to(dtype) if flags[2] else None)
     cut = launch.tiles(queries, rank, dtype)
     constexprs = launch.constants(part, cut, dtype, *flags)
     stored = {
@@ -49,6 +50,7 @@ def attend(
     }
     own = f"*{FLOATS[dtype]}"
     pointers = {"q_ptr": own, "q_rope_ptr": own, "q_sink_ptr": own, **stored, "length_ptr": "*i32"}
+    pointers["factor_ptr"] = own if flags[2] else pointer(halves[0].codes)
     pointers |= {"mask_ptr": "*u8" if flags[2] else own, "out_ptr": "*fp32", "lse_ptr": "*fp32"}
     made = source(latent_decode.attend_splits, pointers, constexprs)
     strides = {f"{n}_{axis}": h.codes.stride(at) for n, h in zip("ck", halves, strict=True) for at, axis in AXES}

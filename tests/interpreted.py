@@ -28,7 +28,7 @@ from latentize.runtime.kernels.reference import absorbed_decode_reference, coded
 from latentize.runtime.kernels.storage import Part, Stored
 
 
-def part(c_BSr: Tensor, k_BSR: Tensor, latent: str, rope: str, first: int) -> Part:
+def part(c_BSr: Tensor, k_BSR: Tensor, latent: str, rope: str, first: int, factors: int) -> Part:
     """Rows as a cache stores them."""
     S = c_BSr.shape[1]
     more = random.randint(0, 5)
@@ -40,7 +40,8 @@ def part(c_BSr: Tensor, k_BSR: Tensor, latent: str, rope: str, first: int) -> Pa
     else:
         halves = [tuple(roomy(t, more) for t in half) for half in halves]
     stored = [Stored(t, f, x.shape[-1]) for t, f, x in zip(halves, (latent, rope), (c_BSr, k_BSR), strict=True)]
-    return Part(*stored, count=S, first=first)
+    factors_BSK = roomy(1 + torch.randn(c_BSr.shape[0], S, factors).abs(), more) if factors else None
+    return Part(*stored, count=S, first=first, factors_BSK=factors_BSK)
 
 
 def configuration(latent: str) -> dict:
@@ -49,12 +50,14 @@ def configuration(latent: str) -> dict:
     new = random.choice([1, 1, 2, 3])
     rows = random.randint(new, 90)
     window = random.choice([None, None, random.randint(1, 12), random.randint(1, 60)])
+    heads = random.randint(17, 24) if many else random.randint(1, 4)
     return {
         "latent": latent,
         "rope": random.choice(FORMATS),
         "dtype": random.choice(["float32", "float16"]),
         "batch": 1 if many else random.randint(1, 3),
-        "heads": random.randint(17, 24) if many else random.randint(1, 4),
+        "heads": heads,
+        "factors": random.choice([0, 0, 1, heads, 2 if heads % 2 == 0 else 1]),
         "new": new,
         # One value may sum to nearly nothing, and its relative error says nothing.
         "rank": random.choice([7, 16, 24, 33, 40, 70]),
@@ -82,7 +85,8 @@ def errors(made: dict) -> dict:
     cuts = [0, random.randint(1, S - 1), S] if made["parts"] == 2 else [0, S]
     own = "fp32" if dtype == torch.float32 else "fp16"
     formats = [(made["latent"], made["rope"]), (own, own)]
-    parts = [part(c[:, a:b], k[:, a:b], *formats[n], a) for n, (a, b) in enumerate(itertools.pairwise(cuts))]
+    spans = enumerate(itertools.pairwise(cuts))
+    parts = [part(c[:, a:b], k[:, a:b], *formats[n], a, made["factors"]) for n, (a, b) in spans]
     lengths = torch.randint(0, S + 1, (B,)) if made["ragged"] else torch.full((B,), S)
     lengths = lengths.to(torch.int32)
     mask = torch.rand(random.choice([1, B]), T, S + made["gone"]) < 0.7 if made["masked"] else None

@@ -82,12 +82,11 @@ def generated(model: Any, made: Any, padded: tuple[int, ...] = (), **options: An
     return model.generate(ids, attention_mask=seen, max_new_tokens=6, past_key_values=cache(model, made), **options)
 
 
-def native(folder: Path, method: str) -> Any:
-    """A converted model; MHA2MLA's has a roped key for each of two kv heads."""
-    source = pico(folder, "qwen2")
-    options = {**SMALL, "fast": method == "calibrated"}
-    latentize.convert(source, folder / "out", format="native", method=method, keep=0.5, **options)
-    return AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).eval()
+def native(folder: Path, family: str, method: str) -> Any:
+    """A converted model; MHA2MLA's has a roped key for each of two kv heads, Qwen3's norms of its keys."""
+    source, out = pico(folder, family, name=family), folder / f"{family}-out"
+    latentize.convert(source, out, format="native", method=method, keep=0.5, **SMALL)
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 
 
 def coded(folder: Path) -> Any:
@@ -116,7 +115,7 @@ def trials() -> None:
     """Every format: plain in float32, with everything in float16."""
     for number, latent in enumerate(FORMATS):
         plain = Variant(torch.device("cpu"), torch.float32, latent, FORMATS[number - 1], 40, 6, 8, 2)
-        every = {"window": True, "turned": True, "masked": True}
+        every = {"window": True, "turned": True, "masked": True, "factors": 4}
         for variant in (plain, dataclasses.replace(plain, dtype=torch.float16, **every)):
             error, limit = passes(variant)
             print(json.dumps({"trial": str(variant), "error": error, "limit": limit}), flush=True)
@@ -148,7 +147,8 @@ def main() -> None:
         trials()
     models = {"deepseek_v3": stock("deepseek_v3"), "deepseek_v2": stock("deepseek_v2")}
     with tempfile.TemporaryDirectory() as folder:
-        models["native"] = native(Path(folder), "mha2mla")
+        models["norms"] = native(Path(folder), "qwen3", "calibrated")
+        models["native"] = native(Path(folder), "qwen2", "mha2mla")
         models["coded"] = coded(Path(folder))
     for number, case in enumerate(CASES):
         # Every case with one kind of model; what depends on the kind of rotation with all.

@@ -78,8 +78,9 @@ def decode(
             q_codes_BHTr, q_rope_BHTR, parts, lengths_B, up.softmax_scale, mask_BTS=mask_BTS, **options
         )
     if summed_BHTr is None:
-        q_BHTd, mask = torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), _seen(rows, mask, q_nope_BHTN)
-        size, factors = up.k_up_UNr.shape[2], rows.key_scales
+        size, factors, mask = up.k_up_UNr.shape[2], rows.key_scales, _seen(rows, mask, q_nope_BHTN)
+        # Factors are no part of a product.
+        q_BHTd = F.pad(torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), (0, factors))
         summed_BHTr = attend_rows(q_BHTd, rows.blocks(), up.softmax_scale, mask, size=size, key_scales=factors)
     if turn_rr is not None:
         summed_BHTr = summed_BHTr @ turn_rr.mT

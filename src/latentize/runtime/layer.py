@@ -305,16 +305,21 @@ class LatentLayer(CacheLayerMixin):
         elif border:
             found = [self._part(self.stored.tensors, border)]
         if self.recent.length:
-            found.append(plain_part(self.recent.tensors[0], self.rank, self.recent.length, first=border, full=True))
+            where = {"first": border, "full": True, "key_scales": self.key_scales}
+            found.append(plain_part(self.recent.tensors[0], self.rank, self.recent.length, **where))
         return found
 
     def _part(self, tensors: tuple[Tensor, ...], count: int) -> Part:
         """Encoded rows, as a kernel reads them."""
         own, border = FLOATS[self.dtype], self._latent_tensors
         names = [own if name is None else name for name in self.formats]
-        return Part(
-            Stored(tensors[:border], names[0], self.rank), Stored(tensors[border:], names[1], self.rope_size), count
-        )
+        latent, roped, factors_BSK = tensors[:border], tensors[border:], None
+        if self.key_scales:
+            # Beside what roped keys are stored in, or behind these.
+            found = roped if len(roped) > 1 else tensors[border].tensor_split([self.rope_size], dim=-1)
+            roped, factors_BSK = found[:-1], found[-1]
+        rope = Stored(roped, names[1], self.rope_size)
+        return Part(Stored(latent, names[0], self.rank), rope, count, factors_BSK=factors_BSK)
 
     @property
     def _latent_tensors(self) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from latentize.runtime.codecs import FLOATS
 from latentize.runtime.kernels.storage import Part, Stored
@@ -48,13 +47,12 @@ class CachedRows(ABC):
     @property
     def unread(self) -> str | None:
         """Why no kernel reads such rows, in the form that they have; ``None`` if some may."""
-        return "factors of keys" if self.key_scales else None
+        return None
 
     def queries(self, q_rope_BHTR: Tensor) -> Tensor:
         """Roped queries as wide as what :meth:`blocks` holds of the roped keys."""
         if self.roped_keys == 1:
-            # Factors are no part of a product.
-            return pad(q_rope_BHTR, (0, self.key_scales)) if self.key_scales else q_rope_BHTR
+            return q_rope_BHTR
         # A head's own roped key is one stretch of the row; zeros leave the others out.
         own_HP = torch.eye(self.roped_keys, dtype=q_rope_BHTR.dtype, device=q_rope_BHTR.device)
         own_HP = own_HP.repeat_interleave(q_rope_BHTR.shape[1] // self.roped_keys, dim=0)
@@ -111,10 +109,12 @@ class TensorRows(CachedRows):
 
     def storage(self, q_rope_BHTR: Tensor) -> tuple[list[Part], Tensor, dict[str, Any]]:
         halves = (self._c[:, 0], self._k_rope.transpose(1, 2).flatten(2))
-        halves = [t if t.stride(-1) == 1 else t.contiguous() for t in halves]
-        latent, rope = (Stored((t,), FLOATS[t.dtype], t.shape[-1]) for t in halves)
+        c_BSr, keys_BSR = (t if t.stride(-1) == 1 else t.contiguous() for t in halves)
+        keys_BSR, factors_BSK = keys_BSR.tensor_split([keys_BSR.shape[-1] - self.key_scales], dim=-1)
+        latent, rope = (Stored((t,), FLOATS[t.dtype], t.shape[-1]) for t in (c_BSr, keys_BSR))
+        factors = factors_BSK if self.key_scales else None
         lengths_B = torch.full((len(self._c),), self.seen, dtype=torch.int32, device=self._c.device)
-        return [Part(latent, rope, self.seen)], lengths_B, {}
+        return [Part(latent, rope, self.seen, factors_BSK=factors)], lengths_B, {}
 
 
 def rows_of(key: Tensor | CachedRows, value: Tensor | CachedRows, key_scales: int = 0) -> CachedRows:

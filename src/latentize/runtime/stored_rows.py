@@ -61,7 +61,7 @@ class StoredRows(CachedRows):
     @property
     def unread(self) -> str | None:
         if self.layer.coder is None:
-            return super().unread
+            return None
         if self.layer.window is not None:
             return "codes in a window"
         return "codes that several new tokens see" if self.new > 1 else None

@@ -44,7 +44,7 @@ def test_generations_with_interpreted_kernels_say_what_torch_says() -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     found = [line for line in lines if "case" in line]
-    assert {made["case"] for made in found} == set(CASES) and len(found) == len(CASES) + 2
+    assert {made["case"] for made in found} == set(CASES) and len(found) == len(CASES) + 3
     for made in found:
         assert made["same"] and made["error"] <= FP32, made
         # Every decode step of both layers, and nothing else.

@@ -4,6 +4,8 @@ Absorbed attention is multi-query attention whose value is its key's first part.
 one sequence for a few queries: it loads a tile of latents once, and uses it for the scores and for the sums. A second
 kernel merges what the programs found, by log-sum-exp (Flash-Decoding; Dao et al., 2023).
 
+A row may have factors on its logits, each for as many queries: norms of keys.
+
 Quantised tiles are never multiplied: what is loaded becomes a number that the matrix units take, exactly, and a token's
 scale goes into its score and into its probability. Probabilities are kept relative to the largest scale so far, so that
 float16 holds them.
@@ -74,8 +76,9 @@ def _dots(q, q_odd, tile, tile_odd, FORMAT: tl.constexpr):
 # What changes while a cache grows must not ask for another kernel.
 @triton.jit(
     do_not_specialize=[
-        *("rows", "new", "first", "stop", "window", "sinks", "gone", "splits", "split_from", "all_splits"),
-        *("c_scale_outer", "k_scale_outer", "mask_outer", "mask_token"),
+        *("rows", "new", "per_factor", "first", "stop", "window", "sinks", "gone"),
+        *("splits", "split_from", "all_splits"),
+        *("c_scale_outer", "k_scale_outer", "factor_outer", "mask_outer", "mask_token"),
     ]
 )
 def attend_splits(
@@ -86,6 +89,7 @@ def attend_splits(
     c_scale_ptr,
     k_ptr,
     k_scale_ptr,
+    factor_ptr,
     length_ptr,
     mask_ptr,
     out_ptr,
@@ -93,6 +97,7 @@ def attend_splits(
     scale,
     rows,
     new,
+    per_factor,
     first,
     stop,
     window,
@@ -109,6 +114,8 @@ def attend_splits(
     k_token,
     k_scale_outer,
     k_scale_token,
+    factor_outer,
+    factor_token,
     mask_outer,
     mask_token,
     RANK: tl.constexpr,
@@ -118,6 +125,7 @@ def attend_splits(
     WINDOW: tl.constexpr,
     SINKS_TURNED: tl.constexpr,
     MASKED: tl.constexpr,
+    FACTORED: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -178,6 +186,11 @@ def attend_splits(
             c_scale_N = _scales(c_scale_ptr, sequence * c_scale_outer + inner_N * c_scale_token, ok_N, LATENT)
             score_QN = score_QN * c_scale_N[None, :]
         score_QN = (score_QN + rope_QN) * (scale * 1.4426950408889634)
+        if FACTORED:
+            factor_N = factor_ptr + sequence * factor_outer + inner_N * factor_token
+            at_factor = factor_N[None, :] + (row_Q // per_factor)[:, None]
+            there_QN = ok_N[None, :] & (row_Q < rows)[:, None]
+            score_QN = score_QN * tl.load(at_factor, mask=there_QN, other=0.0).to(tl.float32)
 
         seen_QN = ok_N[None, :] & (j_N[None, :] <= at_Q[:, None]) & (row_Q < rows)[:, None]
         if WINDOW:

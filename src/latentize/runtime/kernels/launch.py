@@ -114,6 +114,7 @@ def constants(part: Part, cut: Tiles, dtype: torch.dtype, window: bool, turned: 
         "WINDOW": window,
         "SINKS_TURNED": turned,
         "MASKED": masked,
+        "FACTORED": part.factors_BSK is not None,
         "COMPUTE": compute_types()[dtype],
         "BLOCK_Q": cut.queries,
         "BLOCK_N": cut.rows,
@@ -165,6 +166,7 @@ def absorbed_decode(
     count, dtype, device = heads * new, q_BHTr.dtype, q_BHTr.device
     assert rank <= LARGEST_RANK and dtype in compute_types() and q_rope_BHTR.dtype == dtype
     assert all(t.stride(-1) == 1 for part in parts for half in (part.latent, part.rope) for t in half.tensors)
+    assert all(part.factors_BSK is None or part.factors_BSK.stride(-1) == 1 for part in parts)
     cut = cut or tiles(count, rank, dtype)
     q_tiles = -(-count // cut.queries)
     read = [part.count if window is None else min(part.count, sinks + window + new) for part in parts]
@@ -180,11 +182,15 @@ def absorbed_decode(
     with torch.cuda.device_of(q):
         done = 0
         for part, share in zip(parts, shares, strict=True):
-            halves = [t for half in (part.latent, part.rope) for t in (half.codes, half.scale)]
+            stored = [t for half in (part.latent, part.rope) for t in (half.codes, half.scale)]
+            factors = part.factors_BSK
+            stored.append(part.latent.codes if factors is None else factors)
+            per_factor = count if factors is None else count // factors.shape[-1]
             attend_splits[(q_tiles, share, batch)](
-                *(q, q_rope, q_sink, *halves, lengths_B, mask, out_Qsr, lse_Qs),
-                *(scale, count, new, part.first, part.first + part.count, window or 0, sinks, gone, share, done, total),
-                *(stride for t in halves for stride in t.stride()[:2]),
+                *(q, q_rope, q_sink, *stored, lengths_B, mask, out_Qsr, lse_Qs),
+                *(scale, count, new, per_factor, part.first, part.first + part.count, window or 0, sinks, gone),
+                *(share, done, total),
+                *(stride for t in stored for stride in t.stride()[:2]),
                 *mask_strides,
                 **constants(part, cut, dtype, window is not None, q_sink_BHTR is not None, mask_BTS is not None),
                 num_warps=cut.warps,

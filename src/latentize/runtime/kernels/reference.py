@@ -59,6 +59,10 @@ def absorbed_decode_reference(
     c_B1Sr, k_B1SR = c_B1Sr.where(read_BS, 0.0), k_B1SR.where(read_BS, 0.0)
     rope_BHTS = torch.where(row_S < turned, q_sink @ k_B1SR.mT, q_rope @ k_B1SR.mT)
     score_BHTS = scale * (q @ c_B1Sr.mT + rope_BHTS)
+    factors = [part.factors_BSK[:, : part.count] for part in parts if part.factors_BSK is not None]
+    if factors:
+        factor_BKS = torch.cat(factors, dim=1).mT.double()
+        score_BHTS = score_BHTS * factor_BKS.repeat_interleave(q.shape[1] // factor_BKS.shape[1], 1)[:, :, None]
     score_BHTS = score_BHTS.masked_fill(~seen_BTS[:, None], -torch.inf)
     lse_BHT = score_BHTS.logsumexp(-1)
     p_BHTS = (score_BHTS - lse_BHT.clamp_min(torch.finfo(torch.float64).min)[..., None]).exp()

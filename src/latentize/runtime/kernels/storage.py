@@ -68,6 +68,7 @@ class Part:
         numbers_BE: The number of each in its sequence, in any order; -1 where there is none. Integers.
         apart_BA: Numbers of rows that lie in another part, too, and are not to be read here. Integers.
         full: Whether it is known that every sequence has all of them.
+        factors_BSK: On their logits, each for as many queries; where norms of keys are kept beside a compressed key.
     """
 
     latent: Stored
@@ -77,6 +78,7 @@ class Part:
     numbers_BE: Tensor | None = None
     apart_BA: Tensor | None = None
     full: bool = False
+    factors_BSK: Tensor | None = None
 
     def rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Latents ``[B, count, r]`` and roped keys ``[B, count, R]``, gathered and restored."""
@@ -84,9 +86,8 @@ class Part:
         return latent, rope
 
 
-def plain_part(rows_BEd: Tensor, rank: int, count: int, **where: Any) -> Part:
-    """Rows as they are, latents of ``rank`` values and then roped keys; the rest as in :class:`Part`."""
-    latent, rope = (
-        Stored((half,), FLOATS[half.dtype], half.shape[-1]) for half in rows_BEd.tensor_split([rank], dim=-1)
-    )
-    return Part(latent, rope, count, **where)
+def plain_part(rows_BEd: Tensor, rank: int, count: int, *, key_scales: int = 0, **where: Any) -> Part:
+    """Rows as they are: latents of ``rank`` values, roped keys, and factors; the rest as in :class:`Part`."""
+    *halves, factors_BEK = rows_BEd.tensor_split([rank, rows_BEd.shape[-1] - key_scales], dim=-1)
+    latent, rope = (Stored((half,), FLOATS[half.dtype], half.shape[-1]) for half in halves)
+    return Part(latent, rope, count, **where, factors_BSK=factors_BEK if key_scales else None)

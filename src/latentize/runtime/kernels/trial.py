@@ -41,6 +41,7 @@ class Variant:
         window, turned, masked: What is asked for.
         pairs: Frequencies that the means of keys are turned by, for rows in codes; else 0.
         apart: Rows that are in no code among those that are.
+        factors: On the logits of a row.
     """
 
     device: torch.device
@@ -56,6 +57,7 @@ class Variant:
     masked: bool = False
     pairs: int = 0
     apart: int = 0
+    factors: int = 0
 
 
 _tried: dict[Variant, bool] = {}
@@ -76,7 +78,9 @@ def works(
     ``launch.coded_decode``."""
     options: dict[str, Any] = {"masked": mask_BTS is not None}
     if means is None:
+        factors_BSK = parts[0].factors_BSK
         options |= {"window": window is not None, "turned": q_sink_BHTR is not None}
+        options |= {"factors": 0 if factors_BSK is None else factors_BSK.shape[2]}
     else:
         apart_BA = parts[0].apart_BA
         options |= {"pairs": len(means.frequencies_F), "apart": 0 if apart_BA is None else apart_BA.shape[1]}
@@ -131,7 +135,8 @@ def passes(variant: Variant) -> tuple[float, float]:
         options["q_sink_BHTR"] = q_sink if v.turned else None
         named = ((v.latent, v.rank), (v.rope, v.rope_dim))
         latent, rope = (Stored(codec(name, size).encode(noise(1, _ROWS, size)), name, size) for name, size in named)
-        parts = [Part(latent, rope, _ROWS)]
+        factors_BSK = 1 + noise(1, _ROWS, v.factors).abs() if v.factors else None
+        parts = [Part(latent, rope, _ROWS, factors_BSK=factors_BSK)]
         made, _ = absorbed_decode(q, q_rope, parts, lengths, scale, **options)
         expected, _ = absorbed_decode_reference(q, q_rope, parts, lengths, scale, **options)
     if not bool(made.isfinite().all()):
