@@ -139,5 +139,5 @@ def normed_whole(found: list[Setting], spec: AttentionSpec, method: str) -> list
         f"'{method}' cannot compress keys that are normalised per head (qk-norm)",
         code="LZ210",
         where="config.json, model_type",
-        fix="only --method mha2mla --keep 100% (exact, nothing saved) treats such a model yet",
+        fix="--method calibrated keeps or fits the norms; mha2mla with --keep 100% is exact, and saves nothing",
     )

@@ -74,7 +74,9 @@ class Setting:
         """What of the source was replaced by the nearest that the format holds, before anything was compressed."""
         found = []
         if self.linear and spec.qk_norm:
-            found.append("normalisation of queries and keys is replaced by its best linear fit (approximate)")
+            # Ladders are what portable formats need; the native one needs no fit where keys have no biases.
+            better = "; --format native keeps it" if self.stride is not None and not spec.qkv_bias else ""
+            found.append(f"normalisation of queries and keys is replaced by its best linear fit (approximate){better}")
         if self.linear and (spec.qkv_bias or spec.o_bias):
             found.append("biases are replaced by their best linear fit (approximate)")
         if self.stride is not None and not spec.rope.is_plain:

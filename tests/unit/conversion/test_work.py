@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from latentize.conversion.work import Rates, Work
+from latentize.attention.spec import LatentSpec
+from latentize.checkpoint import open_checkpoint
+from latentize.conversion.footprint import _Shapes
+from latentize.conversion.work import Rates, Work, _Counter
+from latentize.methods.registry import settings
+from latentize.modeling.attention import LatentAttention
+from latentize.modeling.precision import Precision
 from latentize.planning.forecast import forecast
 from latentize.planning.inspection import plan
 from latentize.planning.reading import read_spec
@@ -58,3 +67,34 @@ def test_plan_says_what_converting_takes() -> None:
     assert sum(default["stages"].values()) == pytest.approx(default["seconds"])
     assert "conversion" not in plan(MODEL, context=4096)
     assert plan(MODEL, device="h100", keep="0.1%")["conversion"] == []
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "qwen3"])
+def test_a_converted_layer_has_as_many_parameters_as_are_counted(source: Callable[..., Path], family: str) -> None:
+    spec = read_spec(str(source(family, 2)))
+    a, recipe = spec.attention, Recipe.build(keep="50%", format="native")
+    setting = next(s for s in settings(recipe, a) if s.stride is None)
+    norms = setting.key_scales
+    made = LatentAttention(
+        LatentSpec(
+            hidden_size=a.hidden_size,
+            num_heads=a.num_heads,
+            kv_lora_rank=setting.kv_lora_rank,
+            qk_rope_head_dim=setting.qk_rope_head_dim,
+            qk_nope_head_dim=a.head_dim,
+            v_head_dim=a.head_dim,
+            rope_heads=1,
+            up_heads=a.num_heads,
+            softmax_scale=1.0,
+            key_scales=norms,
+        ),
+        qk_norm=norms > 0,
+        qk_norm_across=a.qk_norm_across,
+        head_dim=a.head_dim,
+        key_dim=a.num_kv_heads * a.head_dim // max(1, norms),
+    )
+    assert norms == {"llama": 0, "olmo2": 1, "qwen3": 2}[family]
+    stored = sum(p.numel() for p in made.parameters() if p.ndim == 2)
+    assert sum(map(math.prod, _Counter(spec, recipe, Precision()).latent(setting))) == stored
+    shapes = _Shapes(spec, open_checkpoint(source(family, 2)), recipe, 4, Precision())
+    assert shapes.latent(setting, 1, expanded=True) == stored

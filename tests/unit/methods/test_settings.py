@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +170,36 @@ def test_normalised_keys_cannot_be_compressed(method: str) -> None:
     with pytest.raises(UnsupportedModelError, match="qk-norm") as caught:
         settings(Recipe.build(method=method, keep="50%"), attention_spec(2, qk_norm=True))
     assert "100%" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("changes", "recipe", "factors"),
+    [
+        ({}, {"keep": "50%"}, 2),
+        ({"qk_norm_across": True}, {"keep": "50%"}, 1),
+        ({}, {"kv_lora_rank": 20, "qk_rope_head_dim": 8}, 2),
+        # A bias times a factor is not the same for all keys, and rows in codes have no factors.
+        ({"qkv_bias": True}, {"keep": "50%"}, 0),
+        ({}, {"keep": "50%", "bytes": "20%"}, 0),
+        # No room for them.
+        ({}, {"keep": "7%"}, 0),
+    ],
+    ids=["per head", "across", "sizes", "biases", "codes", "nothing left"],
+)
+def test_the_calibrated_method_keeps_norms_where_it_can(
+    changes: dict[str, bool], recipe: dict[str, Any], factors: int
+) -> None:
+    spec = attention_spec(2, qk_norm=True, **changes)
+    found = settings(Recipe.build(**recipe), spec)
+    free = [s for s in found if s.stride is None]
+    assert free and all(s.key_scales == factors and s.linear == (not factors) for s in free)
+    budget = 30 if "kv_lora_rank" in recipe else math.floor(spec.cache_values * Recipe.build(**recipe).budget)
+    assert max(s.cache_values for s in found) <= budget
+    if "kv_lora_rank" not in recipe and factors:
+        assert {s.cache_values for s in free} == {budget}
+    ladders = [s for s in found if s.stride is not None and not s.key_scales]
+    assert ladders and all(s.linear for s in ladders), "a portable format has no norms"
+    assert [s.describe().get("key_scales", 0) for s in free] == [factors] * len(free)
 
 
 def test_normalised_keys_can_be_kept_whole() -> None:
