@@ -43,7 +43,9 @@ FAMILIES = (
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_5_text",
     "qwen3_moe",
+    "qwen3_next",
     "seed_oss",
     "smollm3",
     "stablelm",
@@ -53,6 +55,14 @@ FAMILIES = (
 # layers are of all kinds that there are.
 _EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2}
 _ALTERNATING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+_DELTANET = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "partial_rotary_factor": 0.5,
+}
 PECULIAR: dict[str, dict[str, Any]] = {
     "exaone4": _ALTERNATING,
     "gemma2": {**_ALTERNATING, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 4.0},
@@ -76,7 +86,15 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 3},
     "olmo3": _ALTERNATING,
     "olmoe": _EXPERTS,
+    "qwen3_5_text": _DELTANET,
     "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "qwen3_next": {
+        **_DELTANET,
+        **_EXPERTS,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 24,
+        "mlp_only_layers": [1],
+    },
     "seed_oss": {"attention_out_bias": True},
     "smollm3": {"no_rope_layers": [1, 0]},
     "stablelm": {"use_qkv_bias": True},

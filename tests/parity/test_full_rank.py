@@ -81,6 +81,8 @@ def test_native_at_full_rank_is_the_source(
         ("apertus", {}),
         ("gemma3_text", {}),
         ("lfm2", {}),
+        ("qwen3_5_text", {}),
+        ("qwen3_next", {"tie_word_embeddings": True}),
     ],
     ids=lambda c: c if isinstance(c, str) else "-".join(c) or "plain",
 )

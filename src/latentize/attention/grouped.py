@@ -24,6 +24,7 @@ __all__ = [
     "attend",
     "by_groups",
     "capped",
+    "gated",
     "grouped_attention",
     "head_norm",
     "queries_keys",
@@ -41,6 +42,7 @@ class AttentionWeights:
         q_bias_Hd, k_bias_Gd, v_bias_Gd, o_bias_D: Biases, or ``None``.
         q_norm_d, k_norm_d: Weights of the per-head RMSNorm (Qwen3), or of one over all heads ``[h, d]`` (OLMo 2), or
             ``None``.
+        gate_HdD: Of a gate on what heads read, or ``None``.
     """
 
     q_HdD: Tensor
@@ -53,6 +55,7 @@ class AttentionWeights:
     o_bias_D: Tensor | None = None
     q_norm_d: Tensor | None = None
     k_norm_d: Tensor | None = None
+    gate_HdD: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> AttentionWeights:
         """The same weights in another precision."""
@@ -115,6 +118,11 @@ def attend(
     return score_BHTS.softmax(-1) @ v_BHSd
 
 
+def gated(heads_BHTd: Tensor, x_BTD: Tensor, gate_HdD: Tensor | None) -> Tensor:
+    """What heads read, times the sigmoid of a gate, if there is one (Qiu et al., arXiv 2505.06708)."""
+    return heads_BHTd if gate_HdD is None else heads_BHTd * _project(x_BTD, gate_HdD, None).sigmoid()
+
+
 def grouped_attention(
     x_BTD: Tensor,
     w: AttentionWeights,
@@ -153,5 +161,6 @@ def grouped_attention(
     k_BHSd = k_BGSd.repeat_interleave(spec.group_size, dim=1)
     v_BHSd = v_BGSd.repeat_interleave(spec.group_size, dim=1)
     heads_BHTd = attend(q_BHTd, k_BHSd, v_BHSd, allowed_TS, spec.softmax_scale, spec.softcap)
+    heads_BHTd = gated(heads_BHTd, x_BTD, w.gate_HdD)
     y_BTD = torch.einsum("bhtd,Dhd->btD", heads_BHTd, w.o_DHd)
     return y_BTD if w.o_bias_D is None else y_BTD + w.o_bias_D

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from latentize.attention.cache import GrowingCache
 from latentize.attention.coding import RowCode
-from latentize.attention.grouped import attend, by_groups, capped, head_norm
+from latentize.attention.grouped import attend, by_groups, capped, gated, head_norm
 from latentize.attention.masks import causal_mask
 from latentize.attention.projections import UpProjections
 from latentize.attention.rope import rope_angles, rotate_half
@@ -66,6 +66,7 @@ class LatentWeights:
         q_HdD: Queries before their norm, where norms are kept beside a compressed key. Un-roped and roped part are then
             made from normalised queries: ``q_nope_HNd`` and ``q_rope_HRd``.
         k_KeD, key_gain_K: There a token's factors are ``key_gain / rms(k_KeD x)``.
+        gate_HVD: Of a gate on what heads read, or ``None``.
     """
 
     q_nope_HND: Tensor
@@ -89,6 +90,7 @@ class LatentWeights:
     q_HdD: Tensor | None = None
     k_KeD: Tensor | None = None
     key_gain_K: Tensor | None = None
+    gate_HVD: Tensor | None = None
 
     @property
     def spec(self) -> LatentSpec:
@@ -292,4 +294,5 @@ def latent_attention(
         c_B1Sr, k_rope_BPSR, _ = w.code.as_cached(c_B1Sr, k_rope_BPSR, positions_BT)
         allowed_TS, _ = w.code.who_sees(tokens, count, x_BTD.device)
     form = absorbed_heads if absorb else expanded_heads
-    return output(form(q_nope_BHTN, q_rope_BHTR, c_B1Sr, k_rope_BPSR, allowed_TS, w), w)
+    heads_BHTV = form(q_nope_BHTN, q_rope_BHTR, c_B1Sr, k_rope_BPSR, allowed_TS, w)
+    return output(gated(heads_BHTV, x_BTD, w.gate_HVD), w)

@@ -135,6 +135,7 @@ class AttentionSpec:
         softmax_scale: Factor on the logits, ``d ** -0.5`` unless the family says otherwise.
         softcap: Logits are ``softcap · tanh(logits / softcap)`` (Gemma 2); 0 is not at all.
         rotates: Whether queries and keys are rotated at all; in SmolLM3 every fourth layer does without (NoPE).
+        gated: Whether what a head reads is multiplied by the sigmoid of a projection of the input (Qwen3-Next).
     """
 
     hidden_size: int
@@ -150,6 +151,7 @@ class AttentionSpec:
     softmax_scale: float = 0.0
     softcap: float = 0.0
     rotates: bool = True
+    gated: bool = False
 
     def __post_init__(self) -> None:
         if self.softmax_scale == 0.0:

@@ -161,13 +161,14 @@ class _Shapes:
         query = heads * (a.head_dim + rope) * a.hidden_size
         if setting.key_scales:
             query = (heads + a.num_kv_heads) * a.head_dim * a.hidden_size + heads * (a.head_dim + rope) * a.head_dim
+        query += a.gated * heads * a.head_dim * a.hidden_size
         down = (rank + setting.rope_heads * rope) * a.hidden_size
         up = 2 * rank * (heads if expanded else a.num_kv_heads) * a.head_dim
         return item * (query + down + up + heads * a.head_dim * a.hidden_size)
 
     def attention(self, item: int) -> int:
         a = self.spec.attention
-        return item * 2 * (a.num_heads + a.num_kv_heads) * a.head_dim * a.hidden_size
+        return item * (2 * (a.num_heads + a.num_kv_heads) + a.gated * a.num_heads) * a.head_dim * a.hidden_size
 
     def left(self) -> int:
         """Tensors of layers that wait until the embedding is written: those that go into the same file."""

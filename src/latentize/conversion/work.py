@@ -166,6 +166,7 @@ class _Counter:
         ]
         stacks = [
             *(query if kept else [(heads, each + rope, hidden)]),
+            *([(heads, each, hidden)] if a.gated else []),
             (1, rank, hidden),
             (setting.rope_heads, rope, hidden),
             (heads, 2 * each, rank),

@@ -166,9 +166,15 @@ def _kinds(
         raise ConfigError(f"'layer_types' should have one entry for each of {layers} layers", where="config.json")
     kinds = [str(kind) for kind in listed] if listed else [FULL] * layers
     key = table.attention.get("sliding_window")
-    for layer in range(layers if not listed and window is not None else 0):
-        if _slides(table.layer_kinds.get("sliding_attention", "all"), config, layer, unrotated):
-            kinds[layer] = "sliding_attention"
+    rules = dict(table.layer_kinds)
+    if window is not None:
+        rules.setdefault("sliding_attention", "all")
+    else:
+        rules.pop("sliding_attention", None)
+    for kind, rule in rules.items() if not listed else ():
+        for layer in range(layers):
+            if _is_of_kind(rule, config, layer, unrotated):
+                kinds[layer] = kind
     for kind in kinds:
         sliding = kind == "sliding_attention" and window is not None
         if kind != FULL and not sliding and kind not in table.kept_tensors:
@@ -188,7 +194,7 @@ def _kinds(
     return tuple(kinds)
 
 
-def _slides(rule: Any, config: Mapping[str, Any], layer: int, unrotated: frozenset[int]) -> bool:
+def _is_of_kind(rule: Any, config: Mapping[str, Any], layer: int, unrotated: frozenset[int]) -> bool:
     if rule == "unrotated":
         return layer in unrotated
     if rule == "all":
@@ -301,6 +307,10 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
             code="LZ209",
             where="config.json, partial_rotary_factor",
         )
+    if feature.get("gated") and feature.get("qkv_bias"):
+        raise UnsupportedModelError(
+            "what gated heads read of biased values is no constant", code="LZ212", where="config.json, attention_bias"
+        )
     scalar = feature.get("softmax_scalar")
     from_scalar = positive_number({"": scalar}, "", 1.0) ** -0.5 if scalar else 0.0
     scale = float(feature.get("softmax_scale") or 0.0) or from_scalar
@@ -318,4 +328,5 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         # A factor on rotated queries and keys is one on their products.
         softmax_scale=(scale or head_dim**-0.5) * rope.attention_factor**2,
         softcap=float(feature.get("softcap") or 0.0),
+        gated=bool(feature.get("gated")),
     )

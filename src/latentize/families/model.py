@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,11 +108,13 @@ class ModelSpec:
             "intermediate": self.intermediate_size,
             "vocab": self.vocab_size,
             "one": 1,
-            "kernel": int(self.config.get("conv_L_cache") or 0),
         }
+        for name, keys in self.table.sizes.items():
+            size[name] = math.prod(whole_number(self.config, key) for key in keys.split("*"))
         if experts is not None:
             size |= {"experts": self.experts, "moe": whole_number(self.config, experts.intermediate)}
-            size["shared"] = size["moe"] * (whole_number(self.config, experts.shared) if experts.shared else 0)
+            if experts.shared:
+                size["shared"] = size["moe"] * whole_number(self.config, experts.shared)
         symbolic = dict(self.table.top_tensors)
         if not self.tied:
             symbolic[self.table.module("head") + ".weight"] = ("vocab", "hidden")

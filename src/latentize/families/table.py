@@ -23,6 +23,7 @@ _ATTENTION_KEYS = {
     "o_bias",
     "qk_norm",
     "qk_norm_across",
+    "gated",
     "sliding_window",
     "sliding_window_switch",
     "softmax_scale",
@@ -144,6 +145,7 @@ class Table:
             does not say: ``"all"``, ``{"from": config key}``, ``{"except_every": number or config key}``,
             ``"unrotated"``. They stay as they are.
         kept_tensors: Such a kind → its tensors in the place of attention's, where it has other ones.
+        sizes: Name of a size in symbolic shapes → the config key, or keys joined by ``*``, that it is.
         experts: See :class:`Experts`.
         further_layers: Whether files have layers beyond the model's, which predict several tokens at once: transformers
             does not run them, and they are left out.
@@ -171,6 +173,7 @@ class Table:
     norm_offset: float = 0.0
     layer_kinds: Mapping[str, Any] = field(default_factory=dict)
     kept_tensors: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
     experts: Experts | None = None
     further_layers: bool = False
     native_only: tuple[str, ...] = ()

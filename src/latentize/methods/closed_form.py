@@ -114,6 +114,7 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
         k_norm_R=w.k_norm_d,
         norm_eps=spec.norm_eps,
         softcap=spec.softcap,
+        gate_HVD=w.gate_HdD,
     )
     if setting.key_scales:
         weights = with_norms(weights, source, w, spec)

@@ -43,6 +43,7 @@ class LatentAttention(nn.Module):
             ``key_scales``.
         qk_norm_across: Whether that is one norm over all heads.
         head_dim, key_dim: Sizes of what is normalised, queries and keys, where the spec has ``key_scales``.
+        gated: Whether what heads read is multiplied by the sigmoid of a projection of the input.
         norm_eps: Epsilon of that norm.
         frequency_table: Radians per position that ``rope_pairs`` chooses from.
         row_code: What :meth:`RowCode.describe` says of how rows are stored, where they are coded.
@@ -72,6 +73,7 @@ class LatentAttention(nn.Module):
         qk_norm_across: bool = False,
         head_dim: int = 0,
         key_dim: int = 0,
+        gated: bool = False,
         norm_eps: float = 1e-6,
         frequency_table: tuple[float, ...] = (),
         row_code: dict[str, Any] | None = None,
@@ -97,6 +99,7 @@ class LatentAttention(nn.Module):
             self.k_norm_proj = nn.Linear(s.hidden_size, s.key_scales * key_dim, bias=False)
             self.q_maps = nn.Parameter(torch.zeros(s.num_heads * s.qk_head_dim, head_dim))
             self.key_gain = nn.Parameter(torch.ones(s.key_scales))
+        self.gate_proj = nn.Linear(s.hidden_size, s.num_heads * s.v_head_dim, bias=False) if gated else None
         # An integer choice, not floats: loading in bf16 must not round a frequency.
         pairs = torch.zeros(s.rope_heads, s.qk_rope_head_dim // 2, dtype=torch.int32)
         self.register_buffer("rope_pairs", pairs)
@@ -132,6 +135,7 @@ class LatentAttention(nn.Module):
                 qk_norm_across=w.q_norm_R is not None and w.q_norm_R.ndim == 2,
                 head_dim=0 if w.q_HdD is None else w.q_HdD.shape[1],
                 key_dim=0 if w.k_KeD is None else w.k_KeD.shape[1],
+                gated=w.gate_HVD is not None,
                 norm_eps=w.norm_eps,
                 frequency_table=table,
                 row_code=None if w.code is None else w.code.describe(),
@@ -171,6 +175,7 @@ class LatentAttention(nn.Module):
         if self.k_norm_proj is not None and self.q_maps is not None:
             own_HdD, q_HdD = q_HdD, self.q_maps.unflatten(0, (s.num_heads, s.qk_head_dim))
             k_KeD = matrix(self.k_norm_proj, s.hidden_size).unflatten(0, (s.key_scales, -1))
+        gate = None if self.gate_proj is None else matrix(self.gate_proj, s.hidden_size)
         return LatentWeights(
             q_nope_HND=q_HdD[:, :nope],
             q_rope_HRD=q_HdD[:, nope:],
@@ -193,6 +198,7 @@ class LatentAttention(nn.Module):
             q_HdD=own_HdD,
             k_KeD=k_KeD,
             key_gain_K=self.key_gain,
+            gate_HVD=None if gate is None else gate.unflatten(0, (s.num_heads, s.v_head_dim)),
         )
 
     def _norm(self, weight: Tensor | None) -> Tensor | None:
@@ -234,16 +240,21 @@ class LatentAttention(nn.Module):
             raise _unknown_mask(attention_mask)
         # An empty cache may be false.
         cache = layer_past if past_key_values is None else past_key_values
-        heads_BHTV = self._read(hidden_states, position_ids, attention_mask, cache)
-        return self.o_proj(heads_BHTV.transpose(1, 2).flatten(2)), None
+        return self.o_proj(self.read(hidden_states, position_ids, attention_mask, cache)), None
 
-    def read(self, hidden_states: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """What all heads read, before the output projection: ``[B, T, H V]``; arguments as for :meth:`forward`."""
-        return self._read(hidden_states, position_ids).transpose(1, 2).flatten(2)
-
-    def _read(
-        self, hidden_states: Tensor, position_ids: Tensor | None, mask: Tensor | None = None, cache: Any = None
+    def read(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
     ) -> Tensor:
+        """What the output projection gets: ``[B, T, H V]``; arguments as for :meth:`forward`."""
+        heads_BHTV = self._read(hidden_states, position_ids, attention_mask, cache)
+        read_BTI = heads_BHTV.transpose(1, 2).flatten(2)
+        return read_BTI if self.gate_proj is None else read_BTI * self.gate_proj(hidden_states).sigmoid()
+
+    def _read(self, hidden_states: Tensor, position_ids: Tensor | None, mask: Tensor | None, cache: Any) -> Tensor:
         """``[B, H, T, V]``. Projections are called: whatever wraps them has its say."""
         s, frequencies_PF = self.spec, self.frequencies()
         if position_ids is None:
@@ -399,6 +410,7 @@ def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str
         "o_proj.weight": w.o_DHV.flatten(1),
         "k_rope_proj.bias": None if w.k_rope_bias_PR is None else w.k_rope_bias_PR.flatten(),
         "o_proj.bias": w.o_bias_D,
+        "gate_proj.weight": None if w.gate_HVD is None else w.gate_HVD.flatten(0, 1),
         "q_norm": None if w.q_norm_R is None else w.q_norm_R.flatten(),
         "k_norm": None if w.k_norm_R is None else w.k_norm_R.flatten(),
         "rope_pairs": gap_PFf.argmin(-1).to(torch.int32),

@@ -75,6 +75,11 @@ def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Attenti
         ordered = t.unflatten(0, (-1, a.head_dim))[:, order.to(t.device)]
         return ordered if a.qk_norm_across else ordered[0]
 
+    gate = None
+    if a.gated:
+        # Each head's query, then its gate.
+        both = found["q_proj.weight"].unflatten(0, (a.num_heads, 2, a.head_dim))
+        found["q_proj.weight"], gate = both[:, 0].flatten(0, 1), both[:, 1]
     q, k, v = heads("q_proj.weight"), heads("k_proj.weight"), heads("v_proj.weight", turns=False)
     assert q is not None and k is not None and v is not None
     stored = AttentionWeights(
@@ -88,6 +93,7 @@ def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Attenti
         o_bias_D=found.get("o_proj.bias"),
         q_norm_d=norm("q_norm.weight"),
         k_norm_d=norm("k_norm.weight"),
+        gate_HdD=gate,
     )
     return without_unread(stored)
 

@@ -96,10 +96,12 @@ def test_features_of_each_family(family: str) -> None:
     assert attention.qkv_bias == (family in biased)
     assert attention.o_bias == (family in ("gpt_neox", "seed_oss", "starcoder2"))
     across = family in ("olmo2", "olmo3", "olmoe")
-    normed = ("apertus", "exaone4", "gemma3_text", "glm4_moe", "lfm2", "qwen3", "qwen3_moe")
+    gated = ("qwen3_5_text", "qwen3_next")
+    normed = ("apertus", "exaone4", "gemma3_text", "glm4_moe", "lfm2", "qwen3", "qwen3_moe", *gated)
+    assert attention.gated == (family in gated)
     assert attention.qk_norm == (across or family in normed)
     assert attention.qk_norm_across == across
-    assert attention.rotates_whole == (family not in ("glm", "glm4", "glm4_moe", "gpt_neox", "stablelm"))
+    assert attention.rotates_whole == (family not in ("glm", "glm4", "glm4_moe", "gpt_neox", "stablelm", *gated))
     assert attention.norm_eps == 1e-4
     kv_heads = 4 if family in ONLY_MHA else 2
     assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, kv_heads, 16)
@@ -111,6 +113,8 @@ HYBRID = {
     "gemma3_text": "sliding_attention",
     "olmo3": "sliding_attention",
     "lfm2": "conv",
+    "qwen3_5_text": "linear_attention",
+    "qwen3_next": "linear_attention",
 }
 
 
@@ -129,7 +133,10 @@ def test_layers_that_stay(family: str) -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["exaone4", "gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "smollm3"])
+_KINDS = ["exaone4", "gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "qwen3_5_text", "qwen3_next", "smollm3"]
+
+
+@pytest.mark.parametrize("family", _KINDS)
 def test_kinds_of_layers_that_a_config_leaves_out(family: str) -> None:
     """As transformers fills them in."""
     active = {"use_sliding_window": True, "max_window_layers": 3} if family in ("qwen2", "qwen3", "smollm3") else {}
