@@ -71,12 +71,20 @@ class Checkpoint(ABC):
         config: The entries of ``config.json``.
         config_path: The file that they come from.
         quantization: What the weights were quantised to, where they are read dequantised; else ``None``.
+        left_out: What of a larger model is not read, in words; else empty.
     """
 
     path: Path
     config: dict[str, Any]
     config_path: Path
     quantization: dict[str, Any] | None = None
+    left_out: str = ""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a report has to say of what is read, in words."""
+        said = self.left_out, self.quantization_note if self.quantization is not None else ""
+        return [note for note in said if note]
 
     @property
     def quantization_note(self) -> str:

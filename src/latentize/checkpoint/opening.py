@@ -12,6 +12,7 @@ from latentize.checkpoint.gguf import GgufCheckpoint, is_gguf
 from latentize.checkpoint.gguf_config import gguf_config
 from latentize.checkpoint.quantised import QuantisedCheckpoint, is_read
 from latentize.checkpoint.reader import SafetensorsCheckpoint
+from latentize.checkpoint.towers import read_config
 from latentize.errors import CheckpointError, LatentizeError
 
 __all__ = ["load_config", "loading", "open_checkpoint", "pretrained"]
@@ -68,6 +69,8 @@ def loading(path: Path) -> Iterator[None]:
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """transformers' config of a model, without what is said of weights that are read dequantised.
 
+    Of a multimodal model that of its language model.
+
     Args:
         path: Of a folder or a GGUF file.
         trust_remote_code: Whether code of the folder may be run.
@@ -76,7 +79,8 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         return gguf_config(path)
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    whole: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    config = read_config(whole)
     if is_read(config.to_dict()):
         del config.quantization_config
     return config

@@ -82,7 +82,7 @@ class QuantisedCheckpoint(Checkpoint):
 
     def __init__(self, stored: SafetensorsCheckpoint) -> None:
         self._stored, self.path, self.config_path = stored, stored.path, stored.config_path
-        self.config = unquantised(stored.config)
+        self.config, self.left_out = unquantised(stored.config), stored.left_out
         method = _method(stored.config)
         self._scheme = SCHEMES[method](stored.config[_CONFIG], f"{stored.config_path}, {_CONFIG}")
         self._weights = {

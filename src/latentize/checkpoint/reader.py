@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentize.checkpoint.base import DEQUANTISE, Checkpoint, filled, opened
+from latentize.checkpoint.towers import is_tower, language_model, left_out, own_names
 from latentize.errors import CheckpointError, ConfigError
 
 __all__ = ["SafetensorsCheckpoint"]
@@ -153,7 +154,8 @@ class SafetensorsCheckpoint(Checkpoint):
             if path.is_symlink() and path.name.endswith(_READ):
                 self._check_link(path)
         self._refuse_adapter(folder / "adapter_config.json")
-        self.config = _read_json(self.config_path, ConfigError, "LZ102")
+        config = _read_json(self.config_path, ConfigError, "LZ102")
+        self.config, self.left_out = language_model(config), left_out(config) if is_tower(config) else ""
         self._file_of: dict[str, Path] = {}
         self._entry: dict[str, dict[str, Any]] = {}
         self._stored_as: dict[str, str] = {}
@@ -167,6 +169,8 @@ class SafetensorsCheckpoint(Checkpoint):
                 if name in self._file_of:
                     raise CheckpointError("the tensor is stored twice", code="LZ106", where=f"{path}, tensor {name}")
                 self._file_of[name], self._entry[name] = path, header[name]
+        if self.left_out:
+            self.rename(own_names(list(self._file_of)))
 
     def _refuse_adapter(self, adapter: Path) -> None:
         if not adapter.exists():
@@ -262,8 +266,9 @@ class SafetensorsCheckpoint(Checkpoint):
     def rename(self, names: Mapping[str, str | None]) -> None:
         for old, new in names.items():
             path, entry = self._file_of.pop(old), self._entry.pop(old)
+            stored = self._stored_as.pop(old, old)
             if new is not None:
-                self._file_of[new], self._entry[new], self._stored_as[new] = path, entry, old
+                self._file_of[new], self._entry[new], self._stored_as[new] = path, entry, stored
 
     def stored_as(self, name: str) -> str:
         return self._stored_as.get(name, name)

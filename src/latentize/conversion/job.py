@@ -76,7 +76,7 @@ class Job(ABC):
         self.dtype = getattr(torch, recipe.dtype)
         self.settings: list[Setting] = []
         self.self_generated, self.restyled, self.repeated = 0, 0, 0
-        self.notes: list[str] = [] if checkpoint.quantization is None else [checkpoint.quantization_note]
+        self.notes: list[str] = checkpoint.notes
         self.scores: list[dict[str, Any]] = []
         self.kind: type[FormatWriter] = self.choose_kind()
         if trust_remote_code and checkpoint.config.get("auto_map") and self.kind is not DeepseekWriter:

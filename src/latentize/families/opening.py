@@ -66,4 +66,5 @@ def _asked(checkpoint: Checkpoint, *, trust_remote_code: bool) -> ModelSpec:
             where=str(checkpoint.config_path),
             fix="take config.json from where the model was published",
         ) from error
-    return model_spec(entries, stated=checkpoint.config, **trust)
+    # A part of a config may have other defaults than a config of its own.
+    return model_spec(entries, stated=entries if checkpoint.left_out else checkpoint.config, **trust)

@@ -50,7 +50,7 @@ def load_model(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
-    known = _dequantised(path, dtype, trust_remote_code)
+    known = _told(path, dtype, trust_remote_code)
     settings = stored_settings(path)
     if settings is not None:
         # Not to be read by transformers, which refuses what it does not understand.
@@ -88,12 +88,15 @@ def _class_of(config: Any, trust_remote_code: bool) -> type:
         return type(AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code))
 
 
-def _dequantised(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> dict[str, Any]:
-    """What transformers is told of quantised weights. It dequantises a GGUF file itself. Those of a folder it gets
-    dequantised: it would want the library that made them, and often a GPU."""
+def _told(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> dict[str, Any]:
+    """What transformers is told of weights that it would not read so by itself.
+
+    It dequantises a GGUF file. Those of a folder it gets dequantised: it would want the library that made them, and
+    often a GPU. Of a multimodal model it gets the language model.
+    """
     if not is_gguf(path):
         checkpoint = open_checkpoint(path)
-        if checkpoint.quantization is None:
+        if checkpoint.quantization is None and not checkpoint.left_out:
             return {}
         tensors = {name: checkpoint.load(name).to(dtype) for name in checkpoint.names()}
         config = load_config(path, trust_remote_code=trust_remote_code)

@@ -99,12 +99,13 @@ class _Proof:
         spec, checkpoint = self.source.spec, self.source.checkpoint
         layers, config.num_hidden_layers = config.num_hidden_layers, 0
         trust = {"trust_remote_code": trust_remote_code}
-        if checkpoint.quantization is None:
+        if checkpoint.quantization is None and not checkpoint.left_out:
             named: dict[str, Any] = {**pretrained(checkpoint.path), **trust}
             with loading(checkpoint.path), _files_that_are_opened(self.files), _without_threads(), _quietly():
                 top = AutoModelForCausalLM.from_pretrained(config=config, dtype="auto", **named)
         else:
-            # Reading quantised weights for it would dequantise all of them.
+            # Reading quantised weights for it would dequantise all of them; and of a larger model it wants all of it.
+            self.files = [] if checkpoint.quantization is not None else list(checkpoint.files)
             top = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **trust)
             for role in ("embedding", "norm", "head"):
                 self._fill(top, role)

@@ -159,7 +159,9 @@ def inspect(model: str) -> dict[str, Any]:
         methods.append({"method": method, "result": "native" if reasons else "deepseek_v3", "why": why})
     facts = {**described(spec), "parameters": _stored(checkpoint)}
     if checkpoint.quantization is not None:
-        facts |= {"quantization": checkpoint.quantization, "note": checkpoint.quantization_note}
+        facts["quantization"] = checkpoint.quantization
+    if checkpoint.notes:
+        facts["note"] = "; ".join(checkpoint.notes)
     return {**facts, "methods": methods}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from latentize.checkpoint import load_config
 from latentize.checkpoint.gguf import is_gguf, only_gguf
 from latentize.checkpoint.quantised import unquantised
+from latentize.checkpoint.towers import language_model
 from latentize.errors import CheckpointError, ConfigError
 from latentize.families import LatentModel, ModelSpec, is_latent, latent_model, model_spec
 from latentize.paths import expanded
@@ -57,5 +58,5 @@ def read_spec(model: str) -> ModelSpec | LatentModel:
     except (OSError, ValueError) as error:
         raise ConfigError(f"the file cannot be read: {error}", where=str(path)) from error
     # A config is enough: what quantised weights take is not asked.
-    config = unquantised(config) if isinstance(config, dict) else config
+    config = unquantised(language_model(config)) if isinstance(config, dict) else config
     return latent_model(config) if is_latent(config) else model_spec(config)

@@ -1,0 +1,71 @@
+"""Language models inside multimodal ones: what sees and hears is left out.
+
+Their tensors lie under ``model.language_model`` or ``language_model.model`` beside those of other parts, and their
+config is a part of ``config.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["TOWERS", "is_tower", "language_model", "left_out", "own_names", "read_config"]
+
+
+# Multimodal ``model_type`` → what its language model is by itself; empty where its part of the config says so.
+TOWERS = {
+    "gemma3": "gemma3_text",
+    "llava": "",
+    "mistral3": "",
+    "qwen3_5": "qwen3_5_text",
+    # Positions of text are the same in all three directions: its RoPE is Qwen3's there.
+    "qwen3_vl": "qwen3",
+}
+# Entries of the whole that hold for the part, unless it has its own.
+_OF_ALL = ("quantization_config", "dtype", "torch_dtype", "tie_word_embeddings", "transformers_version")
+# How names of tensors begin, and what they are in the language model.
+_PREFIXES = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "lm_head.": "lm_head.",
+}
+
+
+def is_tower(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is that of a multimodal model whose language model is known."""
+    return config.get("model_type") in TOWERS and isinstance(config.get("text_config"), Mapping)
+
+
+def language_model(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a ``config.json`` as it is stated; all of it where there is no other part."""
+    if not is_tower(config):
+        return config
+    shared = {name: config[name] for name in _OF_ALL if name in config}
+    named = TOWERS[config["model_type"]] or config["text_config"].get("model_type")
+    return {**shared, **config["text_config"], "model_type": named}
+
+
+def read_config(whole: Any) -> Any:
+    """transformers' config of the language model, from that of the whole; another as it is."""
+    from transformers import AutoConfig
+
+    if not is_tower(whole.to_dict()):
+        return whole
+    entries = {**whole.get_text_config().to_dict(), "tie_word_embeddings": whole.tie_word_embeddings}
+    own = entries.pop("model_type")
+    return AutoConfig.for_model(TOWERS[whole.model_type] or own, **entries)
+
+
+def own_names(stored: Iterable[str]) -> dict[str, str | None]:
+    """What the language model calls each tensor of the whole; ``None`` for those of other parts."""
+    found: dict[str, str | None] = {}
+    for name in stored:
+        before = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+        found[name] = None if before is None else _PREFIXES[before] + name.removeprefix(before)
+    return {name: own for name, own in found.items() if name != own}
+
+
+def left_out(config: Mapping[str, Any]) -> str:
+    """What a report says of the rest."""
+    return f"the language model of '{config['model_type']}' alone is converted; what sees or hears is left out"
