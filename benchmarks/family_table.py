@@ -16,7 +16,11 @@ from latentize.families import families
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "families.json"
 _BEGIN, _END = "<!-- families:begin -->", "<!-- families:end -->"
-_KEPT = {"sliding_attention": "layers with a sliding window", "conv": "convolutions", "linear_attention": "DeltaNet layers"}
+_KEPT = {
+    "sliding_attention": "layers with a sliding window",
+    "conv": "convolutions",
+    "linear_attention": "DeltaNet layers",
+}
 
 
 def _portable(entry: dict[str, Any]) -> str:
