@@ -32,6 +32,7 @@ FAMILIES = (
     "glm4",
     "glm4_moe",
     "gpt_neox",
+    "gpt_oss",
     "granite",
     "lfm2",
     "llama",
@@ -75,6 +76,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "routed_scaling_factor": 1.5,
     },
+    "gpt_oss": {**_ALTERNATING, "num_local_experts": 3, "num_experts_per_tok": 2},
     "granite": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 2.0,

@@ -22,6 +22,7 @@ from latentize.attention.spec import AttentionSpec
 __all__ = [
     "AttentionWeights",
     "attend",
+    "beside_sink",
     "by_groups",
     "capped",
     "gated",
@@ -43,6 +44,7 @@ class AttentionWeights:
         q_norm_d, k_norm_d: Weights of the per-head RMSNorm (Qwen3), or of one over all heads ``[h, d]`` (OLMo 2), or
             ``None``.
         gate_HdD: Of a gate on what heads read, or ``None``.
+        sink_H: Learnt logits that take a share of attention, or ``None``.
     """
 
     q_HdD: Tensor
@@ -56,6 +58,7 @@ class AttentionWeights:
     q_norm_d: Tensor | None = None
     k_norm_d: Tensor | None = None
     gate_HdD: Tensor | None = None
+    sink_H: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> AttentionWeights:
         """The same weights in another precision."""
@@ -110,12 +113,31 @@ def capped(score: Tensor, softcap: float) -> Tensor:
 
 
 def attend(
-    q_BHTd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, allowed_TS: Tensor, scale: float, softcap: float = 0.0
+    q_BHTd: Tensor,
+    k_BHSd: Tensor,
+    v_BHSd: Tensor,
+    allowed_TS: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sink_H: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention, written out: ``softmax(scale · q kᵀ) v`` over the allowed keys."""
+    """Softmax attention, written out: ``softmax(scale · q kᵀ) v`` over the allowed keys, and a sink if there is one."""
     score_BHTS = capped(scale * (q_BHTd @ k_BHSd.mT), softcap)
     score_BHTS = score_BHTS.masked_fill(~allowed_TS, -torch.inf)
-    return score_BHTS.softmax(-1) @ v_BHSd
+    heads_BHTd = score_BHTS.softmax(-1) @ v_BHSd
+    return heads_BHTd if sink_H is None else heads_BHTd * beside_sink(score_BHTS.logsumexp(-1, keepdim=True), sink_H)
+
+
+def beside_sink(lse_BHT1: Tensor, sink_H: Tensor) -> Tensor:
+    """The share of attention that a sink leaves to the keys, ``[B, H, T, 1]``: ``Σ eˢ / (Σ eˢ + e^sink)``.
+
+    So a sink (gpt-oss, arXiv 2508.10925) is a factor on attention without one.
+
+    Args:
+        lse_BHT1: Log-sum-exps of the scores.
+        sink_H: The sinks.
+    """
+    return (lse_BHT1 - sink_H[:, None, None]).sigmoid()
 
 
 def gated(heads_BHTd: Tensor, x_BTD: Tensor, gate_HdD: Tensor | None) -> Tensor:
@@ -160,7 +182,7 @@ def grouped_attention(
     allowed_TS = causal_mask(x_BTD.shape[1], k_BGSd.shape[2], window=window, device=x_BTD.device)
     k_BHSd = k_BGSd.repeat_interleave(spec.group_size, dim=1)
     v_BHSd = v_BGSd.repeat_interleave(spec.group_size, dim=1)
-    heads_BHTd = attend(q_BHTd, k_BHSd, v_BHSd, allowed_TS, spec.softmax_scale, spec.softcap)
+    heads_BHTd = attend(q_BHTd, k_BHSd, v_BHSd, allowed_TS, spec.softmax_scale, spec.softcap, w.sink_H)
     heads_BHTd = gated(heads_BHTd, x_BTD, w.gate_HdD)
     y_BTD = torch.einsum("bhtd,Dhd->btD", heads_BHTd, w.o_DHd)
     return y_BTD if w.o_bias_D is None else y_BTD + w.o_bias_D

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from latentize.attention.cache import GrowingCache
 from latentize.attention.coding import RowCode
-from latentize.attention.grouped import attend, by_groups, capped, gated, head_norm
+from latentize.attention.grouped import attend, beside_sink, by_groups, capped, gated, head_norm
 from latentize.attention.masks import causal_mask
 from latentize.attention.projections import UpProjections
 from latentize.attention.rope import rope_angles, rotate_half
@@ -57,6 +57,8 @@ class LatentWeights:
         softmax_scale: Factor on the logits.
         q_nope_bias_HN, q_rope_bias_HR, k_rope_bias_PR, o_bias_D: Biases, or ``None``. The un-roped key and the
             latent need none: a constant key drops out of the softmax, a constant value is an output bias.
+        v_up_bias_UV: Of values, where there are sinks: what these take, a constant value is missing.
+        sink_H: Learnt logits that take a share of attention, or ``None``.
         q_norm_R, k_norm_R: Weights of an RMSNorm of each head, or of all heads together (``[H, R]`` and ``[P, R]``), or
             ``None``; where the whole head is roped. With ``q_HdD`` the first is of the whole queries, ``[d]`` or
             ``[H, d]``, and there is no second.
@@ -91,6 +93,8 @@ class LatentWeights:
     k_KeD: Tensor | None = None
     key_gain_K: Tensor | None = None
     gate_HVD: Tensor | None = None
+    v_up_bias_UV: Tensor | None = None
+    sink_H: Tensor | None = None
 
     @property
     def spec(self) -> LatentSpec:
@@ -114,16 +118,13 @@ class LatentWeights:
         return 0 if self.k_KeD is None else len(self.k_KeD)
 
     @property
-    def v_up_bias_UV(self) -> None:
-        return None
-
-    @property
     def requires_grad(self) -> bool:
         return self.k_up_UNr.requires_grad or self.v_up_UVr.requires_grad
 
     def up(self, c_B1Sr: Tensor) -> tuple[Tensor, Tensor]:
         """Un-roped keys ``[B, U, S, N]`` and values ``[B, U, S, V]`` of latents."""
-        return c_B1Sr @ self.k_up_UNr.mT, c_B1Sr @ self.v_up_UVr.mT
+        v_BUSV = c_B1Sr @ self.v_up_UVr.mT
+        return c_B1Sr @ self.k_up_UNr.mT, v_BUSV if self.v_up_bias_UV is None else v_BUSV + self.v_up_bias_UV[:, None]
 
     def to(self, dtype: torch.dtype) -> LatentWeights:
         """The same weights in another precision; frequencies stay as they are."""
@@ -222,7 +223,7 @@ def expanded_heads(
     """Heads ``[B, H, T, V]`` by ordinary attention over expanded keys and values."""
     k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w, q_nope_BHTN.shape[1])
     q_BHTd = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
-    return attend(q_BHTd, k_BHSd, v_BHSV, allowed, w.softmax_scale, w.softcap)
+    return attend(q_BHTd, k_BHSd, v_BHSV, allowed, w.softmax_scale, w.softcap, w.sink_H)
 
 
 def absorbed_heads(
@@ -245,9 +246,12 @@ def absorbed_heads(
     if factor_BKS is not None:
         score_BHTS = score_BHTS * factor_BKS.repeat_interleave(heads // w.key_scales, dim=1)[:, :, None]
     score_BHTS = capped(score_BHTS, w.softcap)
-    p_BHTS = score_BHTS.masked_fill(~allowed, -torch.inf).softmax(-1)
-    summed_BHTr = p_BHTS @ c_B1Sr
-    return by_groups(summed_BHTr, w.v_up_UVr.mT, w.v_up_bias_UV)
+    score_BHTS = score_BHTS.masked_fill(~allowed, -torch.inf)
+    summed_BHTr = score_BHTS.softmax(-1) @ c_B1Sr
+    heads_BHTV = by_groups(summed_BHTr, w.v_up_UVr.mT, w.v_up_bias_UV)
+    return (
+        heads_BHTV if w.sink_H is None else heads_BHTV * beside_sink(score_BHTS.logsumexp(-1, keepdim=True), w.sink_H)
+    )
 
 
 def output(heads_BHTV: Tensor, w: LatentWeights) -> Tensor:

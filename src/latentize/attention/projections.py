@@ -164,6 +164,8 @@ class UpProjections(Protocol):
     @property
     def key_scales(self) -> int: ...
     @property
+    def sink_H(self) -> Tensor | None: ...
+    @property
     def requires_grad(self) -> bool: ...
     def up(self, c_B1Sr: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -177,6 +179,7 @@ class Up:
         softmax_scale: Factor on the logits.
         softcap: What they are bent below; 0 is not at all.
         key_scales: How many factors of keys are cached behind the roped key.
+        sink_H: Logits that take a share of attention, or ``None``.
         v_up_bias_UV: Added to values; one of keys drops out of the softmax.
     """
 
@@ -186,6 +189,7 @@ class Up:
     softcap: float = 0.0
     v_up_bias_UV: Tensor | None = None
     key_scales: int = 0
+    sink_H: Tensor | None = None
 
     @property
     def requires_grad(self) -> bool:
@@ -204,7 +208,7 @@ class Called:
     Attributes:
         projection: From latents to ``U (N + V)`` features.
         sizes: ``r``, ``N`` and ``V``.
-        softmax_scale, softcap, key_scales: As of :class:`Up`.
+        softmax_scale, softcap, key_scales, sink_H: As of :class:`Up`.
         like: Has the precision and the device of latents.
     """
 
@@ -214,13 +218,15 @@ class Called:
     softcap: float
     like: Tensor
     key_scales: int = 0
+    sink_H: Tensor | None = None
     _up: Up | None = field(default=None, init=False)
 
     @property
     def _found(self) -> Up:
         if self._up is None:
             weight, bias = affine(self.projection, self.sizes[0], self.like)
-            self._up = _split(weight, bias, self.sizes, self.softmax_scale, self.softcap, self.key_scales)
+            more = (self.softmax_scale, self.softcap, self.key_scales, self.sink_H)
+            self._up = _split(weight, bias, self.sizes, *more)
         return self._up
 
     @property
@@ -254,11 +260,12 @@ def _split(
     softmax_scale: float,
     softcap: float,
     key_scales: int,
+    sink_H: Tensor | None,
 ) -> Up:
     _, nope, value = sizes
     k_up_UNr, v_up_UVr = weight.unflatten(0, (-1, nope + value)).split([nope, value], dim=1)
     bias_UV = None if bias is None else bias.unflatten(0, (-1, nope + value))[:, nope:]
-    return Up(k_up_UNr, v_up_UVr, softmax_scale, softcap, bias_UV, key_scales)
+    return Up(k_up_UNr, v_up_UVr, softmax_scale, softcap, bias_UV, key_scales, sink_H)
 
 
 def up_projections(
@@ -268,8 +275,9 @@ def up_projections(
     softcap: float,
     like: Tensor,
     key_scales: int = 0,
+    sink_H: Tensor | None = None,
 ) -> UpProjections:
     """Of a layer; arguments as of :class:`Called`."""
     if is_plain(projection):
-        return _split(projection.weight, projection.bias, sizes, softmax_scale, softcap, key_scales)
-    return Called(projection, sizes, softmax_scale, softcap, like, key_scales)
+        return _split(projection.weight, projection.bias, sizes, softmax_scale, softcap, key_scales, sink_H)
+    return Called(projection, sizes, softmax_scale, softcap, like, key_scales, sink_H)

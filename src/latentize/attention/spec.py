@@ -136,6 +136,7 @@ class AttentionSpec:
         softcap: Logits are ``softcap · tanh(logits / softcap)`` (Gemma 2); 0 is not at all.
         rotates: Whether queries and keys are rotated at all; in SmolLM3 every fourth layer does without (NoPE).
         gated: Whether what a head reads is multiplied by the sigmoid of a projection of the input (Qwen3-Next).
+        sinks: Whether each head has a learnt logit that takes a share of its attention, and gives nothing (gpt-oss).
     """
 
     hidden_size: int
@@ -152,6 +153,7 @@ class AttentionSpec:
     softcap: float = 0.0
     rotates: bool = True
     gated: bool = False
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         if self.softmax_scale == 0.0:

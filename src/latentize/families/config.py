@@ -329,4 +329,5 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         softmax_scale=(scale or head_dim**-0.5) * rope.attention_factor**2,
         softcap=float(feature.get("softcap") or 0.0),
         gated=bool(feature.get("gated")),
+        sinks=bool(feature.get("sinks")),
     )

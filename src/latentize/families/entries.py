@@ -62,7 +62,7 @@ def as_read(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
         for name, types in _OF_ALL.items():
             _check(name, config.get(name), types)
         for name in ("hidden_act", "hidden_activation"):
-            if name in table.fields and read[name] not in ACTIVATIONS:
+            if name in table.fields and name not in table.without_effect and read[name] not in ACTIVATIONS:
                 raise ConfigError(f"no activation is called {read[name]!r}", where=f"config.json, {name}")
     read |= {"model_type": table.model_type, "head_dim": _head_dim(table, config, read)}
     rule = table.attention.get("kv_heads")

@@ -88,8 +88,9 @@ class ModelSpec:
 
     @property
     def additive_masks(self) -> bool:
-        """Whether attention is written out in transformers, as no fused form bends logits; its masks are added."""
-        return "softcap" in self.table.attention
+        """Whether attention is written out in transformers, as no fused form bends logits or has sinks; its masks are
+        added."""
+        return "softcap" in self.table.attention or "sinks" in self.table.attention
 
     @property
     def frequencies(self) -> tuple[float, ...]:

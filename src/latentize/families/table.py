@@ -24,6 +24,7 @@ _ATTENTION_KEYS = {
     "qk_norm",
     "qk_norm_across",
     "gated",
+    "sinks",
     "sliding_window",
     "sliding_window_switch",
     "softmax_scale",
@@ -112,6 +113,7 @@ class Table:
         about: One line for users.
         fields: What a config of the family has, as transformers' class of it: name → type and default. Entries that are
             none of these are ignored.
+        without_effect: Those of the fields that the architecture does not depend on, whatever they are.
         config_defaults: Defaults of a family without ``fields``, all of whose entries are read.
         aliases: Other name that transformers takes for a field → the field.
         implied: The same for entries that older configs had, and transformers has a place of its own for now.
@@ -161,6 +163,7 @@ class Table:
     layer_tensors: Mapping[str, tuple[str, ...]]
     optional_layer_tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fields: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    without_effect: Sequence[str] = ()
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)

@@ -86,6 +86,8 @@ def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
         reasons.append("the attention has biases, DeepSeek's layout has none")
     if a.qk_norm and not setting.linear:
         reasons.append("queries and keys are normalised per head, which is not linear")
+    if a.sinks:
+        reasons.append("learnt sinks take a share of attention, DeepSeek's has none")
     if a.gated:
         reasons.append("what heads read is gated, DeepSeek's is not")
     if not a.rope.is_plain and setting.stride is None:

@@ -90,8 +90,8 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
     method = method_of(setting)
     split = method.split(w, spec, stats, setting)
     factors = method.compress(split.k_nope_CD, w.v_GdD.flatten(0, 1), stats, setting)
-    o_bias = w.o_bias_D
-    if w.v_bias_Gd is not None:
+    o_bias, v_bias = w.o_bias_D, w.v_bias_Gd if spec.sinks else None
+    if w.v_bias_Gd is not None and not spec.sinks:
         # Probabilities sum to one: a constant on the values is a constant on the output.
         v_bias_Hd = w.v_bias_Gd.repeat_interleave(spec.group_size, dim=0)
         constant = torch.einsum("DHd,Hd->D", w.o_DHd, v_bias_Hd)
@@ -115,6 +115,8 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
         norm_eps=spec.norm_eps,
         softcap=spec.softcap,
         gate_HVD=w.gate_HdD,
+        v_up_bias_UV=v_bias,
+        sink_H=w.sink_H,
     )
     if setting.key_scales:
         weights = with_norms(weights, source, w, spec)

@@ -91,7 +91,7 @@ def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights
         # On a CPU, where it need not have full rank: heads may be zero.
         made_E = torch.linalg.lstsq(o_DGd.flatten(1).cpu(), w.o_bias_D[:, None].cpu()).solution[:, 0]
         v = v + constant(made_E.to(v.device).view_as(v[..., 0]))
-    return AttentionWeights(q, k, v, w.o_DHd, gate_HdD=w.gate_HdD)
+    return AttentionWeights(q, k, v, w.o_DHd, gate_HdD=w.gate_HdD, sink_H=w.sink_H)
 
 
 def best_factors(w_hdD: Tensor, cross_hdD: Tensor, stats: CalibrationStats) -> Tensor:

@@ -38,12 +38,13 @@ class LatentAttention(nn.Module):
     Args:
         spec: Its sizes.
         layer_idx: Which layer of the cache is its own.
-        q_bias, k_rope_bias, o_bias: Which projections have a bias.
+        q_bias, k_rope_bias, v_bias, o_bias: Which projections have a bias.
         qk_norm: Per-head RMSNorm of queries and keys. Of the roped ones where the whole head is; else ``spec`` has
             ``key_scales``.
         qk_norm_across: Whether that is one norm over all heads.
         head_dim, key_dim: Sizes of what is normalised, queries and keys, where the spec has ``key_scales``.
         gated: Whether what heads read is multiplied by the sigmoid of a projection of the input.
+        sinks: Whether learnt logits take a share of attention.
         norm_eps: Epsilon of that norm.
         frequency_table: Radians per position that ``rope_pairs`` chooses from.
         row_code: What :meth:`RowCode.describe` says of how rows are stored, where they are coded.
@@ -68,12 +69,14 @@ class LatentAttention(nn.Module):
         *,
         q_bias: bool = False,
         k_rope_bias: bool = False,
+        v_bias: bool = False,
         o_bias: bool = False,
         qk_norm: bool = False,
         qk_norm_across: bool = False,
         head_dim: int = 0,
         key_dim: int = 0,
         gated: bool = False,
+        sinks: bool = False,
         norm_eps: float = 1e-6,
         frequency_table: tuple[float, ...] = (),
         row_code: dict[str, Any] | None = None,
@@ -86,7 +89,7 @@ class LatentAttention(nn.Module):
         self.q_proj = nn.Linear(s.hidden_size, s.num_heads * self.head_dim, bias=q_bias)
         self.kv_a_proj = nn.Linear(s.hidden_size, s.kv_lora_rank, bias=False)
         self.k_rope_proj = nn.Linear(s.hidden_size, s.rope_heads * s.qk_rope_head_dim, bias=k_rope_bias)
-        self.kv_b_proj = nn.Linear(s.kv_lora_rank, s.up_heads * (s.qk_nope_head_dim + s.v_head_dim), bias=False)
+        self.kv_b_proj = nn.Linear(s.kv_lora_rank, s.up_heads * (s.qk_nope_head_dim + s.v_head_dim), bias=v_bias)
         self.o_proj = nn.Linear(s.num_heads * s.v_head_dim, s.hidden_size, bias=o_bias)
         self.qk_norm_across = qk_norm_across
         # Vectors, also where there is a row for each head: an optimiser of matrices should not take them for one.
@@ -100,6 +103,7 @@ class LatentAttention(nn.Module):
             self.q_maps = nn.Parameter(torch.zeros(s.num_heads * s.qk_head_dim, head_dim))
             self.key_gain = nn.Parameter(torch.ones(s.key_scales))
         self.gate_proj = nn.Linear(s.hidden_size, s.num_heads * s.v_head_dim, bias=False) if gated else None
+        self.sinks = nn.Parameter(torch.zeros(s.num_heads)) if sinks else None
         # An integer choice, not floats: loading in bf16 must not round a frequency.
         pairs = torch.zeros(s.rope_heads, s.qk_rope_head_dim // 2, dtype=torch.int32)
         self.register_buffer("rope_pairs", pairs)
@@ -130,12 +134,14 @@ class LatentAttention(nn.Module):
                 layer_idx,
                 q_bias=w.q_rope_bias_HR is not None,
                 k_rope_bias=w.k_rope_bias_PR is not None,
+                v_bias=w.v_up_bias_UV is not None,
                 o_bias=w.o_bias_D is not None,
                 qk_norm=w.q_norm_R is not None,
                 qk_norm_across=w.q_norm_R is not None and w.q_norm_R.ndim == 2,
                 head_dim=0 if w.q_HdD is None else w.q_HdD.shape[1],
                 key_dim=0 if w.k_KeD is None else w.k_KeD.shape[1],
                 gated=w.gate_HVD is not None,
+                sinks=w.sink_H is not None,
                 norm_eps=w.norm_eps,
                 frequency_table=table,
                 row_code=None if w.code is None else w.code.describe(),
@@ -170,7 +176,9 @@ class LatentAttention(nn.Module):
         k_rope, k_bias = affine(self.k_rope_proj, s.hidden_size)
         o, o_bias = affine(self.o_proj, s.num_heads * s.v_head_dim)
         q_HdD, q_bias_Hd = q.unflatten(0, heads), None if q_bias is None else q_bias.unflatten(0, heads)
-        kv_b_Udr = matrix(self.kv_b_proj, s.kv_lora_rank).unflatten(0, (s.up_heads, nope + s.v_head_dim))
+        kv_b, kv_b_bias = affine(self.kv_b_proj, s.kv_lora_rank)
+        kv_b_Udr = kv_b.unflatten(0, (s.up_heads, nope + s.v_head_dim))
+        v_bias = None if kv_b_bias is None else kv_b_bias.unflatten(0, (s.up_heads, nope + s.v_head_dim))[:, nope:]
         own_HdD, k_KeD = None, None
         if self.k_norm_proj is not None and self.q_maps is not None:
             own_HdD, q_HdD = q_HdD, self.q_maps.unflatten(0, (s.num_heads, s.qk_head_dim))
@@ -199,6 +207,8 @@ class LatentAttention(nn.Module):
             k_KeD=k_KeD,
             key_gain_K=self.key_gain,
             gate_HVD=None if gate is None else gate.unflatten(0, (s.num_heads, s.v_head_dim)),
+            v_up_bias_UV=v_bias,
+            sink_H=self.sinks,
         )
 
     def _norm(self, weight: Tensor | None) -> Tensor | None:
@@ -273,7 +283,7 @@ class LatentAttention(nn.Module):
             k_rope = torch.cat([k_rope, key_factors(k_BTKe, self.key_gain, self.norm_eps).to(k_rope.dtype)], dim=-1)
         c = self.kv_a_proj(hidden_states)[:, None]
         sizes = (s.kv_lora_rank, s.qk_nope_head_dim, s.v_head_dim)
-        up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c, s.key_scales)
+        up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c, s.key_scales, self.sinks)
         if cache is not None:
             check_cache(cache, self.layer_idx, c, k_rope)
         rounding, past = self.code() if self.watch is None else self.watch, 0
@@ -322,7 +332,7 @@ class LatentAttention(nn.Module):
             factors = torch.cat([factors[:, :, :stored], factors[:, :, count - near :]], dim=2)
             k_rope = torch.cat([k_rope, factors], dim=-1)
         if rounding.newest and tokens > 1:
-            if mask is None and not up.softcap:
+            if mask is None and not up.softcap and up.sink_H is None:
                 k_BHSd, v_BHSV = expand(c, k_rope, up, queries[0].shape[1])
                 return newest_blocks(
                     torch.cat(queries, dim=-1), k_BHSd, v_BHSV, stored, rounding.newest, up.softmax_scale
@@ -410,11 +420,15 @@ def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str
         "o_proj.weight": w.o_DHV.flatten(1),
         "k_rope_proj.bias": None if w.k_rope_bias_PR is None else w.k_rope_bias_PR.flatten(),
         "o_proj.bias": w.o_bias_D,
+        "sinks": w.sink_H,
         "gate_proj.weight": None if w.gate_HVD is None else w.gate_HVD.flatten(0, 1),
         "q_norm": None if w.q_norm_R is None else w.q_norm_R.flatten(),
         "k_norm": None if w.k_norm_R is None else w.k_norm_R.flatten(),
         "rope_pairs": gap_PFf.argmin(-1).to(torch.int32),
     }
+    if w.v_up_bias_UV is not None:
+        none_UN = w.v_up_bias_UV.new_zeros(w.k_up_UNr.shape[:2])
+        tensors["kv_b_proj.bias"] = torch.cat([none_UN, w.v_up_bias_UV], dim=1).flatten()
     if w.q_HdD is not None and w.k_KeD is not None:
         tensors |= {"q_maps": tensors["q_proj.weight"], "q_proj.weight": w.q_HdD.flatten(0, 1)}
         tensors |= {"k_norm_proj.weight": w.k_KeD.flatten(0, 1), "key_gain": w.key_gain_K}

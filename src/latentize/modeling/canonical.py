@@ -94,6 +94,7 @@ def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Attenti
         q_norm_d=norm("q_norm.weight"),
         k_norm_d=norm("k_norm.weight"),
         gate_HdD=gate,
+        sink_H=tensors[f"{spec.module('attention')}.sinks"] if a.sinks else None,
     )
     return without_unread(stored)
 

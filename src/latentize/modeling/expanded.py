@@ -37,6 +37,8 @@ def attend_expanded(
     """
     q_BHTd = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1)
     k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, w, q_nope_BHTN.shape[1])
+    if w.sink_H is not None:
+        q_BHTd, k_BHSd, v_BHSV, mask = _with_sink(q_BHTd, k_BHSd, v_BHSV, mask, w.sink_H / w.softmax_scale)
     if w.softcap:
         return _capped_blocks(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale, w.softcap, mask)
     if mask is None and q_BHTd.dtype == k_BHSd.dtype and suit_blocks(q_BHTd, k_BHSd.shape[2]):
@@ -45,6 +47,22 @@ def attend_expanded(
         tokens, keys = q_BHTd.shape[2], k_BHSd.shape[2]
         mask = causal_mask(tokens, keys, device=q_BHTd.device)
     return padded_attention(q_BHTd, k_BHSd, v_BHSV, w.softmax_scale, mask)
+
+
+def _with_sink(
+    q_BHTd: Tensor, k_BHSd: Tensor, v_BHSV: Tensor, mask: Tensor | None, sink_H: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The same with a first key that all queries see: its product is the sink, its value is nothing."""
+    k_BH1d = k_BHSd.new_zeros(*k_BHSd.shape[:2], 1, k_BHSd.shape[3])
+    k_BHSd = torch.cat([k_BH1d, k_BHSd], dim=2)
+    sinks_BHS1 = torch.nn.functional.pad(sink_H[:, None, None], (0, 0, 0, k_BHSd.shape[2] - 1)).to(k_BHSd.dtype)
+    k_BHSd = torch.cat([k_BHSd, sinks_BHS1.expand(len(k_BHSd), -1, -1, -1)], dim=-1)
+    q_BHTd = torch.cat([q_BHTd, torch.ones_like(q_BHTd[..., :1])], dim=-1)
+    v_BHSV = torch.cat([torch.zeros_like(v_BHSV[:, :, :1]), v_BHSV], dim=2)
+    if mask is not None:
+        seen = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
+        mask = torch.cat([seen.expand(*mask.shape[:-1], 1), mask], dim=-1)
+    return q_BHTd, k_BHSd, v_BHSV, mask
 
 
 def _capped_blocks(

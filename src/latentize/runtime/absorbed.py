@@ -172,7 +172,7 @@ def attend_rows(
     size: int | None = None,
     key_scales: int = 0,
     fused: bool | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Absorbed attention over a cache.
 
     Args:
@@ -185,7 +185,7 @@ def attend_rows(
         fused: Use the fused operator; by default where there is one for the tensors. It knows of no factors.
 
     Returns:
-        ``[B, H, T, size]``.
+        Sums ``[B, H, T, size]``, and log-sum-exps of the logits ``[B, H, T]``.
     """
     heads, tokens = q_BHTd.shape[1:3]
     q_BQd = q_BHTd.flatten(1, 2)
@@ -203,7 +203,8 @@ def attend_rows(
             parts += _split(q_BQd, rows_Bsd, scale, mask_BQs, size)
         else:
             parts.append(attend_block(q_BQd, rows_Bsd, scale, mask_BQs, size=size, key_scales=key_scales))
-    return merge(parts)[0].unflatten(1, (heads, tokens))
+    summed_BQd, lse_BQ = merge(parts)
+    return summed_BQd.unflatten(1, (heads, tokens)), lse_BQ.unflatten(1, (heads, tokens))
 
 
 def _split(

@@ -86,8 +86,8 @@ class Backend:
         rows: CachedRows,
         scale: float,
         mask_BhTS: Tensor | None,
-    ) -> Tensor | None:
-        """Sums of latents by the kernels, ``[B, H, T, r]``, or ``None``: the twin's turn.
+    ) -> tuple[Tensor, Tensor] | None:
+        """Sums of latents ``[B, H, T, r]`` and log-sum-exps ``[B, H, T]`` by the kernels; ``None`` is the twin's turn.
 
         Args:
             q_BHTr, q_rope_BHTR: Absorbed queries, in the basis that latents are stored in, and roped ones.
@@ -106,7 +106,7 @@ class Backend:
                 why = f"rows in {', '.join(sorted(unknown))}"
             elif self.name == "triton" or works(*call[:3], **options):
                 decode = coded_decode if "means" in options else absorbed_decode
-                made = decode(*call, **options)[0]
+                made = decode(*call, **options)
             else:
                 why = "the kernel failed its trial on this device"
         if not torch.compiler.is_compiling():

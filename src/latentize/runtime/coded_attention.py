@@ -33,9 +33,12 @@ def attend_codes(
     *,
     means: Means,
     mask_BTS: Tensor | None = None,
-) -> Tensor:
-    """Sums of latents, ``[B, H, 1, r]``; the arguments are those of ``kernels.launch.coded_decode``, but ``q_BHTr`` is
-    ``None`` where all of every key is roped."""
+) -> tuple[Tensor, Tensor]:
+    """Sums of latents, ``[B, H, 1, r]``, and log-sum-exps, ``[B, H, 1]``.
+
+    The arguments are those of ``kernels.launch.coded_decode``, but ``q_BHTr`` is ``None`` where all of every key is
+    roped.
+    """
     dtype = q_rope_BHTR.dtype
     if dtype != torch.bfloat16 or not multiplies_bfloat16(q_rope_BHTR.device.type):
         dtype = torch.promote_types(dtype, torch.float32)
@@ -56,7 +59,8 @@ def attend_codes(
             start = stop
     if apart:
         found.append(_plain(q_BHr, q_rope_BHm, apart, means))
-    return merge(found)[0][:, :, None].to(q_rope_BHTR.dtype)
+    summed_BHr, lse_BH = merge(found)
+    return summed_BHr[:, :, None].to(q_rope_BHTR.dtype), lse_BH[..., None]
 
 
 def _numbers(part: Part, device: torch.device) -> Tensor:

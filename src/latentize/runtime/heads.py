@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentize.attention.grouped import by_groups
+from latentize.attention.grouped import beside_sink, by_groups
 from latentize.attention.latent import expand
 from latentize.attention.masks import causal_mask
 from latentize.attention.projections import Up, UpProjections
+from latentize.modeling.expanded import attend_expanded
 from latentize.runtime.absorbed import additive, attend_rows, fused_attention, has_fused, merge
 from latentize.runtime.backends import TORCH, Backend, refusal
 from latentize.runtime.coded_attention import attend_codes
@@ -69,22 +70,29 @@ def decode(
     else:
         q_latent_BHTr = q_nope_BHTN.new_zeros(*q_nope_BHTN.shape[:-1], up.k_up_UNr.shape[2])
     q_rope_BHTR = rows.queries(q_rope_BHTR)
-    summed_BHTr = backend.attend(q_latent_BHTr, q_rope_BHTR, rows, up.softmax_scale, mask)
-    if summed_BHTr is None and rows.coded and refusal(q_latent_BHTr, q_rope_BHTR, rows, mask) is None:
+    found = backend.attend(q_latent_BHTr, q_rope_BHTR, rows, up.softmax_scale, mask)
+    if found is None and rows.coded and refusal(q_latent_BHTr, q_rope_BHTR, rows, mask) is None:
         parts, lengths_B, options = rows.storage(q_rope_BHTR)
         mask_BTS = None if mask is None else mask[:, 0]
         q_codes_BHTr = q_latent_BHTr if unroped else None
-        summed_BHTr = attend_codes(
+        found = attend_codes(
             q_codes_BHTr, q_rope_BHTR, parts, lengths_B, up.softmax_scale, mask_BTS=mask_BTS, **options
         )
-    if summed_BHTr is None:
+    if found is None:
         size, factors, mask = up.k_up_UNr.shape[2], rows.key_scales, _seen(rows, mask, q_nope_BHTN)
         # Factors are no part of a product.
         q_BHTd = F.pad(torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), (0, factors))
-        summed_BHTr = attend_rows(q_BHTd, rows.blocks(), up.softmax_scale, mask, size=size, key_scales=factors)
+        found = attend_rows(q_BHTd, rows.blocks(), up.softmax_scale, mask, size=size, key_scales=factors)
+    summed_BHTr, lse_BHT = found
     if turn_rr is not None:
         summed_BHTr = summed_BHTr @ turn_rr.mT
-    return by_groups(summed_BHTr, up.v_up_UVr.mT, up.v_up_bias_UV)
+    return _beside_sink(by_groups(summed_BHTr, up.v_up_UVr.mT, up.v_up_bias_UV), lse_BHT, up)
+
+
+def _beside_sink(heads_BHTV: Tensor, lse_BHT: Tensor, up: UpProjections) -> Tensor:
+    if up.sink_H is None:
+        return heads_BHTV
+    return heads_BHTV * beside_sink(lse_BHT[..., None], up.sink_H).to(heads_BHTV.dtype)
 
 
 def prefill(
@@ -95,7 +103,10 @@ def prefill(
     q_BHTd, length = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1), c_B1Sr.shape[2]
     new = q_BHTd.shape[2]
     learns = torch.is_grad_enabled() and (q_BHTd.requires_grad or c_B1Sr.requires_grad or up.requires_grad)
-    if q_BHTd.device.type != "cpu" or learns or not has_fused():
+    plain = q_BHTd.device.type != "cpu" or learns or not has_fused()
+    if plain and up.sink_H is not None:
+        return attend_expanded(q_nope_BHTN, q_rope_BHTR, c_B1Sr, k_rope_BPSR, up, mask)
+    if plain:
         k_BHSd, v_BHSV = expand(c_B1Sr, k_rope_BPSR, up, q_BHTd.shape[1])
         if mask is None and new < length:
             mask = causal_mask(new, length, device=q_BHTd.device)
@@ -113,7 +124,7 @@ def prefill(
     if mask is None:
         k_BHTd, v_BHTV = expand(c_B1Sr[:, :, past:], k_rope_BPSR[:, :, past:], up, q_BHTd.shape[1])
         parts.append(_fused(q_BHTd, k_BHTd, v_BHTV, up.softmax_scale, None, causal=True))
-    return merge(parts)[0]
+    return _beside_sink(*merge(parts), up)
 
 
 def _fused(

@@ -86,9 +86,8 @@ def solved_tokens(how: Schedule) -> int:
 def expand_heads(w: LatentWeights) -> LatentWeights:
     """Every head its own up-projections, as formats that do not share them store it; refinement may part them."""
     share = w.q_nope_HND.shape[0] // w.k_up_UNr.shape[0]
-    return replace(
-        w, k_up_UNr=w.k_up_UNr.repeat_interleave(share, dim=0), v_up_UVr=w.v_up_UVr.repeat_interleave(share, dim=0)
-    )
+    shared = {"k_up_UNr": w.k_up_UNr, "v_up_UVr": w.v_up_UVr, "v_up_bias_UV": w.v_up_bias_UV}
+    return replace(w, **{name: t.repeat_interleave(share, dim=0) for name, t in shared.items() if t is not None})
 
 
 def trainable(w: LatentWeights) -> LatentAttention:

@@ -92,9 +92,10 @@ def test_tensor_shapes_are_the_models_own(family: str, switch: dict[str, Any], k
 def test_features_of_each_family(family: str) -> None:
     table = families()[family]
     attention = model_spec(entries(family, **{table.norm_eps: 1e-4})).attention
-    biased = ("glm", "glm4", "glm4_moe", "gpt_neox", "qwen2", "seed_oss", "stablelm", "starcoder2")
+    biased = ("glm", "glm4", "glm4_moe", "gpt_neox", "gpt_oss", "qwen2", "seed_oss", "stablelm", "starcoder2")
     assert attention.qkv_bias == (family in biased)
-    assert attention.o_bias == (family in ("gpt_neox", "seed_oss", "starcoder2"))
+    assert attention.o_bias == (family in ("gpt_neox", "gpt_oss", "seed_oss", "starcoder2"))
+    assert attention.sinks == (family == "gpt_oss")
     across = family in ("olmo2", "olmo3", "olmoe")
     gated = ("qwen3_5_text", "qwen3_next")
     normed = ("apertus", "exaone4", "gemma3_text", "glm4_moe", "lfm2", "qwen3", "qwen3_moe", *gated)
@@ -111,6 +112,7 @@ HYBRID = {
     "exaone4": "sliding_attention",
     "gemma2": "sliding_attention",
     "gemma3_text": "sliding_attention",
+    "gpt_oss": "sliding_attention",
     "olmo3": "sliding_attention",
     "lfm2": "conv",
     "qwen3_5_text": "linear_attention",
@@ -133,7 +135,18 @@ def test_layers_that_stay(family: str) -> None:
     )
 
 
-_KINDS = ["exaone4", "gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "qwen3_5_text", "qwen3_next", "smollm3"]
+_KINDS = [
+    "exaone4",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "olmo3",
+    "qwen2",
+    "qwen3",
+    "qwen3_5_text",
+    "qwen3_next",
+    "smollm3",
+]
 
 
 @pytest.mark.parametrize("family", _KINDS)

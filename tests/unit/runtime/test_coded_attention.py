@@ -29,10 +29,11 @@ def test_as_its_twin_over_random_plans(dtype: str, monkeypatch: pytest.MonkeyPat
         made = coded_configuration() | {"dtype": dtype}
         call, options = coded_call(made)
         monkeypatch.setattr(coded_attention, "BLOCK_OF_CODES", random.choice([7, 16, BLOCK_OF_CODES]))
-        got_BHTr = attend_codes(*call, **options)
+        got_BHTr, got_lse_BHT = attend_codes(*call, **options)
         want_BHTr, lse_BHT = coded_decode_reference(*call, **options)
         blind_BHT = lse_BHT == -torch.inf
         assert got_BHTr.dtype == getattr(torch, dtype) and not got_BHTr[blind_BHT].any(), made
+        torch.testing.assert_close(got_lse_BHT.double(), lse_BHT, atol=LIMITS[dtype], rtol=LIMITS[dtype])
         error_BHT = (got_BHTr.double() - want_BHTr).abs().amax(-1) / want_BHTr.abs().amax(-1)
         assert bool((error_BHT[~blind_BHT] <= LIMITS[dtype]).all()), made
         seen += int((~blind_BHT).sum())

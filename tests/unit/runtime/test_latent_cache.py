@@ -36,6 +36,7 @@ def weights(
     V: int = 3,
     D: int = 12,
     K: int = 0,
+    sinks: bool = False,
 ):
     g, d = torch.Generator().manual_seed(seed), 7 if K else D
 
@@ -44,6 +45,8 @@ def weights(
 
     shapes = [(H, N, d), (H, R, d), (r, D), (P, R, D), (U, N, r), (U, V, r), (D, H, V)]
     w = LatentWeights(*(random(*shape) for shape in shapes), torch.rand(P, R // 2, generator=g), (N + R) ** -0.5)
+    if sinks:
+        w = replace(w, sink_H=torch.randn(H, generator=g), v_up_bias_UV=random(U, V))
     if not K:
         return w
     own = {"q_HdD": random(H, d, D), "q_norm_R": torch.rand(d, generator=g), "k_KeD": random(K, d, D)}
@@ -59,7 +62,8 @@ def layer(
 
 
 def up(w: LatentWeights) -> Up:
-    return Up(w.k_up_UNr, w.v_up_UVr, w.softmax_scale, key_scales=w.key_scales)
+    more = {"v_up_bias_UV": w.v_up_bias_UV, "key_scales": w.key_scales, "sink_H": w.sink_H}
+    return Up(w.k_up_UNr, w.v_up_UVr, w.softmax_scale, **more)
 
 
 @settings(deadline=None, max_examples=60)
@@ -76,12 +80,23 @@ def up(w: LatentWeights) -> Up:
     formats=st.tuples(st.sampled_from([None, *FORMATS]), st.sampled_from([None, *FORMATS])),
     residual=st.sampled_from([0, 1, 7]),
     padded=st.booleans(),
+    sinks=st.booleans(),
 )
 def test_heads_over_a_cache_against_the_reference(
-    seed: int, B: int, past: int, new: int, shape: tuple, r: int, R: int, formats: tuple, residual: int, padded: bool
+    seed: int,
+    B: int,
+    past: int,
+    new: int,
+    shape: tuple,
+    r: int,
+    R: int,
+    formats: tuple,
+    residual: int,
+    padded: bool,
+    sinks: bool,
 ) -> None:
     H, U, P, K = shape
-    w = weights(seed, H=H, U=U, P=P, r=r, R=R, K=K)
+    w = weights(seed, H=H, U=U, P=P, r=r, R=R, K=K, sinks=sinks)
     x = torch.randn(B, past + new, 12, generator=torch.Generator().manual_seed(seed))
     at = torch.arange(past + new)[None]
     c, k_rope = cache_rows(x, w, at)
@@ -152,10 +167,11 @@ def test_blocks_merge_to_the_whole(sizes: list[int], hidden: int, seed: int) -> 
 def test_long_caches_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SPLIT", 16)
     q, rows = torch.randn(1, 4, 1, 10), torch.randn(1, 16 * 5 + 3, 10)
-    expected = attend_rows(q, [rows], 0.5, fused=False)
-    assert relative_error(attend_rows(q, [rows], 0.5, fused=True), expected) <= FP32
+    expected, expected_lse = attend_rows(q, [rows], 0.5, fused=False)
+    made, lse = attend_rows(q, [rows], 0.5, fused=True)
+    assert relative_error(made, expected) <= FP32 and relative_error(lse, expected_lse) <= FP32
     for fused in (True, False):
-        some = attend_rows(q, [rows], 0.5, size=3, fused=fused)
+        some, _ = attend_rows(q, [rows], 0.5, size=3, fused=fused)
         assert relative_error(some, expected[..., :3]) <= FP32
 
 
