@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "gptq", "unpacked"]
+__all__ = ["awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "gptq", "mxfp4", "unpacked"]
 
 # Where AWQ puts every value of a word of eight (``awq/utils/packing_utils.py``).
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -51,6 +51,23 @@ def _by_rows(values_oi: Tensor, scale_ni: Tensor, block: tuple[int, int] | None)
     for rows_bi, own_i in zip(values_oi.split(size), scale_ni, strict=True):
         rows_bi.mul_(own_i)
     return values_oi
+
+
+def mxfp4(blocks_eogb: Tensor, scales_eog: Tensor) -> Tensor:
+    """``[e, i, o]``: experts of gpt-oss (OCP Microscaling Formats 1.0, section 5), as transformers has them.
+
+    Args:
+        blocks_eogb: Bytes, the value of even number in the low half: a sign, two bits of exponent, one of mantissa.
+        scales_eog: Exponents of two, 127 more than they are.
+    """
+    sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat([sizes, -sizes])
+    made = []
+    for blocks_ogb, scales_og in zip(blocks_eogb, scales_eog, strict=True):
+        halves_ogb2 = torch.stack([blocks_ogb & 15, blocks_ogb >> 4], dim=-1)
+        steps_ogn = values[halves_ogb2.int()].flatten(-2)
+        made.append(torch.ldexp(steps_ogn, scales_og.int()[..., None] - 127).flatten(-2).T)
+    return torch.stack(made)
 
 
 def unpacked(words_nm: Tensor, bits: int) -> Tensor:

@@ -8,7 +8,6 @@ points) is one tensor here, in float32. What only activations or caches are scal
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,16 +184,13 @@ class QuantisedCheckpoint(Checkpoint):
 
 def _grouped(names: Sequence[str], scheme: Scheme) -> dict[str, dict[str, str]]:
     """Tensors of the model by name, and what each is made of, as :class:`_Weight` has it."""
-    lasts = sorted({"weight", *scheme.marks, *scheme.parts}, key=len, reverse=True)
-    ending = re.compile(rf"\.({'|'.join(map(re.escape, lasts))})$")
-    split = {name: ending.search(name) for name in names}
-    quantised = {name[: found.start()] for name, found in split.items() if found and found[1] in scheme.marks}
+    split = {name: scheme.split(name) for name in names}
+    quantised = {found[0] for found in split.values() if found and found[1] in scheme.marks}
     grouped: dict[str, dict[str, str]] = {}
     for name in names:
         found = split[name]
-        module = name[: found.start()] if found else ""
-        if found and module in quantised:
-            grouped.setdefault(f"{module}.weight", {})[found[1]] = name
+        if found and found[0] in quantised:
+            grouped.setdefault(found[0], {})[found[1]] = name
         elif name.rpartition(".")[2] not in _NO_WEIGHTS:
             grouped[name] = {_ITSELF: name}
     return grouped

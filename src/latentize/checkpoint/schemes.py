@@ -35,6 +35,15 @@ class Scheme(ABC):
     def __init__(self, entries: Mapping[str, Any], where: str) -> None:
         self.entries, self.where = entries, where
 
+    def split(self, name: str) -> tuple[str, str] | None:
+        """Which weight a stored tensor may be a part of, and which part; ``None`` for what is none."""
+        lasts = {"weight", *self.marks, *self.parts}
+        found = [last for last in lasts if name.endswith("." + last)]
+        if not found:
+            return None
+        part = max(found, key=len)
+        return name.removesuffix(part) + "weight", part
+
     @abstractmethod
     def kind(self) -> str:
         """What weights were quantised to, for people."""
@@ -236,6 +245,28 @@ class CompressedTensors(Scheme):
         return self._package()
 
 
+class Mxfp4(Scheme):
+    """gpt-oss's experts: two values of four bits a byte, and an exponent for each 32 of them."""
+
+    marks = ("blocks", "scales")
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        weight, _, part = name.rpartition("_")
+        return (weight, part) if part in self.marks else None
+
+    def kind(self) -> str:
+        return "MXFP4"
+
+    def shape(self, shapes: Shapes, load: Any) -> tuple[int, ...]:
+        *experts, outputs, groups, width = shapes["blocks"]
+        return *experts, 2 * groups * width, outputs
+
+    def restored(self, parts: Mapping[str, Any], module: str) -> Any:
+        from latentize.checkpoint.dequantise import mxfp4
+
+        return mxfp4(parts["blocks"], parts["scales"])
+
+
 # By ``quant_method``.
 SCHEMES: dict[str, type[Scheme]] = {
     "fp8": Fp8,
@@ -244,4 +275,5 @@ SCHEMES: dict[str, type[Scheme]] = {
     "awq": Awq,
     "bitsandbytes": BitsAndBytes,
     "compressed-tensors": CompressedTensors,
+    "mxfp4": Mxfp4,
 }

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.common import pico
+from tests.common import SMALL, pico, text_file
 from tests.quantised import FORMATS, quantised
+from torch import Tensor
 
+import latentize
 from latentize.checkpoint import open_checkpoint
 from latentize.checkpoint.dequantise import bitsandbytes_4bit, bitsandbytes_8bit, fp8, unpacked
 from latentize.errors import CheckpointError, ConfigError, LatentizeError
@@ -24,6 +26,41 @@ BITSANDBYTES = Path(__file__).resolve().parents[2] / "data" / "bitsandbytes.safe
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pico(tmp_path_factory.mktemp("source"))
+
+
+def mxfp4_experts(folder: Path) -> dict[str, Tensor]:
+    """A gpt-oss picomodel with experts as they are published; what these are then, as transformers has it."""
+    from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+
+    tensors = load_file(folder / "model.safetensors")
+    generator, expected = torch.Generator().manual_seed(0), {}
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(118, 126, (experts, outputs, inputs // 32), generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        expected[name] = _convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16).float()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    entries = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": entries}))
+    return expected
+
+
+def test_experts_of_gpt_oss(tmp_path: Path) -> None:
+    """Bit by bit what transformers makes of them; and a conversion runs with them."""
+    folder = pico(tmp_path, "gpt_oss", stored=torch.bfloat16)
+    expected = mxfp4_experts(folder)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.quantization is not None and checkpoint.quantization["file_type"] == "MXFP4"
+    assert checkpoint.quantization["tensors"]["quantised"] == len(expected) == 4
+    for name, tensor in expected.items():
+        assert checkpoint.shape(name) == tuple(tensor.shape)
+        assert torch.equal(checkpoint.load(name), tensor), name
+    report = latentize.convert(folder, tmp_path / "out", keep="50%", data=(text_file(tmp_path),), **SMALL)
+    assert any("MXFP4" in note for note in report["notes"])
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[f"source.{name}"].float(), tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("name", FORMATS)
