@@ -27,6 +27,7 @@ __all__ = [
     "capped",
     "gated",
     "grouped_attention",
+    "grown",
     "head_norm",
     "queries_keys",
     "rms_norm",
@@ -140,6 +141,14 @@ def beside_sink(lse_BHT1: Tensor, sink_H: Tensor) -> Tensor:
     return (lse_BHT1 - sink_H[:, None, None]).sigmoid()
 
 
+def grown(q_BHTd: Tensor, positions_BT: Tensor, growth: float, length: float) -> Tensor:
+    """Queries times ``1 + β log(1 + ⌊t / L⌋)`` at position ``t``: attention stays sharp in long texts (Llama 4)."""
+    if not growth:
+        return q_BHTd
+    factor_BT = 1 + growth * torch.log1p((positions_BT / length).floor())
+    return q_BHTd * factor_BT[:, None, :, None].to(q_BHTd.dtype)
+
+
 def gated(heads_BHTd: Tensor, x_BTD: Tensor, gate_HdD: Tensor | None) -> Tensor:
     """What heads read, times the sigmoid of a gate, if there is one (Qiu et al., arXiv 2505.06708)."""
     return heads_BHTd if gate_HdD is None else heads_BHTd * _project(x_BTD, gate_HdD, None).sigmoid()
@@ -177,6 +186,7 @@ def grouped_attention(
     frequencies = torch.tensor([spec.frequencies], device=x_BTD.device, dtype=torch.float64)
     cos, sin = rope_angles(frequencies, positions_BT)
     q_BHTd, k_BGSd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
+    q_BHTd = grown(q_BHTd, positions_BT, spec.growth, spec.growth_length)
     if cache is not None:
         k_BGSd, v_BGSd = cache.update(k_BGSd, v_BGSd, layer_idx)
     allowed_TS = causal_mask(x_BTD.shape[1], k_BGSd.shape[2], window=window, device=x_BTD.device)

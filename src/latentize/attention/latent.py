@@ -22,7 +22,7 @@ from torch import Tensor
 
 from latentize.attention.cache import GrowingCache
 from latentize.attention.coding import RowCode
-from latentize.attention.grouped import attend, beside_sink, by_groups, capped, gated, head_norm
+from latentize.attention.grouped import attend, beside_sink, by_groups, capped, gated, grown, head_norm
 from latentize.attention.masks import causal_mask
 from latentize.attention.projections import UpProjections
 from latentize.attention.rope import rope_angles, rotate_half
@@ -64,6 +64,7 @@ class LatentWeights:
             ``[H, d]``, and there is no second.
         norm_eps: Epsilon of that norm.
         softcap: Logits are ``softcap · tanh(logits / softcap)``; 0 is not at all.
+        growth, growth_length: As of :class:`AttentionSpec`.
         code: How cached rows are rounded, or ``None``; not trained.
         q_HdD: Queries before their norm, where norms are kept beside a compressed key. Un-roped and roped part are then
             made from normalised queries: ``q_nope_HNd`` and ``q_rope_HRd``.
@@ -88,6 +89,8 @@ class LatentWeights:
     k_norm_R: Tensor | None = None
     norm_eps: float = 1e-6
     softcap: float = 0.0
+    growth: float = 0.0
+    growth_length: float = 1.0
     code: RowCode | None = None
     q_HdD: Tensor | None = None
     k_KeD: Tensor | None = None
@@ -141,6 +144,13 @@ def _project(x_BTD: Tensor, w_hdD: Tensor, bias_hd: Tensor | None) -> Tensor:
 
 def queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Un-roped and roped queries, ``[B, H, T, N]`` and ``[B, H, T, R]``."""
+    q_nope_BHTN, q_rope_BHTR = _steady_queries(x_BTD, w, positions_BT)
+    growth = (positions_BT, w.growth, w.growth_length)
+    return grown(q_nope_BHTN, *growth), grown(q_rope_BHTR, *growth)
+
+
+def _steady_queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where they do not grow."""
     if w.q_HdD is not None:
         assert w.q_norm_R is not None
         q_BHTd = head_norm(_project(x_BTD, w.q_HdD, None), w.q_norm_R, w.norm_eps)

@@ -136,6 +136,8 @@ class AttentionSpec:
         softcap: Logits are ``softcap · tanh(logits / softcap)`` (Gemma 2); 0 is not at all.
         rotates: Whether queries and keys are rotated at all; in SmolLM3 every fourth layer does without (NoPE).
         gated: Whether what a head reads is multiplied by the sigmoid of a projection of the input (Qwen3-Next).
+        growth: Factor ``β`` by which queries grow along a text (Llama 4, Ministral 3); 0 is not at all.
+        growth_length: Positions ``L`` after which they grow for the first time.
         sinks: Whether each head has a learnt logit that takes a share of its attention, and gives nothing (gpt-oss).
     """
 
@@ -154,6 +156,8 @@ class AttentionSpec:
     rotates: bool = True
     gated: bool = False
     sinks: bool = False
+    growth: float = 0.0
+    growth_length: float = 1.0
 
     def __post_init__(self) -> None:
         if self.softmax_scale == 0.0:

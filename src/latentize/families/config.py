@@ -60,6 +60,8 @@ def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
     """
     entries = dict(config.get("rope_parameters") or {})
     theta, partial = entries.pop("rope_theta", 10_000.0), entries.pop("partial_rotary_factor", 1.0)
+    # The model's own, said again.
+    entries.pop("max_position_embeddings", None)
     if entries.get("rope_type", "default") == "default":
         entries = {}
     try:
@@ -282,6 +284,13 @@ def _intermediate(config: Mapping[str, Any]) -> int:
     return narrowed if factor is None else multiple * -(-int(factor * narrowed) // multiple)
 
 
+def _growth(entries: Mapping[str, Any]) -> tuple[float, float]:
+    """How queries grow along a text, by the entries of RoPE: factor and length."""
+    names = ("llama_4_scaling_beta", "original_max_position_embeddings")
+    factor, length = (positive_number(entries, name, math.nan) for name in names)
+    return factor, length
+
+
 def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, Any], eps: float) -> AttentionSpec:
     heads = whole_number(config, "num_attention_heads")
     kv_heads = whole_number(config, "num_key_value_heads", heads)
@@ -311,6 +320,7 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         raise UnsupportedModelError(
             "what gated heads read of biased values is no constant", code="LZ212", where="config.json, attention_bias"
         )
+    growth, length = _growth(config["rope_parameters"]) if feature.get("growth") else (0.0, 1.0)
     scalar = feature.get("softmax_scalar")
     from_scalar = positive_number({"": scalar}, "", 1.0) ** -0.5 if scalar else 0.0
     scale = float(feature.get("softmax_scale") or 0.0) or from_scalar
@@ -330,4 +340,6 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         softcap=float(feature.get("softcap") or 0.0),
         gated=bool(feature.get("gated")),
         sinks=bool(feature.get("sinks")),
+        growth=growth,
+        growth_length=length,
     )

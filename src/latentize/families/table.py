@@ -25,6 +25,7 @@ _ATTENTION_KEYS = {
     "qk_norm_across",
     "gated",
     "sinks",
+    "growth",
     "sliding_window",
     "sliding_window_switch",
     "softmax_scale",
@@ -129,7 +130,8 @@ class Table:
             whatever is stated; ``heads_fill`` says that the heads together have to be the hidden size, ``heads_divide``
             that it has to be a multiple of their number; ``kv_heads`` is ``"all"`` where every query head has its own,
             ``"stated"`` where it may not be null; ``rotary`` is ``"own"`` where the attention counts what rotates by
-            itself; ``another_with`` has keys that make it another architecture.
+            itself; ``growth`` says that queries grow by entries of RoPE that say so in Llama 4; ``another_with`` has
+            keys that make it another architecture.
         top_tensors: Tensor → symbolic shape, outside the layers.
         ignored_tensors: Regular expressions: what transformers ignores in files, as it is derived.
         renamed_tensors: Part of a name that transformers reads, too → the part that the tables here have.

@@ -86,6 +86,8 @@ def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
         reasons.append("the attention has biases, DeepSeek's layout has none")
     if a.qk_norm and not setting.linear:
         reasons.append("queries and keys are normalised per head, which is not linear")
+    if a.growth:
+        reasons.append("queries grow along a text, DeepSeek's do not")
     if a.sinks:
         reasons.append("learnt sinks take a share of attention, DeepSeek's has none")
     if a.gated:

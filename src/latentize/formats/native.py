@@ -30,6 +30,7 @@ def layer_entry(w: LatentWeights) -> dict[str, Any]:
         "qk_norm_across": w.q_norm_R is not None and w.q_norm_R.ndim == 2,
         "norm_eps": w.norm_eps,
         **({} if w.gate_HVD is None else {"gated": True}),
+        **({"growth": w.growth, "growth_length": w.growth_length} if w.growth else {}),
         **({} if w.sink_H is None else {"sinks": True, "v_bias": w.v_up_bias_UV is not None}),
         **({} if w.q_HdD is None or w.k_KeD is None else {"head_dim": w.q_HdD.shape[1], "key_dim": w.k_KeD.shape[1]}),
         **({} if w.code is None else {"row_code": w.code.describe()}),

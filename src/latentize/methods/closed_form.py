@@ -114,6 +114,8 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
         k_norm_R=w.k_norm_d,
         norm_eps=spec.norm_eps,
         softcap=spec.softcap,
+        growth=spec.growth,
+        growth_length=spec.growth_length,
         gate_HVD=w.gate_HdD,
         v_up_bias_UV=v_bias,
         sink_H=w.sink_H,

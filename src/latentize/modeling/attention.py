@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize.attention.coding import Rounding, RowCode
-from latentize.attention.grouped import head_norm
+from latentize.attention.grouped import grown, head_norm
 from latentize.attention.latent import (
     LatentWeights,
     absorbed_heads,
@@ -45,6 +45,7 @@ class LatentAttention(nn.Module):
         head_dim, key_dim: Sizes of what is normalised, queries and keys, where the spec has ``key_scales``.
         gated: Whether what heads read is multiplied by the sigmoid of a projection of the input.
         sinks: Whether learnt logits take a share of attention.
+        growth, growth_length: As of ``AttentionSpec``.
         norm_eps: Epsilon of that norm.
         frequency_table: Radians per position that ``rope_pairs`` chooses from.
         row_code: What :meth:`RowCode.describe` says of how rows are stored, where they are coded.
@@ -77,6 +78,8 @@ class LatentAttention(nn.Module):
         key_dim: int = 0,
         gated: bool = False,
         sinks: bool = False,
+        growth: float = 0.0,
+        growth_length: float = 1.0,
         norm_eps: float = 1e-6,
         frequency_table: tuple[float, ...] = (),
         row_code: dict[str, Any] | None = None,
@@ -84,7 +87,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         s = spec
         self.spec, self.layer_idx, self.norm_eps = s, layer_idx, norm_eps
-        self.frequency_table = frequency_table
+        self.frequency_table, self.growth, self.growth_length = frequency_table, growth, growth_length
         self.head_dim = head_dim if s.key_scales else s.qk_head_dim
         self.q_proj = nn.Linear(s.hidden_size, s.num_heads * self.head_dim, bias=q_bias)
         self.kv_a_proj = nn.Linear(s.hidden_size, s.kv_lora_rank, bias=False)
@@ -142,6 +145,8 @@ class LatentAttention(nn.Module):
                 key_dim=0 if w.k_KeD is None else w.k_KeD.shape[1],
                 gated=w.gate_HVD is not None,
                 sinks=w.sink_H is not None,
+                growth=w.growth,
+                growth_length=w.growth_length,
                 norm_eps=w.norm_eps,
                 frequency_table=table,
                 row_code=None if w.code is None else w.code.describe(),
@@ -202,6 +207,8 @@ class LatentAttention(nn.Module):
             k_norm_R=self._norm(self.k_norm),
             norm_eps=self.norm_eps,
             softcap=s.softcap,
+            growth=self.growth,
+            growth_length=self.growth_length,
             code=self.code(),
             q_HdD=own_HdD,
             k_KeD=k_KeD,
@@ -276,6 +283,7 @@ class LatentAttention(nn.Module):
             q_BHTd, q_norm = head_norm(q_BHTd, q_norm, self.norm_eps) @ maps_HRd.mT, None
         q_nope, q_rope = q_BHTd.split([s.qk_nope_head_dim, s.qk_rope_head_dim], dim=-1)
         q_rope = turned(q_rope, q_norm, self.norm_eps, frequencies_PF, position_ids)
+        q_nope, q_rope = (grown(q, position_ids, self.growth, self.growth_length) for q in (q_nope, q_rope))
         k_rope = self.k_rope_proj(hidden_states).unflatten(-1, (-1, s.qk_rope_head_dim)).transpose(1, 2)
         k_rope = turned(k_rope, self._norm(self.k_norm), self.norm_eps, frequencies_PF, position_ids)
         if self.k_norm_proj is not None and self.key_gain is not None:
