@@ -287,7 +287,9 @@ def _intermediate(config: Mapping[str, Any]) -> int:
 def _growth(entries: Mapping[str, Any]) -> tuple[float, float]:
     """How queries grow along a text, by the entries of RoPE: factor and length."""
     names = ("llama_4_scaling_beta", "original_max_position_embeddings")
-    factor, length = (positive_number(entries, name, math.nan) for name in names)
+    if missing := [name for name in names if name not in entries]:
+        raise ConfigError(f"'{missing[0]}' is missing, by which queries grow", where="config.json, rope_parameters")
+    factor, length = (positive_number(entries, name, 0.0) for name in names)
     return factor, length
 
 

@@ -41,8 +41,11 @@ def rotary(family: str, config: Any) -> Any:
 def test_frequencies_are_those_of_the_familys_rotary_module(family: str, scaling: str) -> None:
     given = dict(SCALINGS[scaling])
     plain = pico_config(family)
-    if "partial_rotary_factor" in plain.rope_parameters:
-        given["partial_rotary_factor"] = plain.rope_parameters["partial_rotary_factor"]
+    for key in ("partial_rotary_factor", "llama_4_scaling_beta"):
+        if key in plain.rope_parameters:
+            given[key] = plain.rope_parameters[key]
+    if "llama_4_scaling_beta" in given:
+        given.setdefault("original_max_position_embeddings", 16)
     nested = "full_attention" in plain.rope_parameters
     config = plain if nested else pico_config(family, rope_parameters=given)
     if "yarn" in scaling and given.get("partial_rotary_factor", 1.0) != 1:
