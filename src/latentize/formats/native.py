@@ -6,6 +6,7 @@ loads it is :mod:`latentize.modeling.native`.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,27 +15,20 @@ from latentize.attention.coding import RowCode
 from latentize.attention.latent import LatentWeights
 from latentize.formats.base import LatentWriter
 from latentize.formats.layer import ConvertedLayer
-from latentize.modeling.attention import state_dict
+from latentize.modeling.attention import LatentAttention, options, state_dict
 
 __all__ = ["NativeWriter", "layer_entry"]
 
 
+# Entries that every layer has; others only where they are not what they are without.
+_ALWAYS = ("q_bias", "k_rope_bias", "o_bias", "qk_norm", "qk_norm_across", "norm_eps")
+
+
 def layer_entry(w: LatentWeights) -> dict[str, Any]:
     """The description of a layer from which an empty one can be built."""
-    return {
-        **{name: value for name, value in vars(w.spec).items() if value or name != "key_scales"},
-        "q_bias": w.q_rope_bias_HR is not None,
-        "k_rope_bias": w.k_rope_bias_PR is not None,
-        "o_bias": w.o_bias_D is not None,
-        "qk_norm": w.q_norm_R is not None,
-        "qk_norm_across": w.q_norm_R is not None and w.q_norm_R.ndim == 2,
-        "norm_eps": w.norm_eps,
-        **({} if w.gate_HVD is None else {"gated": True}),
-        **({"growth": w.growth, "growth_length": w.growth_length} if w.growth else {}),
-        **({} if w.sink_H is None else {"sinks": True, "v_bias": w.v_up_bias_UV is not None}),
-        **({} if w.q_HdD is None or w.k_KeD is None else {"head_dim": w.q_HdD.shape[1], "key_dim": w.k_KeD.shape[1]}),
-        **({} if w.code is None else {"row_code": w.code.describe()}),
-    }
+    entries, usual = {**vars(w.spec), **options(w)}, inspect.signature(LatentAttention).parameters
+    usual = {"key_scales": 0, **{name: parameter.default for name, parameter in usual.items()}}
+    return {name: value for name, value in entries.items() if name in _ALWAYS or value != usual.get(name, ...)}
 
 
 class NativeWriter(LatentWriter):

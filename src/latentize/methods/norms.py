@@ -61,7 +61,8 @@ def with_norms(
     factor_G = _size(linear.k_GdD) / _size(w.k_norm_d[..., None] * w.k_GdD)
     # Of a head that is zero any factor is right.
     factor_G = torch.where(factor_G > 0, factor_G, 1.0).nan_to_num(1.0)
-    of_norm_K = factor_G.unflatten(0, (spec.key_norms, -1)).mean(1)
+    # A power of two, which any precision holds; queries take the rest.
+    of_norm_K = factor_G.unflatten(0, (spec.key_norms, -1)).mean(1).log2().round().exp2()
     rest_G = of_norm_K.repeat_interleave(len(factor_G) // spec.key_norms) / factor_G
     # Queries were split as linear functions of x, each a function of its head: that one is what normalised heads need.
     inverse_HDd = _inverse(linear.q_HdD) * rest_G.repeat_interleave(spec.group_size)[:, None, None]

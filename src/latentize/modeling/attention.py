@@ -25,11 +25,11 @@ from latentize.attention.latent import (
 from latentize.attention.masks import narrowed
 from latentize.attention.projections import UpProjections, affine, matrix, up_projections
 from latentize.attention.spec import LatentSpec
-from latentize.errors import OptionError
 from latentize.modeling.blocks import newest_blocks
 from latentize.modeling.expanded import attend_expanded
+from latentize.modeling.refusals import check_cache, no_paging, no_probabilities, unknown_mask
 
-__all__ = ["LatentAttention", "check_cache", "no_paging", "no_probabilities"]
+__all__ = ["LatentAttention", "options", "state_dict"]
 
 
 class LatentAttention(nn.Module):
@@ -132,25 +132,7 @@ class LatentAttention(nn.Module):
         """
         table = frequency_table or tuple(sorted(set(w.frequencies_PF.flatten().tolist()), reverse=True))
         with torch.device("meta"):
-            module = cls(
-                w.spec,
-                layer_idx,
-                q_bias=w.q_rope_bias_HR is not None,
-                k_rope_bias=w.k_rope_bias_PR is not None,
-                v_bias=w.v_up_bias_UV is not None,
-                o_bias=w.o_bias_D is not None,
-                qk_norm=w.q_norm_R is not None,
-                qk_norm_across=w.q_norm_R is not None and w.q_norm_R.ndim == 2,
-                head_dim=0 if w.q_HdD is None else w.q_HdD.shape[1],
-                key_dim=0 if w.k_KeD is None else w.k_KeD.shape[1],
-                gated=w.gate_HVD is not None,
-                sinks=w.sink_H is not None,
-                growth=w.growth,
-                growth_length=w.growth_length,
-                norm_eps=w.norm_eps,
-                frequency_table=table,
-                row_code=None if w.code is None else w.code.describe(),
-            )
+            module = cls(w.spec, layer_idx, frequency_table=table, **options(w))
         module.load_state_dict(state_dict(w, table), assign=True)
         return module.requires_grad_(False)
 
@@ -254,7 +236,7 @@ class LatentAttention(nn.Module):
         if more.get("cache") is not None:
             raise no_paging()
         if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4):
-            raise _unknown_mask(attention_mask)
+            raise unknown_mask(attention_mask)
         # An empty cache may be false.
         cache = layer_past if past_key_values is None else past_key_values
         return self.o_proj(self.read(hidden_states, position_ids, attention_mask, cache)), None
@@ -358,60 +340,31 @@ class LatentAttention(nn.Module):
         return attend_expanded(q_nope, q_rope, c, k_rope, up, mask)
 
 
-def check_cache(cache: Any, layer_idx: int, c_B1Tr: Tensor, k_rope_BPTR: Tensor) -> None:
-    """Whether latents and roped keys may follow what a cache of transformers holds.
-
-    Raises:
-        OptionError: it holds keys and values of another model, or such as prefix tuning has learnt.
-    """
-    layers = getattr(cache, "layers", ())
-    layer = layers[layer_idx] if layer_idx < len(layers) else None
-    # Only what lies there: a cache of latents makes these tensors when they are asked for.
-    own = getattr(layer, "__dict__", {})
-    for held, new in ((own.get("keys"), c_B1Tr), (own.get("values"), k_rope_BPTR)):
-        if not isinstance(held, Tensor) or held.ndim != 4 or held.numel() == 0:
-            continue
-        if type(held) is Tensor and (held.shape[1], held.shape[3]) != (new.shape[1], new.shape[3]):
-            raise OptionError(
-                f"the cache holds {held.shape[1]} heads of {held.shape[3]} a token, and latent attention stores "
-                f"{new.shape[1]} of {new.shape[3]}",
-                where="past_key_values",
-                fix="start from an empty cache; prefix tuning learns keys and values, use LoRA or prompt tuning",
-            )
-
-
-def no_probabilities() -> OptionError:
-    """What to raise where somebody asks for attention probabilities."""
-    return OptionError(
-        "latent attention does not return probabilities",
-        where="output_attentions",
-        fix="leave it out; the source has them, and a portable model before `accelerate`, with eager attention",
-    )
-
-
-def no_paging() -> OptionError:
-    """What to raise where somebody asks for continuous batching."""
-    return OptionError(
-        "latent attention has no paged cache for transformers' continuous batching",
-        where="generate_batch",
-        fix="model.generate with padding on the left, or vLLM (docs/engines.md)",
-    )
-
-
-def _unknown_mask(mask: Any) -> OptionError:
-    kind = f"{mask.ndim} axes" if isinstance(mask, Tensor) else f"the type {type(mask).__name__}"
-    return OptionError(
-        f"latent attention takes masks [B, 1, T, S], and this one has {kind}",
-        where="attention_mask",
-        fix="attn_implementation='sdpa' or 'eager' make such masks; flash and flex attention do not",
-    )
-
-
 def _allowed(mask: Tensor | None, like: Tensor) -> Tensor:
     """A boolean mask of any of transformers' kinds; one query without a mask sees everything."""
     if mask is None:
         return torch.ones((), dtype=torch.bool, device=like.device)
     return mask if mask.dtype == torch.bool else mask == 0
+
+
+def options(w: LatentWeights) -> dict[str, Any]:
+    """What :class:`LatentAttention` is made with, beside the spec and where it stands."""
+    return {
+        "q_bias": w.q_rope_bias_HR is not None,
+        "k_rope_bias": w.k_rope_bias_PR is not None,
+        "v_bias": w.v_up_bias_UV is not None,
+        "o_bias": w.o_bias_D is not None,
+        "qk_norm": w.q_norm_R is not None,
+        "qk_norm_across": w.q_norm_R is not None and w.q_norm_R.ndim == 2,
+        "head_dim": 0 if w.q_HdD is None else w.q_HdD.shape[1],
+        "key_dim": 0 if w.k_KeD is None else w.k_KeD.shape[1],
+        "gated": w.gate_HVD is not None,
+        "sinks": w.sink_H is not None,
+        "growth": w.growth,
+        "growth_length": w.growth_length,
+        "norm_eps": w.norm_eps,
+        "row_code": None if w.code is None else w.code.describe(),
+    }
 
 
 def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str, Tensor]:

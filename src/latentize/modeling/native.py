@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from latentize.attention.spec import LatentSpec
 from latentize.errors import OptionError
 from latentize.families import model_spec
-from latentize.modeling.attention import LatentAttention, no_paging, no_probabilities
+from latentize.modeling.attention import LatentAttention
+from latentize.modeling.refusals import no_paging, no_probabilities
 
 __all__ = ["LatentizeConfig", "LatentizeForCausalLM", "register"]
 

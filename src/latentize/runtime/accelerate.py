@@ -22,7 +22,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from latentize.attention.projections import UpProjections, up_projections
 from latentize.errors import OptionError, UnsupportedModelError
 from latentize.formats.balance import KEY, rebalance, unbalance
-from latentize.modeling.attention import LatentAttention, check_cache, no_paging, no_probabilities
+from latentize.modeling.attention import LatentAttention
+from latentize.modeling.refusals import check_cache, no_paging, no_probabilities
 from latentize.runtime.backends import Backend
 from latentize.runtime.cache import LatentCache
 from latentize.runtime.heads import heads
