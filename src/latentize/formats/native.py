@@ -15,7 +15,8 @@ from latentize.attention.coding import RowCode
 from latentize.attention.latent import LatentWeights
 from latentize.formats.base import LatentWriter
 from latentize.formats.layer import ConvertedLayer
-from latentize.modeling.attention import LatentAttention, options, state_dict
+from latentize.modeling.attention import LatentAttention
+from latentize.modeling.tensors import options, state_dict
 
 __all__ = ["NativeWriter", "layer_entry"]
 

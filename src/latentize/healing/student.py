@@ -26,8 +26,9 @@ from latentize.formats.balance import balances
 from latentize.formats.deepseek_v3 import NORM_SHIFT, LatentNorm, decode_attention, encode_attention
 from latentize.healing.recipe import Healing
 from latentize.healing.targets import Targets, head_of, inputs
-from latentize.modeling.attention import LatentAttention, state_dict
+from latentize.modeling.attention import LatentAttention
 from latentize.modeling.load import load_model
+from latentize.modeling.tensors import state_dict
 from latentize.runtime.cache import cache_formats
 from latentize.runtime.codecs import Plain, codec
 from latentize.runtime.rotation import rotation

@@ -28,8 +28,9 @@ from latentize.attention.spec import LatentSpec
 from latentize.modeling.blocks import newest_blocks
 from latentize.modeling.expanded import attend_expanded
 from latentize.modeling.refusals import check_cache, no_paging, no_probabilities, unknown_mask
+from latentize.modeling.tensors import options, state_dict
 
-__all__ = ["LatentAttention", "options", "state_dict"]
+__all__ = ["LatentAttention"]
 
 
 class LatentAttention(nn.Module):
@@ -255,23 +256,11 @@ class LatentAttention(nn.Module):
 
     def _read(self, hidden_states: Tensor, position_ids: Tensor | None, mask: Tensor | None, cache: Any) -> Tensor:
         """``[B, H, T, V]``. Projections are called: whatever wraps them has its say."""
-        s, frequencies_PF = self.spec, self.frequencies()
+        s = self.spec
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        q_BHTd = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q_norm = self._norm(self.q_norm)
-        if self.q_maps is not None and q_norm is not None:
-            maps_HRd = self.q_maps.unflatten(0, (s.num_heads, s.qk_head_dim))
-            q_BHTd, q_norm = head_norm(q_BHTd, q_norm, self.norm_eps) @ maps_HRd.mT, None
-        q_nope, q_rope = q_BHTd.split([s.qk_nope_head_dim, s.qk_rope_head_dim], dim=-1)
-        q_rope = turned(q_rope, q_norm, self.norm_eps, frequencies_PF, position_ids)
-        q_nope, q_rope = (grown(q, position_ids, self.growth, self.growth_length) for q in (q_nope, q_rope))
-        k_rope = self.k_rope_proj(hidden_states).unflatten(-1, (-1, s.qk_rope_head_dim)).transpose(1, 2)
-        k_rope = turned(k_rope, self._norm(self.k_norm), self.norm_eps, frequencies_PF, position_ids)
-        if self.k_norm_proj is not None and self.key_gain is not None:
-            k_BTKe = self.k_norm_proj(hidden_states).unflatten(-1, (s.key_scales, -1))
-            k_rope = torch.cat([k_rope, key_factors(k_BTKe, self.key_gain, self.norm_eps).to(k_rope.dtype)], dim=-1)
-        c = self.kv_a_proj(hidden_states)[:, None]
+        q_nope, q_rope = self._queries(hidden_states, position_ids)
+        c, k_rope = self._rows(hidden_states, position_ids)
         sizes = (s.kv_lora_rank, s.qk_nope_head_dim, s.v_head_dim)
         up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c, s.key_scales, self.sinks)
         if cache is not None:
@@ -294,6 +283,28 @@ class LatentAttention(nn.Module):
         rows = (c[:, :, :count], k_rope[:, :, :count])
         mask = None if mask is None else mask[..., :count]
         return self._rounded_heads((q_nope, q_rope), rows, up, mask, rounding, position_ids)
+
+    def _queries(self, x_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """As :func:`latentize.attention.latent.queries`."""
+        s, norm = self.spec, self._norm(self.q_norm)
+        q_BHTd = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if self.q_maps is not None and norm is not None:
+            maps_HRd = self.q_maps.unflatten(0, (s.num_heads, s.qk_head_dim))
+            q_BHTd, norm = head_norm(q_BHTd, norm, self.norm_eps) @ maps_HRd.mT, None
+        q_nope, q_rope = q_BHTd.split([s.qk_nope_head_dim, s.qk_rope_head_dim], dim=-1)
+        q_rope = turned(q_rope, norm, self.norm_eps, self.frequencies(), positions_BT)
+        growth = (positions_BT, self.growth, self.growth_length)
+        return grown(q_nope, *growth), grown(q_rope, *growth)
+
+    def _rows(self, x_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """As :func:`latentize.attention.latent.cache_rows`."""
+        s = self.spec
+        k_rope = self.k_rope_proj(x_BTD).unflatten(-1, (-1, s.qk_rope_head_dim)).transpose(1, 2)
+        k_rope = turned(k_rope, self._norm(self.k_norm), self.norm_eps, self.frequencies(), positions_BT)
+        if self.k_norm_proj is not None and self.key_gain is not None:
+            k_BTKe = self.k_norm_proj(x_BTD).unflatten(-1, (s.key_scales, -1))
+            k_rope = torch.cat([k_rope, key_factors(k_BTKe, self.key_gain, self.norm_eps).to(k_rope.dtype)], dim=-1)
+        return self.kv_a_proj(x_BTD)[:, None], k_rope
 
     def _told(self, cache: Any, rounding: Rounding, positions_BT: Tensor) -> bool:
         """Whether this cache stores codes itself; then it knows how."""
@@ -345,57 +356,3 @@ def _allowed(mask: Tensor | None, like: Tensor) -> Tensor:
     if mask is None:
         return torch.ones((), dtype=torch.bool, device=like.device)
     return mask if mask.dtype == torch.bool else mask == 0
-
-
-def options(w: LatentWeights) -> dict[str, Any]:
-    """What :class:`LatentAttention` is made with, beside the spec and where it stands."""
-    return {
-        "q_bias": w.q_rope_bias_HR is not None,
-        "k_rope_bias": w.k_rope_bias_PR is not None,
-        "v_bias": w.v_up_bias_UV is not None,
-        "o_bias": w.o_bias_D is not None,
-        "qk_norm": w.q_norm_R is not None,
-        "qk_norm_across": w.q_norm_R is not None and w.q_norm_R.ndim == 2,
-        "head_dim": 0 if w.q_HdD is None else w.q_HdD.shape[1],
-        "key_dim": 0 if w.k_KeD is None else w.k_KeD.shape[1],
-        "gated": w.gate_HVD is not None,
-        "sinks": w.sink_H is not None,
-        "growth": w.growth,
-        "growth_length": w.growth_length,
-        "norm_eps": w.norm_eps,
-        "row_code": None if w.code is None else w.code.describe(),
-    }
-
-
-def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str, Tensor]:
-    """Tensors of :class:`LatentAttention` by name; the inverse of ``LatentAttention.weights``."""
-    table = torch.tensor(frequency_table, dtype=torch.float64, device=w.frequencies_PF.device)
-    gap_PFf = (w.frequencies_PF.double()[..., None] - table).abs()
-    if (gap_PFf.amin(-1) > 1e-6 * w.frequencies_PF.double()).any():
-        raise ValueError("a frequency is not in the table")
-    tensors: dict[str, Tensor | None] = {
-        "q_proj.weight": torch.cat([w.q_nope_HND, w.q_rope_HRD], dim=1).flatten(0, 1),
-        "kv_a_proj.weight": w.kv_a_rD,
-        "k_rope_proj.weight": w.k_rope_PRD.flatten(0, 1),
-        "kv_b_proj.weight": torch.cat([w.k_up_UNr, w.v_up_UVr], dim=1).flatten(0, 1),
-        "o_proj.weight": w.o_DHV.flatten(1),
-        "k_rope_proj.bias": None if w.k_rope_bias_PR is None else w.k_rope_bias_PR.flatten(),
-        "o_proj.bias": w.o_bias_D,
-        "sinks": w.sink_H,
-        "gate_proj.weight": None if w.gate_HVD is None else w.gate_HVD.flatten(0, 1),
-        "q_norm": None if w.q_norm_R is None else w.q_norm_R.flatten(),
-        "k_norm": None if w.k_norm_R is None else w.k_norm_R.flatten(),
-        "rope_pairs": gap_PFf.argmin(-1).to(torch.int32),
-    }
-    if w.v_up_bias_UV is not None:
-        none_UN = w.v_up_bias_UV.new_zeros(w.k_up_UNr.shape[:2])
-        tensors["kv_b_proj.bias"] = torch.cat([none_UN, w.v_up_bias_UV], dim=1).flatten()
-    if w.q_HdD is not None and w.k_KeD is not None:
-        tensors |= {"q_maps": tensors["q_proj.weight"], "q_proj.weight": w.q_HdD.flatten(0, 1)}
-        tensors |= {"k_norm_proj.weight": w.k_KeD.flatten(0, 1), "key_gain": w.key_gain_K}
-    if w.code is not None:
-        tensors |= {"row_latent_mix": w.code.latent_mix_rr, "row_mix": w.code.mix_JP2}
-        tensors |= {"row_pairs": w.code.pair_J, "row_mean": w.code.mean_J2}
-    if w.q_nope_bias_HN is not None and w.q_rope_bias_HR is not None:
-        tensors["q_proj.bias"] = torch.cat([w.q_nope_bias_HN, w.q_rope_bias_HR], dim=1).flatten()
-    return {name: t.contiguous() for name, t in tensors.items() if t is not None}

@@ -17,8 +17,9 @@ from latentize.attention.cache import GrowingCache
 from latentize.attention.latent import LatentWeights, cache_rows, expanded_heads, latent_attention, queries
 from latentize.attention.masks import causal_mask
 from latentize.attention.spec import RopeSpec
-from latentize.modeling.attention import LatentAttention, state_dict
+from latentize.modeling.attention import LatentAttention
 from latentize.modeling.expanded import attend_expanded
+from latentize.modeling.tensors import state_dict
 
 D = 24
 
