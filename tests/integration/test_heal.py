@@ -308,3 +308,17 @@ def test_fewer_kv_heads_heal_too(source: Callable[..., Path], text: str, tmp_pat
     latentize.convert(source(), tmp_path / "pooled", to="mqa", data=(text,), **small)
     result = latentize.heal(tmp_path / "pooled", tmp_path / "out", source(), epochs=4, **{**QUICK, "data": (text,)})
     assert result["held_out_best"]["kl"] < 0.9 * result["held_out"][0]["kl"]
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", "lfm2", "qwen3_next"])
+def test_layers_of_other_kinds_and_names(family: str, source: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    """Layers that stay have another attention, or none; in some families it is called otherwise."""
+    model, out = source(family, 4 if family == "gpt_neox" else 2), tmp_path / "out"
+    latentize.convert(model, out, format="native", keep="25%", data=(text,), **SMALL)
+    for train in ("attention", "lora"):
+        options = {**QUICK, "data": (text,), "train": train, "cache": "int8", "epochs": 4}
+        result = latentize.heal(out, tmp_path / train, model, **options)
+        seen = [look["kl"] for look in result["held_out"]]
+        assert len(set(seen)) == len(seen) > 1, "every look finds other weights"
+        assert result["held_out_best"]["kl"] == min(seen)
+        assert latentize.verify(tmp_path / train)["ok"]

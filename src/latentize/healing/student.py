@@ -9,7 +9,7 @@ B batch, T tokens, n = B T of them, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Checkpoint
 from latentize.errors import OptionError
+from latentize.families import families
 from latentize.formats.balance import balances
 from latentize.formats.deepseek_v3 import NORM_SHIFT, LatentNorm, decode_attention, encode_attention
 from latentize.healing.recipe import Healing
@@ -76,6 +77,10 @@ class Student(nn.Module):
         self.portable = self.model.config.model_type == "deepseek_v3"
         # The source architecture is one level deeper in the native format.
         self.prefix = "source." if hasattr(self.model, "source") else ""
+        table = families().get(getattr(self.model, "source", self.model).config.model_type)
+        # What has latent attention by itself has DeepSeek's names.
+        self._layer_prefix = "model.layers.{layer}." if table is None else table.layer_prefix
+        self._attention_name = "self_attn" if table is None else table.module("attention")
         if self.portable:
             _canonical(self.model)
         self._choose()
@@ -85,11 +90,18 @@ class Student(nn.Module):
     @property
     def body(self) -> Any:
         """The decoder without its head."""
-        return getattr(self.model, "source", self.model).model
+        return getattr(self.model, "source", self.model).base_model
 
     @property
     def layers(self) -> list[Any]:
         return list(self.body.layers)
+
+    def attentions(self) -> Iterator[tuple[str, Any]]:
+        """The attention of every layer that has some, and what its tensors' names begin with in the files."""
+        for index, layer in enumerate(self.layers):
+            module = getattr(layer, self._attention_name, None)
+            if module is not None:
+                yield f"{self.prefix}{self._layer_prefix.format(layer=index)}{self._attention_name}.", module
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What learns, by name."""
@@ -99,16 +111,16 @@ class Student(nn.Module):
         everything = self.healing.train == "all"
         self.requires_grad_(everything)
         if self.healing.train == "lora":
-            _adapt(self.body, self.healing)
+            _adapt(self.body, [module for _, module in self.attentions()], self.healing)
             return
-        for layer in self.layers:
-            layer.self_attn.requires_grad_(True)
+        for _, module in self.attentions():
+            module.requires_grad_(True)
 
     def _simulate(self, formats: str) -> None:
-        for layer in self.layers:
-            spec = getattr(layer.self_attn, "spec", None)
+        for _, module in self.attentions():
+            spec = getattr(module, "spec", None)
             rounding = RoundedCache(**cache_formats(formats), key_scales=getattr(spec, "key_scales", 0))
-            layer.self_attn.register_forward_pre_hook(
+            module.register_forward_pre_hook(
                 lambda _, args, kwargs, mine=rounding: (args, {**kwargs, "past_key_values": mine}), with_kwargs=True
             )
 
@@ -165,22 +177,19 @@ class Student(nn.Module):
             yield name, learnt[name] if name in learnt else files.load(name)
 
     def _attention(self, tokens_NT: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        if not all(isinstance(layer.self_attn, LatentAttention) for layer in self.layers):
-            return {
-                f"{self.prefix}model.layers.{index}.self_attn.{name}": p
-                for index, layer in enumerate(self.layers)
-                for name, p in layer.self_attn.state_dict().items()
-            }
+        attentions = list(self.attentions())
+        if not all(isinstance(module, LatentAttention) for _, module in attentions):
+            return {prefix + name: p for prefix, module in attentions for name, p in module.state_dict().items()}
         sizes, found = self._latent_rms(tokens_NT) if self.portable else {}, {}
         # As the config says, which stays: healing changes no scale by much.
         kept = balances(self.model.config.to_dict()) if self.portable else []
-        for index, layer in enumerate(self.layers):
-            w = layer.self_attn.weights()
+        for prefix, module in attentions:
+            w, index = module.weights(), module.layer_idx
             if self.portable:
                 tensors = encode_attention(w, LatentNorm.stored_as(dtype, *sizes[index]), balance=kept[index])
             else:
-                tensors = state_dict(_in_full(w, layer.self_attn), layer.self_attn.frequency_table)
-            found |= {f"{self.prefix}model.layers.{index}.self_attn.{name}": t for name, t in tensors.items()}
+                tensors = state_dict(_in_full(w, module), module.frequency_table)
+            found |= {prefix + name: t for name, t in tensors.items()}
         return found
 
     def _others(self) -> dict[str, Tensor]:
@@ -195,10 +204,10 @@ class Student(nn.Module):
         """Largest and mean root mean square of a token's latent, layer by layer."""
         probe, device = _Probe(), next(self.parameters()).device
         hooks = [
-            layer.self_attn.register_forward_pre_hook(
+            module.register_forward_pre_hook(
                 lambda _, args, kwargs: (args, {**kwargs, "past_key_values": probe}), with_kwargs=True
             )
-            for layer in self.layers
+            for _, module in self.attentions()
         ]
         for tokens_BT in tokens_NT.split(4):
             self.body(input_ids=tokens_BT.to(device), use_cache=False)
@@ -239,7 +248,7 @@ def _canonical(model: Any) -> None:
         layer.input_layernorm.weight.div_(NORM_SHIFT)
 
 
-def _adapt(body: Any, healing: Healing) -> None:
+def _adapt(body: Any, attentions: Sequence[Any], healing: Healing) -> None:
     """Put LoRA adapters (Hu et al., arXiv 2106.09685) on every projection of every attention layer."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -247,7 +256,8 @@ def _adapt(body: Any, healing: Healing) -> None:
         raise OptionError(
             f"adapters need peft: {error}", where="--train lora", fix="pip install 'latentize[heal]'"
         ) from None
-    names = {n for n, m in body.named_modules() if isinstance(m, nn.Linear) and ".self_attn." in n}
+    inside = {part for module in attentions for part in module.modules() if isinstance(part, nn.Linear)}
+    names = {name for name, module in body.named_modules() if module in inside}
     config = LoraConfig(r=healing.lora_rank, lora_alpha=healing.lora_alpha, target_modules=sorted(names))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(healing.seed)

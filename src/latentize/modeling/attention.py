@@ -106,7 +106,7 @@ class LatentAttention(nn.Module):
             self.k_norm_proj = nn.Linear(s.hidden_size, s.key_scales * key_dim, bias=False)
             self.q_maps = nn.Parameter(torch.zeros(s.num_heads * s.qk_head_dim, head_dim))
             self.key_gain = nn.Parameter(torch.ones(s.key_scales))
-        self.gate_proj = nn.Linear(s.hidden_size, s.num_heads * s.v_head_dim, bias=False) if gated else None
+        self.head_gate = nn.Linear(s.hidden_size, s.num_heads * s.v_head_dim, bias=False) if gated else None
         self.sinks = nn.Parameter(torch.zeros(s.num_heads)) if sinks else None
         # An integer choice, not floats: loading in bf16 must not round a frequency.
         pairs = torch.zeros(s.rope_heads, s.qk_rope_head_dim // 2, dtype=torch.int32)
@@ -171,7 +171,7 @@ class LatentAttention(nn.Module):
         if self.k_norm_proj is not None and self.q_maps is not None:
             own_HdD, q_HdD = q_HdD, self.q_maps.unflatten(0, (s.num_heads, s.qk_head_dim))
             k_KeD = matrix(self.k_norm_proj, s.hidden_size).unflatten(0, (s.key_scales, -1))
-        gate = None if self.gate_proj is None else matrix(self.gate_proj, s.hidden_size)
+        gate = None if self.head_gate is None else matrix(self.head_gate, s.hidden_size)
         return LatentWeights(
             q_nope_HND=q_HdD[:, :nope],
             q_rope_HRD=q_HdD[:, nope:],
@@ -252,7 +252,7 @@ class LatentAttention(nn.Module):
         """What the output projection gets: ``[B, T, H V]``; arguments as for :meth:`forward`."""
         heads_BHTV = self._read(hidden_states, position_ids, attention_mask, cache)
         read_BTI = heads_BHTV.transpose(1, 2).flatten(2)
-        return read_BTI if self.gate_proj is None else read_BTI * self.gate_proj(hidden_states).sigmoid()
+        return read_BTI if self.head_gate is None else read_BTI * self.head_gate(hidden_states).sigmoid()
 
     def _read(self, hidden_states: Tensor, position_ids: Tensor | None, mask: Tensor | None, cache: Any) -> Tensor:
         """``[B, H, T, V]``. Projections are called: whatever wraps them has its say."""

@@ -50,7 +50,7 @@ def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str
         "k_rope_proj.bias": None if w.k_rope_bias_PR is None else w.k_rope_bias_PR.flatten(),
         "o_proj.bias": w.o_bias_D,
         "sinks": w.sink_H,
-        "gate_proj.weight": None if w.gate_HVD is None else w.gate_HVD.flatten(0, 1),
+        "head_gate.weight": None if w.gate_HVD is None else w.gate_HVD.flatten(0, 1),
         "q_norm": None if w.q_norm_R is None else w.q_norm_R.flatten(),
         "k_norm": None if w.k_norm_R is None else w.k_norm_R.flatten(),
         "rope_pairs": gap_PFf.argmin(-1).to(torch.int32),

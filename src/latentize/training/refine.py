@@ -104,7 +104,7 @@ def stacked_heads(attention: LatentAttention) -> list[Heads]:
         "kv_b_proj.weight": Heads(s.up_heads),
         "o_proj.weight": Heads(s.num_heads, axis=1),
         "q_maps": Heads(s.num_heads),
-        "gate_proj.weight": Heads(s.num_heads),
+        "head_gate.weight": Heads(s.num_heads),
         "k_norm_proj.weight": Heads(s.key_scales),
     }
     return [several.get(name, WHOLE) for name, _ in attention.named_parameters()]
