@@ -36,6 +36,7 @@ FAMILIES = (
     "granite",
     "lfm2",
     "llama",
+    "minimax_m2",
     "ministral3",
     "mistral",
     "mixtral",
@@ -85,6 +86,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "logits_scaling": 3.0,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "minimax_m2": {"num_local_experts": 3, "num_experts_per_tok": 2, "partial_rotary_factor": 0.5},
     # Tests are shorter than what published models were trained for: here queries grow every 16 tokens.
     "ministral3": {
         "rope_parameters": {

@@ -43,6 +43,7 @@ _ATTENTION_KEYS = {
     "another_with",
     "rope_theta_key",
     "rope_partial_key",
+    "rotary_size_key",
     "head_dim",
     "kv_heads",
 }
@@ -125,13 +126,14 @@ class Table:
             layers, or the key that makes it all converted layers ``with`` a value; ``rope_of`` is the kind of layer
             whose entry of ``rope_parameters`` counts; ``rope_types`` are those that RoPE may have, ``rope_renamed``
             what transformers makes of some; ``rope_theta_key`` and ``rope_partial_key`` are what it is called beside
-            ``rope_parameters``; ``head_dim`` is ``"stated"`` (and may not be null), ``"optional"`` where null stands
-            for none, ``"true"`` where zero does, too, ``"derived"`` where it is the heads' share of the hidden size
-            whatever is stated; ``heads_fill`` says that the heads together have to be the hidden size, ``heads_divide``
-            that it has to be a multiple of their number; ``kv_heads`` is ``"all"`` where every query head has its own,
-            ``"stated"`` where it may not be null; ``rotary`` is ``"own"`` where the attention counts what rotates by
-            itself; ``growth`` says that queries grow by entries of RoPE that say so in Llama 4; ``another_with`` has
-            keys that make it another architecture.
+            ``rope_parameters``, ``rotary_size_key`` the size that older configs state instead of a share; ``head_dim``
+            is ``"stated"`` (and may not be null), ``"optional"`` where null stands for none, ``"true"`` where zero
+            does, too, ``"derived"`` where it is the heads' share of the hidden size whatever is stated; ``heads_fill``
+            says that the heads together have to be the hidden size, ``heads_divide`` that it has to be a multiple of
+            their number; ``kv_heads`` is ``"all"`` where every query head has its own, ``"stated"`` where it may not be
+            null; ``rotary`` is ``"own"`` where the attention counts what rotates by itself; ``growth`` says that
+            queries grow by entries of RoPE that say so in Llama 4; ``another_with`` has keys that make it another
+            architecture.
         top_tensors: Tensor → symbolic shape, outside the layers.
         ignored_tensors: Regular expressions: what transformers ignores in files, as it is derived.
         renamed_tensors: Part of a name that transformers reads, too → the part that the tables here have.

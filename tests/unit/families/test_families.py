@@ -96,13 +96,15 @@ def test_features_of_each_family(family: str) -> None:
     assert attention.qkv_bias == (family in biased)
     assert attention.o_bias == (family in ("gpt_neox", "gpt_oss", "seed_oss", "starcoder2"))
     assert attention.sinks == (family == "gpt_oss")
-    across = family in ("olmo2", "olmo3", "olmoe")
+    across = family in ("minimax_m2", "olmo2", "olmo3", "olmoe")
     gated = ("qwen3_5_text", "qwen3_next")
     normed = ("apertus", "exaone4", "gemma3_text", "glm4_moe", "lfm2", "qwen3", "qwen3_moe", *gated)
     assert attention.gated == (family in gated)
     assert attention.qk_norm == (across or family in normed)
     assert attention.qk_norm_across == across
-    assert attention.rotates_whole == (family not in ("glm", "glm4", "glm4_moe", "gpt_neox", "stablelm", *gated))
+    assert attention.rotates_whole == (
+        family not in ("glm", "glm4", "glm4_moe", "gpt_neox", "minimax_m2", "stablelm", *gated)
+    )
     assert attention.norm_eps == 1e-4
     kv_heads = 4 if family in ONLY_MHA else 2
     assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, kv_heads, 16)
