@@ -46,6 +46,7 @@ FAMILIES = (
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_5_moe_text",
     "qwen3_5_text",
     "qwen3_moe",
     "qwen3_next",
@@ -103,6 +104,12 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 3},
     "olmo3": _ALTERNATING,
     "olmoe": _EXPERTS,
+    "qwen3_5_moe_text": {
+        **_DELTANET,
+        **_EXPERTS,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 24,
+    },
     "qwen3_5_text": _DELTANET,
     "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True, "mlp_only_layers": [1]},
     "qwen3_next": {

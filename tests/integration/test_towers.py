@@ -25,6 +25,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral3": ("mistral", {}, {**_VISION, "model_type": "pixtral"}),
     "mistral3, Ministral": ("ministral3", {}, {**_VISION, "model_type": "pixtral"}),
     "qwen3_5": ("qwen3_5_text", {"rope_parameters": _MROPE}, _QWEN),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {"rope_parameters": _MROPE}, _QWEN),
     "qwen3_vl": (
         "qwen3",
         {"model_type": "qwen3_vl_text", "rope_parameters": _MROPE},

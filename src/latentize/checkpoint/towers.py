@@ -18,6 +18,7 @@ TOWERS = {
     "llava": "",
     "mistral3": "",
     "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
     # Positions of text are the same in all three directions: its RoPE is Qwen3's there.
     "qwen3_vl": "qwen3",
 }

@@ -242,7 +242,7 @@ def model_spec(
         stated=stated,
         layers=layers,
         attention=_attention(table, config, feature, eps),
-        intermediate_size=_intermediate(config),
+        intermediate_size=_intermediate(table, config),
         vocab_size=whole_number(config, "vocab_size"),
         norm_eps=eps,
         tied=bool(config.get("tie_word_embeddings", False)),
@@ -274,8 +274,14 @@ def _layers(config: Mapping[str, Any]) -> int:
     return whole_number(config, "num_hidden_layers")
 
 
-def _intermediate(config: Mapping[str, Any]) -> int:
-    """Width of the MLP. LFM2 states that of an MLP without gate, and what to make of it."""
+def _intermediate(table: Table, config: Mapping[str, Any]) -> int:
+    """Width of the MLP.
+
+    LFM2 states that of an MLP without gate, and what to make of it. Where there are experts alone it is that of all
+    that a token goes through.
+    """
+    if table.experts is not None and "intermediate_size" not in table.fields and table.fields:
+        return whole_number(config, table.experts.intermediate) * whole_number(config, table.experts.chosen)
     size = whole_number(config, "intermediate_size")
     if not config.get("block_auto_adjust_ff_dim"):
         return size

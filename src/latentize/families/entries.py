@@ -155,10 +155,10 @@ def _rope(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) -> d
     theta, partial = (table.attention.get(f"rope_{name}_key", usual) for name, usual in _KEYS.items())
     entries.setdefault("rope_theta", config.get(theta, table.implied.get(theta, 10_000.0)))
     share = config.get(partial, table.implied.get(partial))
-    size = config.get(table.attention.get("rotary_size_key"))
-    if share is None and size is not None:
-        _check(table.attention["rotary_size_key"], size, "int|float")
-        share = size / read["head_dim"]
+    stated = table.attention.get("rotary_size_key")
+    if share is None and stated is not None and config.get(stated) is not None:
+        _check(stated, config[stated], "int|float")
+        share = config[stated] / read["head_dim"]
     if share is not None and not kind:
         entries.setdefault("partial_rotary_factor", share)
     if table.attention.get("head_dim") == "derived":

@@ -98,8 +98,12 @@ class ModelSpec:
         turning, still = self.attention.frequencies, (0.0,) if self.unrotated else ()
         return tuple(dict.fromkeys((*turning, *still)))
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the checkpoint must have, with its shape."""
+    def tensor_shapes(self, *, stacked: bool = False) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the checkpoint must have, with its shape.
+
+        Args:
+            stacked: Whether it holds the experts of a layer in one tensor, as transformers' module does.
+        """
         a, experts = self.attention, self.table.experts
         size = {
             "hidden": a.hidden_size,
@@ -121,13 +125,13 @@ class ModelSpec:
             symbolic[self.table.module("head") + ".weight"] = ("vocab", "hidden")
         for layer in range(self.layers):
             prefix = self.layer_prefix(layer)
-            symbolic |= {prefix + name: shape for name, shape in self._layer_tensors(layer)}
+            symbolic |= {prefix + name: shape for name, shape in self._layer_tensors(layer, stacked)}
         # Fused projections are as wide as their parts together: "q+kv+kv".
         return {
             n: tuple(sum(_size(size, part) for part in s.split("+")) for s in shape) for n, shape in symbolic.items()
         }
 
-    def _layer_tensors(self, layer: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    def _layer_tensors(self, layer: int, stacked: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
         table, kept = self.table, self.table.kept_tensors.get(self.kind(layer))
         found = dict(table.layer_tensors)
         for name, entry in table.optional_layer_tensors.items():
@@ -143,6 +147,9 @@ class ModelSpec:
             yield from table.experts.dense_tensors.items()
             return
         yield from table.experts.other_tensors.items()
+        if stacked:
+            yield from table.experts.in_one().items()
+            return
         for expert in range(self.experts):
             yield from ((name.format(expert=expert), shape) for name, shape in table.experts.tensors.items())
 

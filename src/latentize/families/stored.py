@@ -28,7 +28,10 @@ def match_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     Raises:
         CheckpointError: weights are quantised, missing, too many, or of other shapes.
     """
-    expected, head = spec.tensor_shapes(), spec.module("head") + ".weight"
+    experts, head = spec.table.experts, spec.module("head") + ".weight"
+    together = () if experts is None else tuple(f".{name}" for name in experts.in_one())
+    stacked = any(name.endswith(together) for name in checkpoint.names()) if together else False
+    expected = spec.tensor_shapes(stacked=stacked)
     checkpoint.rename(dict(_renamed(list(checkpoint.names()), {*expected, head}, spec)))
     checkpoint.check_stored(expected)
     stored = checkpoint.count(spec.table.layer_prefix)

@@ -98,6 +98,15 @@ class Experts:
     shared: str = ""
     deepseek: bool = False
 
+    def in_one(self) -> dict[str, tuple[str, ...]]:
+        """Tensors of all experts of a layer together, as ``stacked`` makes them, and their symbolic shapes."""
+        found = {}
+        for name, parts in self.stacked.items():
+            if "{expert}" in parts[0]:
+                shapes = [self.tensors[part] for part in parts]
+                found[name] = ("experts", "+".join(rows for rows, _ in shapes), shapes[0][1])
+        return found
+
     def in_layer(self, layer: int, config: Mapping[str, Any]) -> bool:
         """Whether a layer has experts."""
         step = int(config.get(self.every) or 1) if self.every else 1

@@ -100,7 +100,7 @@ def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Attenti
 
 
 def module_tensors(tensors: dict[str, Tensor], spec: ModelSpec, layer: int) -> dict[str, Tensor]:
-    """A layer's tensors as transformers' module holds them: experts stacked.
+    """A layer's tensors as transformers' module holds them: experts stacked, where files do not have them so.
 
     Args:
         tensors: As stored, names without the layer's prefix; what is stacked is taken out of it.
@@ -111,6 +111,8 @@ def module_tensors(tensors: dict[str, Tensor], spec: ModelSpec, layer: int) -> d
     if experts is None or not experts.in_layer(layer, spec.config):
         return tensors
     for name, parts in experts.stacked.items():
+        if name in tensors:
+            continue
         if "{expert}" not in parts[0]:
             tensors[name] = tensors.pop(parts[0])
             continue

@@ -97,7 +97,7 @@ def test_features_of_each_family(family: str) -> None:
     assert attention.o_bias == (family in ("gpt_neox", "gpt_oss", "seed_oss", "starcoder2"))
     assert attention.sinks == (family == "gpt_oss")
     across = family in ("minimax_m2", "olmo2", "olmo3", "olmoe")
-    gated = ("qwen3_5_text", "qwen3_next")
+    gated = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
     normed = ("apertus", "exaone4", "gemma3_text", "glm4_moe", "lfm2", "qwen3", "qwen3_moe", *gated)
     assert attention.gated == (family in gated)
     assert attention.qk_norm == (across or family in normed)
@@ -117,6 +117,7 @@ HYBRID = {
     "gpt_oss": "sliding_attention",
     "olmo3": "sliding_attention",
     "lfm2": "conv",
+    "qwen3_5_moe_text": "linear_attention",
     "qwen3_5_text": "linear_attention",
     "qwen3_next": "linear_attention",
 }

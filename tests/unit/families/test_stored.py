@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.common import SMALL, pico, pico_model, text_file
+from tests.common import SMALL, logits, pico, pico_model, random_tokens, text_file
 
 import latentize
 from latentize.errors import CheckpointError
@@ -162,6 +162,34 @@ def test_names_that_transformers_reads(kind: str, saved: Callable[..., Path], tm
     original, _ = open_source(saved(family, **config))
     assert set(checkpoint.names()) == set(original.names())
     assert all(torch.equal(checkpoint.load(name), original.load(name)) for name in spec.tensor_shapes())
+
+
+def in_one(stored: Tensors) -> Tensors:
+    """Experts of a layer in one tensor, as some models are published."""
+    found = {n: t for n, t in stored.items() if ".experts." not in n}
+    for layer in {n.split(".experts.")[0] for n in stored if ".experts." in n}:
+        own = {n: t for n, t in stored.items() if n.startswith(f"{layer}.experts.")}
+        count = len({n.split(".experts.")[1].split(".")[0] for n in own})
+        gate, up, down = (
+            [own[f"{layer}.experts.{expert}.{part}_proj.weight"] for expert in range(count)]
+            for part in ("gate", "up", "down")
+        )
+        found[f"{layer}.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
+        found[f"{layer}.experts.down_proj"] = torch.stack(down)
+    return found
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe_text", "qwen3_moe"])
+def test_experts_in_one_tensor(family: str, saved: Callable[..., Path], tmp_path: Path) -> None:
+    whole = saved(family)
+    folder = changed(whole, tmp_path / "odd", in_one)
+    assert torch.equal(logits(folder, random_tokens()), logits(whole, random_tokens())), "transformers reads it"
+    text = text_file(tmp_path)
+    for source, out in ((whole, "a"), (folder, "b")):
+        latentize.convert(source, tmp_path / out, keep=0.5, data=(text,), **{**SMALL, "tokens": 1024})
+    first, second = (load_file(str(tmp_path / out / WEIGHTS)) for out in "ab")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("kind", ["base model", "experts where transformers has them"])
