@@ -57,7 +57,7 @@ class LatentWeights:
         softmax_scale: Factor on the logits.
         q_nope_bias_HN, q_rope_bias_HR, k_rope_bias_PR, o_bias_D: Biases, or ``None``. The un-roped key and the
             latent need none: a constant key drops out of the softmax, a constant value is an output bias.
-        v_up_bias_UV: Of values, where there are sinks: what these take, a constant value is missing.
+        v_up_bias_UV: Of values, where there are sinks: these take a share of it, so that it is no output bias.
         sink_H: Learnt logits that take a share of attention, or ``None``.
         q_norm_R, k_norm_R: Weights of an RMSNorm of each head, or of all heads together (``[H, R]`` and ``[P, R]``), or
             ``None``; where the whole head is roped. With ``q_HdD`` the first is of the whole queries, ``[d]`` or
