@@ -29,7 +29,7 @@ from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS, Beside, Codec, Plain, codec
 from latentize.runtime.coded import RowCoder
 from latentize.runtime.growing import Growing
-from latentize.runtime.kernels.storage import Part, Stored, plain_part
+from latentize.runtime.kernels.storage import Part, encoded_part, plain_part
 from latentize.runtime.rotation import rotation_on
 from latentize.runtime.rows import BLOCK
 from latentize.runtime.stored_rows import StoredRows
@@ -311,15 +311,9 @@ class LatentLayer(CacheLayerMixin):
 
     def _part(self, tensors: tuple[Tensor, ...], count: int) -> Part:
         """Encoded rows, as a kernel reads them."""
-        own, border = FLOATS[self.dtype], self._latent_tensors
-        names = [own if name is None else name for name in self.formats]
-        latent, roped, factors_BSK = tensors[:border], tensors[border:], None
-        if self.key_scales:
-            # Beside what roped keys are stored in, or behind these.
-            found = roped if len(roped) > 1 else tensors[border].tensor_split([self.rope_size], dim=-1)
-            roped, factors_BSK = found[:-1], found[-1]
-        rope = Stored(roped, names[1], self.rope_size)
-        return Part(Stored(latent, names[0], self.rank), rope, count, factors_BSK=factors_BSK)
+        border, (latent, rope) = self._latent_tensors, self.formats
+        names, sizes = (latent or FLOATS[self.dtype], rope or FLOATS[self.dtype]), (self.rank, self.rope_size)
+        return encoded_part(tensors[:border], tensors[border:], names, sizes, count, self.key_scales)
 
     @property
     def _latent_tensors(self) -> int:

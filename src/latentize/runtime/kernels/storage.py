@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentize.runtime.codecs import FLOATS, Coded, codec
 
-__all__ = ["KINDS", "Part", "Stored", "plain_part"]
+__all__ = ["KINDS", "Part", "Stored", "encoded_part", "plain_part"]
 
 # Formats as kernels know them.
 KINDS = ("float", "fp8", "int8", "int4", "coded")
@@ -84,6 +84,30 @@ class Part:
         """Latents ``[B, count, r]`` and roped keys ``[B, count, R]``, gathered and restored."""
         latent, rope = (half.decoded(dtype)[:, : self.count] for half in (self.latent, self.rope))
         return latent, rope
+
+
+def encoded_part(
+    latent: tuple[Tensor, ...],
+    rope: tuple[Tensor, ...],
+    formats: tuple[str, str],
+    sizes: tuple[int, int],
+    count: int,
+    key_scales: int = 0,
+) -> Part:
+    """Rows whose halves are stored in formats of their own.
+
+    Args:
+        latent, rope: What their codecs return.
+        formats, sizes: Of either.
+        count: As of :class:`Part`.
+        key_scales: Factors, which lie beside what roped keys are stored in, or behind these.
+    """
+    factors_BSK = None
+    if key_scales:
+        found = rope if len(rope) > 1 else rope[0].tensor_split([sizes[1]], dim=-1)
+        rope, factors_BSK = found[:-1], found[-1]
+    halves = [Stored(*half) for half in zip((latent, rope), formats, sizes, strict=True)]
+    return Part(*halves, count, factors_BSK=factors_BSK)
 
 
 def plain_part(rows_BEd: Tensor, rank: int, count: int, *, key_scales: int = 0, **where: Any) -> Part:
