@@ -104,9 +104,10 @@ def encoded_part(
     """
     factors_BSK = None
     if key_scales:
-        found = rope if len(rope) > 1 else rope[0].tensor_split([sizes[1]], dim=-1)
-        rope, factors_BSK = found[:-1], found[-1]
-    halves = [Stored(*half) for half in zip((latent, rope), formats, sizes, strict=True)]
+        *own, last = rope
+        found = (*own, last) if own else last.tensor_split([sizes[1]], dim=-1)
+        rope, factors_BSK = tuple(found[:-1]), found[-1]
+    halves = (Stored(latent, formats[0], sizes[0]), Stored(rope, formats[1], sizes[1]))
     return Part(*halves, count, factors_BSK=factors_BSK)
 
 
