@@ -66,7 +66,7 @@ def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
     a = model.attention
     reasons = list(model.table.native_only)
     if model.table.experts is not None and not model.table.experts.deepseek:
-        reasons.append("experts chosen by softmax, DeepSeek-V3's are by sigmoid")
+        reasons.append("experts that are not chosen, or not made, as DeepSeek-V3's are")
     if model.kinds:
         kept = next(kind for kind in model.kinds if kind != FULL)
         reasons.append(f"layers of '{kept}' stay as they are, in DeepSeek's layout all are latent")
