@@ -110,16 +110,18 @@ class _Load:
 def _attention_parameters(model: ModelSpec, row: CacheSize) -> int:
     """Of one layer, biases and norms of the source included only where the source's attention stays."""
     a = model.attention
+    # They stay in any case.
+    more = a.gated * a.num_heads * a.head_dim * a.hidden_size + a.sinks * a.num_heads
     if row.latent is None:
         assert row.kv_heads is not None
         sizes = (a.num_heads + row.kv_heads) * a.head_dim
         biases = (sizes + row.kv_heads * a.head_dim) * a.qkv_bias + a.hidden_size * a.o_bias
         norms = (sizes if a.qk_norm_across else 2 * a.head_dim) * a.qk_norm
-        return 2 * sizes * a.hidden_size + biases + norms
+        return 2 * sizes * a.hidden_size + biases + norms + more
     rank, rope = row.latent
     query = a.num_heads * (a.head_dim + rope) * a.hidden_size
     down, up = (rank + rope) * a.hidden_size + rank, rank * a.num_heads * 2 * a.head_dim
-    return query + down + up + a.num_heads * a.head_dim * a.hidden_size
+    return query + down + up + a.num_heads * a.head_dim * a.hidden_size + more
 
 
 def _latent_load(model: LatentModel, row: CacheSize, context: int, weight_bits: float) -> _Load:
