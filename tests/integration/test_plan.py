@@ -83,8 +83,8 @@ def test_a_config_file_and_a_folder(tmp_path: Path, family: str) -> None:
     path = tmp_path / "config.json"
     heads = 4 if family in ONLY_MHA else 2
     path.write_text(pico_config(family, heads).to_json_string(use_diff=False))
-    # Convolutions cache no keys and values.
-    layers = 1 if family == "lfm2" else 2
+    # Convolutions and DeltaNet cache no keys and values.
+    layers = 1 if family in ("lfm2", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next") else 2
     for model in (path, tmp_path):
         result = plan(str(model), context=10)
         assert result["rows"][0]["cache_bytes"] == 2 * heads * 16 * layers * 10 * 2

@@ -35,7 +35,7 @@ _PREFIXES = {
 
 def is_tower(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is that of a multimodal model whose language model is known."""
-    return config.get("model_type") in TOWERS and isinstance(config.get("text_config"), Mapping)
+    return str(config.get("model_type")) in TOWERS and isinstance(config.get("text_config"), Mapping)
 
 
 def language_model(config: dict[str, Any]) -> dict[str, Any]:
