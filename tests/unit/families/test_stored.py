@@ -164,6 +164,16 @@ def test_names_that_transformers_reads(kind: str, saved: Callable[..., Path], tm
     assert all(torch.equal(checkpoint.load(name), original.load(name)) for name in spec.tensor_shapes())
 
 
+def convert_alike(whole: Path, folder: Path, tmp_path: Path) -> None:
+    """What becomes of two folders is the same, bit by bit."""
+    text = text_file(tmp_path)
+    for source, out in ((whole, "a"), (folder, "b")):
+        latentize.convert(source, tmp_path / out, keep=0.5, data=(text,), **{**SMALL, "tokens": 1024})
+    first, second = (load_file(str(tmp_path / out / WEIGHTS)) for out in "ab")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def in_one(stored: Tensors) -> Tensors:
     """Experts of a layer in one tensor, as some models are published."""
     found = {n: t for n, t in stored.items() if ".experts." not in n}
@@ -184,12 +194,7 @@ def test_experts_in_one_tensor(family: str, saved: Callable[..., Path], tmp_path
     whole = saved(family)
     folder = changed(whole, tmp_path / "odd", in_one)
     assert torch.equal(logits(folder, random_tokens()), logits(whole, random_tokens())), "transformers reads it"
-    text = text_file(tmp_path)
-    for source, out in ((whole, "a"), (folder, "b")):
-        latentize.convert(source, tmp_path / out, keep=0.5, data=(text,), **{**SMALL, "tokens": 1024})
-    first, second = (load_file(str(tmp_path / out / WEIGHTS)) for out in "ab")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    convert_alike(whole, folder, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["base model", "experts where transformers has them"])
@@ -197,12 +202,7 @@ def test_they_convert_to_the_same(kind: str, saved: Callable[..., Path], tmp_pat
     family, config, change = RENAMED[kind]
     whole = saved(family, **config)
     folder = changed(whole, tmp_path / "odd", change)
-    text = text_file(tmp_path)
-    for source, out in ((whole, "a"), (folder, "b")):
-        latentize.convert(source, tmp_path / out, keep=0.5, data=(text,), **{**SMALL, "tokens": 1024})
-    first, second = (load_file(str(tmp_path / out / WEIGHTS)) for out in "ab")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    convert_alike(whole, folder, tmp_path)
 
 
 def test_old_masks_convert(saved: Callable[..., Path], tmp_path: Path) -> None:
