@@ -9,6 +9,7 @@ import torch
 from tests.common import FP32, relative_error
 from tests.unit.layers import attention_spec, inputs, random_attention
 from torch import Tensor
+from transformers import DynamicCache
 
 from latentize.attention.coding import Rounding
 from latentize.methods.closed_form import convert_layer
@@ -50,6 +51,13 @@ def test_each_token_sees_its_newest_rows_and_all_factors_as_they_are(newest: int
     for token in range(1, x.shape[1] + 1):
         alone = attention(x[:, :token])[0][:, -1]
         assert relative_error(together[:, token - 1], alone) <= FP32
+    # Continued, fewer rows are new than there are.
+    cache, parts = DynamicCache(), []
+    for part in x.split([6, 3, 1], dim=1):
+        past = cache.get_seq_length()
+        at = torch.arange(past, past + part.shape[1])[None]
+        parts.append(attention(part, at, past_key_values=cache)[0])
+    assert relative_error(torch.cat(parts, dim=1), together) <= FP32
     attention.watch = Halves(0, x.shape[1] + 1)
     exact = attention(x)[0]
     attention.watch = None
