@@ -44,9 +44,9 @@ class Finder:
         # Of each axis.
         self._intervals = int(_CELLS ** (1 / self.values) + 1e-6)
         number_i = torch.arange(self._intervals, dtype=torch.float32, device=device)
-        self._edges = _SPREAD * torch.special.ndtri(number_i[1:] / self._intervals)
         self._middles = _SPREAD * torch.special.ndtri((number_i + 0.5) / self._intervals)
-        self._places_v = self._intervals ** torch.arange(self.values - 1, -1, -1, device=device)
+        # Exact in float32: there are fewer cells than it has whole numbers.
+        self._places_v = self._intervals ** torch.arange(self.values - 1.0, -1, -1, device=device)
         known = [self._known(words_kv) for words_kv in books]
         # What each cell knows, one book after the other: numbers of words, [c, m]; half their squares and the words,
         # [c, v + 1, m].
@@ -66,6 +66,12 @@ class Finder:
         with_half_kv = torch.cat([half_k[:, None], words_kv], dim=1)
         return index_cm.to(torch.int32), with_half_kv[index_cm].mT.contiguous()
 
+    def _cells_of(self, x_nv: Tensor) -> Tensor:
+        """The cells that vectors fall into, ``[n]`` int64: intervals hold equal shares of a wider Gaussian."""
+        number_nv = torch.special.ndtr(x_nv / _SPREAD).mul_(self._intervals).floor_().clamp_(max=self._intervals - 1)
+        # What is not a number is nowhere; its word is of no use in any case.
+        return number_nv.mul_(self._places_v).sum(1).nan_to_num_(0.0).long()
+
     def nearest(self, x_nv: Tensor, first_n: Tensor | None = None) -> Tensor:
         """The numbers of the nearest words in their books, ``[n]`` int32.
 
@@ -76,7 +82,7 @@ class Finder:
         found = []
         for start in range(0, max(1, len(x_nv)), _AT_ONCE):
             part_nv = x_nv[start : start + _AT_ONCE].contiguous()
-            cell_n = (torch.bucketize(part_nv, self._edges) * self._places_v).sum(1)
+            cell_n = self._cells_of(part_nv)
             if first_n is not None:
                 cell_n += first_n[start : start + _AT_ONCE]
             half_nm, *words = self._words_cvm.index_select(0, cell_n).unbind(1)

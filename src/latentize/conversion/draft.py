@@ -41,7 +41,7 @@ __all__ = [
 
 # Tokens that attended distances are gathered on; they settle early, and cost more than everything else.
 DISTANCE_TOKENS = 16_384
-# Tokens that statistics are gathered on where their closed form is only a start.
+# Tokens that statistics are gathered on where their closed form is only a start, or exact in any case.
 START_TOKENS = 32_768
 # Tokens that tell whether a layer is exact, and the relative error of a token that float32 may leave of what is.
 EXACT_TOKENS, _ROUNDING = 2048, 1e-10
@@ -87,7 +87,7 @@ def naming_layer(index: int) -> Iterator[None]:
         raise ArithmeticError(f"layer {index}: {error}") from error
 
 
-def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int = 0) -> Observed:
+def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int = 0, exact: bool = False) -> Observed:
     """Advance the source's calibration stream through a layer that will be converted.
 
     Args:
@@ -95,15 +95,17 @@ def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int =
         text: Hidden states that enter it; in place.
         needed: Which statistics to gather.
         residual: Of how many sequences, the first ones, the residual stream after the attention is kept.
+        exact: Whether the closed form is, whatever its statistics are.
     """
     assert layer.weights is not None and layer.spec is not None
     kept = torch.empty_like(text.hidden_NTD[:residual]) if residual else None
     jumps, reach = text.jumps(), text.reach
     total: CalibrationStats | None = None
-    # What is refined does not need the last digits of where it starts.
-    for rows, x_BTD, after_BTD in layer.stream(text, use=Use.LEARNT if residual else Use.STATISTICS):
+    # What is refined does not need the last digits of where it starts, nor does what is exact.
+    rough = exact or residual > 0
+    for rows, x_BTD, after_BTD in layer.stream(text, use=Use.LEARNT if rough else Use.STATISTICS):
         count = 0 if total is None else total.tokens
-        if count < START_TOKENS or not residual:
+        if count < START_TOKENS or not rough:
             wanted = replace(needed, distances=needed.distances and count < DISTANCE_TOKENS)
             part = gather(x_BTD, layer.weights, layer.spec, wanted, text.positions_NT[rows] if jumps else None, reach)
             total = part if total is None else total + part

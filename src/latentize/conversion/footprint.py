@@ -243,8 +243,9 @@ def latent_footprint(
     calibration = of.stream(tokens)
     widest = max(settings, key=lambda setting: of.latent(setting, 1))
     layer = max(of.layers())
-    drafted = of.stream(min(tokens, REFINED_TOKENS if refines else RMS_TOKENS))
-    own = calibration + drafted
+    drafted = of.stream(min(tokens, REFINED_TOKENS if refines else 0 if effort.whole else RMS_TOKENS))
+    read = min(tokens, RMS_TOKENS) if widest.whole and not effort.polish else tokens
+    own = of.stream(read) + drafted
     # The source, the result, and what a layer was on its way.
     texts = of.stream(recipe.held_out_tokens) * (2 + refines + widest.linear)
     gathered = of.statistics(widest, _GATHERED) + of.forward()

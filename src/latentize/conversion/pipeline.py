@@ -94,7 +94,7 @@ def convert_latent(
 
     def layers() -> Iterator[MadeLayer]:
         # Held by who makes the layers, so that its texts go with the last of them.
-        drafting = _Drafting(source, settings, calibration, effort.refinement, journal, facts)
+        drafting = _Drafting(source, settings, calibration, effort, journal, facts)
         if not effort.whole:
             return _layer_by_layer(source, drafting, writer)
         return _as_a_whole(source, drafting, writer, calibration, selection, effort, progress)
@@ -118,15 +118,20 @@ class _Drafting:
         source: SourceModel,
         settings: Sequence[Setting],
         calibration: Passages,
-        refinement: Refinement | None,
+        effort: Effort,
         journal: Journal | None,
         facts: list[dict[str, Any]],
     ) -> None:
         self.settings, self.journal, self.facts = settings, journal, facts
-        self.own: Stream = source.embed(calibration)
-        # Without refinement nothing is learnt from the converted stream but how large its latents get.
-        few = max(1, (REFINED_TOKENS if refinement else RMS_TOKENS) // calibration.length)
-        self.draft = Draft(refinement, self.own[:few])
+        # Where nothing is left out the closed form is exact, whatever its statistics are: a little text does, unless
+        # the polish wants to know how the source continues all of it.
+        self._exact = all(setting.whole for setting in settings)
+        little = _sequences(RMS_TOKENS, calibration)
+        self.own: Stream = source.embed(calibration[:little] if self._exact and not effort.polish else calibration)
+        # Without refinement nothing is learnt from the converted stream but how large its latents get, and of layers
+        # that change once more not even that.
+        few = _sequences(REFINED_TOKENS if effort.refinement else 0 if effort.whole else RMS_TOKENS, calibration)
+        self.draft = Draft(effort.refinement, self.own[:few])
 
     def weights(self, layer: SourceLayer) -> tuple[DraftedLayer, dict[str, LatentWeights]]:
         """The converted layer, and what it was on its way, by name, in float32."""
@@ -134,7 +139,7 @@ class _Drafting:
         refines, setting = self.draft.refinement is not None, self.settings[layer.index]
         few = len(self.draft.text) if refines else 0
         inherited = stream_error(self.draft.text, self.own[:few]) if refines else 0.0
-        observed = observe(layer, self.own, needs(setting, layer.spec), residual=few)
+        observed = observe(layer, self.own, needs(setting, layer.spec), residual=few, exact=self._exact)
         made = self.draft.convert(layer, observed, setting, self.journal, inherited)
         self.facts.append(made.closed.describe())
         stages = {}
@@ -155,6 +160,11 @@ class _Drafting:
         own, nothing = self.own, self.own[:0].clone()
         self.own, self.draft = nothing, Draft(None, nothing)
         return own
+
+
+def _sequences(tokens: int, text: Passages) -> int:
+    """How many of a text's sequences are so many tokens; one at least, of any."""
+    return max(1, tokens // text.length) if tokens else 0
 
 
 def _layer_by_layer(source: SourceModel, drafting: _Drafting, writer: LatentWriter) -> Iterator[MadeLayer]:
@@ -204,7 +214,7 @@ def _as_a_whole(
     if (suiting := effort.suiting) is not None:
         plain = final
         final = _together(plain, "suiting", journal, lambda: suited_rows(source, plain, calibration, suiting, progress))
-    draft = Draft(None, source.embed(calibration[: max(1, RMS_TOKENS // calibration.length)]))
+    draft = Draft(None, source.embed(calibration[: _sequences(RMS_TOKENS, calibration)]))
     for layer, w, passed in zip(source.layers(), final, stages, strict=True):
         made = _kept(layer) if w is None else _saved(layer, w, passed, draft, writer)
         yield made

@@ -251,10 +251,11 @@ def latent_work(
     if len(settings) > 1:
         stages |= _choice(of, settings, distances, refines=refinement is not None, one_by_one=one_by_one)
     # Each layer: what the source does, the closed form, and the text on its way through the result.
-    stated = tokens if refinement is None else min(tokens, START_TOKENS)
-    gathering = Use.STATISTICS if refinement is None else Use.LEARNT
-    made = of.forward(tokens, gathering) + of.statistics(stated, distances) + of.closed()
-    drafted = min(tokens, REFINED_TOKENS if refinement else RMS_TOKENS)
+    rough = refinement is not None or setting.whole
+    read = min(tokens, RMS_TOKENS) if setting.whole and not effort.polish else tokens
+    stated = min(read, START_TOKENS) if rough else read
+    made = of.forward(read, Use.LEARNT if rough else Use.STATISTICS) + of.statistics(stated, distances) + of.closed()
+    drafted = min(tokens, REFINED_TOKENS if refinement else 0 if effort.whole else RMS_TOKENS)
     if refinement is not None:
         made += of.refined(setting, refinement, drafted)
     made += of.forward(drafted, Use.LEARNT)
@@ -262,7 +263,7 @@ def latent_work(
     measured = (2 + setting.linear) * (layers * of.forward(evaluated, Use.MEASURED) + of.head(evaluated))
     if refinement is not None:
         measured += layers * of.forward(evaluated, Use.LEARNT) + of.head(evaluated)
-    kept = (layers - converted) * of.forward(tokens, Use.MEASURED)
+    kept = (layers - converted) * of.forward(read, Use.MEASURED)
     if not effort.whole:
         return {**stages, "converting layers": converted * made + kept + measured}
     stages["refining layers"] = converted * made + kept
