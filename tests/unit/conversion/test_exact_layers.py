@@ -10,7 +10,7 @@ import pytest
 from tests.common import SMALL
 
 import latentize
-from latentize.conversion import pipeline
+from latentize.conversion import effort, pipeline
 from latentize.conversion.draft import Observed, observe
 from latentize.modeling.source import SourceLayer, Stream
 
@@ -39,9 +39,11 @@ def test_text_that_layers_read(
         read.append((own.positions_NT.numel(), exact))
         return observe(layer, own, *args, exact=exact, **kwargs)
 
+    # A polish of a few steps.
+    monkeypatch.setattr(effort, "_FLOP", 1.0)
     monkeypatch.setattr(pipeline, "RMS_TOKENS", 512)
     monkeypatch.setattr(pipeline, "observe", observed)
-    entries = {**SMALL, "bytes_context": 256, **options}
+    entries = {**SMALL, "bytes_context": 256, "self_generated": 0, **options}
     report = latentize.convert(source(), tmp_path / "out", data=(text,), **entries)
     calibration = report["calibration_tokens"]
     assert calibration > 512
