@@ -183,7 +183,8 @@ def grouped_attention(
         positions_BT = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
     q_BHTd, k_BGTd = queries_keys(x_BTD, w, spec.norm_eps)
     v_BGSd = _project(x_BTD, w.v_GdD, w.v_bias_Gd)
-    frequencies = torch.tensor([spec.frequencies], device=x_BTD.device, dtype=torch.float64)
+    turning = spec.at_length(int(positions_BT.max()) + 1)
+    frequencies = torch.tensor([turning], device=x_BTD.device, dtype=torch.float64)
     cos, sin = rope_angles(frequencies, positions_BT)
     q_BHTd, k_BGSd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
     q_BHTd = grown(q_BHTd, positions_BT, spec.growth, spec.growth_length)

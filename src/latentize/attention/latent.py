@@ -25,7 +25,7 @@ from latentize.attention.coding import RowCode
 from latentize.attention.grouped import attend, beside_sink, by_groups, capped, gated, grown, head_norm
 from latentize.attention.masks import causal_mask
 from latentize.attention.projections import UpProjections
-from latentize.attention.rope import rope_angles, rotate_half
+from latentize.attention.rope import Beyond, rope_angles, rotate_half
 from latentize.attention.spec import LatentSpec
 
 __all__ = [
@@ -55,6 +55,7 @@ class LatentWeights:
         o_DHV: Output projection.
         frequencies_PF: Radians per position of each pair of each roped key; not trained.
         softmax_scale: Factor on the logits.
+        beyond: What a long text does to the frequencies, or ``None``.
         q_nope_bias_HN, q_rope_bias_HR, k_rope_bias_PR, o_bias_D: Biases, or ``None``. The un-roped key and the
             latent need none: a constant key drops out of the softmax, a constant value is an output bias.
         v_up_bias_UV: Of values, where there are sinks: these take a share of it, so that it is no output bias.
@@ -81,6 +82,7 @@ class LatentWeights:
     o_DHV: Tensor
     frequencies_PF: Tensor
     softmax_scale: float
+    beyond: Beyond | None = None
     q_nope_bias_HN: Tensor | None = None
     q_rope_bias_HR: Tensor | None = None
     k_rope_bias_PR: Tensor | None = None
@@ -124,6 +126,12 @@ class LatentWeights:
     def requires_grad(self) -> bool:
         return self.k_up_UNr.requires_grad or self.v_up_UVr.requires_grad
 
+    def turning(self, positions_BT: Tensor) -> Tensor:
+        """Radians per position where these are the positions, ``[P, F]``."""
+        return (
+            self.frequencies_PF if self.beyond is None else self.beyond.frequencies(self.frequencies_PF, positions_BT)
+        )
+
     def up(self, c_B1Sr: Tensor) -> tuple[Tensor, Tensor]:
         """Un-roped keys ``[B, U, S, N]`` and values ``[B, U, S, V]`` of latents."""
         v_BUSV = c_B1Sr @ self.v_up_UVr.mT
@@ -154,11 +162,11 @@ def _steady_queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tu
     if w.q_HdD is not None:
         assert w.q_norm_R is not None
         q_BHTd = head_norm(_project(x_BTD, w.q_HdD, None), w.q_norm_R, w.norm_eps)
-        q_rope_BHTR = turned(q_BHTd @ w.q_rope_HRD.mT, None, w.norm_eps, w.frequencies_PF, positions_BT)
+        q_rope_BHTR = turned(q_BHTd @ w.q_rope_HRD.mT, None, w.norm_eps, w.turning(positions_BT), positions_BT)
         return q_BHTd @ w.q_nope_HND.mT, q_rope_BHTR
     q_nope_BHTN = _project(x_BTD, w.q_nope_HND, w.q_nope_bias_HN)
     q_rope_BHTR = _project(x_BTD, w.q_rope_HRD, w.q_rope_bias_HR)
-    return q_nope_BHTN, turned(q_rope_BHTR, w.q_norm_R, w.norm_eps, w.frequencies_PF, positions_BT)
+    return q_nope_BHTN, turned(q_rope_BHTR, w.q_norm_R, w.norm_eps, w.turning(positions_BT), positions_BT)
 
 
 def cache_rows(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +176,7 @@ def cache_rows(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[T
     """
     c_B1Tr = torch.nn.functional.linear(x_BTD, w.kv_a_rD)[:, None]
     k_rope_BPTR = _project(x_BTD, w.k_rope_PRD, w.k_rope_bias_PR)
-    k_rope_BPTR = turned(k_rope_BPTR, w.k_norm_R, w.norm_eps, w.frequencies_PF, positions_BT)
+    k_rope_BPTR = turned(k_rope_BPTR, w.k_norm_R, w.norm_eps, w.turning(positions_BT), positions_BT)
     if w.k_KeD is None or w.key_gain_K is None:
         return c_B1Tr, k_rope_BPTR
     k_BTKe = torch.einsum("btD,keD->btke", x_BTD, w.k_KeD)

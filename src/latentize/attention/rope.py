@@ -8,10 +8,36 @@ B batch, h heads, T tokens, F pairs, d head size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["half_to_interleaved", "rope_angles", "rotate_half", "rotate_interleaved"]
+__all__ = ["Beyond", "half_to_interleaved", "rope_angles", "rotate_half", "rotate_interleaved"]
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """What texts longer than a model's frequencies are for do to them (LongRoPE, dynamic NTK's scaling).
+
+    Attributes:
+        length: Tokens of the longest text that the usual ones are for.
+        by_hF: What becomes of each, as of :class:`~latentize.attention.spec.RopeSpec`.
+        stretch: As there.
+    """
+
+    length: int
+    by_hF: Tensor
+    stretch: float = 0.0
+
+    def frequencies(self, usual_hF: Tensor, positions_BT: Tensor) -> Tensor:
+        """The frequencies, ``[h, F]``, where these are the positions: the last one decides for all."""
+        tokens = positions_BT.max() + 1
+        by_hF = self.by_hF.to(usual_hF)
+        if not self.stretch:
+            return torch.where(tokens > self.length, by_hF, usual_hF)
+        s = (self.stretch * tokens / self.length - self.stretch + 1).to(usual_hF.dtype).clamp_min(1)
+        return usual_hF * s**by_hF
 
 
 def rope_angles(frequencies_hF: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:

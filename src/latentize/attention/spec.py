@@ -13,15 +13,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from latentize.errors import UnsupportedModelError
 
-__all__ = ["AttentionSpec", "LatentSpec", "RopeSpec", "kv_cache_bytes", "mean_over_layers"]
+__all__ = ["AttentionSpec", "LatentSpec", "LongTable", "RopeSpec", "kv_cache_bytes", "mean_over_layers"]
 
 
 # Of a ramp whose ends are one pair.
 _STEEP = 0.001
+# RoPE whose frequencies are others in a long text.
+_BY_LENGTH = ("longrope", "dynamic")
+
+
+class LongTable(NamedTuple):
+    """What a text that is longer than a table of frequencies is for does to each of them.
+
+    Attributes:
+        length: As :attr:`RopeSpec.length`.
+        by: As :attr:`RopeSpec.beyond`, an entry of the table each.
+        stretch: As :attr:`RopeSpec.stretch`.
+    """
+
+    length: int
+    by: tuple[float, ...]
+    stretch: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,15 +66,45 @@ class RopeSpec:
         return self.rope_type == "default"
 
     @property
+    def _ladder(self) -> list[float]:
+        return [self.theta ** (-2 * f / self.rotary_dim) for f in range(self.rotary_dim // 2)]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest text that :attr:`frequencies` are for; 0 where they are for any."""
+        return int(self.scaling["original_max_position_embeddings"]) if self.rope_type in _BY_LENGTH else 0
+
+    @property
+    def stretch(self) -> float:
+        """The factor of dynamic NTK's scaling; 0 without it."""
+        return float(self.scaling["factor"]) if self.rope_type == "dynamic" else 0.0
+
+    @property
+    def beyond(self) -> tuple[float, ...]:
+        """What longer texts do to the frequencies, pair by pair; empty where they do nothing.
+
+        LongRoPE (Ding et al., arXiv 2402.13753) has other frequencies for them, these. Dynamic NTK's scaling turns its
+        base up with the text: a frequency is multiplied by ``s ** beyond``, ``s = stretch · tokens / length - stretch +
+        1``. Either goes by the longest text of a batch, as transformers has it.
+        """
+        if self.rope_type == "longrope":
+            return tuple(w / by for w, by in zip(self._ladder, self.scaling["long_factor"], strict=True))
+        if self.rope_type == "dynamic":
+            return tuple(-2 * f / (self.rotary_dim - 2) for f in range(self.rotary_dim // 2))
+        return ()
+
+    @property
     def frequencies(self) -> tuple[float, ...]:
-        """Radians per position, fastest first, ``rotary_dim / 2`` of them.
+        """Radians per position, fastest first, ``rotary_dim / 2`` of them; see :attr:`length`.
 
         Raises:
-            UnsupportedModelError: a scaling whose frequencies depend on the length of the text.
+            UnsupportedModelError: an unknown scaling.
         """
-        ladder = [self.theta ** (-2 * f / self.rotary_dim) for f in range(self.rotary_dim // 2)]
-        if self.rope_type == "default":
+        ladder = self._ladder
+        if self.rope_type in ("default", "dynamic"):
             return tuple(ladder)
+        if self.rope_type == "longrope":
+            return tuple(w / by for w, by in zip(ladder, self.scaling["short_factor"], strict=True))
         if self.rope_type == "linear":
             return tuple(w / self.scaling["factor"] for w in ladder)
         if self.rope_type == "llama3":
@@ -69,8 +115,17 @@ class RopeSpec:
             f"RoPE scaling of type '{self.rope_type}' is not supported",
             code="LZ208",
             where="config.json, rope_scaling or rope_parameters",
-            fix="supported are default, linear, llama3 and yarn",
+            fix="supported are default, linear, llama3, yarn, longrope and dynamic",
         )
+
+    def at_length(self, tokens: int) -> tuple[float, ...]:
+        """:attr:`frequencies` in a text of so many tokens."""
+        if not self.length or tokens <= self.length:
+            return self.frequencies
+        if not self.stretch:
+            return self.beyond
+        s = self.stretch * tokens / self.length - self.stretch + 1
+        return tuple(w * s**power for w, power in zip(self.frequencies, self.beyond, strict=True))
 
     def _llama3(self, w: float) -> float:
         """Llama 3.1's interpolation: slow frequencies are divided, fast ones kept, a ramp between."""
@@ -99,12 +154,15 @@ class RopeSpec:
 
     @property
     def attention_factor(self) -> float:
-        """Factor on what is rotated, queries and keys alike: YaRN's (equation 15 there), 1 without it."""
+        """Factor on what is rotated, queries and keys alike: YaRN's (equation 15 there) or LongRoPE's, 1 without."""
         s = self.scaling
-        if self.rope_type != "yarn":
+        if self.rope_type not in ("yarn", "longrope"):
             return 1.0
         if s.get("attention_factor") is not None:
             return float(s["attention_factor"])
+        if self.rope_type == "longrope":
+            longer = max(1.0, float(s["factor"]))
+            return math.sqrt(1 + math.log(longer) / math.log(s["original_max_position_embeddings"]))
 
         def scale(m: float) -> float:
             return 0.1 * m * math.log(s["factor"]) + 1 if s["factor"] > 1 else 1.0
@@ -166,13 +224,32 @@ class AttentionSpec:
     @property
     def frequencies(self) -> tuple[float, ...]:
         """Radians per position of the ``d / 2`` pairs of a head; a pair that does not rotate turns by nothing."""
-        turning = self.rope.frequencies if self.rotates else ()
+        return self._of_a_head(self.rope.frequencies)
+
+    def at_length(self, tokens: int) -> tuple[float, ...]:
+        """:attr:`frequencies` in a text of so many tokens."""
+        return self._of_a_head(self.rope.at_length(tokens))
+
+    @property
+    def beyond(self) -> LongTable | None:
+        """What a long text does to the frequencies of a head's pairs; ``None`` where it does nothing."""
+        if not self.rotates or not self.rope.length:
+            return None
+        return LongTable(self.rope.length, self._of_a_head(self.rope.beyond), self.rope.stretch)
+
+    def _of_a_head(self, by_pair: tuple[float, ...]) -> tuple[float, ...]:
+        turning = by_pair if self.rotates else ()
         return turning + (0.0,) * (self.head_dim // 2 - len(turning))
 
     @property
     def rotates_whole(self) -> bool:
         """Whether every pair of a head rotates."""
         return self.rotates and self.rope.rotary_dim == self.head_dim
+
+    @property
+    def logit_factor(self) -> float:
+        """What RoPE's factor on queries and keys is in ``softmax_scale``; 1 where it is on a part of them."""
+        return self.rope.attention_factor**2 if self.rotates_whole else 1.0
 
     @property
     def group_size(self) -> int:

@@ -151,7 +151,7 @@ class _Shapes:
         size = a.hidden_size**2
         if needed.cross:
             size += (a.num_heads + a.num_kv_heads) * a.head_dim * a.hidden_size
-        reach = max(self.recipe.sequence_length, min(self.recipe.reach, self.spec.max_positions))
+        reach = max(self.recipe.sequence_length, min(self.recipe.reach, self.spec.usual_positions))
         return item * size + (16 * a.num_heads * reach if needed.distances else 0)
 
     def latent(self, setting: Setting, item: int, *, expanded: bool = False) -> int:

@@ -135,7 +135,7 @@ class LatentJob(Job):
             journal.note("self-generated text", own_NT.tolist())
         else:
             own_NT = torch.tensor(written)
-        context = spread_over(self.recipe, self.spec.max_positions)
+        context = spread_over(self.recipe, self.spec.usual_positions)
         return replace(text, calibration=mixed(text.calibration, own_NT, context, seed=self.recipe.seed))
 
     def _chosen(

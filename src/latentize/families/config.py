@@ -75,9 +75,13 @@ def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
         # Of an odd number the last pair is whole, at the frequencies of the odd number.
         rotary = rotated + rotated % 2
         spec = RopeSpec(theta=float(theta ** (rotary / max(1, rotated))), rotary_dim=rotary, scaling=entries)
-        if all(0 < w < math.inf for w in (spec.theta, *spec.frequencies, spec.attention_factor)):
+        turning = (spec.theta, *spec.frequencies, *(() if spec.stretch else spec.beyond), spec.attention_factor)
+        if spec.length < 0 or not all(0 < w < math.inf for w in turning):
+            reason = "its frequencies should be positive numbers"
+        elif spec.length and len(set(spec.frequencies)) < len(spec.frequencies):
+            reason = "two pairs turn alike in short texts, which cannot tell them apart in long ones"
+        else:
             return spec
-        reason = "its frequencies should be positive numbers"
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__} {error}"
     raise ConfigError(
@@ -317,8 +321,9 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
             f"heads of {head_dim} cannot be rotated: RoPE needs pairs", code="LZ121", where="config.json, head_dim"
         )
     rope = rope_spec(config, head_dim)
-    if rope.rotary_dim != head_dim and (rope.attention_factor != 1 or not table.attention.get("partial")):
-        scaled = "" if rope.attention_factor == 1 else ", and a factor on it,"
+    scaled_part = rope.rotary_dim != head_dim and rope.attention_factor != 1
+    if (rope.rotary_dim != head_dim and not table.attention.get("partial")) or (scaled_part and feature.get("qk_norm")):
+        scaled = ", a factor on it, and norms" if scaled_part else ""
         raise UnsupportedModelError(
             f"'{table.model_type}' with RoPE on a part of each head{scaled} cannot be converted",
             code="LZ209",
@@ -343,8 +348,8 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         qk_norm=bool(feature.get("qk_norm")),
         qk_norm_across=bool(feature.get("qk_norm_across")),
         norm_eps=eps,
-        # A factor on rotated queries and keys is one on their products.
-        softmax_scale=(scale or head_dim**-0.5) * rope.attention_factor**2,
+        # A factor on rotated queries and keys is one on their products; of a part of them it is in the weights.
+        softmax_scale=(scale or head_dim**-0.5) * (1.0 if scaled_part else rope.attention_factor**2),
         softcap=float(feature.get("softcap") or 0.0),
         gated=bool(feature.get("gated")),
         sinks=bool(feature.get("sinks")),

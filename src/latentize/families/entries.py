@@ -29,6 +29,7 @@ ACTIVATIONS = frozenset(
 )
 # RoPE that was trained for a shorter context than the config states now.
 _STRETCHED = ("llama3", "yarn", "longrope")
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def as_read(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,13 +169,16 @@ def _rope(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) -> d
     _check_rope_type(table, entries["rope_type"])
     entries["rope_type"] = table.attention.get("rope_renamed", {}).get(entries["rope_type"], entries["rope_type"])
     if entries["rope_type"] in _STRETCHED:
-        key = "original_max_position_embeddings"
-        beside = read.get(key, config.get(key))
+        beside, longest = read.get(_ORIGINAL, config.get(_ORIGINAL)), read.get("max_position_embeddings")
         if beside is not None and not kind:
-            entries[key] = beside
-        entries.setdefault(key, read.get("max_position_embeddings"))
+            entries[_ORIGINAL] = beside
+        entries.setdefault(_ORIGINAL, longest)
         if entries["rope_type"] == "yarn" and "factor" in entries and entries["factor"] is None:
-            entries["factor"] = _times(read.get("max_position_embeddings"), entries[key])
+            entries["factor"] = _times(longest, entries[_ORIGINAL])
+        if entries["rope_type"] == "longrope" and entries.get("factor") is None:
+            entries["factor"] = _times(longest, entries[_ORIGINAL])
+    if entries["rope_type"] == "dynamic":
+        entries[_ORIGINAL] = read.get("max_position_embeddings")
     if entries["rope_type"] == "default" and not table.attention.get("partial"):
         # Only families that rotate a part of each head look at it, and scalings do.
         entries.pop("partial_rotary_factor", None)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from latentize.attention.spec import AttentionSpec
+from latentize.attention.spec import AttentionSpec, LongTable
 from latentize.families.table import Table
 from latentize.families.values import value_of, whole_number
 
@@ -83,7 +83,7 @@ class ModelSpec:
         if layer not in self.unrotated:
             return self.attention
         # A factor on what is rotated is on nothing there.
-        scale = self.attention.softmax_scale / self.attention.rope.attention_factor**2
+        scale = self.attention.softmax_scale / self.attention.logit_factor
         return replace(self.attention, rotates=False, softmax_scale=scale)
 
     @property
@@ -97,6 +97,19 @@ class ModelSpec:
         """Radians per position of everything that is converted, fastest first, each once."""
         turning, still = self.attention.frequencies, (0.0,) if self.unrotated else ()
         return tuple(dict.fromkeys((*turning, *still)))
+
+    @property
+    def beyond(self) -> LongTable | None:
+        """What a long text does to :attr:`frequencies`; ``None`` where it does nothing."""
+        if (long := self.attention.beyond) is None:
+            return None
+        by = dict(zip(self.attention.frequencies, long.by, strict=True))
+        return long._replace(by=tuple(by.get(frequency, 0.0) for frequency in self.frequencies))
+
+    @property
+    def usual_positions(self) -> int:
+        """Positions at which frequencies are :attr:`frequencies`, of those that the model was trained for."""
+        return min(self.max_positions, self.attention.rope.length or self.max_positions)
 
     def tensor_shapes(self, *, stacked: bool = False) -> dict[str, tuple[int, ...]]:
         """Every tensor that the checkpoint must have, with its shape.

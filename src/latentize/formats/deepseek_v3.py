@@ -92,6 +92,8 @@ def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
         reasons.append("learnt sinks take a share of attention, DeepSeek's has none")
     if a.gated:
         reasons.append("what heads read is gated, DeepSeek's is not")
+    if a.rope.length:
+        reasons.append(f"RoPE changes in texts of more than {a.rope.length:,} tokens, DeepSeek's does not")
     if not a.rope.is_plain and setting.stride is None:
         reasons.append(f"RoPE is scaled ('{a.rope.rope_type}'), which engines read in different ways")
     if model.config.get("mlp_bias"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
+from latentize.attention.rope import Beyond
 from latentize.attention.spec import AttentionSpec
 from latentize.methods.norms import linear_heads, with_norms
 from latentize.methods.position import linearised
@@ -106,6 +107,7 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
         o_DHV=w.o_DHd,
         frequencies_PF=split.frequencies_PF,
         softmax_scale=spec.softmax_scale,
+        beyond=_beyond(spec, split.frequencies_PF),
         q_nope_bias_HN=split.q_nope_bias_HN,
         q_rope_bias_HR=split.q_rope_bias_HR,
         k_rope_bias_PR=split.k_rope_bias_PR,
@@ -123,6 +125,19 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
     if setting.key_scales:
         weights = with_norms(weights, source, w, spec)
     return Conversion(weights, split.kept_pairs, split.rope_cost_F, factors.energy_o)
+
+
+def _beyond(spec: AttentionSpec, frequencies_PF: Tensor) -> Beyond | None:
+    """What a long text does to frequencies that are some of the source's."""
+    if (long := spec.beyond) is None:
+        return None
+    own_f, by_f = (
+        torch.tensor(t, dtype=torch.float64, device=frequencies_PF.device) for t in (spec.frequencies, long.by)
+    )
+    place_PF = (frequencies_PF.double()[..., None] - own_f).abs().argmin(-1)
+    if not torch.allclose(own_f[place_PF], frequencies_PF.double(), rtol=1e-6):
+        raise ValueError("a frequency that is none of the source's: nobody knows what a long text does to it")
+    return Beyond(long.length, by_f[place_PF], long.stretch)
 
 
 def linear_fit(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats) -> LatentWeights:

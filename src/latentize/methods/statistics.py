@@ -144,7 +144,8 @@ def gather(
     if needed.distances:
         in_order = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         positions = in_order if positions_BT is None else positions_BT
-        frequencies = torch.tensor([spec.frequencies], dtype=torch.float64, device=x_BTD.device)
+        turning = spec.at_length(int(positions.max()) + 1)
+        frequencies = torch.tensor([turning], dtype=torch.float64, device=x_BTD.device)
         cos, sin = rope_angles(frequencies, positions)
         q_BHTd, k_BGTd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
         q_BHTd = grown(q_BHTd, positions, spec.growth, spec.growth_length)

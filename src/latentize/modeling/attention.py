@@ -24,11 +24,12 @@ from latentize.attention.latent import (
 )
 from latentize.attention.masks import narrowed
 from latentize.attention.projections import UpProjections, affine, matrix, up_projections
-from latentize.attention.spec import LatentSpec
+from latentize.attention.rope import Beyond
+from latentize.attention.spec import LatentSpec, LongTable
 from latentize.modeling.blocks import newest_blocks
 from latentize.modeling.expanded import attend_expanded
 from latentize.modeling.refusals import check_cache, no_paging, no_probabilities, unknown_mask
-from latentize.modeling.tensors import options, state_dict
+from latentize.modeling.tensors import long_table, options, state_dict
 
 __all__ = ["LatentAttention"]
 
@@ -49,6 +50,7 @@ class LatentAttention(nn.Module):
         growth, growth_length: As of ``AttentionSpec``.
         norm_eps: Epsilon of that norm.
         frequency_table: Radians per position that ``rope_pairs`` chooses from.
+        beyond: What a long text does to that table.
         row_code: What :meth:`RowCode.describe` says of how rows are stored, where they are coded.
 
     Attributes:
@@ -83,12 +85,14 @@ class LatentAttention(nn.Module):
         growth_length: float = 1.0,
         norm_eps: float = 1e-6,
         frequency_table: tuple[float, ...] = (),
+        beyond: LongTable | None = None,
         row_code: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         s = spec
         self.spec, self.layer_idx, self.norm_eps = s, layer_idx, norm_eps
-        self.frequency_table, self.growth, self.growth_length = frequency_table, growth, growth_length
+        self.frequency_table, self.beyond = frequency_table, beyond
+        self.growth, self.growth_length = growth, growth_length
         self.head_dim = head_dim if s.key_scales else s.qk_head_dim
         self.q_proj = nn.Linear(s.hidden_size, s.num_heads * self.head_dim, bias=q_bias)
         self.kv_a_proj = nn.Linear(s.hidden_size, s.kv_lora_rank, bias=False)
@@ -112,6 +116,7 @@ class LatentAttention(nn.Module):
         pairs = torch.zeros(s.rope_heads, s.qk_rope_head_dim // 2, dtype=torch.int32)
         self.register_buffer("rope_pairs", pairs)
         self._frequencies: Tensor | None = None
+        self._beyond: Beyond | None = None
         self.row_code = row_code
         if row_code is not None:
             self.register_buffer("row_latent_mix", torch.zeros(s.kv_lora_rank, s.kv_lora_rank))
@@ -133,16 +138,23 @@ class LatentAttention(nn.Module):
         """
         table = frequency_table or tuple(sorted(set(w.frequencies_PF.flatten().tolist()), reverse=True))
         with torch.device("meta"):
-            module = cls(w.spec, layer_idx, frequency_table=table, **options(w))
+            module = cls(w.spec, layer_idx, frequency_table=table, beyond=long_table(w, table), **options(w))
         module.load_state_dict(state_dict(w, table), assign=True)
         return module.requires_grad_(False)
 
-    def frequencies(self) -> Tensor:
-        """Radians per position, ``[P, F]`` float32."""
+    def frequencies(self, positions_BT: Tensor | None = None) -> Tensor:
+        """Radians per position, ``[P, F]`` float32; the usual ones without positions."""
         if self._frequencies is None or self._frequencies.device != self.rope_pairs.device:
-            table = torch.tensor(self.frequency_table, dtype=torch.float32, device=self.rope_pairs.device)
-            self._frequencies = table[self.rope_pairs.long()]
-        return self._frequencies
+            self._frequencies = self._of_pairs(self.frequency_table)
+            if (long := self.beyond) is not None:
+                self._beyond = Beyond(long.length, self._of_pairs(long.by), long.stretch)
+        if self._beyond is None or positions_BT is None:
+            return self._frequencies
+        return self._beyond.frequencies(self._frequencies, positions_BT)
+
+    def _of_pairs(self, table: tuple[float, ...]) -> Tensor:
+        device = self.rope_pairs.device
+        return torch.tensor(table, dtype=torch.float32, device=device)[self.rope_pairs.long()]
 
     def code(self) -> RowCode | None:
         """How rows are stored, where they are coded."""
@@ -182,6 +194,7 @@ class LatentAttention(nn.Module):
             o_DHV=o.unflatten(1, (s.num_heads, s.v_head_dim)),
             frequencies_PF=self.frequencies(),
             softmax_scale=s.softmax_scale,
+            beyond=self._beyond,
             q_nope_bias_HN=None if q_bias_Hd is None else q_bias_Hd[:, :nope],
             q_rope_bias_HR=None if q_bias_Hd is None else q_bias_Hd[:, nope:],
             k_rope_bias_PR=None if k_bias is None else k_bias.unflatten(0, ropes),
@@ -292,7 +305,7 @@ class LatentAttention(nn.Module):
             maps_HRd = self.q_maps.unflatten(0, (s.num_heads, s.qk_head_dim))
             q_BHTd, norm = head_norm(q_BHTd, norm, self.norm_eps) @ maps_HRd.mT, None
         q_nope, q_rope = q_BHTd.split([s.qk_nope_head_dim, s.qk_rope_head_dim], dim=-1)
-        q_rope = turned(q_rope, norm, self.norm_eps, self.frequencies(), positions_BT)
+        q_rope = turned(q_rope, norm, self.norm_eps, self.frequencies(positions_BT), positions_BT)
         growth = (positions_BT, self.growth, self.growth_length)
         return grown(q_nope, *growth), grown(q_rope, *growth)
 
@@ -300,7 +313,7 @@ class LatentAttention(nn.Module):
         """As :func:`latentize.attention.latent.cache_rows`."""
         s = self.spec
         k_rope = self.k_rope_proj(x_BTD).unflatten(-1, (-1, s.qk_rope_head_dim)).transpose(1, 2)
-        k_rope = turned(k_rope, self._norm(self.k_norm), self.norm_eps, self.frequencies(), positions_BT)
+        k_rope = turned(k_rope, self._norm(self.k_norm), self.norm_eps, self.frequencies(positions_BT), positions_BT)
         if self.k_norm_proj is not None and self.key_gain is not None:
             k_BTKe = self.k_norm_proj(x_BTD).unflatten(-1, (s.key_scales, -1))
             k_rope = torch.cat([k_rope, key_factors(k_BTKe, self.key_gain, self.norm_eps).to(k_rope.dtype)], dim=-1)

@@ -9,11 +9,13 @@ H query heads, G kv heads, d head size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights
+from latentize.attention.spec import AttentionSpec
 from latentize.families import ModelSpec, Table
 from latentize.modeling.unread import without_unread
 
@@ -96,7 +98,23 @@ def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Attenti
         gate_HdD=gate,
         sink_H=tensors[f"{spec.module('attention')}.sinks"] if a.sinks else None,
     )
-    return without_unread(stored)
+    return without_unread(_with_factor(stored, a))
+
+
+def _with_factor(w: AttentionWeights, spec: AttentionSpec) -> AttentionWeights:
+    """RoPE's factor on queries and keys where it is on a part of each head: no factor on all logits stands for it."""
+    factor = spec.rope.attention_factor
+    if factor == 1 or spec.rotates_whole:
+        return w
+    by_2F = torch.ones(2, spec.head_dim // 2, dtype=torch.float64, device=w.q_HdD.device)
+    by_2F[:, : spec.rope.rotary_dim // 2] = factor
+    by_d = by_2F.flatten()
+
+    def times(t_hd: Tensor | None) -> Tensor | None:
+        return None if t_hd is None else (t_hd * by_d).float()
+
+    q_HdD, k_GdD = ((t * by_d[:, None]).float() for t in (w.q_HdD, w.k_GdD))
+    return replace(w, q_HdD=q_HdD, k_GdD=k_GdD, q_bias_Hd=times(w.q_bias_Hd), k_bias_Gd=times(w.k_bias_Gd))
 
 
 def module_tensors(tensors: dict[str, Tensor], spec: ModelSpec, layer: int) -> dict[str, Tensor]:

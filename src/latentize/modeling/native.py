@@ -10,9 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from latentize.attention.spec import LatentSpec
+from latentize.attention.spec import LatentSpec, LongTable
 from latentize.errors import OptionError
 from latentize.families import model_spec
 from latentize.modeling.attention import LatentAttention
@@ -70,11 +77,13 @@ class LatentizeConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-def _empty_attention(entry: dict[str, Any], layer_idx: int, table: tuple[float, ...]) -> LatentAttention:
+def _empty_attention(
+    entry: dict[str, Any], layer_idx: int, table: tuple[float, ...], beyond: LongTable | None
+) -> LatentAttention:
     # What earlier versions did not write is as it was then.
     spec_fields = {k: entry[k] for k in LatentSpec.__dataclass_fields__ if k in entry}
     options = {k: v for k, v in entry.items() if k not in spec_fields}
-    return LatentAttention(LatentSpec(**spec_fields), layer_idx, frequency_table=table, **options)
+    return LatentAttention(LatentSpec(**spec_fields), layer_idx, frequency_table=table, beyond=beyond, **options)
 
 
 class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
@@ -101,8 +110,24 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
         name = spec.module("attention")
         for index, (layer, entry) in enumerate(zip(self.source.base_model.layers, config.latent_layers, strict=True)):
             if entry is not None:
-                setattr(layer, name, _empty_attention(entry, index, table))
+                setattr(layer, name, _empty_attention(entry, index, table, spec.beyond))
+        # Phi-3's makes its cache anew where a text becomes so long that all of it turns otherwise.
+        anew = "prepare_inputs_for_generation" in vars(type(self.source))
+        self._usual_length = spec.attention.rope.length if anew else 0
         self.post_init()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As of any model, but for sources that turn all of a text otherwise once it is long: its rows are made anew,
+        in the same cache."""
+        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past_key_values is not None and 0 < cached <= self._usual_length < input_ids.shape[1]:
+            past_key_values.reset()
+            kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, past_key_values=past_key_values, **kwargs
+        )
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False

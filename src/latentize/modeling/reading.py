@@ -189,17 +189,26 @@ class _Proof:
             return
         buffers = dict(rotary.named_buffers())
         theirs = buffers.get(f"{FULL}_inv_freq", buffers.get("inv_freq"))
-        ours = torch.tensor(spec.attention.rope.frequencies)
-        where = f"{self.source.checkpoint.config_path}, rope_parameters"
+        rope, where = spec.attention.rope, f"{self.source.checkpoint.config_path}, rope_parameters"
+        self._check_frequencies(theirs, rope.frequencies, where)
+        if rope.length:
+            # What it looks at are positions; the last text is one of the usual frequencies again.
+            for tokens in (rope.length + 1, 3 * rope.length, 1):
+                rotary(torch.zeros(1), torch.tensor([[tokens - 1]]))
+                self._check_frequencies(rotary.inv_freq, rope.at_length(tokens), where)
+        scaling = getattr(rotary, f"{FULL}_attention_scaling", getattr(rotary, "attention_scaling", 1.0))
+        if not _near(scaling, spec.attention.rope.attention_factor):
+            raise _differs("a factor on what RoPE rotates", where)
+
+    @staticmethod
+    def _check_frequencies(theirs: Tensor | None, usual: tuple[float, ...], where: str) -> None:
+        ours = torch.tensor(usual)
         if (
             theirs is None
             or theirs.shape != ours.shape
             or not torch.allclose(ours, theirs.float(), rtol=_EXACT, atol=0)
         ):
             raise _differs("RoPE", where)
-        scaling = getattr(rotary, f"{FULL}_attention_scaling", getattr(rotary, "attention_scaling", 1.0))
-        if not _near(scaling, spec.attention.rope.attention_factor):
-            raise _differs("a factor on what RoPE rotates", where)
 
     def _layer(self, index: int) -> Callable[..., Any]:
         """What stands for a layer in transformers' model: the layer itself, once, under watch."""
@@ -261,8 +270,7 @@ class _Proof:
         if ours.spec is not None:
             scale = getattr(getattr(theirs, spec.module("attention")), "scaling", None)
             # What RoPE multiplies queries and keys with is not in it.
-            factor = ours.spec.rope.attention_factor**2 if ours.spec.rotates else 1.0
-            if scale is not None and not _near(scale * factor, ours.spec.softmax_scale):
+            if scale is not None and not _near(scale * ours.spec.logit_factor, ours.spec.softmax_scale):
                 raise _differs("the factor on attention's logits", where)
 
     def _check_attention(

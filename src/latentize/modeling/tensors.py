@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
+from latentize.attention.spec import LongTable
 
-__all__ = ["options", "state_dict"]
+__all__ = ["long_table", "options", "state_dict"]
 
 
 def options(w: LatentWeights) -> dict[str, Any]:
@@ -35,12 +36,30 @@ def options(w: LatentWeights) -> dict[str, Any]:
     }
 
 
+def table_places(frequencies_PF: Tensor, table: tuple[float, ...]) -> Tensor:
+    """Where each frequency is in a table, ``[P, F]``.
+
+    Raises:
+        ValueError: one is not.
+    """
+    table_f = torch.tensor(table, dtype=torch.float64, device=frequencies_PF.device)
+    gap_PFf = (frequencies_PF.double()[..., None] - table_f).abs()
+    if (gap_PFf.amin(-1) > 1e-6 * frequencies_PF.double()).any():
+        raise ValueError("a frequency is not in the table")
+    return gap_PFf.argmin(-1)
+
+
+def long_table(w: LatentWeights, table: tuple[float, ...]) -> LongTable | None:
+    """What a long text does to the entries of a table that the layer's frequencies are of."""
+    if w.beyond is None:
+        return None
+    by_f = torch.zeros(len(table), dtype=torch.float64, device=w.frequencies_PF.device)
+    by_f[table_places(w.frequencies_PF, table)] = w.beyond.by_hF.to(by_f)
+    return LongTable(w.beyond.length, tuple(by_f.tolist()), w.beyond.stretch)
+
+
 def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str, Tensor]:
     """Its tensors by name; the inverse of ``LatentAttention.weights``."""
-    table = torch.tensor(frequency_table, dtype=torch.float64, device=w.frequencies_PF.device)
-    gap_PFf = (w.frequencies_PF.double()[..., None] - table).abs()
-    if (gap_PFf.amin(-1) > 1e-6 * w.frequencies_PF.double()).any():
-        raise ValueError("a frequency is not in the table")
     tensors: dict[str, Tensor | None] = {
         "q_proj.weight": torch.cat([w.q_nope_HND, w.q_rope_HRD], dim=1).flatten(0, 1),
         "kv_a_proj.weight": w.kv_a_rD,
@@ -53,7 +72,7 @@ def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str
         "head_gate.weight": None if w.gate_HVD is None else w.gate_HVD.flatten(0, 1),
         "q_norm": None if w.q_norm_R is None else w.q_norm_R.flatten(),
         "k_norm": None if w.k_norm_R is None else w.k_norm_R.flatten(),
-        "rope_pairs": gap_PFf.argmin(-1).to(torch.int32),
+        "rope_pairs": table_places(w.frequencies_PF, frequency_table).to(torch.int32),
     }
     if w.v_up_bias_UV is not None:
         none_UN = w.v_up_bias_UV.new_zeros(w.k_up_UNr.shape[:2])

@@ -134,7 +134,9 @@ class _Announce:
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         if isinstance(cache, LatentCache):
             layer: Any = cache.layers[module.layer_idx]
-            frequencies_F = module.frequencies() if native else getattr(self.rotary, "inv_freq", None)
+            # Rows are turned as the queries of this call are.
+            positions = kwargs.get("position_ids")
+            frequencies_F = module.frequencies(positions) if native else getattr(self.rotary, "inv_freq", None)
             layer.attends_rows, layer.frequencies_F, layer.interleaved = True, frequencies_F, self.interleaved
         elif cache is not None and not native:
             _check_cache(module, cache)

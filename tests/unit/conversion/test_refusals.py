@@ -147,7 +147,7 @@ FAULTS: dict[str, tuple[str, str, str, Fault]] = {
         "--trust-remote-code",
         entries("tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", None]}),
     ),
-    "RoPE scaling": ("single", "LZ208", "dynamic", config(rope_parameters={"rope_type": "dynamic", "factor": 2.0})),
+    "RoPE scaling": ("single", "LZ208", "nope", config(rope_parameters={"rope_type": "nope", "factor": 2.0})),
     "partial rotary": (
         "single",
         "LZ209",

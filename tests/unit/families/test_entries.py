@@ -27,9 +27,14 @@ from latentize.families.model import FULL
 GONE = object()
 LLAMA3 = {k: v for k, v in LLAMA3_SCALING.items() if k != "rope_theta"}
 SHORT_LLAMA3 = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+LONG = {"short_factor": [1 + 0.1 * f for f in range(8)], "long_factor": [2.0 + f for f in range(8)]}
 SCALINGS: dict[str, Any] = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "dynamic without factor": {"rope_type": "dynamic"},
+    "longrope": {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 32, "factor": 4.0},
+    "longrope, no factor": {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 32},
+    "longrope alone": {"rope_type": "longrope", **LONG},
     "llama3": LLAMA3,
     "llama3, short": SHORT_LLAMA3,
     "linear": {"rope_type": "linear", "factor": 2.0},
@@ -175,8 +180,8 @@ def differences(spec: ModelSpec, model: Any) -> list[str]:
     for layer in spec.converted:
         attention, own = getattr(body.layers[layer], spec.module("attention")), spec.layer_attention(layer)
         assert own is not None
-        # What is rotated is multiplied, queries and keys alike.
-        scaling = attention.scaling * (factor**2 if own.rotates else 1)
+        # What is rotated is multiplied, queries and keys alike; of a part of each head weights are.
+        scaling = attention.scaling * (factor**2 if own.rotates_whole else 1)
         if not math.isclose(scaling, own.softmax_scale, rel_tol=FP32):
             found.append("factor on logits")
         output = getattr(attention, spec.module("o_proj")).weight
