@@ -54,7 +54,7 @@ CODES: dict[str, tuple[str, str]] = {
     "LZ205": ("an active sliding window, or layers of other kinds", "Only full attention can be converted."),
     "LZ206": ("soft-capped logits", "No latent attention of an engine has them."),
     "LZ207": ("model or tokenizer need code from the checkpoint", "Read it; `--trust-remote-code` runs it."),
-    "LZ208": ("a RoPE scaling that is not known", "default, linear, llama3, yarn, longrope and dynamic are."),
+    "LZ208": ("a RoPE scaling that is not known", "The message names those that are."),
     "LZ209": ("RoPE on a part of each head, where the family or the method has it on all", "Use --method calibrated."),
     "LZ210": ("a published method that cannot treat qk-norm", "Use --method calibrated."),
     "LZ211": ("encoder-decoder or multimodal", "Only decoders of text can be converted."),

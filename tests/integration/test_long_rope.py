@@ -99,6 +99,20 @@ def test_at_full_rank_it_is_the_source(source: Callable[..., Path], text: str, t
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+def test_pairs_in_proportion(source: Callable[..., Path], text: str, tmp_path: Path, family: str) -> None:
+    """Gemma 4's: the fast pairs of a whole head turn, the slow ones do not."""
+    rope = {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "factor": 2.0}
+    model, out = source(family, 2, rope_parameters=rope), tmp_path / "out"
+    latentize.convert(model, out, method="mha2mla", keep="100%", format="native", data=(text,), **SMALL)
+    made, theirs = load_model(out, dtype=torch.float32), load_model(model, dtype=torch.float32)
+    tokens = random_tokens(2, 40)
+    assert relative_error(made(tokens).logits, theirs(tokens).logits) < 1e-5
+    report = latentize.convert(model, tmp_path / "quarter", keep="25%", data=(text,), **SMALL)
+    assert 0.2 < report["keep"] <= 0.25
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["glm", "gpt_neox", "stablelm"])
 def test_a_factor_on_a_part_of_each_head(source: Callable[..., Path], text: str, tmp_path: Path, family: str) -> None:
     """YaRN's, on what is rotated alone: pairs side by side, fused projections with biases, plain ones."""

@@ -48,7 +48,8 @@ class RopeSpec:
 
     Attributes:
         theta: Base of the ladder ``theta ** (-2 f / rotary_dim)``.
-        rotary_dim: Dimensions of a head that rotate, an even number.
+        rotary_dim: Dimensions of a head that rotate, an even number. They are its first, or where the type is
+            ``proportional`` (Gemma 4) the first of each of its halves.
         scaling: The remaining ``rope_parameters`` of transformers (``rope_type``, ``factor``, …).
     """
 
@@ -105,7 +106,7 @@ class RopeSpec:
             return tuple(ladder)
         if self.rope_type == "longrope":
             return tuple(w / by for w, by in zip(ladder, self.scaling["short_factor"], strict=True))
-        if self.rope_type == "linear":
+        if self.rope_type in ("linear", "proportional"):
             return tuple(w / self.scaling["factor"] for w in ladder)
         if self.rope_type == "llama3":
             return tuple(self._llama3(w) for w in ladder)
@@ -115,7 +116,7 @@ class RopeSpec:
             f"RoPE scaling of type '{self.rope_type}' is not supported",
             code="LZ208",
             where="config.json, rope_scaling or rope_parameters",
-            fix="supported are default, linear, llama3, yarn, longrope and dynamic",
+            fix="supported are default, linear, proportional, llama3, yarn, longrope and dynamic",
         )
 
     def at_length(self, tokens: int) -> tuple[float, ...]:

@@ -65,7 +65,8 @@ def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
     if entries.get("rope_type", "default") == "default":
         entries = {}
     try:
-        rotated = int(head_dim * partial)
+        proportional = entries.get("rope_type") == "proportional"
+        rotated = 2 * int(head_dim * partial // 2) if proportional else int(head_dim * partial)
         if not 0 < rotated <= head_dim:
             raise UnsupportedModelError(
                 f"RoPE on {rotated} of {head_dim} dimensions of a head cannot be converted",
@@ -74,7 +75,10 @@ def rope_spec(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
             )
         # Of an odd number the last pair is whole, at the frequencies of the odd number.
         rotary = rotated + rotated % 2
-        spec = RopeSpec(theta=float(theta ** (rotary / max(1, rotated))), rotary_dim=rotary, scaling=entries)
+        ladder_dim = head_dim if proportional else max(1, rotated)
+        if proportional:
+            entries.setdefault("factor", 1.0)
+        spec = RopeSpec(theta=float(theta ** (rotary / ladder_dim)), rotary_dim=rotary, scaling=entries)
         turning = (spec.theta, *spec.frequencies, *(() if spec.stretch else spec.beyond), spec.attention_factor)
         if spec.length < 0 or not all(0 < w < math.inf for w in turning):
             reason = "its frequencies should be positive numbers"
@@ -322,7 +326,9 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         )
     rope = rope_spec(config, head_dim)
     scaled_part = rope.rotary_dim != head_dim and rope.attention_factor != 1
-    if (rope.rotary_dim != head_dim and not table.attention.get("partial")) or (scaled_part and feature.get("qk_norm")):
+    # What is proportional has as many cosines as others have, and families that rotate a part of a head fewer.
+    splits = bool(table.attention.get("partial")) != (rope.rope_type == "proportional")
+    if (rope.rotary_dim != head_dim and not splits) or (scaled_part and feature.get("qk_norm")):
         scaled = ", a factor on it, and norms" if scaled_part else ""
         raise UnsupportedModelError(
             f"'{table.model_type}' with RoPE on a part of each head{scaled} cannot be converted",

@@ -59,7 +59,8 @@ def _projections(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Te
 def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> AttentionWeights:
     """The attention of a layer out of its tensors (names without the layer's prefix), but for what nothing reads."""
     a, found = spec.attention, _projections(tensors, spec)
-    order = half_layout(a.head_dim, a.rope.rotary_dim, interleaved=bool(spec.table.attention.get("interleaved")))
+    apart = a.head_dim if a.rope.rope_type == "proportional" else a.rope.rotary_dim
+    order = half_layout(a.head_dim, apart, interleaved=bool(spec.table.attention.get("interleaved")))
     same = bool((order == torch.arange(a.head_dim)).all())
 
     def heads(name: str, *, turns: bool = True) -> Tensor | None:

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from latentize.attention.rope import half_to_interleaved, rope_angles, rotate_half, rotate_interleaved
 from latentize.attention.spec import RopeSpec
 from latentize.errors import UnsupportedModelError
+from latentize.families import families
 from latentize.families.config import model_spec, rope_spec
 
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -25,6 +26,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn, ends": {**YARN_SCALING, "attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
     "yarn, mscale": {**YARN_SCALING, "mscale": 0.7, "mscale_all_dim": 0.4},
 }
+# Its pairs that do not turn are in the module's table, and not in ours.
+PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
 
 
 def rotary(family: str, config: Any) -> Any:
@@ -36,10 +39,15 @@ def rotary(family: str, config: Any) -> Any:
 # Phi-3's config takes LongRoPE or none; where kinds of layers have ladders of their own, the entry is nested.
 @pytest.mark.parametrize(
     ("family", "scaling"),
-    [(f, s) for f in FAMILIES for s in SCALINGS if s == "default" or f not in ("phi3", "gemma3_text", "olmo3")],
+    [
+        (f, s)
+        for f in FAMILIES
+        for s in (*SCALINGS, "proportional")
+        if s == "default" or f not in ("phi3", "gemma3_text", "olmo3")
+    ],
 )
 def test_frequencies_are_those_of_the_familys_rotary_module(family: str, scaling: str) -> None:
-    given = dict(SCALINGS[scaling])
+    given = dict(SCALINGS.get(scaling, PROPORTIONAL))
     plain = pico_config(family)
     for key in ("partial_rotary_factor", "llama_4_scaling_beta"):
         if key in plain.rope_parameters:
@@ -54,6 +62,10 @@ def test_frequencies_are_those_of_the_familys_rotary_module(family: str, scaling
         with pytest.raises(UnsupportedModelError, match="a factor on it"):
             model_spec(config.to_dict())
         return
+    if scaling == "proportional" and families()[family].attention.get("partial"):
+        with pytest.raises(UnsupportedModelError, match="a part of each head"):
+            model_spec(config.to_dict())
+        return
     spec = model_spec(config.to_dict()).attention
     ours = torch.tensor(spec.rope.frequencies)
     module = rotary(family, config)
@@ -65,6 +77,9 @@ def test_frequencies_are_those_of_the_familys_rotary_module(family: str, scaling
     # Of a part of each head it is in the weights.
     assert spec.softmax_scale == pytest.approx(unscaled if in_part else factor**2 * unscaled)
     theirs = getattr(module, prefix + "inv_freq")
+    if scaling == "proportional":
+        assert not theirs[len(ours) :].any(), "pairs that do not turn"
+        theirs = theirs[: len(ours)]
     assert relative_error(ours, theirs) <= FP32
     # A ladder spans decades: compare each rung too.
     assert torch.allclose(ours, theirs, rtol=FP32, atol=0)
@@ -91,8 +106,8 @@ def test_llama3_scaling_keeps_fast_divides_slow_and_ramps_between() -> None:
 
 
 def test_unknown_scalings_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="proportional"):
-        _ = RopeSpec(10_000.0, 16, {"rope_type": "proportional", "factor": 2.0}).frequencies
+    with pytest.raises(UnsupportedModelError, match="nope"):
+        _ = RopeSpec(10_000.0, 16, {"rope_type": "nope", "factor": 2.0}).frequencies
 
 
 @pytest.mark.parametrize(
