@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FP32, ONLY_MHA, SMALL, YARN_SCALING, pico_config, random_tokens, relative_error
+from tests.common import (
+    FP32,
+    ONLY_MHA,
+    SMALL,
+    YARN_SCALING,
+    call_cli,
+    last_json,
+    pico_config,
+    random_tokens,
+    relative_error,
+)
 from tests.unit.attention.test_rope import rotary
 from transformers import DynamicCache
 
@@ -17,6 +27,7 @@ from latentize import LatentCache
 from latentize.errors import ConfigError, FormatError, OptionError
 from latentize.families import model_spec
 from latentize.modeling.load import load_model
+from latentize.planning.inspection import plan
 
 # Tokens that the usual frequencies are for.
 LENGTH = 24
@@ -161,9 +172,15 @@ def test_a_quarter_is_kept(source: Callable[..., Path], text: str, tmp_path: Pat
     assert latentize.accelerate(made).generate(prompt, **options).equal(expected)
 
 
-def test_what_cannot_be_kept_is_said(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
+def test_what_cannot_be_kept_is_said(
+    source: Callable[..., Path], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     family, changes = MODELS["phi3"]
     model = source(family, 2, **changes)
+    with pytest.raises(OptionError, match="means of keys"):
+        plan(str(model), bytes="25%")
+    assert "'8 numbers'" in call_cli(capsys, "inspect", model).stdout
+    assert last_json(call_cli(capsys, "inspect", model, "--json").stdout)["rope"]["short_factor"][1] == 1.05
     with pytest.raises(OptionError, match="means of keys"):
         latentize.convert(model, tmp_path / "out", bytes="25%", data=(text,), **SMALL)
     with pytest.raises(FormatError, match="texts of more than 24 tokens"):

@@ -31,6 +31,7 @@ __all__ = [
     "head_norm",
     "queries_keys",
     "rms_norm",
+    "turning_at",
 ]
 
 
@@ -154,6 +155,12 @@ def gated(heads_BHTd: Tensor, x_BTD: Tensor, gate_HdD: Tensor | None) -> Tensor:
     return heads_BHTd if gate_HdD is None else heads_BHTd * _project(x_BTD, gate_HdD, None).sigmoid()
 
 
+def turning_at(spec: AttentionSpec, positions_BT: Tensor) -> tuple[float, ...]:
+    """Radians per position of the pairs of a head, where these are the positions."""
+    # Asked only where it matters: a device has to be waited for.
+    return spec.at_length(int(positions_BT.max()) + 1) if spec.rope.length else spec.frequencies
+
+
 def grouped_attention(
     x_BTD: Tensor,
     w: AttentionWeights,
@@ -183,8 +190,7 @@ def grouped_attention(
         positions_BT = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
     q_BHTd, k_BGTd = queries_keys(x_BTD, w, spec.norm_eps)
     v_BGSd = _project(x_BTD, w.v_GdD, w.v_bias_Gd)
-    turning = spec.at_length(int(positions_BT.max()) + 1)
-    frequencies = torch.tensor([turning], device=x_BTD.device, dtype=torch.float64)
+    frequencies = torch.tensor([turning_at(spec, positions_BT)], device=x_BTD.device, dtype=torch.float64)
     cos, sin = rope_angles(frequencies, positions_BT)
     q_BHTd, k_BGSd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
     q_BHTd = grown(q_BHTd, positions_BT, spec.growth, spec.growth_length)

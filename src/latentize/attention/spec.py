@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from latentize.errors import UnsupportedModelError
+from latentize.errors import OptionError, UnsupportedModelError
 
 __all__ = ["AttentionSpec", "LatentSpec", "LongTable", "RopeSpec", "kv_cache_bytes", "mean_over_layers"]
 
@@ -127,6 +127,19 @@ class RopeSpec:
             return self.beyond
         s = self.stretch * tokens / self.length - self.stretch + 1
         return tuple(w * s**power for w, power in zip(self.frequencies, self.beyond, strict=True))
+
+    def require_one_table(self) -> None:
+        """That rows may be coded.
+
+        Raises:
+            OptionError: frequencies depend on the length of a text.
+        """
+        if self.length:
+            raise OptionError(
+                f"'{self.rope_type}' RoPE changes in texts of over {self.length:,} tokens, and so do means of keys, "
+                f"which rows in codes leave out",
+                where="--bytes", fix="use --keep, and a cache in int4",
+            )  # fmt: skip
 
     def _llama3(self, w: float) -> float:
         """Llama 3.1's interpolation: slow frequencies are divided, fast ones kept, a ramp between."""

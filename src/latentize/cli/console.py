@@ -45,6 +45,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# Numbers that are printed one by one, at most.
+_READ = 4
 # What is printed is what people have named things: brackets and colons in it are no style.
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 console = Console(**_PLAIN)
@@ -136,12 +138,20 @@ def kept(model: str, kind: str, result: dict[str, Any]) -> Iterator[None]:
         extend_report(model, kind, result)
 
 
+def _short(value: Any) -> Any:
+    """Numbers that nobody reads one by one are only counted; ``--json`` has them."""
+    if isinstance(value, dict):
+        return {name: _short(entry) for name, entry in value.items()}
+    several = isinstance(value, list | tuple) and len(value) > _READ
+    return f"{len(value)} numbers" if several and all(isinstance(entry, float) for entry in value) else value
+
+
 def facts_table(title: str, rows: dict[str, Any]) -> Table:
     # A title is folded to the table's width; a path should not be.
     width = min(len(title), console.width)
     table = Table(title=title, show_header=False, title_justify="left", min_width=width)
     for name, value in rows.items():
-        table.add_row(name, str(value))
+        table.add_row(name, str(_short(value)))
     return table
 
 

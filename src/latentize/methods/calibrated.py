@@ -53,12 +53,8 @@ class Calibrated(Method):
         Raises:
             OptionError: rows in codes, of a model whose RoPE depends on the length of a text.
         """
-        if recipe.bytes is not None and spec.rope.length:
-            raise OptionError(
-                f"'{spec.rope.rope_type}' RoPE changes in texts of over {spec.rope.length:,} tokens, and so do the "
-                f"means of keys, which rows in codes leave out",
-                where="--bytes", fix="use --keep, and a cache in int4",
-            )  # fmt: skip
+        if recipe.bytes is not None:
+            spec.rope.require_one_table()
         if recipe.whole:
             keys, values = spec.num_kv_heads, spec.num_kv_heads * spec.head_dim
             yield Setting(self.name, min(values, spec.hidden_size), spec.head_dim, keys, whole=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from latentize.attention.grouped import AttentionWeights, grown, queries_keys
+from latentize.attention.grouped import AttentionWeights, grown, queries_keys, turning_at
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.attention.spec import AttentionSpec
 from latentize.methods.distances import attended_distances
@@ -144,8 +144,7 @@ def gather(
     if needed.distances:
         in_order = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         positions = in_order if positions_BT is None else positions_BT
-        turning = spec.at_length(int(positions.max()) + 1)
-        frequencies = torch.tensor([turning], dtype=torch.float64, device=x_BTD.device)
+        frequencies = torch.tensor([turning_at(spec, positions)], dtype=torch.float64, device=x_BTD.device)
         cos, sin = rope_angles(frequencies, positions)
         q_BHTd, k_BGTd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
         q_BHTd = grown(q_BHTd, positions, spec.growth, spec.growth_length)

@@ -66,6 +66,8 @@ def plan(
         rows = capacity.with_small_caches(arithmetic.plan_latent(spec, **options))
     else:
         coded = None if bytes is None else _share(bytes, "--bytes", "12.5% or 0.125", least=1e-9)
+        if coded is not None:
+            spec.attention.rope.require_one_table()
         rows = arithmetic.plan(spec, **options, coded=coded)
     facts = {"model": described(spec), "context": tokens, "batch": batch}
     facts |= {"tensor_parallel": tensor_parallel} if tensor_parallel > 1 else {}
