@@ -87,7 +87,7 @@ ON_PURPOSE = {
     "modeling/canonical.py: attention_weights": "row numbers, compared with others of their kind",
     "modeling/canonical.py: half_layout": "row numbers of weights",
     "training/descent.py: batches": "numbers of sequences, in an order that no device changes",
-    "modeling/reading.py: _check_turning": "the proof runs where transformers loads, on the CPU",
+    "modeling/turning.py: _check_frequencies": "the proof runs where transformers loads, on the CPU",
     "modeling/reading.py: _stream": "positions of a short text, moved at once",
     "methods/position.py: ladder": "moved by methods/calibrated.py",
     "training/refine.py: descend": "numbers of sequences",

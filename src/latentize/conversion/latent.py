@@ -25,8 +25,9 @@ from latentize.conversion.work import Work, latent_work
 from latentize.errors import FormatError
 from latentize.families import ModelSpec
 from latentize.families.model import FULL
-from latentize.formats.deepseek_v3 import DeepseekWriter, portable_reasons
+from latentize.formats.deepseek_v3 import DeepseekWriter
 from latentize.formats.native import NativeWriter
+from latentize.formats.portable import portable_reasons
 from latentize.machine import give_back_freed_memory
 from latentize.methods.method import budget_of
 from latentize.methods.registry import settings

@@ -32,11 +32,9 @@ from latentize.attention.latent import LatentWeights
 from latentize.attention.rope import half_to_interleaved
 from latentize.checkpoint import Checkpoint, OutputFolder
 from latentize.families import ModelSpec
-from latentize.families.model import FULL
 from latentize.formats.balance import KEY, Balance, described, spread
 from latentize.formats.base import LatentWriter
 from latentize.formats.layer import ConvertedLayer
-from latentize.methods.setting import Setting
 
 __all__ = [
     "DELTA",
@@ -47,7 +45,6 @@ __all__ = [
     "decode_attention",
     "encode_attention",
     "padded",
-    "portable_reasons",
 ]
 
 EPS = 1e-6
@@ -59,46 +56,6 @@ _ATTENTION = "self_attn."
 # A bias that only chooses experts.
 _CHOOSES = "mlp.gate.e_score_correction_bias"
 _NONE = Balance()
-
-
-def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
-    """Why the portable format cannot hold a model converted in this way; empty if it can."""
-    a = model.attention
-    reasons = list(model.table.native_only)
-    if model.table.experts is not None and not model.table.experts.deepseek:
-        reasons.append("experts that are not chosen, or not made, as DeepSeek-V3's are")
-    if model.kinds:
-        kept = next(kind for kind in model.kinds if kind != FULL)
-        reasons.append(f"layers of '{kept}' stay as they are, in DeepSeek's layout all are latent")
-    if a.softcap or model.logit_softcap:
-        reasons.append("logits are soft-capped, DeepSeek's are not")
-    if not (a.rotates_whole and not model.unrotated) and setting.stride is None:
-        reasons.append("RoPE does not cover all of the keys, DeepSeek's ladder would")
-    if setting.rope_heads > 1:
-        reasons.append(f"the method keeps {setting.rope_heads} roped keys (one a kv head), DeepSeek's layout has one")
-    elif setting.selection is not None and setting.qk_rope_head_dim == a.head_dim:
-        reasons.append("the method leaves no un-roped part, DeepSeek's layout needs one")
-    elif setting.selection not in (None, "uniform"):
-        reasons.append(f"'{setting.selection}' selection leaves frequencies that are not one ladder")
-    if setting.frequencies_by_layer:
-        reasons.append("each layer keeps frequencies of its own, DeepSeek's layout has one ladder for all")
-    if (a.qkv_bias or a.o_bias) and not setting.linear:
-        reasons.append("the attention has biases, DeepSeek's layout has none")
-    if a.qk_norm and not setting.linear:
-        reasons.append("queries and keys are normalised per head, which is not linear")
-    if a.growth:
-        reasons.append("queries grow along a text, DeepSeek's do not")
-    if a.sinks:
-        reasons.append("learnt sinks take a share of attention, DeepSeek's has none")
-    if a.gated:
-        reasons.append("what heads read is gated, DeepSeek's is not")
-    if a.rope.length:
-        reasons.append(f"RoPE changes in texts of more than {a.rope.length:,} tokens, DeepSeek's does not")
-    if not a.rope.is_plain and setting.stride is None:
-        reasons.append(f"RoPE is scaled ('{a.rope.rope_type}'), which engines read in different ways")
-    if model.config.get("mlp_bias"):
-        reasons.append("the MLP has biases, DeepSeek's has none")
-    return reasons
 
 
 @dataclass(frozen=True)

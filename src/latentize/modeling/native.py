@@ -78,7 +78,7 @@ class LatentizeConfig(PreTrainedConfig):
 
 
 def _empty_attention(
-    entry: dict[str, Any], layer_idx: int, table: tuple[float, ...], beyond: LongTable | None
+    entry: dict[str, Any], layer_idx: int, table: tuple[float, ...], beyond: LongTable | None = None
 ) -> LatentAttention:
     # What earlier versions did not write is as it was then.
     spec_fields = {k: entry[k] for k in LatentSpec.__dataclass_fields__ if k in entry}

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 
 from latentize.attention.grouped import grouped_attention
 from latentize.checkpoint.opening import load_config, loading, pretrained
-from latentize.errors import CheckpointError
 from latentize.families import LatentModel
-from latentize.families.model import FULL
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
+from latentize.modeling.turning import check_turning, differs, near
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages
 
@@ -37,8 +36,6 @@ __all__ = ["PROVED_TOKENS", "TOLERANCE", "prove"]
 PROVED_TOKENS = 48
 # Largest error of a token that is allowed, relative to what a layer adds to it; and where layers multiply in bfloat16.
 TOLERANCE, _ROUGH = 1e-3, 5e-2
-# Numbers that both sides compute from the same entries; transformers does in float32.
-_EXACT = 1e-5
 # Share of a token's size that an error is compared with at least: more is not left of a difference in float32.
 _SHARE = 1e-3
 _ROWS_AT_ONCE = 16_384
@@ -69,15 +66,6 @@ def prove(
         return proof.run(tokens_T.cpu())
     finally:
         proof.release()
-
-
-def _differs(what: str, where: str) -> CheckpointError:
-    return CheckpointError(
-        f"{what} is read otherwise than transformers reads it",
-        code="LZ122",
-        where=where,
-        fix="please report it with config.json and the version of transformers; it would have been converted wrongly",
-    )
 
 
 class _Proof:
@@ -144,7 +132,8 @@ class _Proof:
         if head.bias is not None:
             head.bias = nn.Parameter(head.bias[used].float(), requires_grad=False)
         norm = top.get_submodule(spec.module("norm")).float()
-        self._check_turning(top.base_model)
+        if not isinstance(spec, LatentModel):
+            check_turning(spec, top.base_model, f"{checkpoint.config_path}, rope_parameters")
         final: list[Tensor] = []
         norm.register_forward_pre_hook(lambda _, args: final.append(args[0]))
         theirs_TV = top(input_ids=which_T[None], use_cache=False).logits[0]
@@ -163,12 +152,12 @@ class _Proof:
         ours = {path.resolve() for path in checkpoint.files}
         if self.files and ours != {path.resolve() for path in self.files}:
             odd = sorted(ours.symmetric_difference(path.resolve() for path in self.files))[0]
-            raise _differs("the choice of files", str(odd))
+            raise differs("the choice of files", str(odd))
 
     def _check_table(self, theirs_VD: Tensor, name: str) -> None:
         checkpoint, count = self.source.checkpoint, len(theirs_VD)
         if checkpoint.shape(name) != tuple(theirs_VD.shape):
-            raise _differs(f"the shape of '{name}'", checkpoint.where(name))
+            raise differs(f"the shape of '{name}'", checkpoint.where(name))
         # Some of its models empty the row of padding when they are loaded, which is nothing that is read.
         said = getattr(self.top.config, "pad_token_id", None)
         padding = said if isinstance(said, int) and 0 <= said < count and not theirs_VD[said].any() else -1
@@ -179,39 +168,7 @@ class _Proof:
             if padding in rows:
                 ours_VD[padding - start] = 0
             if not torch.equal(ours_VD, theirs_VD[rows.start : rows.stop]):
-                raise _differs(f"'{name}'", checkpoint.where(name))
-
-    def _check_turning(self, body: Any) -> None:
-        """Frequencies of the layers that are converted, and whether transformers scales what is rotated."""
-        spec = self.source.spec
-        rotary = getattr(body, "rotary_emb", None)
-        if rotary is None or isinstance(spec, LatentModel):
-            return
-        buffers = dict(rotary.named_buffers())
-        theirs = buffers.get(f"{FULL}_inv_freq", buffers.get("inv_freq"))
-        rope, where = spec.attention.rope, f"{self.source.checkpoint.config_path}, rope_parameters"
-        self._check_frequencies(theirs, rope.frequencies, where)
-        if rope.length:
-            # What it looks at are positions; the last text is one of the usual frequencies again.
-            for tokens in (rope.length + 1, 3 * rope.length, 1):
-                rotary(torch.zeros(1), torch.tensor([[tokens - 1]]))
-                self._check_frequencies(rotary.inv_freq, rope.at_length(tokens), where)
-        scaling = getattr(rotary, f"{FULL}_attention_scaling", getattr(rotary, "attention_scaling", 1.0))
-        if not _near(scaling, spec.attention.rope.attention_factor):
-            raise _differs("a factor on what RoPE rotates", where)
-
-    @staticmethod
-    def _check_frequencies(theirs: Tensor | None, usual: tuple[float, ...], where: str) -> None:
-        ours = torch.tensor(usual)
-        if theirs is not None and not theirs[len(ours) :].any():
-            # Beyond them are pairs that do not turn.
-            theirs = theirs[: len(ours)]
-        if (
-            theirs is None
-            or theirs.shape != ours.shape
-            or not torch.allclose(ours, theirs.float(), rtol=_EXACT, atol=0)
-        ):
-            raise _differs("RoPE", where)
+                raise differs(f"'{name}'", checkpoint.where(name))
 
     def _layer(self, index: int) -> Callable[..., Any]:
         """What stands for a layer in transformers' model: the layer itself, once, under watch."""
@@ -252,7 +209,7 @@ class _Proof:
             held = ours.tensors if same else self.source.module_tensors(ours.tensors, ours.index)
             for name, tensor in found.items():
                 if name not in held or not torch.equal(tensor, held[name].cpu()):
-                    raise _differs(f"'{prefix}{name}'", str(checkpoint.path))
+                    raise differs(f"'{prefix}{name}'", str(checkpoint.path))
         else:
             # What is dequantised here is read by nobody else.
             found = self.source.module_tensors(ours.tensors, ours.index)
@@ -268,13 +225,13 @@ class _Proof:
             return
         for name, module in theirs.named_modules():
             eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-            if eps is not None and "norm" in name and not _near(eps, spec.norm_eps):
-                raise _differs(f"the epsilon of '{name}'", where)
+            if eps is not None and "norm" in name and not near(eps, spec.norm_eps):
+                raise differs(f"the epsilon of '{name}'", where)
         if ours.spec is not None:
             scale = getattr(getattr(theirs, spec.module("attention")), "scaling", None)
             # What RoPE multiplies queries and keys with is not in it.
-            if scale is not None and not _near(scale * ours.spec.logit_factor, ours.spec.softmax_scale):
-                raise _differs("the factor on attention's logits", where)
+            if scale is not None and not near(scale * ours.spec.logit_factor, ours.spec.softmax_scale):
+                raise differs("the factor on attention's logits", where)
 
     def _check_attention(
         self, theirs: nn.Module, ours: SourceLayer, hidden_BTD: Tensor, again: Callable[[], Any]
@@ -314,7 +271,7 @@ class _Proof:
         size = change.norm(dim=-1) + _SHARE * theirs.norm(dim=-1)
         found = float(((ours.cpu() - theirs).norm(dim=-1) / size.clamp_min(1e-30)).max())
         if not found <= (tolerance or self.tolerance):
-            raise _differs(f"{what} (relative error {found:.1e})", f"{self.source.checkpoint.path}, {where}")
+            raise differs(f"{what} (relative error {found:.1e})", f"{self.source.checkpoint.path}, {where}")
         self.error = max(self.error, found)
 
 
@@ -342,10 +299,6 @@ def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(torch.zeros_like(part) if isinstance(part, Tensor) else part for part in output)
     return torch.zeros_like(output)
-
-
-def _near(a: float, b: float) -> bool:
-    return abs(a - b) <= _EXACT * max(abs(a), abs(b))
 
 
 def _tensors(files: Sequence[Path], names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ def _this_machine() -> Machine:
 
 def inspect(model: str) -> dict[str, Any]:
     """What ``latentize inspect --json`` prints. Reads headers, not weights."""
-    from latentize.formats.deepseek_v3 import portable_reasons
+    from latentize.formats.portable import portable_reasons
     from latentize.methods.registry import settings
     from latentize.recipe import Recipe
 

@@ -25,9 +25,9 @@ from latentize.formats.deepseek_v3 import (
     LatentNorm,
     decode_attention,
     encode_attention,
-    portable_reasons,
 )
 from latentize.formats.native import layer_entry
+from latentize.formats.portable import portable_reasons
 from latentize.methods.setting import Setting
 from latentize.modeling.native import _empty_attention
 
