@@ -46,7 +46,7 @@ class Finder:
         number_i = torch.arange(self._intervals, dtype=torch.float32, device=device)
         self._middles = _SPREAD * torch.special.ndtri((number_i + 0.5) / self._intervals)
         # Exact in float32: there are fewer cells than it has whole numbers.
-        self._places_v = self._intervals ** torch.arange(self.values - 1.0, -1, -1, device=device)
+        self._places_v = self._intervals ** torch.arange(self.values - 1, -1, -1, dtype=torch.float32, device=device)
         known = [self._known(words_kv) for words_kv in books]
         # What each cell knows, one book after the other: numbers of words, [c, m]; half their squares and the words,
         # [c, v + 1, m].

@@ -117,16 +117,21 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As of any model, but for sources that turn all of a text otherwise once it is long: its rows are made anew,
         in the same cache."""
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past_key_values is not None and 0 < cached <= self._usual_length < input_ids.shape[1]:
+        longer = inputs_embeds is None and cached <= self._usual_length < input_ids.shape[1]
+        if past_key_values is not None and cached and longer:
             past_key_values.reset()
             kwargs["next_sequence_length"] = None
         return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids, past_key_values=past_key_values, **kwargs
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
 
     def _check_and_adjust_attn_implementation(
