@@ -128,9 +128,9 @@ class LatentWeights:
 
     def turning(self, positions_BT: Tensor) -> Tensor:
         """Radians per position where these are the positions, ``[P, F]``."""
-        return (
-            self.frequencies_PF if self.beyond is None else self.beyond.frequencies(self.frequencies_PF, positions_BT)
-        )
+        if self.beyond is None:
+            return self.frequencies_PF
+        return self.beyond.frequencies(self.frequencies_PF, positions_BT)
 
     def up(self, c_B1Sr: Tensor) -> tuple[Tensor, Tensor]:
         """Un-roped keys ``[B, U, S, N]`` and values ``[B, U, S, V]`` of latents."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Beyond", "half_to_interleaved", "rope_angles", "rotate_half", "rotate_interleaved"]
+__all__ = ["Beyond", "half_to_interleaved", "rope_angles", "rotate_half", "rotate_interleaved", "table_places"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,19 @@ class Beyond:
             return torch.where(tokens > self.length, by_hF, usual_hF)
         s = (self.stretch * tokens / self.length - self.stretch + 1).to(usual_hF.dtype).clamp_min(1)
         return usual_hF * s**by_hF
+
+
+def table_places(frequencies_PF: Tensor, table: tuple[float, ...]) -> Tensor:
+    """Where each frequency is in a table, ``[P, F]``.
+
+    Raises:
+        ValueError: one is not.
+    """
+    table_f = torch.tensor(table, dtype=torch.float64, device=frequencies_PF.device)
+    gap_PFf = (frequencies_PF.double()[..., None] - table_f).abs()
+    if (gap_PFf.amin(-1) > 1e-6 * frequencies_PF.double()).any():
+        raise ValueError("a frequency is not in the table")
+    return gap_PFf.argmin(-1)
 
 
 def rope_angles(frequencies_hF: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
-from latentize.attention.rope import Beyond
+from latentize.attention.rope import Beyond, table_places
 from latentize.attention.spec import AttentionSpec
 from latentize.methods.norms import linear_heads, with_norms
 from latentize.methods.position import linearised
@@ -131,13 +131,8 @@ def _beyond(spec: AttentionSpec, frequencies_PF: Tensor) -> Beyond | None:
     """What a long text does to frequencies that are some of the source's."""
     if (long := spec.beyond) is None:
         return None
-    own_f, by_f = (
-        torch.tensor(t, dtype=torch.float64, device=frequencies_PF.device) for t in (spec.frequencies, long.by)
-    )
-    place_PF = (frequencies_PF.double()[..., None] - own_f).abs().argmin(-1)
-    if not torch.allclose(own_f[place_PF], frequencies_PF.double(), rtol=1e-6):
-        raise ValueError("a frequency that is none of the source's: nobody knows what a long text does to it")
-    return Beyond(long.length, by_f[place_PF], long.stretch)
+    by_f = torch.tensor(long.by, dtype=torch.float64, device=frequencies_PF.device)
+    return Beyond(long.length, by_f[table_places(frequencies_PF, spec.frequencies)], long.stretch)
 
 
 def linear_fit(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats) -> LatentWeights:

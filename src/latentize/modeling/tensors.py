@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
+from latentize.attention.rope import table_places
 from latentize.attention.spec import LongTable
 
 __all__ = ["long_table", "options", "state_dict"]
@@ -34,19 +35,6 @@ def options(w: LatentWeights) -> dict[str, Any]:
         "norm_eps": w.norm_eps,
         "row_code": None if w.code is None else w.code.describe(),
     }
-
-
-def table_places(frequencies_PF: Tensor, table: tuple[float, ...]) -> Tensor:
-    """Where each frequency is in a table, ``[P, F]``.
-
-    Raises:
-        ValueError: one is not.
-    """
-    table_f = torch.tensor(table, dtype=torch.float64, device=frequencies_PF.device)
-    gap_PFf = (frequencies_PF.double()[..., None] - table_f).abs()
-    if (gap_PFf.amin(-1) > 1e-6 * frequencies_PF.double()).any():
-        raise ValueError("a frequency is not in the table")
-    return gap_PFf.argmin(-1)
 
 
 def long_table(w: LatentWeights, table: tuple[float, ...]) -> LongTable | None:
