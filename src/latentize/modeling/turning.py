@@ -49,7 +49,11 @@ def check_turning(spec: ModelSpec, body: Any, where: str) -> None:
     # Where kinds of layers turn otherwise, each has a table.
     by_kind = f"{FULL}_inv_freq" in dict(rotary.named_buffers())
     table, kind = (f"{FULL}_inv_freq", {"layer_type": FULL}) if by_kind else ("inv_freq", {})
-    _check_frequencies(getattr(rotary, table, None), rope.frequencies, where)
+    theirs = getattr(rotary, table, None)
+    if rope.rope_type == "proportional" and theirs is not None and not theirs[len(rope.frequencies) :].any():
+        # Its table has the pairs, too, that do not turn.
+        theirs = theirs[: len(rope.frequencies)]
+    _check_frequencies(theirs, rope.frequencies, where)
     if rope.length:
         # It goes by the last position; a short text comes last, so that its frequencies are the usual ones again.
         for tokens in (rope.length + 1, 3 * rope.length, 1):
@@ -62,8 +66,5 @@ def check_turning(spec: ModelSpec, body: Any, where: str) -> None:
 
 def _check_frequencies(theirs: Tensor | None, usual: tuple[float, ...], where: str) -> None:
     ours = torch.tensor(usual)
-    if theirs is not None and not theirs[len(ours) :].any():
-        # Beyond them are pairs that do not turn.
-        theirs = theirs[: len(ours)]
     if theirs is None or theirs.shape != ours.shape or not torch.allclose(ours, theirs.float(), rtol=_EXACT, atol=0):
         raise differs("RoPE", where)
