@@ -13,25 +13,36 @@
 #   SIBLING     the bundled model's MHA sibling; `benchmarks/sources.py tiny-llama-mha` makes it, in an hour on one core
 #   CONVERT     more options of the conversions, as --fast
 #   LIMIT       examples of each task, 2,000 by default
+#   ONLY        which steps, as "convert-12.5 needles-*"; all by default. A step's name is that of its log
 #
 # On two cores a conversion of SmolLM2-135M takes 20 minutes, 8 with --fast; all the rest, over an hour. hqq and
 # optimum-quanto are measured, too, where they are installed. Nothing else should run beside it: times of decoding are
 # among the numbers.
 set -uo pipefail
-[ $# -eq 5 ] || { sed -n '2,19s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -eq 5 ] || { sed -n '2,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 MODEL=$1 CALIBRATE=$2 REPORT=$3 TASKS=$4 OUT=$5
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 SIBLING=${SIBLING:-$ROOT/build/sources/tiny-llama-mha}
 read -ra MORE <<<"${CONVERT:-}"
+read -ra ONLY <<<"${ONLY:-*}"
 BUDGETS=(25 18.75 12.5 6.25)
 mkdir -p "$OUT/logs" "$OUT/models"
+
+# Whether a step is asked for.
+asked() {
+  local pattern
+  for pattern in "${ONLY[@]}"; do
+    [[ $1 != $pattern ]] || return 0
+  done
+  return 1
+}
 
 # NAME COMMAND…: its output is OUT/logs/NAME.txt once it has ended well.
 step() {
   local name=$1 began=$SECONDS
   shift
-  [ ! -e "$OUT/logs/$name.txt" ] || return 0
+  asked "$name" && [ ! -e "$OUT/logs/$name.txt" ] || return 0
   if "$@" >"$OUT/logs/$name.partial" 2>&1; then
     mv "$OUT/logs/$name.partial" "$OUT/logs/$name.txt"
     echo "$name: $((SECONDS - began)) s"

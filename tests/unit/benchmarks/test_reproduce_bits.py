@@ -14,23 +14,23 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "benchmarks" / "reproduce_bits.sh"
 
 
-@pytest.fixture
-def asked(tmp_path: Path) -> list[list[str]]:
+def asked(tmp_path: Path, **settings: str) -> list[list[str]]:
     """Every command that it runs, by stand-ins that do nothing; twice, as what is there is not made again."""
     written = tmp_path / "asked"
     for name in ("python", "make"):
         (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\t" {name} "$@" >>{written}\necho >>{written}\n')
         (tmp_path / name).chmod(0o755)
-    folders = {"PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}", "CONVERT": "--fast"}
+    settings |= {"PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}", "CONVERT": "--fast"}
     for _ in range(2):
         command = [str(SCRIPT), "model", "valid.txt", "test.txt", "piqa,lambada_openai", str(tmp_path / "out")]
-        subprocess.run(command, check=True, env={**os.environ, **folders}, capture_output=True)
+        subprocess.run(command, check=True, env={**os.environ, **settings}, capture_output=True)
     return [line.split("\t")[1:-1] for line in written.read_text().splitlines()]
 
 
-def test_every_option_is_one(asked: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(asked) == len({tuple(arguments) for arguments in asked}) > 20
-    for arguments in asked:
+def test_every_option_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = asked(tmp_path)
+    assert len(commands) == len({tuple(arguments) for arguments in commands}) > 20
+    for arguments in commands:
         options = [argument for argument in arguments if argument.startswith("--")]
         if arguments == ["engines", "ENGINE=llama.cpp"]:
             continue
@@ -40,6 +40,11 @@ def test_every_option_is_one(asked: list[list[str]], capsys: pytest.CaptureFixtu
             script = f"{arguments[1].replace('.', '/')}.py" if arguments[0] == "-m" else arguments[0]
             known = (ROOT / script).read_text()
         assert all(re.search(rf"{option}\b", known) for option in options), arguments
+
+
+def test_some_steps_alone(tmp_path: Path) -> None:
+    commands = asked(tmp_path, ONLY="convert-12.5 needles-*")
+    assert [arguments[0] for arguments in commands] == ["-m", *["benchmarks/needles.py"] * 2]
 
 
 def test_without_arguments_it_says_what_it_wants() -> None:
