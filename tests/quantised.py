@@ -134,6 +134,47 @@ def int8(w: Tensor) -> tuple[Parts, Tensor]:
     return parts, codes * largest[:, None] * 7.874015718698502e-3
 
 
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def nvfp4(w: Tensor) -> tuple[Parts, Tensor]:
+    """ModelOpt's: four bits in groups of 16, a scale for each, one for all."""
+    double = w.abs().max() / (6 * 448)
+    groups = w.unflatten(1, (-1, 16))
+    scale = (groups.abs().amax(-1) / 6 / double).to(torch.float8_e4m3fn)
+    factor = (scale.float() * double)[..., None]
+    codes = (groups.abs() / factor.clamp_min(1e-12)).unsqueeze(-1).sub(torch.tensor(FP4)).abs().argmin(-1)
+    codes = (codes + 8 * (groups < 0)).flatten(1)
+    expected = (torch.tensor(FP4 + tuple(-x for x in FP4))[codes].unflatten(1, (-1, 16)) * factor).flatten(1)
+    packed = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+    return {
+        "weight": packed,
+        "weight_scale": scale,
+        "weight_scale_2": double,
+        "input_scale": torch.tensor(0.1),
+    }, expected
+
+
+def modelopt_fp8(w: Tensor) -> tuple[Parts, Tensor]:
+    parts, expected = fp8_tensor(w)
+    return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"], "k_scale": torch.ones(())}, expected
+
+
+def torchao(w: Tensor) -> tuple[Parts, Tensor]:
+    """int8, a scale for each row, rounded to bfloat16 at the end."""
+    scale = w.abs().amax(1, keepdim=True) / 127
+    codes = (w / scale).round().to(torch.int8)
+    return {"_weight_qdata": codes, "_weight_scale": scale}, (codes.float() * scale).bfloat16().float()
+
+
+def torchao_metadata(names: Sequence[str]) -> dict[str, str]:
+    """What it says of each tensor in the files' metadata."""
+    held = {"act_quant_kwargs": None, "block_size": [1, 1], "dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}
+    int8 = {"_type": "Int8Tensor", "_data": held, "_tensor_data_names": ["qdata", "scale"]}
+    told = {name: json.dumps(int8 if LINEAR.search(name) else {"_type": "Tensor"}) for name in names}
+    return {**told, "tensor_names": json.dumps(list(names)), "format": "pt"}
+
+
 def compressed(name: str, **weights: Any) -> tuple[dict[str, Any], Quantise]:
     """What llm-compressor writes, by the package itself."""
     scheme = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}, "format": name}
@@ -178,6 +219,9 @@ FORMATS: dict[str, tuple[dict[str, Any], Quantise]] = {
     "AWQ": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, awq),
     "bitsandbytes, nf4": ({**BNB, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, nf4),
     "bitsandbytes, int8": ({**BNB, "load_in_8bit": True}, int8),
+    "ModelOpt, fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, modelopt_fp8),
+    "ModelOpt, NVFP4": ({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}, nvfp4),
+    "torchao, int8": ({"quant_method": "torchao", "quant_type": {"default": {}}}, torchao),
     "compressed-tensors, fp8": compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
     "compressed-tensors, int8": compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
     "compressed-tensors, int4": compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
@@ -208,7 +252,8 @@ def quantised(source: Path, out: Path, name: str) -> dict[str, Tensor]:
             stored |= {f"{module}.{last}": part.contiguous() for last, part in parts.items()}
         else:
             stored[tensor] = expected[tensor] = value
-    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    metadata = torchao_metadata(list(expected)) if entries["quant_method"] == "torchao" else {"format": "pt"}
+    save_file(stored, out / "model.safetensors", metadata=metadata)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "quantization_config": entries}))
     return expected

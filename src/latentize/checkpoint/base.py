@@ -24,6 +24,8 @@ _QUANTISED = {
     "fp8": ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale", "k_scale", "v_scale"),
     "HQQ": ("W_q",),
     "quanto": ("_data", "_scale", "_shift", "_packed"),
+    "ModelOpt": ("weight_scale_2", "pre_quant_scale"),
+    "torchao": ("_weight_qdata", "_weight_scale", "_weight_zero_point", "_weight_scale_and_zero"),
     "AQLM": ("codes", "codebooks"),
     "EETQ": ("weight_scales",),
 }

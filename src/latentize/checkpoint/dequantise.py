@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "gptq", "mxfp4", "unpacked"]
+__all__ = ["awq", "bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "gptq", "mxfp4", "nvfp4", "torchao", "unpacked"]
 
 # Where AWQ puts every value of a word of eight (``awq/utils/packing_utils.py``).
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -30,7 +30,7 @@ def fp8(weight_oi: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tens
     """``[o, i]``: DeepSeek-V3 (arXiv 2412.19437, section 3.3), as transformers' ``Fp8Dequantize``.
 
     Args:
-        weight_oi: ``float8_e4m3fn`` or ``e5m2``.
+        weight_oi: ``float8_e4m3fn`` or ``e5m2``; of others integers.
         scale: One for all, for each row ``[o, 1]`` or ``[o]``, or for each block ``[o / b, i / c]``, the last ones
             of which may be smaller; bytes are exponents of two, 127 more than they are.
         block: ``(b, c)``; from the number of scales by default.
@@ -53,20 +53,36 @@ def _by_rows(values_oi: Tensor, scale_ni: Tensor, block: tuple[int, int] | None)
     return values_oi
 
 
+def _fp4(bytes_ob: Tensor) -> Tensor:
+    """``[…, 2 b]``: two values a byte, the first in the low half: a sign, two bits of exponent, one of mantissa (OCP
+    Microscaling Formats 1.0, section 5.3.3)."""
+    sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    halves_ob2 = torch.stack([bytes_ob & 15, bytes_ob >> 4], dim=-1)
+    return torch.cat([sizes, -sizes])[halves_ob2.int()].flatten(-2)
+
+
+def nvfp4(weight_ob: Tensor, scale_og: Tensor, scale: Tensor | float) -> Tensor:
+    """``[…, o, 2 b]``: NVIDIA's four bits, in groups of 16, as its Model Optimizer stores them.
+
+    Args:
+        weight_ob: Two values a byte.
+        scale_og: Of each group, ``float8_e4m3fn``.
+        scale: Of all groups.
+    """
+    values_ogn = _fp4(weight_ob).unflatten(-1, (scale_og.shape[-1], -1))
+    return (values_ogn * (scale_og.float() * scale)[..., None]).flatten(-2)
+
+
 def mxfp4(blocks_eogb: Tensor, scales_eog: Tensor) -> Tensor:
     """``[e, i, o]``: experts of gpt-oss (OCP Microscaling Formats 1.0, section 5), as transformers has them.
 
     Args:
-        blocks_eogb: Bytes, the value of even number in the low half: a sign, two bits of exponent, one of mantissa.
+        blocks_eogb: Two values a byte.
         scales_eog: Exponents of two, 127 more than they are.
     """
-    sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    values = torch.cat([sizes, -sizes])
     made = []
     for blocks_ogb, scales_og in zip(blocks_eogb, scales_eog, strict=True):
-        halves_ogb2 = torch.stack([blocks_ogb & 15, blocks_ogb >> 4], dim=-1)
-        steps_ogn = values[halves_ogb2.int()].flatten(-2)
-        made.append(torch.ldexp(steps_ogn, scales_og.int()[..., None] - 127).flatten(-2).T)
+        made.append(torch.ldexp(_fp4(blocks_ogb), scales_og.int()[..., None] - 127).flatten(-2).T)
     return torch.stack(made)
 
 
@@ -169,3 +185,37 @@ def bitsandbytes_8bit(weight_oi: Tensor, largest_o: Tensor) -> Tensor:
         largest_o: The largest value of each row, ``SCB``.
     """
     return weight_oi * largest_o.view(-1, 1) * _BYTE
+
+
+def torchao(parts: Mapping[str, Tensor], told: Mapping[str, Any], *, packed: bool) -> Tensor:
+    """``[o, i]``, rounded to the precision that was quantised: a tensor of torchao, as version 0.18 dequantises it.
+
+    Args:
+        parts: ``qdata``, ``scale`` and, by kind, ``zero_point``, ``per_tensor_scale`` and ``act_pre_scale``.
+        told: What its class holds beside tensors.
+        packed: Whether two values are a byte.
+    """
+    values, scale = parts["qdata"], parts["scale"]
+    precision = getattr(torch, (told.get("dtype") or told["orig_dtype"])["_data"])
+    if told.get("is_swizzled_scales"):
+        scale = _rows_of_tiles(scale, len(values), values.shape[1] * (2 if packed else 1) // told["block_size"])
+    if packed:
+        scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale
+        made = nvfp4(values, scale, parts.get("per_tensor_scale", 1.0))
+    elif values.is_floating_point():
+        made = fp8(values, scale, None)
+    else:
+        groups = values.to(precision).unflatten(1, (scale.shape[1], -1))
+        if "zero_point" in parts:
+            groups = groups - parts["zero_point"].to(precision)[..., None]
+        made = (groups * scale[..., None]).flatten(1)
+    made = made.to(precision).float()
+    return made * parts["act_pre_scale"].float() if "act_pre_scale" in parts else made
+
+
+def _rows_of_tiles(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """``[rows, columns]`` of scales that lie in tiles of 128 rows and 4 columns, as tensor cores read them (cuBLAS,
+    layout of block scaling factors)."""
+    down, across = -(-rows // 128), -(-columns // 4)
+    tiles = scale.reshape(down, across, 32, 4, 4).transpose(2, 3)
+    return tiles.permute(0, 2, 3, 1, 4).reshape(128 * down, 4 * across)[:rows, :columns]

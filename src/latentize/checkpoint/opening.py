@@ -10,7 +10,7 @@ from typing import Any
 from latentize.checkpoint.base import Checkpoint
 from latentize.checkpoint.gguf import GgufCheckpoint, is_gguf
 from latentize.checkpoint.gguf_config import gguf_config
-from latentize.checkpoint.quantised import QuantisedCheckpoint, is_read
+from latentize.checkpoint.quantised import is_read, quantised
 from latentize.checkpoint.reader import SafetensorsCheckpoint
 from latentize.checkpoint.towers import read_config
 from latentize.errors import CheckpointError, LatentizeError
@@ -30,8 +30,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if is_gguf(path):
         return GgufCheckpoint(path)
-    stored = SafetensorsCheckpoint(path)
-    return QuantisedCheckpoint(stored) if is_read(stored.config) else stored
+    return quantised(SafetensorsCheckpoint(path))
 
 
 def pretrained(path: Path) -> dict[str, Any]:

@@ -1,35 +1,46 @@
 """A folder whose weights are quantised, as a checkpoint: dequantised one tensor at a time, named and shaped as the
 model that was quantised.
 
-``quantization_config`` says how; the names of tensors say which. A weight of several tensors (codes, scales, zero
-points) is one tensor here, in float32. What only activations or caches are scaled by is left out.
+``quantization_config`` says how, or a file beside it; the names of tensors say which. A weight of several tensors
+(codes, scales, zero points) is one tensor here, in float32. What only activations or caches are scaled by is left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentize.checkpoint.base import Checkpoint
-from latentize.checkpoint.reader import SafetensorsCheckpoint
-from latentize.checkpoint.schemes import SCHEMES, Scheme
-from latentize.errors import CheckpointError
+from latentize.checkpoint.reader import SafetensorsCheckpoint, read_json
+from latentize.checkpoint.scheme import Scheme
+from latentize.checkpoint.schemes import SCHEMES
+from latentize.errors import CheckpointError, ConfigError
 
-__all__ = ["QuantisedCheckpoint", "is_read", "unquantised"]
+__all__ = ["QuantisedCheckpoint", "is_read", "quantised", "unquantised"]
 
 _CONFIG = "quantization_config"
 # In the place of a last part: a tensor that is as it is.
 _ITSELF = ""
+# Files that tell it where config.json does not, and what they tell in its words: AutoGPTQ's, AutoAWQ's, ModelOpt's.
+_BESIDE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "quantize_config.json": lambda told: {"quant_method": "gptq", **told},
+    "quant_config.json": lambda told: {
+        "quant_method": "awq",
+        "bits": told.get("w_bit", 4),
+        "group_size": told.get("q_group_size", 128),
+        **told,
+    },
+    "hf_quant_config.json": lambda told: {"quant_method": "modelopt", **_mapping(told.get("quantization"))},
+}
 # Scales of activations and caches, which are no weights.
 _NO_WEIGHTS = ("input_scale", "output_scale", "activation_scale", "k_scale", "v_scale", "qscale_act")
 _NO_WEIGHTS += ("input_zero_point", "output_zero_point", "input_global_scale")
 
 
-def _method(config: Mapping[str, Any]) -> str:
-    entries = config.get(_CONFIG)
+def _method(entries: Any) -> str:
     if not isinstance(entries, dict):
         return ""
     # Older files do not say it.
@@ -37,14 +48,38 @@ def _method(config: Mapping[str, Any]) -> str:
     return str(entries.get("quant_method", older))
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def is_read(config: Mapping[str, Any]) -> bool:
     """Whether weights are quantised in a way that is read."""
-    return _method(config) in SCHEMES
+    return _method(config.get(_CONFIG)) in SCHEMES
 
 
 def unquantised(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the model that was quantised, where it is read; else as it is."""
     return {key: value for key, value in config.items() if key != _CONFIG or not is_read(config)}
+
+
+def quantised(stored: SafetensorsCheckpoint) -> Checkpoint:
+    """Files as the model that was quantised, where they are quantised in a way that is read; else as they are.
+
+    Raises:
+        CheckpointError, ConfigError: what is said of how they are quantised cannot be read, or does not fit them.
+    """
+    if is_read(stored.config):
+        return QuantisedCheckpoint(stored, stored.config[_CONFIG], f"{stored.config_path}, {_CONFIG}")
+    for file, entries_of in _BESIDE.items():
+        path = stored.path / file
+        if _CONFIG in stored.config or not path.exists():
+            continue
+        entries = entries_of(read_json(path, ConfigError, "LZ102"))
+        marks = SCHEMES[_method(entries)].marks if _method(entries) in SCHEMES else ()
+        # A model that was dequantised may still have the file.
+        if any(name.endswith(f".{mark}") for name in stored.names() for mark in marks):
+            return QuantisedCheckpoint(stored, entries, str(path))
+    return stored
 
 
 @dataclass(frozen=True)
@@ -73,17 +108,19 @@ class QuantisedCheckpoint(Checkpoint):
     """A folder with weights that are quantised in a way that is read.
 
     Args:
-        stored: The files; ``quantization_config`` of their config is one that :func:`is_read` knows.
+        stored: The files.
+        entries: How they are quantised, with a method that :func:`is_read` knows.
+        where: That stands, for messages.
 
     Raises:
         CheckpointError: parts of a weight are missing, or a package that restores them is.
     """
 
-    def __init__(self, stored: SafetensorsCheckpoint) -> None:
+    def __init__(self, stored: SafetensorsCheckpoint, entries: Mapping[str, Any], where: str) -> None:
         self._stored, self.path, self.config_path = stored, stored.path, stored.config_path
         self.config, self.left_out = unquantised(stored.config), stored.left_out
-        method = _method(stored.config)
-        self._scheme = SCHEMES[method](stored.config[_CONFIG], f"{stored.config_path}, {_CONFIG}")
+        method = _method(entries)
+        self._scheme = SCHEMES[method](entries, where, stored.metadata)
         self._weights = {
             name: _Weight(parts, self._shape(parts))
             for name, parts in _grouped(list(stored.names()), self._scheme).items()
@@ -114,9 +151,15 @@ class QuantisedCheckpoint(Checkpoint):
             return self._stored.shape(parts[_ITSELF])
         shapes = {last: self._stored.shape(stored) for last, stored in parts.items()}
         try:
-            return self._scheme.shape(shapes, lambda last: self._stored.raw(parts[last]))
+            return self._scheme.shape(shapes, lambda last: self._stored.raw(parts[last]), self._named(parts))
         except (KeyError, ValueError, TypeError) as error:
             raise self._damaged(next(iter(parts.values())), error) from error
+
+    def _named(self, parts: Mapping[str, str]) -> str:
+        """A weight, as its files call it."""
+        found = self._scheme.split(next(iter(parts.values())))
+        assert found is not None
+        return found[0]
 
     def _damaged(self, stored: str, error: Exception) -> CheckpointError:
         said = f"{error} is missing" if isinstance(error, KeyError) else str(error) or repr(error)
@@ -167,9 +210,8 @@ class QuantisedCheckpoint(Checkpoint):
         if not weight.quantised:
             return self._stored.load(weight.first)
         parts = {last: self._stored.raw(stored) for last, stored in weight.parts.items()}
-        module = weight.first.removesuffix("." + next(iter(parts)))
         try:
-            restored = self._scheme.restored(parts, module).float().contiguous()
+            restored = self._scheme.restored(parts, self._named(weight.parts)).float().contiguous()
         except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
             raise self._damaged(weight.first, error) from error
         if tuple(restored.shape) != weight.shape:

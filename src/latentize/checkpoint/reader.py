@@ -16,7 +16,7 @@ from latentize.checkpoint.base import DEQUANTISE, Checkpoint, filled, opened
 from latentize.checkpoint.towers import is_tower, language_model, left_out, own_names
 from latentize.errors import CheckpointError, ConfigError
 
-__all__ = ["SafetensorsCheckpoint"]
+__all__ = ["SafetensorsCheckpoint", "read_json"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -54,7 +54,8 @@ _QUANTISED_NAMES = {
 }
 
 
-def _read_json(path: Path, error: type[CheckpointError] | type[ConfigError], code: str) -> dict[str, Any]:
+def read_json(path: Path, error: type[CheckpointError] | type[ConfigError], code: str) -> dict[str, Any]:
+    """An object in a file, with errors of a kind and code."""
     fix = "download the file again"
     try:
         if path.stat().st_size > _HEADER_CAP:
@@ -69,8 +70,8 @@ def _read_json(path: Path, error: type[CheckpointError] | type[ConfigError], cod
     return entries
 
 
-def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Where data starts, and the safetensors header; every tensor in it lies inside the file."""
+def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]], dict[str, Any]]:
+    """Where data starts, the safetensors header, every tensor of which lies inside the file, and its metadata."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)
@@ -92,7 +93,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
             raise CheckpointError(f"the header is damaged: {reason}", code="LZ105", where=str(path)) from reason
     if not isinstance(header, dict):
         raise CheckpointError("the header should hold one JSON object", code="LZ105", where=str(path))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     for name, entry in header.items():
         _check_entry(path, name, entry, size - 8 - length)
     spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
@@ -105,7 +106,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         raise CheckpointError(
             "the file has bytes that belong to no tensor", code="LZ105", where=str(path), fix="download the file again"
         )
-    return 8 + length, header
+    return 8 + length, header, metadata if isinstance(metadata, dict) else {}
 
 
 def _malformed(where: str) -> CheckpointError:
@@ -143,6 +144,9 @@ class SafetensorsCheckpoint(Checkpoint):
     Args:
         folder: The folder.
 
+    Attributes:
+        metadata: Of all files.
+
     Raises:
         ConfigError: ``config.json`` is missing or unreadable.
         CheckpointError: weight files are missing, damaged, disagree with the index, or are not safetensors.
@@ -154,14 +158,16 @@ class SafetensorsCheckpoint(Checkpoint):
             if path.is_symlink() and path.name.endswith(_READ):
                 self._check_link(path)
         self._refuse_adapter(folder / "adapter_config.json")
-        config = _read_json(self.config_path, ConfigError, "LZ102")
+        config = read_json(self.config_path, ConfigError, "LZ102")
         self.config, self.left_out = language_model(config), left_out(config) if is_tower(config) else ""
         self._file_of: dict[str, Path] = {}
         self._entry: dict[str, dict[str, Any]] = {}
         self._stored_as: dict[str, str] = {}
         self._data_start: dict[Path, int] = {}
+        self.metadata: dict[str, Any] = {}
         for path, expected in self._shards().items():
-            self._data_start[path], header = _read_header(path)
+            self._data_start[path], header, metadata = _read_header(path)
+            self.metadata |= metadata
             if expected is not None and expected != set(header):
                 odd = sorted(expected.symmetric_difference(header))[0]
                 raise CheckpointError(f"index and shard disagree about '{odd}'", code="LZ106", where=str(path))
@@ -192,9 +198,12 @@ class SafetensorsCheckpoint(Checkpoint):
         if single.is_file():
             return {single: None}
         if not index.exists():
+            # As AutoGPTQ named what it wrote.
+            if len(named := sorted(self.path.glob("gptq_model*.safetensors"))) == 1:
+                return {named[0]: None}
             raise self._no_weights()
         promised: dict[Path, set[str]] = {}
-        weight_map = _read_json(index, CheckpointError, "LZ106").get("weight_map", {})
+        weight_map = read_json(index, CheckpointError, "LZ106").get("weight_map", {})
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(
                 "the weight_map of the index should map tensors to file names", code="LZ106", where=str(index)

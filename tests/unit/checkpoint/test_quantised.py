@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.common import SMALL, pico, text_file
 from tests.quantised import FORMATS, quantised
@@ -16,11 +18,13 @@ from torch import Tensor
 import latentize
 from latentize.checkpoint import open_checkpoint
 from latentize.checkpoint.dequantise import bitsandbytes_4bit, bitsandbytes_8bit, fp8, unpacked
+from latentize.checkpoint.scheme import Scheme
+from latentize.checkpoint.schemes import SCHEMES
 from latentize.errors import CheckpointError, ConfigError, LatentizeError
 from latentize.families.opening import open_source
 from latentize.modeling.load import load_model
 
-BITSANDBYTES = Path(__file__).resolve().parents[2] / "data" / "bitsandbytes.safetensors"
+DATA = Path(__file__).resolve().parents[2] / "data"
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,9 @@ def test_as_transformers_dequantises_them(name: str, source: Path, tmp_path: Pat
         assert torch.equal(checkpoint.load(tensor).float(), theirs[tensor]), tensor
 
 
-@pytest.mark.parametrize("name", ["fp8, blocks", "GPTQ, 4 bits", "compressed-tensors, int4"])
+@pytest.mark.parametrize(
+    "name", ["fp8, blocks", "GPTQ, 4 bits", "compressed-tensors, int4", "ModelOpt, NVFP4", "torchao, int8"]
+)
 def test_the_model_runs_on_what_is_read(name: str, source: Path, tmp_path: Path) -> None:
     expected = quantised(source, tmp_path / "made", name)
     model = load_model(tmp_path / "made")
@@ -117,7 +123,7 @@ def test_the_model_runs_on_what_is_read(name: str, source: Path, tmp_path: Path)
 def test_against_files_of_bitsandbytes(name: str) -> None:
     """Made by its version 0.50.2 of one random matrix, on a CPU: ``quantize_4bit`` of bfloat16 in blocks of 64, and
     ``int8_vectorwise_quant`` of float16; beside each what it dequantises it to."""
-    stored = load_file(BITSANDBYTES)
+    stored = load_file(DATA / "bitsandbytes.safetensors")
     parts = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.")}
     expected = parts.pop("expected")
     if name == "int8":
@@ -126,6 +132,86 @@ def test_against_files_of_bitsandbytes(name: str) -> None:
         short = {key.removeprefix("weight.").partition(".bitsandbytes__")[0]: t for key, t in parts.items()}
         made = bitsandbytes_4bit(short)
     assert made.dtype == torch.float32 and torch.equal(made, expected.float())
+
+
+def made_by(library: str) -> dict[str, tuple[Scheme, dict[str, Tensor]]]:
+    """Of a file of ours: each of its weights, as what is read of it, and its parts, ``expected`` among them."""
+    path = DATA / f"{library}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    scheme, weights = SCHEMES[library]({"quant_algo": "FP8"}, str(path), metadata), {}
+    for name, tensor in load_file(path).items():
+        module, _, last = name.rpartition(".")
+        part = last if last == "expected" else (scheme.split(name) or ("", last))[1]
+        weights.setdefault(module, (scheme, {}))[1][part] = tensor
+    return weights
+
+
+LIBRARIES = {
+    "torchao": "int8 int8-groups int4 int3-asym fp8 fp8-one mxfp8 mxfp8-tiles mxfp4 nvfp4 nvfp4-plain",
+    "modelopt": "fp8 fp8-rows fp8-blocks mxfp8 nvfp4",
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [(key, name) for key, names in LIBRARIES.items() for name in names.split()]
+)
+def test_against_files_of_libraries(library: str, name: str) -> None:
+    """Made by torchao 0.18.0 and ModelOpt 0.47.0 of a random matrix in bfloat16, 96 columns, and what they dequantise
+    it to: ModelOpt in float32."""
+    scheme, parts = made_by(library)[name]
+    expected = parts.pop("expected")
+    shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+    assert scheme.shape(shapes, parts.__getitem__, f"{name}.weight") == tuple(expected.shape)
+    # As they are read.
+    parts = {part: t.view(torch.uint8) if t.dtype == torch.float8_e8m0fnu else t for part, t in parts.items()}
+    assert torch.equal(scheme.restored(parts, f"{name}.weight"), expected.float())
+
+
+def test_a_scale_of_inputs_is_in_the_weight() -> None:
+    """y = W (s x)."""
+    scheme, parts = made_by("modelopt")["nvfp4"]
+    expected, s = parts.pop("expected"), torch.rand(96)
+    assert torch.equal(scheme.restored({**parts, "pre_quant_scale": s}, "nvfp4.weight"), expected * s)
+
+
+def test_blocks_of_which_the_last_are_smaller() -> None:
+    scheme = SCHEMES["modelopt"]({"quant_algo": "FP8_PB_WO"}, "here", {})
+    w, scale = torch.randn(300, 260).to(torch.float8_e4m3fn), torch.rand(3, 1, 3, 1)
+    made = scheme.restored({"weight": w, "weight_scale": scale}, "here.weight")
+    for row, column in ((0, 0), (127, 128), (128, 127), (299, 259)):
+        assert made[row, column] == w[row, column].float() * scale[row // 128, 0, column // 128, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "told"),
+    [
+        ("GPTQ, 4 bits", "quantize_config.json", {"bits": 4, "group_size": 16, "desc_act": True, "sym": False}),
+        ("AWQ", "quant_config.json", {"w_bit": 4, "q_group_size": 16, "zero_point": True, "version": "GEMM"}),
+        ("ModelOpt, NVFP4", "hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4", "group_size": 16}}),
+    ],
+)
+def test_a_file_beside_the_config(name: str, file: str, told: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    """What older files have, and others than transformers'."""
+    folder = tmp_path / "made"
+    expected = quantised(source, folder, name)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / file).write_text(json.dumps(told))
+    if name.startswith("GPTQ"):
+        (folder / "model.safetensors").rename(folder / "gptq_model-4bit-16g.safetensors")
+    checkpoint = open_source(folder)[0]
+    for tensor, value in expected.items():
+        assert torch.equal(checkpoint.load(tensor).float(), value.float()), tensor
+    state = load_model(folder).state_dict()
+    assert all(torch.equal(value, expected[tensor].float()) for tensor, value in state.items() if tensor in expected)
+
+
+def test_such_a_file_beside_weights_that_are_not_quantised(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "made")
+    (tmp_path / "made" / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128}))
+    assert open_checkpoint(tmp_path / "made").quantization is None
 
 
 def test_last_blocks_may_be_smaller() -> None:
@@ -159,6 +245,12 @@ def changed(folder: Path, **entries: Any) -> None:
         ("GPTQ, 4 bits", {"bits": 5}, "GPTQ, 5 bits"),
         ("GPTQ, 4 bits", {"checkpoint_format": "marlin"}, "marlin"),
         ("GPTQ, 4 bits", {"quant_method": "quip"}, "quantised"),
+        ("ModelOpt, NVFP4", {"quant_algo": "W4A16_AWQ"}, "ModelOpt, W4A16_AWQ"),
+        (
+            "ModelOpt, NVFP4",
+            {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "NVFP4_SVD"}}},
+            "ModelOpt, NVFP4_SVD",
+        ),
         ("compressed-tensors, int4", {"format": "mxfp6-pack-quantized"}, "mxfp6"),
         ("compressed-tensors, int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
     ],

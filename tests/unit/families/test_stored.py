@@ -279,32 +279,28 @@ def quantised(*names: str, dtype: torch.dtype = torch.int32) -> Callable[[Tensor
     return change
 
 
-# What is left of a method in a folder whose config.json does not tell of it; file beside it, tensors.
-QUANTISED: dict[str, tuple[str, Callable[[Tensors], None]]] = {
-    "GPTQ": ("quantize_config.json", quantised("qweight", "qzeros", "scales", "g_idx")),
-    "AWQ": ("quant_config.json", quantised("qweight", "qzeros", "scales")),
-    "bitsandbytes": ("", quantised("weight", "SCB", dtype=torch.int8)),
-    "bitsandbytes, 4 bits": (
-        "",
-        quantised(
-            "weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4", dtype=torch.uint8
-        ),
+# What is left of a method in a folder that does not tell of it.
+QUANTISED: dict[str, Callable[[Tensors], None]] = {
+    "GPTQ": quantised("qweight", "qzeros", "scales", "g_idx"),
+    "AWQ": quantised("qweight", "qzeros", "scales"),
+    "bitsandbytes": quantised("weight", "SCB", dtype=torch.int8),
+    "bitsandbytes, 4 bits": quantised(
+        "weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4", dtype=torch.uint8
     ),
-    "compressed-tensors": ("", quantised("weight_packed", "weight_scale", "weight_shape")),
-    "HQQ": ("", quantised("W_q", "scale", "zero", dtype=torch.uint8)),
-    "fp8, blocks": ("", quantised("weight", "weight_scale_inv", dtype=torch.float8_e4m3fn)),
-    "fp8": ("", quantised("weight", "weight_scale", "input_scale", dtype=torch.float8_e5m2)),
-    "quanto": ("", quantised("weight._data", "weight._scale", dtype=torch.int8)),
-    "int8 alone": ("", quantised("weight", dtype=torch.int8)),
+    "compressed-tensors": quantised("weight_packed", "weight_scale", "weight_shape"),
+    "HQQ": quantised("W_q", "scale", "zero", dtype=torch.uint8),
+    "fp8, blocks": quantised("weight", "weight_scale_inv", dtype=torch.float8_e4m3fn),
+    "fp8": quantised("weight", "weight_scale", "input_scale", dtype=torch.float8_e5m2),
+    "quanto": quantised("weight._data", "weight._scale", dtype=torch.int8),
+    "ModelOpt": quantised("weight", "weight_scale", "weight_scale_2", dtype=torch.uint8),
+    "torchao": quantised("_weight_qdata", "_weight_scale", dtype=torch.int8),
+    "int8 alone": quantised("weight", dtype=torch.int8),
 }
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_what_is_quantised_is_called_so(kind: str, saved: Callable[..., Path], tmp_path: Path) -> None:
-    beside, change = QUANTISED[kind]
-    folder = changed(saved(), tmp_path / "odd", change)
-    if beside:
-        (folder / beside).write_text(json.dumps({"bits": 4, "group_size": 128}))
+    folder = changed(saved(), tmp_path / "odd", QUANTISED[kind])
     for read in (open_source, inspect):
         with pytest.raises(CheckpointError) as caught:
             read(str(folder))
@@ -313,10 +309,10 @@ def test_what_is_quantised_is_called_so(kind: str, saved: Callable[..., Path], t
         assert "unquantised" in caught.value.fix
 
 
-@pytest.mark.parametrize("kind", ["GPTQ", "AWQ", "HQQ", "quanto", "compressed-tensors"])
+@pytest.mark.parametrize("kind", ["GPTQ", "AWQ", "HQQ", "quanto", "compressed-tensors", "torchao"])
 def test_the_method_is_named(kind: str, saved: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=kind):
-        open_source(changed(saved(), tmp_path / "odd", QUANTISED[kind][1]))
+        open_source(changed(saved(), tmp_path / "odd", QUANTISED[kind]))
 
 
 def test_no_table_has_names_that_look_quantised(saved: Callable[..., Path]) -> None:
