@@ -31,6 +31,7 @@ FAMILIES = (
     "glm",
     "glm4",
     "glm4_moe",
+    "gpt2",
     "gpt_neox",
     "gpt_oss",
     "granite",
@@ -79,6 +80,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "routed_scaling_factor": 1.5,
     },
+    "gpt2": {"n_inner": 96},
     "gpt_oss": {**_ALTERNATING, "num_local_experts": 3, "num_experts_per_tok": 2},
     "granite": {
         "attention_multiplier": 0.2,
@@ -124,7 +126,9 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "stablelm": {"use_qkv_bias": True},
 }
 # Heads of their own for every query.
-ONLY_MHA = ("gpt_neox",)
+ONLY_MHA = ("gpt2", "gpt_neox")
+# Nothing rotates, positions are learnt.
+WITHOUT_ROPE = ("gpt2",)
 # What a conversion of a picomodel needs so that it takes less than a second.
 SMALL: dict[str, Any] = {
     "tokens": 2048,
@@ -143,6 +147,12 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 64,
 }
 YARN_SCALING = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def decoder_layers(model: Any) -> Any:
+    """Of a model of transformers, or of ours."""
+    body = getattr(model, "source", model).base_model
+    return body.h if hasattr(body, "h") else body.layers
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import SMALL, pico, run_cli
+from tests.common import ONLY_MHA, SMALL, pico, run_cli
 
 import latentize
 from latentize.checkpoint import Manifest
@@ -310,10 +310,10 @@ def test_fewer_kv_heads_heal_too(source: Callable[..., Path], text: str, tmp_pat
     assert result["held_out_best"]["kl"] < 0.9 * result["held_out"][0]["kl"]
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", "lfm2", "qwen3_next"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "gpt_neox", "lfm2", "qwen3_next"])
 def test_layers_of_other_kinds_and_names(family: str, source: Callable[..., Path], text: str, tmp_path: Path) -> None:
     """Layers that stay have another attention, or none; in some families it is called otherwise."""
-    model, out = source(family, 4 if family == "gpt_neox" else 2), tmp_path / "out"
+    model, out = source(family, 4 if family in ONLY_MHA else 2), tmp_path / "out"
     latentize.convert(model, out, format="native", keep="25%", data=(text,), **SMALL)
     for train in ("attention", "lora"):
         options = {**QUICK, "data": (text,), "train": train, "cache": "int8", "epochs": 4}

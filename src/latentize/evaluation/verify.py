@@ -14,6 +14,7 @@ from latentize.attention.latent import latent_attention
 from latentize.checkpoint import Checkpoint, Manifest, open_checkpoint
 from latentize.checkpoint.manifest import sha256
 from latentize.errors import CheckpointError
+from latentize.families import families
 from latentize.formats.deepseek_v3 import decode_attention
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.load import load_model
@@ -124,7 +125,10 @@ def _judge(verdict: Verdict, manifest: Manifest) -> None:
 def _absorbed_error(model: Any, checkpoint: Checkpoint) -> float:
     """Largest difference of the two forms over the layers; zero where attention is not latent."""
     generator, worst = torch.Generator().manual_seed(0), 0.0
-    for layer in getattr(model, "source", model).base_model.layers:
+    source = getattr(model, "source", model)
+    table = families().get(source.config.model_type)
+    name = "layers" if table is None else table.module("layers")
+    for layer in getattr(source.base_model, name):
         attention = next((m for m in layer.children() if isinstance(m, LatentAttention)), None)
         if attention is not None:
             weights = attention.weights()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from latentize.attention.spec import AttentionSpec, RopeSpec
@@ -138,6 +139,13 @@ def require_supported(config: Mapping[str, Any], *, trust_remote_code: bool = Fa
                 where=f"config.json, {key}",
                 fix="leave it out, if all layers are alike",
             )
+    for key, only in table.only_with.items():
+        if config.get(key, only) != only:
+            raise UnsupportedModelError(
+                f"'{table.model_type}' with {key} = {config[key]!r} cannot be converted",
+                code="LZ212",
+                where=f"config.json, {key}",
+            )
     return table
 
 
@@ -145,6 +153,8 @@ def _unrotated(table: Table, config: Mapping[str, Any], layers: int) -> frozense
     rule = table.attention.get("unrotated")
     if rule is None:
         return frozenset()
+    if rule == "all":
+        return frozenset(range(layers))
     if "with" in rule:
         return frozenset(range(layers) if config.get(rule["with"]) is not None else ())
     listed, interval = config.get(rule["list"]), config.get(rule["every"])
@@ -243,13 +253,16 @@ def model_spec(
     unrotated = _unrotated(table, config, layers)
     kinds = _kinds(table, config, stated, layers, window, unrotated)
     eps = _epsilon(config, table.norm_eps)
+    attention = _attention(table, config, feature, eps)
+    if len(unrotated) == layers:
+        attention = replace(attention, rotates=False)
     softcap = config.get(table.logit_softcap) if table.logit_softcap else None
     return ModelSpec(
         table=table,
         config=config,
         stated=stated,
         layers=layers,
-        attention=_attention(table, config, feature, eps),
+        attention=attention,
         intermediate_size=_intermediate(table, config),
         vocab_size=whole_number(config, "vocab_size"),
         norm_eps=eps,
@@ -290,7 +303,9 @@ def _intermediate(table: Table, config: Mapping[str, Any]) -> int:
     """
     if table.experts is not None and "intermediate_size" not in table.fields and table.fields:
         return whole_number(config, table.experts.intermediate) * whole_number(config, table.experts.chosen)
-    size = whole_number(config, "intermediate_size")
+    if table.intermediate_times and config.get(table.intermediate) is None:
+        return table.intermediate_times * whole_number(config, "hidden_size")
+    size = whole_number(config, table.intermediate)
     if not config.get("block_auto_adjust_ff_dim"):
         return size
     multiple, factor = whole_number(config, "block_multiple_of", 1), config.get("block_ffn_dim_multiplier")

@@ -56,13 +56,14 @@ def as_read(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
         read |= {name: config.get(name, value) for name, value in table.implied.items()}
         read |= {name: config[name] for name in table.fields if name in config}
         read |= {name: config[other] for other, name in table.aliases.items() if other in config}
+        read |= {other: read[name] for other, name in table.aliases.items() if name in read}
         for name, (types, _) in table.fields.items():
             _check(name, read[name], types)
         for name, value in read.items():
             _finite(name, value)
         for name, types in _OF_ALL.items():
             _check(name, config.get(name), types)
-        for name in ("hidden_act", "hidden_activation"):
+        for name in ("hidden_act", "hidden_activation", "activation_function"):
             if name in table.fields and name not in table.without_effect and read[name] not in ACTIVATIONS:
                 raise ConfigError(f"no activation is called {read[name]!r}", where=f"config.json, {name}")
     read |= {"model_type": table.model_type, "head_dim": _head_dim(table, config, read)}
@@ -74,7 +75,8 @@ def as_read(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
             "'num_key_value_heads' is null, which transformers takes as it stands",
             where="config.json, num_key_value_heads",
         )
-    read["rope_parameters"] = _rope(table, config, read)
+    # What is said of RoPE means nothing where nothing rotates.
+    read["rope_parameters"] = {} if table.attention.get("unrotated") == "all" else _rope(table, config, read)
     return read
 
 

@@ -63,15 +63,16 @@ def _renamed(names: Collection[str], known: Collection[str], spec: ModelSpec) ->
     for name in names:
         if name in known:
             continue
-        found = further.match(name) if spec.table.further_layers else None
-        if derived.search(name) or (found is not None and int(found[1]) >= spec.layers):
-            yield name, None
-            continue
         meant = name
         for part, own in spec.table.renamed_tensors.items():
             meant = meant.replace(part, own)
         ours = next((n for n in (meant, meant.removeprefix(body), body + meant) if n in known), None)
-        # What is there twice is one too many.
-        if ours is not None and ours not in taken:
-            taken.add(ours)
-            yield name, ours
+        if ours is not None:
+            # What is there twice is one too many.
+            if ours not in taken:
+                taken.add(ours)
+                yield name, ours
+            continue
+        found = further.match(name) if spec.table.further_layers else None
+        if derived.search(name) or (found is not None and int(found[1]) >= spec.layers):
+            yield name, None

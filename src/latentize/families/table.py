@@ -34,6 +34,7 @@ _ATTENTION_KEYS = {
     "interleaved",
     "partial",
     "unrotated",
+    "transposed",
     "rope_of",
     "rope_renamed",
     "rope_types",
@@ -62,8 +63,10 @@ MODULES = {
     "q_norm": "q_norm",
     "k_norm": "k_norm",
     "embedding": "model.embed_tokens",
+    "positions": "",
     "norm": "model.norm",
     "head": "lm_head",
+    "layers": "layers",
 }
 
 
@@ -127,12 +130,14 @@ class Table:
         without_effect: Those of the fields that the architecture does not depend on, whatever they are.
         config_defaults: Defaults of a family without ``fields``, all of whose entries are read.
         aliases: Other name that transformers takes for a field → the field.
+        only_with: Config key → the value that it has to have.
         implied: The same for entries that older configs had, and transformers has a place of its own for now.
         attention: Feature → config key that switches it, or a constant. Those that are not self-evident:
             ``softmax_scalar`` is a number whose ``-1/2``-th power scales logits; ``interleaved`` says how pairs lie in
             a head, ``partial`` that RoPE may cover a part of it; ``unrotated`` has the config keys of a ``list`` of 1
             and 0 for each layer, 0 where nothing rotates, and of a number that stands for one, ``every`` so many
-            layers, or the key that makes it all converted layers ``with`` a value; ``rope_of`` is the kind of layer
+            layers, or the key that makes it all converted layers ``with`` a value, or is ``"all"``; ``transposed`` says
+            that projections are stored inputs first; ``rope_of`` is the kind of layer
             whose entry of ``rope_parameters`` counts; ``rope_types`` are those that RoPE may have, ``rope_renamed``
             what transformers makes of some; ``rope_theta_key`` and ``rope_partial_key`` are what it is called beside
             ``rope_parameters``, ``rotary_size_key`` the size that older configs state instead of a share; ``head_dim``
@@ -156,6 +161,8 @@ class Table:
         modules: Where things are called otherwise than in Llama; see ``MODULES``.
         norm_eps: Config key of the norms' epsilon.
         norm_offset: What is added to the weights of norms (1 in Gemma).
+        intermediate: Config key of the MLP's width.
+        intermediate_times: Hidden sizes that the MLP is wide where the config does not say; 0 where it has to.
         layer_kinds: Kind of layer other than ``full_attention`` → the rule by which layers are of it where the config
             does not say: ``"all"``, ``{"from": config key}``, ``{"except_every": number or config key}``,
             ``"unrotated"``. They stay as they are.
@@ -179,6 +186,7 @@ class Table:
     without_effect: Sequence[str] = ()
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    only_with: Mapping[str, Any] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)
     multipliers: Mapping[str, Any] = field(default_factory=dict)
     logit_softcap: str = ""
@@ -187,6 +195,8 @@ class Table:
     renamed_tensors: Mapping[str, str] = field(default_factory=dict)
     norm_eps: str = "rms_norm_eps"
     norm_offset: float = 0.0
+    intermediate: str = "intermediate_size"
+    intermediate_times: int = 0
     layer_kinds: Mapping[str, Any] = field(default_factory=dict)
     kept_tensors: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)

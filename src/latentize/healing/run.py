@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentize.checkpoint import Manifest, OutputFolder, open_checkpoint
+from latentize.checkpoint import Manifest, OutputFolder, load_config, open_checkpoint
 from latentize.checkpoint.manifest import sha256
 from latentize.checkpoint.places import write_file
 from latentize.errors import DataError, OptionError, UnsupportedModelError
@@ -152,8 +152,7 @@ def _same_vocabulary(model: Path, teacher: Path) -> None:
 def _text(model: Path, healing: Healing) -> tuple[Passages, Passages]:
     """Sequences to learn from, and others, of other documents, to look at; spread over the model's context."""
     tokenizer, length = load_tokenizer(model), healing.sequence_length
-    config = open_checkpoint(model).config
-    context = min(config.get("source_config", config)["max_position_embeddings"], healing.context)
+    context = min(load_config(model).max_position_embeddings, healing.context)
 
     def drawn(split: Split, tokens: int) -> Tensor:
         (rows_NT,) = draw(tokenizer, healing.data, [Part(split, tokens, healing.seed)], sequence_length=length)

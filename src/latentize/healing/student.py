@@ -81,6 +81,7 @@ class Student(nn.Module):
         # What has latent attention by itself has DeepSeek's names.
         self._layer_prefix = "model.layers.{layer}." if table is None else table.layer_prefix
         self._attention_name = "self_attn" if table is None else table.module("attention")
+        self._layers_name = "layers" if table is None else table.module("layers")
         if self.portable:
             _canonical(self.model)
         self._choose()
@@ -94,7 +95,7 @@ class Student(nn.Module):
 
     @property
     def layers(self) -> list[Any]:
-        return list(self.body.layers)
+        return list(getattr(self.body, self._layers_name))
 
     def attentions(self) -> Iterator[tuple[str, Any]]:
         """The attention of every layer that has some, and what its tensors' names begin with in the files."""

@@ -63,13 +63,13 @@ class Calibrated(Method):
         for rank, rope in _sizes(recipe, spec):
             # A roped key larger than a head's has rungs between the source's frequencies.
             widest = spec.rope.rotary_dim / rope
-            strides = (*(s for s in _STRIDES if s < widest), widest)
+            strides = (*(s for s in _STRIDES if s < widest), widest) if spec.rotates else ()
             found = [Setting(self.name, rank, rope, stride=stride, linear=not_linear) for stride in strides]
             free = _with_norms(Setting(self.name, rank, rope, linear=spec.qk_norm), recipe, spec)
             found.append(free)
             # Where every layer may choose, an even choice is one, and refinement often makes more of it.
             even = replace(free, stride=widest)
-            if even not in found and even.on_source_frequencies(spec):
+            if found[1:] and even not in found and even.on_source_frequencies(spec):
                 found.append(even)
             yield from found
 
@@ -132,6 +132,11 @@ def _sizes(recipe: Recipe, spec: AttentionSpec) -> Iterator[tuple[int, int]]:
         yield rank, rope
         return
     budget = budget_of(recipe, spec)
+    if not spec.rotates:
+        # Of keys that do not turn the latent holds all that is worth it; the smallest that are apart are left.
+        rope = max(2, block)
+        yield min(budget - rope, full - rope, hidden) // block * block, rope
+        return
     tried = set()
     for share in _ROPE_SHARES:
         rope = max(2, 2 * round(share * spec.rope.rotary_dim / 2))

@@ -44,7 +44,8 @@ def _projections(tensors: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Te
         for kind in ("weight", "bias"):
             name = f"{spec.module('attention')}.{spec.module(role)}.{kind}"
             if name in tensors:
-                found[f"{role}.{kind}"] = tensors[name]
+                turned = kind == "weight" and spec.table.attention.get("transposed")
+                found[f"{role}.{kind}"] = tensors[name].T if turned else tensors[name]
     for kind in ("weight", "bias"):
         if (fused := found.pop(f"qkv_proj.{kind}", None)) is not None:
             sizes = [n * a.head_dim for n in (a.num_heads, a.num_kv_heads, a.num_kv_heads)]

@@ -15,8 +15,9 @@ from latentize.checkpoint import load_config, loading, open_checkpoint, pretrain
 from latentize.checkpoint.gguf import is_gguf
 from latentize.checkpoint.gguf_config import gguf_ends
 from latentize.errors import CheckpointError
+from latentize.families import families
 from latentize.modeling.generation import settle, stored_settings
-from latentize.text.tokens import require_rows
+from latentize.text.tokens import require_positions, require_rows
 
 __all__ = ["load_model"]
 
@@ -69,6 +70,10 @@ def load_model(
     if notes is not None:
         notes += said
     model.get_input_embeddings().register_forward_pre_hook(partial(_require_rows, path))
+    source = getattr(model, "source", model)
+    table = families().get(source.config.model_type)
+    if table is not None and (learnt := table.module("positions")):
+        source.get_submodule(learnt).register_forward_pre_hook(partial(_require_learnt, path))
     return model.to(device).eval()
 
 
@@ -78,6 +83,12 @@ def _require_rows(path: Path, embedding: torch.nn.Embedding, args: tuple[torch.T
     # A single token is the model's own, in all likelihood, and a GPU would be waited for.
     if ids.device.type == "cpu" or ids.shape[-1] > 1:
         require_rows(ids, embedding.weight.shape[0], path)
+
+
+def _require_learnt(path: Path, positions: torch.nn.Embedding, args: tuple[torch.Tensor, ...]) -> None:
+    """The same of positions that are learnt."""
+    if args[0].device.type == "cpu" or args[0].shape[-1] > 1:
+        require_positions(args[0], positions.weight.shape[0], path)
 
 
 def _class_of(config: Any, trust_remote_code: bool) -> type:

@@ -6,6 +6,7 @@ Loaded through ``AutoModelForCausalLM`` after ``import latentize``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import (
 
 from latentize.attention.spec import LatentSpec, LongTable
 from latentize.errors import OptionError
-from latentize.families import model_spec
+from latentize.families import families, model_spec
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.refusals import no_paging, no_probabilities
 
@@ -71,10 +72,18 @@ class LatentizeConfig(PreTrainedConfig):
         self.source_config = source_config or {}
         self.latent_layers = latent_layers or []
         self.frequency_table = frequency_table or []
+        aliases = _aliases(self.source_config)
         for key in _SHARED:
-            if key in self.source_config:
-                kwargs.setdefault(key, self.source_config[key])
+            for name in (key, aliases.get(key)):
+                if name in self.source_config:
+                    kwargs.setdefault(key, self.source_config[name])
         super().__init__(**kwargs)
+
+
+def _aliases(config: dict[str, Any]) -> Mapping[str, str]:
+    """By what name a family has an entry."""
+    table = families().get(config.get("model_type", ""))
+    return {} if table is None else table.aliases
 
 
 def _empty_attention(
@@ -108,7 +117,8 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
         self.source = AutoModelForCausalLM.from_config(source_config, dtype=config.dtype)
         table = tuple(config.frequency_table)
         name = spec.module("attention")
-        for index, (layer, entry) in enumerate(zip(self.source.base_model.layers, config.latent_layers, strict=True)):
+        layers = getattr(self.source.base_model, spec.module("layers"))
+        for index, (layer, entry) in enumerate(zip(layers, config.latent_layers, strict=True)):
             if entry is not None:
                 setattr(layer, name, _empty_attention(entry, index, table, spec.beyond))
         # Phi-3's makes its cache anew where a text becomes so long that all of it turns otherwise.

@@ -95,13 +95,13 @@ class _Proof:
             # Reading quantised weights for it would dequantise all of them; and of a larger model it wants all of it.
             self.files = [] if checkpoint.quantization is not None else list(checkpoint.files)
             top = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **trust)
-            for role in ("embedding", "norm", "head"):
-                self._fill(top, role)
+            for role in ("embedding", "positions", "norm", "head"):
+                if spec.module(role):
+                    self._fill(top, role)
         top.config.num_hidden_layers = layers
         skeleton = self.source.skeleton_layers()
-        top.base_model.layers = nn.ModuleList(
-            _Watched(layer, self._layer(index)) for index, layer in enumerate(skeleton)
-        )
+        watched = nn.ModuleList(_Watched(layer, self._layer(index)) for index, layer in enumerate(skeleton))
+        setattr(top.base_model, spec.module("layers"), watched)
         assert spec.layers == layers
         return top.eval()
 
@@ -126,6 +126,8 @@ class _Proof:
         head_name = spec.module("head") + ".weight"
         self._check_table(embedding.weight, name)
         self._check_table(head.weight, head_name if head_name in checkpoint else name)
+        if learnt := spec.module("positions"):
+            self._check_table(top.get_submodule(learnt).float().weight, learnt + ".weight")
         rows, head_rows = embedding.weight[used].float(), head.weight[used].float()
         embedding.weight, embedding.padding_idx = nn.Parameter(rows, requires_grad=False), None
         head.weight = nn.Parameter(head_rows, requires_grad=False)
@@ -225,7 +227,7 @@ class _Proof:
             return
         for name, module in theirs.named_modules():
             eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-            if eps is not None and "norm" in name and not near(eps, spec.norm_eps):
+            if eps is not None and _is_norm(name) and not near(eps, spec.norm_eps):
                 raise differs(f"the epsilon of '{name}'", where)
         if ours.spec is not None:
             scale = getattr(getattr(theirs, spec.module("attention")), "scaling", None)
@@ -239,7 +241,7 @@ class _Proof:
         """The attention that will be converted, written out, against what the layer adds without its MLP."""
         assert ours.spec is not None and ours.weights is not None
         name = self.source.spec.module("attention")
-        others = [m for n, m in theirs.named_children() if n != name and "norm" not in n and "dropout" not in n]
+        others = [m for n, m in theirs.named_children() if n != name and not _is_norm(n) and "dropout" not in n]
         hooks = [module.register_forward_hook(_nothing) for module in others]
         out = again()
         for hook in hooks:
@@ -273,6 +275,11 @@ class _Proof:
         if not found <= (tolerance or self.tolerance):
             raise differs(f"{what} (relative error {found:.1e})", f"{self.source.checkpoint.path}, {where}")
         self.error = max(self.error, found)
+
+
+def _is_norm(name: str) -> bool:
+    """By what transformers calls them."""
+    return "norm" in name or name.rpartition(".")[2].startswith("ln_")
 
 
 class _Watched(nn.Module):

@@ -28,7 +28,7 @@ from latentize.families import ModelSpec
 from latentize.machine import give_back_freed_memory, multiplies_bfloat16
 from latentize.modeling.canonical import attention_weights, module_tensors
 from latentize.modeling.precision import Precision, Use
-from latentize.text.tokens import Passages, Placed, require_rows
+from latentize.text.tokens import Passages, Placed, require_positions, require_rows
 
 __all__ = ["MULTIPLIED", "VOCAB_AT_ONCE", "SourceLayer", "SourceModel", "Stream", "is_large", "tokens_at_once"]
 
@@ -311,16 +311,21 @@ class SourceModel:
 
         Raises:
             CheckpointError: a token has no row in the embedding.
+            OptionError: a text is longer than positions were learnt.
         """
         name, tokens_NT = self.spec.module("embedding") + ".weight", text.tokens_NT
         require_rows(tokens_NT, self.checkpoint.shape(name)[0], self.checkpoint.path)
         used, which_NT = tokens_NT.cpu().unique(return_inverse=True)
         table = self.checkpoint.load_rows(name, used.tolist()).to(self.device, torch.float32)
-        return Stream(self.spec.embedding_scale * table[which_NT], text.positions_NT.to(self.device))
+        hidden_NTD, positions_NT = self.spec.embedding_scale * table[which_NT], text.positions_NT.to(self.device)
+        if learnt := self.spec.module("positions"):
+            require_positions(positions_NT, self.spec.max_positions, self.checkpoint.path)
+            hidden_NTD += self._float(learnt + ".weight")[positions_NT]
+        return Stream(hidden_NTD, positions_NT)
 
     def layers(self) -> Iterator[SourceLayer]:
         """The decoder layers in order; each lets go of its memory when the next is asked for."""
-        for index in range(len(self._body.layers)):
+        for index in range(len(self.skeleton_layers())):
             layer = self.layer(index)
             yield layer
             layer.release()
@@ -333,7 +338,7 @@ class SourceModel:
         names = [n for n in self.checkpoint.names() if n.startswith(prefix) and "rotary_emb" not in n]
         stored = {name.removeprefix(prefix): self.checkpoint.load(name) for name in names}
         stored = self.module_tensors(stored, index)
-        module = copy.deepcopy(self._body.layers[index])
+        module = copy.deepcopy(self.skeleton_layers()[index])
         wide = {name: self._running(name, t) for name, t in stored.items()}
         module.load_state_dict(wide, strict=True, assign=True)
         attention = spec.layer_attention(index)
@@ -358,7 +363,7 @@ class SourceModel:
 
     def skeleton_layers(self) -> list[nn.Module]:
         """transformers' layers, without memory."""
-        return list(self._body.layers)
+        return list(getattr(self._body, self.spec.module("layers")))
 
     def angles(self, kind: str) -> Callable[..., Any]:
         """Cosines and sines of a kind of layer."""

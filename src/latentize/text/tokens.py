@@ -12,10 +12,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from latentize.errors import CheckpointError, DataError
+from latentize.errors import CheckpointError, DataError, OptionError
 from latentize.text.documents import pieces
 
-__all__ = ["Passages", "Placed", "TooShortError", "leading_tokens", "pack", "require_rows", "spread_positions"]
+__all__ = [
+    "Passages",
+    "Placed",
+    "TooShortError",
+    "leading_tokens",
+    "pack",
+    "require_positions",
+    "require_rows",
+    "spread_positions",
+]
 
 # Pieces of about two sequences: few enough from one place, and few that are made of several ends.
 _CHARS_PER_TOKEN = 8
@@ -181,6 +190,25 @@ def pack(
         has = len(rows) * sequence_length + len(ends) % sequence_length
         raise TooShortError(has, whole_sequence, sequences=least, lead=len(lead))
     return torch.tensor([lead + row for row in rows[:wanted]], dtype=torch.int64)
+
+
+def require_positions(positions: Tensor, learnt: int, where: str | Path) -> None:
+    """That every position has a row where rows are learnt, as GPT-2's are.
+
+    Args:
+        positions: Of any shape.
+        learnt: Rows.
+        where: The model.
+
+    Raises:
+        OptionError: one has none.
+    """
+    if positions.numel() and (last := int(positions.max())) >= learnt:
+        raise OptionError(
+            f"a text of {last + 1:,} tokens, and the model has learnt {learnt:,} positions",
+            where=str(where),
+            fix=f"texts of {learnt:,} tokens or fewer (--sequence-length, --max-new-tokens)",
+        )
 
 
 def require_rows(tokens: Tensor, rows: int, where: str | Path) -> None:

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FAMILIES, FP32, LLAMA3_SCALING, ONLY_MHA, pico_model, random_tokens, relative_error
+from tests.common import (
+    FAMILIES,
+    FP32,
+    LLAMA3_SCALING,
+    ONLY_MHA,
+    decoder_layers,
+    pico_model,
+    random_tokens,
+    relative_error,
+)
 from torch import Tensor, nn
 
 from latentize.attention.cache import GrowingCache
@@ -22,7 +31,7 @@ def layer(family: str, kv_heads: int, **changes: Any) -> tuple[Any, AttentionWei
     """The model, and its second attention in our terms."""
     model = pico_model(family, kv_heads, **changes)
     spec = model_spec(json.loads(model.config.to_json_string(use_diff=False)))
-    decoder = model.base_model.layers[1]
+    decoder = decoder_layers(model)[1]
     tensors = {name: t.detach() for name, t in decoder.state_dict().items()}
     return model, attention_weights(tensors, spec), spec
 
@@ -36,13 +45,13 @@ def attention_of(spec: ModelSpec) -> AttentionSpec:
 @torch.no_grad()
 def theirs(model: Any, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
     """What enters and what leaves the second attention when transformers runs the model on random tokens."""
-    second = model.base_model.layers[1]
+    second = decoder_layers(model)[1]
     seen: list[tuple[Tensor, Tensor]] = []
 
     def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any], result: tuple[Tensor, Any]) -> None:
         seen.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], result[0]))
 
-    attention = getattr(second, "self_attn", None) or second.attention
+    attention = next(module for name, module in second.named_children() if "attn" in name or "attention" in name)
     hook = attention.register_forward_hook(keep, with_kwargs=True)
     model(input_ids=random_tokens(*positions_BT.shape), position_ids=positions_BT, use_cache=False)
     hook.remove()

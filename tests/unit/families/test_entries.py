@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from tests.common import FAMILIES, FP32, LLAMA3_SCALING, mutants, pico_config
+from tests.common import FAMILIES, FP32, LLAMA3_SCALING, WITHOUT_ROPE, mutants, pico_config
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
@@ -155,7 +155,9 @@ def theirs(tmp_path: Path, entries: dict[str, Any]) -> Any:
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config).eval()
             with torch.no_grad():
-                logits = model(torch.arange(1, 13)[None]).logits
+                # Positions that are learnt end.
+                tokens = min(12, config.max_position_embeddings) if config.model_type in WITHOUT_ROPE else 12
+                logits = model(torch.arange(1, 1 + tokens)[None]).logits
         except Exception:
             return None
     return model if bool(logits.isfinite().all()) else None
@@ -170,15 +172,19 @@ def read(entries: dict[str, Any]) -> ModelSpec | LatentizeError:
 
 def differences(spec: ModelSpec, model: Any) -> list[str]:
     found, body = [], model.base_model
-    buffers = dict(body.rotary_emb.named_buffers())
-    turning = buffers.get(f"{FULL}_inv_freq", buffers.get("inv_freq"))
-    ours = torch.tensor(spec.attention.rope.frequencies)
-    if turning.shape != ours.shape or not torch.allclose(ours, turning, rtol=FP32, atol=0):
-        found.append("frequencies")
-    rotary = body.rotary_emb
+    rotary = getattr(body, "rotary_emb", None)
+    if rotary is not None:
+        buffers = dict(rotary.named_buffers())
+        turning = buffers.get(f"{FULL}_inv_freq", buffers.get("inv_freq"))
+        ours = torch.tensor(spec.attention.rope.frequencies)
+        if turning.shape != ours.shape or not torch.allclose(ours, turning, rtol=FP32, atol=0):
+            found.append("frequencies")
+    elif len(spec.unrotated) < spec.layers:
+        found.append("RoPE")
     factor = getattr(rotary, f"{FULL}_attention_scaling", getattr(rotary, "attention_scaling", 1.0))
     for layer in spec.converted:
-        attention, own = getattr(body.layers[layer], spec.module("attention")), spec.layer_attention(layer)
+        theirs = getattr(body, spec.module("layers"))[layer]
+        attention, own = getattr(theirs, spec.module("attention")), spec.layer_attention(layer)
         assert own is not None
         # What is rotated is multiplied, queries and keys alike; of a part of each head weights are.
         scaling = attention.scaling * (factor**2 if own.rotates_whole else 1)

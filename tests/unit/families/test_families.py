@@ -92,9 +92,9 @@ def test_tensor_shapes_are_the_models_own(family: str, switch: dict[str, Any], k
 def test_features_of_each_family(family: str) -> None:
     table = families()[family]
     attention = model_spec(entries(family, **{table.norm_eps: 1e-4})).attention
-    biased = ("glm", "glm4", "glm4_moe", "gpt_neox", "gpt_oss", "qwen2", "seed_oss", "stablelm", "starcoder2")
+    biased = ("glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "qwen2", "seed_oss", "stablelm", "starcoder2")
     assert attention.qkv_bias == (family in biased)
-    assert attention.o_bias == (family in ("gpt_neox", "gpt_oss", "seed_oss", "starcoder2"))
+    assert attention.o_bias == (family in ("gpt2", "gpt_neox", "gpt_oss", "seed_oss", "starcoder2"))
     assert attention.sinks == (family == "gpt_oss")
     across = family in ("minimax_m2", "olmo2", "olmo3", "olmoe")
     gated = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
@@ -103,7 +103,7 @@ def test_features_of_each_family(family: str) -> None:
     assert attention.qk_norm == (across or family in normed)
     assert attention.qk_norm_across == across
     assert attention.rotates_whole == (
-        family not in ("glm", "glm4", "glm4_moe", "gpt_neox", "minimax_m2", "stablelm", *gated)
+        family not in ("glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "minimax_m2", "stablelm", *gated)
     )
     assert attention.norm_eps == 1e-4
     kv_heads = 4 if family in ONLY_MHA else 2
@@ -134,7 +134,7 @@ def test_layers_that_stay(family: str) -> None:
     else:
         assert spec.converted == [0, 1]
     assert [spec.layer_attention(layer).rotates for layer in spec.converted] == (  # type: ignore[union-attr]
-        {"smollm3": [True, False], "exaone4": [False]}.get(family, [True] * len(spec.converted))
+        {"smollm3": [True, False], "exaone4": [False], "gpt2": [False, False]}.get(family, [True] * len(spec.converted))
     )
 
 

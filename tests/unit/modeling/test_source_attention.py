@@ -41,7 +41,7 @@ def _predicted(folder: Path, tokens_NT: Tensor, *, fast: bool = False, blocks: b
         return model.head()(text.hidden_NTD.flatten(0, 1)).unflatten(0, tokens_NT.shape).log_softmax(-1)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "glm4"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gpt_neox", "glm4"])
 def test_layers_in_blocks_against_transformers(source: Callable[..., Path], family: str) -> None:
     """Grouped heads, biases, RoPE on a part of each head."""
     folder, tokens = source(family), random_tokens(2, TOKENS)
