@@ -120,10 +120,11 @@ def heal(
         LatentizeError: anything that the user can mend; an unfinished healing stays in ``OUT.healing``.
     """
     from latentize.healing.loop import Execution
-    from latentize.healing.parallel import Team, together
+    from latentize.healing.parallel import Team
     from latentize.healing.recipe import Healing
     from latentize.healing.run import heal as run
     from latentize.machine import multiplies_bfloat16
+    from latentize.processes import together
 
     healing = Healing.build(**entries)
     machine = Execution(

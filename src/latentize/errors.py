@@ -79,6 +79,7 @@ CODES: dict[str, tuple[str, str]] = {
     "LZ413": ("another process is at it", "Wait for it, or end it."),
     "LZ421": ("the disk has not enough room", "Make room, or choose another disk."),
     "LZ422": ("memory does not suffice", "End other programs, give fewer --tokens, or use a larger machine."),
+    "LZ423": ("of several processes one has ended", "What that one said is the reason; then go on with --resume."),
     "LZ501": ("an engine is missing, stops, or computes something else", "See docs/engines.md."),
     "LZ601": ("conversion left the range of numbers", "Does the model itself predict anything?"),
 }

@@ -25,7 +25,7 @@ from latentize.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from latentize.errors import NumericsError, OutputError
 from latentize.paths import expanded
 
-__all__ = ["OutputFolder"]
+__all__ = ["NoFolder", "OutputFolder"]
 
 # What gathers in memory before it is written; so files are smaller than is usual.
 SHARD_BYTES = 256 << 20
@@ -90,6 +90,14 @@ def save_rest_of_tokenizer(source: Path, folder: Path) -> None:
             if not there.exists():
                 there.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, there)
+
+
+class NoFolder:
+    """In the place of an :class:`OutputFolder` in a process that writes nothing."""
+
+    def add(self, name: str, tensor: Any) -> None: ...
+
+    def make_room(self, size: int) -> None: ...
 
 
 class OutputFolder:

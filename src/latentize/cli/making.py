@@ -39,6 +39,9 @@ def convert(
     with progress_bar() as progress:
         options = {"device": device, "resume": resume, "trust_remote_code": trust_remote_code}
         result = run(model, out, built, **options, progress=progress)
+    # Of several processes the first one tells.
+    if not result:
+        return
     emit(result, as_json, facts_table(str(out), conversion_facts(result)))
     if not as_json:
         # Not folded: a path is there to be copied.

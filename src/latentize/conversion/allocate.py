@@ -28,6 +28,7 @@ from latentize.methods.setting import Setting
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
+from latentize.processes import ALONE, Team
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages
 from latentize.training.refine import Refinement
@@ -56,6 +57,7 @@ def allocate(
     selection: Passages,
     refines: bool = False,
     progress: Progress = silent,
+    team: Team = ALONE,
 ) -> tuple[list[Setting], list[dict[int, float]]]:
     """A setting for every layer that is converted; together they keep no more than equal shares would.
 
@@ -67,6 +69,7 @@ def allocate(
         selection: Tokens to compare on; never those that are reported on.
         refines: Whether layers will be refined.
         progress: Told after each layer.
+        team: Processes that share what is tried; each has all of the text.
 
     Returns:
         The settings, and for each layer the price in nats per token of the ranks that were tried.
@@ -86,7 +89,7 @@ def allocate(
             layer.run(own, use=Use.LEARNT)
             layer.run(reference, use=Use.LEARNT)
             continue
-        sized = _sized(layer, own, reference, candidates, short if refines else none)
+        sized = _sized(layer, own, reference, candidates, short if refines else none, team)
         progress("sizing layers", layer.index + 1, layers)
         for found, one in zip((equal, trials, errors, tested), sized, strict=True):
             found.append(one)
@@ -104,7 +107,12 @@ def allocate(
 
 
 def _sized(
-    layer: SourceLayer, own: Stream, reference: Stream, candidates: Sequence[Setting], how: Refinement
+    layer: SourceLayer,
+    own: Stream,
+    reference: Stream,
+    candidates: Sequence[Setting],
+    how: Refinement,
+    team: Team,
 ) -> tuple[Setting, Stream, dict[int, float], int]:
     """Ranks of one layer, tried; both texts are taken through it.
 
@@ -114,6 +122,7 @@ def _sized(
         reference: Held-out text as it enters the layer.
         candidates: Equal shares.
         how: Steps of a trial.
+        team: Processes that share candidates and ranks.
 
     Returns:
         The best equal share, the held-out text after one trial, the error at every rank, and that trial's rank.
@@ -123,16 +132,20 @@ def _sized(
     none, text, trial = replace(how, steps=0), own.clone(), reference.clone()
     observed = observe(layer, own, needs(candidates[0], spec), residual=len(own))
     layer.run(reference, use=Use.LEARNT)
-    wrong = {setting: alone(layer, text, observed, setting, none).after for setting in candidates}
+    mine = [alone(layer, text, observed, setting, none).after for setting in team.mine(candidates)]
+    wrong = dict(zip(candidates, team.gathered(mine, len(candidates)), strict=True))
     best = min(wrong, key=wrong.__getitem__)
     ranks = sorted({_rank(best, share, spec) for share in TRIED} | {best.kv_lora_rank})
-    tried = {rank: alone(layer, text, observed, replace(best, kv_lora_rank=rank), how) for rank in ranks}
-    error = {rank: made.after for rank, made in tried.items()}
-    error = where_exact(error, partial(_closed_form, layer, text, observed, best), _rank(best, _LEAST, spec))
+    tried = {rank: alone(layer, text, observed, replace(best, kv_lora_rank=rank), how) for rank in team.mine(ranks)}
+    after = team.gathered([made.after for made in tried.values()], len(ranks))
+    error = dict(zip(ranks, after, strict=True))
+    measure = partial(_closed_form, layer, text, observed, best)
+    error = team.told(where_exact(error, measure, _rank(best, _LEAST, spec)))
     # Rounding says nothing of what an error costs.
     wrong_at = [rank for rank in ranks if rank <= best.kv_lora_rank and error[rank] > how.enough]
     test = max(wrong_at, default=ranks[0])
-    layer.run(trial, LatentAttention.from_weights(tried[test].weights), use=Use.LEARNT)
+    made = team.of(ranks.index(test), tried[test].weights if test in tried else None, str(trial.hidden_NTD.device))
+    layer.run(trial, LatentAttention.from_weights(made), use=Use.LEARNT)
     return best, trial, error, test
 
 

@@ -23,6 +23,7 @@ from latentize.methods.statistics import CalibrationStats, Needed, gather
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, Stream
+from latentize.processes import ALONE, Team
 from latentize.training.refine import Refined, Refinement, expand_heads, refine
 from latentize.training.relative import stream_error, token_energy
 
@@ -87,7 +88,9 @@ def naming_layer(index: int) -> Iterator[None]:
         raise ArithmeticError(f"layer {index}: {error}") from error
 
 
-def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int = 0, exact: bool = False) -> Observed:
+def observe(
+    layer: SourceLayer, text: Stream, needed: Needed, *, residual: int = 0, exact: bool = False, team: Team = ALONE
+) -> Observed:
     """Advance the source's calibration stream through a layer that will be converted.
 
     Args:
@@ -96,15 +99,16 @@ def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int =
         needed: Which statistics to gather.
         residual: Of how many sequences, the first ones, the residual stream after the attention is kept.
         exact: Whether the closed form is, whatever its statistics are.
+        team: Processes that each have a share of the text; statistics are those of all of it.
     """
     assert layer.weights is not None and layer.spec is not None
     kept = torch.empty_like(text.hidden_NTD[:residual]) if residual else None
-    jumps, reach = text.jumps(), text.reach
+    jumps, reach = team.most(float(text.jumps())) > 0, int(team.most(text.reach))
     total: CalibrationStats | None = None
     # What is refined does not need the last digits of where it starts, nor does what is exact.
     rough = exact or residual > 0
     for rows, x_BTD, after_BTD in layer.stream(text, use=Use.LEARNT if rough else Use.STATISTICS):
-        count = 0 if total is None else total.tokens
+        count = 0 if total is None else team.size * total.tokens
         if count < START_TOKENS or not rough:
             wanted = replace(needed, distances=needed.distances and count < DISTANCE_TOKENS)
             part = gather(x_BTD, layer.weights, layer.spec, wanted, text.positions_NT[rows] if jumps else None, reach)
@@ -112,10 +116,10 @@ def observe(layer: SourceLayer, text: Stream, needed: Needed, *, residual: int =
         if kept is not None and rows.start < residual:
             kept[rows] = after_BTD[: residual - rows.start]
     assert total is not None
-    return Observed(total, kept)
+    return Observed(total.over(team), kept)
 
 
-def is_exact(layer: SourceLayer, text: Stream, w: LatentWeights) -> bool:
+def is_exact(layer: SourceLayer, text: Stream, w: LatentWeights, team: Team = ALONE) -> bool:
     """Whether a layer makes of a text what the source's makes of it, but for the rounding of float32.
 
     Errors that were measured on text in bfloat16 do not tell: what is exact has up to 4e-5 there.
@@ -124,16 +128,23 @@ def is_exact(layer: SourceLayer, text: Stream, w: LatentWeights) -> bool:
         layer: The source's.
         text: What enters it; a little of it is looked at.
         w: Its attention, converted.
+        team: Processes that each have a text.
     """
     sample = text[: max(1, EXACT_TOKENS // text.length)]
     made, own = sample.clone(), sample.clone()
     layer.run(made, LatentAttention.from_weights(w.to(torch.float32)))
     layer.run(own)
-    return stream_error(made, own) < _ROUNDING
+    return stream_error(made, own, team) < _ROUNDING
 
 
 def refined_layer(
-    layer: SourceLayer, text: Stream, observed: Observed, start: LatentWeights, how: Refinement, inherited: float = 0.0
+    layer: SourceLayer,
+    text: Stream,
+    observed: Observed,
+    start: LatentWeights,
+    how: Refinement,
+    inherited: float = 0.0,
+    team: Team = ALONE,
 ) -> Refined:
     """A layer, refined on a text.
 
@@ -144,6 +155,7 @@ def refined_layer(
         start: The closed form.
         how: Steps and rates.
         inherited: Relative error of the text as it enters the layer.
+        team: Processes that each have a share of the text; ``how`` is each one's share.
     """
     hidden_NTD, residual_NTD = text.hidden_NTD, observed.residual_NTD
     assert residual_NTD is not None
@@ -158,6 +170,7 @@ def refined_layer(
         autocast=layer.precision.narrow(Use.LEARNT),
         added=layer.added,
         factor=layer.added_factor,
+        team=team,
     )
 
 
@@ -187,10 +200,11 @@ class Draft:
     Args:
         refinement: How they are refined, or ``None``.
         text: The calibration text as it enters the first layer; copied.
+        team: Processes that each have a share of the text; ``refinement`` is each one's share.
     """
 
-    def __init__(self, refinement: Refinement | None, text: Stream) -> None:
-        self.refinement = refinement
+    def __init__(self, refinement: Refinement | None, text: Stream, team: Team = ALONE) -> None:
+        self.refinement, self._team = refinement, team
         self.text = text.clone()
         # Whether all layers so far make what the source's make: steps would only follow rounding.
         self._exact = True
@@ -217,15 +231,16 @@ class Draft:
             closed = conversion(layer.weights, layer.spec, observed.stats, setting)
         if self.refinement is None:
             return DraftedLayer(closed, closed.weights)
-        self._exact = self._exact and is_exact(layer, self.text, closed.weights)
+        self._exact = self._exact and is_exact(layer, self.text, closed.weights, self._team)
         how = replace(self.refinement, steps=0) if self._exact else self.refinement
 
         def make() -> Made:
-            found = refined_layer(layer, self.text, observed, closed.weights, how, inherited)
+            found = refined_layer(layer, self.text, observed, closed.weights, how, inherited, self._team)
             return [found.weights], f"error {found.before:.4f} → {found.after:.4f}"
 
         with naming_layer(layer.index):
-            (refined,), summary = cached(journal, f"layer {layer.index}", make)
+            place = str(self.text.hidden_NTD.device)
+            (refined,), summary = cached(journal, f"layer {layer.index}", make, self._team, place)
         return DraftedLayer(closed, refined, summary)
 
     def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
@@ -244,4 +259,5 @@ class Draft:
         squares = torch.cat([c_Tr.square().mean(-1) for c_Tr in parts])
         if not bool(squares.isfinite().all()):
             raise ArithmeticError(f"layer {layer.index}: a latent that is not finite")
-        return float(squares.max()) ** 0.5, float(squares.mean()) ** 0.5
+        largest, mean = self._team.most(float(squares.max())), self._team.mean(float(squares.mean()))
+        return largest**0.5, mean**0.5

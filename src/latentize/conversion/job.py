@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -17,7 +17,7 @@ from latentize.checkpoint.checksums import source_hashes
 from latentize.checkpoint.gguf import is_gguf
 from latentize.checkpoint.journal import bytes_in, partial_folders
 from latentize.checkpoint.manifest import sha256, versions
-from latentize.checkpoint.writer import copied_files
+from latentize.checkpoint.writer import NoFolder, copied_files
 from latentize.conversion.footprint import Footprint
 from latentize.conversion.limits import MemoryNeed, finite_numbers, require_disk, require_memory, within_memory
 from latentize.conversion.measured import MASSIVE, Converted
@@ -32,6 +32,7 @@ from latentize.machine import keeping_freed_memory, peak_rss_bytes
 from latentize.methods.setting import Setting
 from latentize.modeling.reading import PROVED_TOKENS, prove
 from latentize.modeling.source import SourceModel
+from latentize.processes import ALONE, own_device, team, together
 from latentize.progress import Progress, Timed, silent
 from latentize.recipe import Recipe
 from latentize.report import card
@@ -66,7 +67,11 @@ class Job(ABC):
             where a passage is read twice.
         memory: What the process is expected to take.
         proved: Largest relative error of the source as it is read, against transformers, or ``None``.
+        team: The processes that convert.
+        shares: Whether several can share the work; else the first does all of it.
     """
+
+    shares: ClassVar[bool] = False
 
     def __init__(
         self, recipe: Recipe, checkpoint: Checkpoint, spec: ModelSpec, *, trust_remote_code: bool = False
@@ -86,6 +91,7 @@ class Job(ABC):
                 fix="choose what --format deepseek_v3 can hold; that needs no code",
             )
         self.proved: float | None = None
+        self.team = ALONE
         self.memory: MemoryNeed
         self.writer: FormatWriter
 
@@ -107,7 +113,7 @@ class Job(ABC):
         return 0
 
     @abstractmethod
-    def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
+    def convert(self, source: SourceModel, text: Text, journal: Journal | None, progress: Progress) -> Converted:
         """Hand every layer to the writer."""
 
     @abstractmethod
@@ -172,7 +178,8 @@ class Job(ABC):
         if predicted is None:
             self.memory = MemoryNeed(None, keeps_freed=not source.large)
         else:
-            self.memory = require_memory(predicted, self.recipe, large=source.large)
+            here = self.team.on_this_machine if self.shares else 1
+            self.memory = require_memory(predicted, self.recipe, large=source.large, processes=here)
 
     def _check_room(self, out: Path) -> None:
         """Refuse where the output cannot be written, and as much again that is kept until it is whole."""
@@ -190,9 +197,35 @@ class Job(ABC):
             device: Where layers run.
             progress: Told how far it is.
             resume: Go on with an unfinished conversion of the same to ``out``.
+
+        Returns:
+            What ``latentize convert --json`` prints; nothing in all but the first of several processes.
         """
+        device = own_device(device)
+        with together(device):
+            self.team = team()
+            if self.team.leads:
+                return self._lead(out, model, device, progress, resume)
+            if self.shares and not self.team.told(True):
+                self._follow(device)
+            return {}
+
+    def _follow(self, device: str) -> None:
+        """What every process but the first does: its share, and nothing is written or said."""
+        trust: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        source = self.open(device)
+        self.self_generated = self.sequences_to_generate(source)
+        text = draw_text(self.checkpoint.path, self.recipe, self.spec.max_positions, **trust)
+        self.writer = self.kind(NoFolder(), self.checkpoint, self.spec, self.dtype)
+        with finite_numbers(self.other_ways()):
+            self.convert(source, text, None, silent)
+
+    def _lead(self, out: Path, model: str, device: str, progress: Progress, resume: bool) -> dict[str, Any]:
+        """What the only process does, or the first."""
         started = time.time()
         with Journal(out, resume=resume) as journal, within_memory():
+            if self.shares:
+                self.team.told(journal.done is not None)
             if journal.done is not None:
                 journal.remove()
                 return journal.done
@@ -276,6 +309,7 @@ class Job(ABC):
             "repeated_tokens": self.repeated,
             "reading_error": self.proved,
             "seconds": round(time.time() - started, 2),
+            **({"processes": self.team.size} if self.shares and self.team.size > 1 else {}),
             "peak_rss_bytes": peak_rss_bytes(),
             "predicted_peak_rss_bytes": self.memory.peak,
             "layers": [

@@ -11,6 +11,7 @@ from torch import Tensor
 from latentize.attention.coding import RowCode
 from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Journal
+from latentize.processes import ALONE, Team
 
 __all__ = ["Made", "cached"]
 
@@ -21,19 +22,24 @@ _OF_A_CODE = ("latent_mix_rr", "mix_JP2", "pair_J", "mean_J2", "frequencies_F")
 Made = tuple[Sequence[LatentWeights], str]
 
 
-def cached(journal: Journal | None, step: str, compute: Callable[[], Made]) -> Made:
+def cached(
+    journal: Journal | None, step: str, compute: Callable[[], Made], team: Team = ALONE, device: str = "cpu"
+) -> Made:
     """What a step makes, unless the journal has it from before an interruption; bit by bit the same.
 
     Args:
-        journal: Of the conversion, if it keeps one.
+        journal: Of the conversion, if it keeps one; of several processes the first does.
         step: What it is called there.
         compute: Makes it.
+        team: Processes that all go on with what the first one has.
+        device: Where they hold it.
     """
+    found = None if journal is None else journal.tensors(step)
+    if team.told(found is not None):
+        return team.told(([], "") if found is None else _read(*found), device)
+    weights, summary = team.told(compute(), device)
     if journal is None:
-        return compute()
-    if (found := journal.tensors(step)) is not None:
-        return _read(*found)
-    weights, summary = compute()
+        return weights, summary
     tensors, numbers = {}, []
     for index, w in enumerate(weights):
         tensors |= {f"{index}.{name}": t for name, t in vars(w).items() if isinstance(t, Tensor)}

@@ -48,6 +48,7 @@ class LatentJob(Job):
     """To multi-head latent attention."""
 
     writer: LatentWriter
+    shares = True
 
     def choose_kind(self) -> type[FormatWriter]:
         choices = settings if self.recipe.serve_on is None else fitting_settings
@@ -88,7 +89,7 @@ class LatentJob(Job):
             precision=source.precision,
         )
 
-    def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
+    def convert(self, source: SourceModel, text: Text, journal: Journal | None, progress: Progress) -> Converted:
         effort = effort_of(self.recipe, self.spec, large=source.large)
         if self.self_generated:
             text = self._with_its_own(source, text, journal, progress)
@@ -114,15 +115,15 @@ class LatentJob(Job):
                 f"{kept} of {self.spec.layers} layers stay as they are ({named}); cached values are those of the others"
             )
         texts = (text.calibration, text.polishing, text.evaluation)
-        return convert_latent(source, self.settings, self.writer, *texts, effort, progress, journal)
+        return convert_latent(source, self.settings, self.writer, *texts, effort, progress, journal, self.team)
 
     def sequences_to_generate(self, source: SourceModel) -> int:
         return sequences_to_generate(self.recipe, large=source.large)
 
-    def _with_its_own(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Text:
-        """The text, with sequences of the model's own, written now or before an interruption."""
-        written = journal.facts("self-generated text")
-        if written is None:
+    def _with_its_own(self, source: SourceModel, text: Text, journal: Journal | None, progress: Progress) -> Text:
+        """The text, with sequences of the model's own, written now or before an interruption, by the first process."""
+        written = None if journal is None else journal.facts("self-generated text")
+        if written is None and self.team.leads:
             trust: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
             dtype = torch.bfloat16 if source.precision.faster else torch.float32
             own_NT = self_generated(
@@ -133,19 +134,22 @@ class LatentJob(Job):
                 seed=self.recipe.seed,
                 progress=lambda done, total: progress("writing text", done, total),
             )
-            journal.note("self-generated text", own_NT.tolist())
-        else:
-            own_NT = torch.tensor(written)
+            written = own_NT.tolist()
+            if journal is not None:
+                journal.note("self-generated text", written)
+        own_NT = torch.tensor(self.team.told(written))
         context = spread_over(self.recipe, self.spec.usual_positions)
         return replace(text, calibration=mixed(text.calibration, own_NT, context, seed=self.recipe.seed))
 
     def _chosen(
-        self, source: SourceModel, text: Text, journal: Journal, progress: Progress
+        self, source: SourceModel, text: Text, journal: Journal | None, progress: Progress
     ) -> tuple[list[Setting], list[dict[str, Any]]]:
         """What :meth:`choose` finds, now or before an interruption."""
-        found = journal.facts("settings")
+        found = self.team.told(None if journal is None else journal.facts("settings"))
         if found is None:
-            chosen, scores = self.choose(source, text, progress)
+            chosen, scores = self.team.told(self.choose(source, text, progress))
+            if journal is None:
+                return chosen, scores
             journal.note("settings", {"layers": [asdict(setting) for setting in chosen], "scores": scores})
             return chosen, scores
         return [Setting(**entries) for entries in found["layers"]], found["scores"]
@@ -157,14 +161,15 @@ class LatentJob(Job):
         if self.recipe.whole:
             return self.candidates * self.spec.layers, []
         if self.one_by_one and self.recipe.sizes is None and len(self.spec.converted) > 1:
-            sized, prices = allocate(source, self.candidates, *texts, self.recipe.refines, progress)
+            sized, prices = allocate(source, self.candidates, *texts, self.recipe.refines, progress, self.team)
             by_layer = dict(zip(self.spec.converted, sized, strict=True))
             # Layers that stay have an entry that nothing reads.
             chosen = [by_layer.get(layer, sized[0]) for layer in range(self.spec.layers)]
             found = zip(self.spec.converted, prices, strict=True)
             return chosen, [{"layer": layer, "selection_kl_by_rank": priced} for layer, priced in found]
         if self.recipe.calibrates:
-            best, scores = choose_by_layers(source, self.candidates, *texts, self.recipe.refines, progress)
+            found = choose_by_layers(source, self.candidates, *texts, self.recipe.refines, progress, self.team)
+            best, scores = found
         else:
             best, scores = choose(source, self.candidates, *texts, progress)
         return [best] * self.spec.layers, [{**s.describe(), "selection_kl": kl} for s, kl in scores]

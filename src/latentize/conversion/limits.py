@@ -39,27 +39,30 @@ class MemoryNeed:
     keeps_freed: bool
 
 
-def require_memory(predicted: Footprint, recipe: Recipe, *, large: bool) -> MemoryNeed:
+def require_memory(predicted: Footprint, recipe: Recipe, *, large: bool, processes: int = 1) -> MemoryNeed:
     """Predict the peak of this process.
 
     Args:
         predicted: What the conversion takes beside what the process has.
         recipe: What is to be done.
         large: Whether the model is large beside the machine's memory: then there is none to keep.
+        processes: Of this machine that take as much.
 
     Raises:
         ResourceError: memory will surely not suffice.
     """
     room, now = memory_room(), rss_bytes()
-    if _CERTAIN * predicted.bytes > room.bytes:
+    together = processes * predicted.bytes
+    if _CERTAIN * together > room.bytes:
+        of_all = "process" if processes == 1 else f"first of {processes} processes"
         raise ResourceError(
-            f"the conversion would take about {predicted.bytes / 1e9:.2f} GB beside the {now / 1e9:.2f} GB of the "
-            f"process, {room.bytes / 1e9:.2f} GB are there; the largest part is {predicted.largest}",
+            f"the conversion would take about {together / 1e9:.2f} GB beside the {now / 1e9:.2f} GB of the "
+            f"{of_all}, {room.bytes / 1e9:.2f} GB are there; the largest part is {predicted.largest}",
             code="LZ422",
             where=room.bound,
             fix=_less_memory(predicted.largest, recipe),
         )
-    keeps = not large and _ROOM * predicted.bytes < room.bytes / 2
+    keeps = not large and _ROOM * together < room.bytes / 2
     return MemoryNeed(expected_peak(predicted, keeps_freed=keeps), keeps)
 
 

@@ -118,7 +118,7 @@ class LowerJob(Job):
     def footprint(self, source: SourceModel) -> None:
         """Not known."""
 
-    def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
+    def convert(self, source: SourceModel, text: Text, journal: Journal | None, progress: Progress) -> Converted:
         assert isinstance(source, LatentSource)
         how = Refinement(seed=self.recipe.seed).suited(self.recipe.sequence_length)
         refinement = how if self.recipe.refines else None

@@ -19,6 +19,7 @@ from latentize.conversion.coding import Coding, Suiting, code_rows, suited_rows
 from latentize.conversion.draft import Draft, DraftedLayer, naming_layer, observe
 from latentize.conversion.kept import cached
 from latentize.conversion.measured import CLOSED, LINEAR, Converted, MadeLayer, write_and_measure
+from latentize.evaluation.losses import Quality
 from latentize.formats.base import FormatWriter, LatentWriter
 from latentize.formats.layer import ConvertedLayer
 from latentize.methods.closed_form import linear_fit
@@ -27,6 +28,7 @@ from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
+from latentize.processes import ALONE, Team
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages
 from latentize.training.polish import Polish, polish
@@ -74,6 +76,7 @@ def convert_latent(
     effort: Effort | None = None,
     progress: Progress = silent,
     journal: Journal | None = None,
+    team: Team = ALONE,
 ) -> Converted:
     """Convert every layer to MLA, and write and measure each as it is made.
 
@@ -89,16 +92,21 @@ def convert_latent(
         effort: What to do beyond the closed form.
         progress: Told after each layer, and each step of the polish.
         journal: Keeps what took long.
+        team: Processes that share the calibration text; the first one writes and measures.
     """
     effort, facts = effort or Effort(), []
 
     def layers() -> Iterator[MadeLayer]:
         # Held by who makes the layers, so that its texts go with the last of them.
-        drafting = _Drafting(source, settings, calibration, effort, journal, facts)
+        drafting = _Drafting(source, settings, calibration, effort, journal, facts, team)
         if not effort.whole:
             return _layer_by_layer(source, drafting, writer)
         return _as_a_whole(source, drafting, writer, calibration, selection, effort, progress)
 
+    if not team.leads:
+        for made in layers():
+            made.taken()
+        return Converted(Quality())
     result = write_and_measure(source, layers(), writer, evaluation, progress)
     result.calibration_tokens, result.facts = calibration.tokens_NT.numel(), facts
     return result
@@ -121,25 +129,32 @@ class _Drafting:
         effort: Effort,
         journal: Journal | None,
         facts: list[dict[str, Any]],
+        team: Team,
     ) -> None:
-        self.settings, self.journal, self.facts = settings, journal, facts
+        self.settings, self.journal, self.facts, self.team = settings, journal, facts, team
+        # This process's share.
+        self.calibration = calibration = calibration.share(team)
         # Where nothing is left out the closed form is exact, whatever its statistics are: a little text does, unless
         # the polish wants to know how the source continues all of it.
+        self.device = source.device
         self._exact = all(setting.whole for setting in settings)
-        little = _sequences(RMS_TOKENS, calibration)
+        little = _sequences(RMS_TOKENS // team.size, calibration)
         self.own: Stream = source.embed(calibration[:little] if self._exact and not effort.polish else calibration)
         # Without refinement nothing is learnt from the converted stream but how large its latents get, and of layers
         # that change once more not even that.
-        few = _sequences(REFINED_TOKENS if effort.refinement else 0 if effort.whole else RMS_TOKENS, calibration)
-        self.draft = Draft(effort.refinement, self.own[:few])
+        most = REFINED_TOKENS if effort.refinement else 0 if effort.whole else RMS_TOKENS
+        few = _sequences(most // team.size, calibration)
+        refinement = effort.refinement and effort.refinement.shared(calibration.length, team)
+        self.draft = Draft(refinement, self.own[:few], team)
 
     def weights(self, layer: SourceLayer) -> tuple[DraftedLayer, dict[str, LatentWeights]]:
         """The converted layer, and what it was on its way, by name, in float32."""
         assert layer.spec is not None and layer.weights is not None
         refines, setting = self.draft.refinement is not None, self.settings[layer.index]
         few = len(self.draft.text) if refines else 0
-        inherited = stream_error(self.draft.text, self.own[:few]) if refines else 0.0
-        observed = observe(layer, self.own, needs(setting, layer.spec), residual=few, exact=self._exact)
+        inherited = stream_error(self.draft.text, self.own[:few], self.team) if refines else 0.0
+        needed = needs(setting, layer.spec)
+        observed = observe(layer, self.own, needed, residual=few, exact=self._exact, team=self.team)
         made = self.draft.convert(layer, observed, setting, self.journal, inherited)
         self.facts.append(made.closed.describe())
         stages = {}
@@ -200,21 +215,32 @@ def _as_a_whole(
         if weights is not None:
             progress("refining layers", layer.index + 1, source.spec.layers, summary)
     # Only what the source makes of the text is needed while all are polished.
-    teacher, final, journal = drafting.ended(), refined, drafting.journal
+    teacher, final = drafting.ended(), refined
+    team, share = drafting.team, drafting.calibration
     if (coding := effort.coding) is not None:
         start = final
+        # The first process alone.
         final = _together(
-            start, "coding", journal, lambda: code_rows(source, start, calibration, selection, coding, progress)
+            start,
+            "coding",
+            drafting,
+            lambda: code_rows(source, start, calibration, selection, coding, progress) if team.leads else (),
         )
     if (how := effort.polish) is not None:
-        coded, target_NTD = final, teacher.hidden_NTD
+        coded, target_NTD, check = final, teacher.hidden_NTD, selection.share(team)
+        how = how.shared(share.length, team)
         final = _together(
-            coded, "polish", journal, lambda: polish(source, coded, calibration, target_NTD, selection, how, progress)
+            coded, "polish", drafting, lambda: polish(source, coded, share, target_NTD, check, how, progress, team)
         )
     if (suiting := effort.suiting) is not None:
         plain = final
-        final = _together(plain, "suiting", journal, lambda: suited_rows(source, plain, calibration, suiting, progress))
-    draft = Draft(None, source.embed(calibration[: _sequences(RMS_TOKENS, calibration)]))
+        final = _together(
+            plain,
+            "suiting",
+            drafting,
+            lambda: suited_rows(source, plain, calibration, suiting, progress) if team.leads else (),
+        )
+    draft = Draft(None, source.embed(share[: _sequences(RMS_TOKENS // team.size, share)]), team)
     for layer, w, passed in zip(source.layers(), final, stages, strict=True):
         made = _kept(layer) if w is None else _saved(layer, w, passed, draft, writer)
         yield made
@@ -236,11 +262,12 @@ def _refined(layer: SourceLayer, drafting: _Drafting) -> tuple[LatentWeights | N
 def _together(
     weights: Sequence[LatentWeights | None],
     step: str,
-    journal: Journal | None,
+    drafting: _Drafting,
     compute: Callable[[], Sequence[LatentWeights]],
 ) -> list[LatentWeights | None]:
     """What is made of all converted layers at once, now or before an interruption; others stay ``None``."""
-    made = iter(cached(journal, step, lambda: (compute(), ""))[0])
+    journal, team = drafting.journal, drafting.team
+    made = iter(cached(journal, step, lambda: (compute(), ""), team, drafting.device)[0])
     return [None if w is None else next(made) for w in weights]
 
 

@@ -44,7 +44,7 @@ class PooledJob(Job):
         sizes = (self.dtype.itemsize, source.precision)
         return pooled_footprint(self.spec, self.checkpoint, self.recipe, *sizes)
 
-    def convert(self, source: SourceModel, text: Text, journal: Journal, progress: Progress) -> Converted:
+    def convert(self, source: SourceModel, text: Text, journal: Journal | None, progress: Progress) -> Converted:
         return convert_pooled(source, self.kv_heads, self.writer, text.evaluation, progress, dtype=self.dtype)
 
     def shape(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from latentize.methods.statistics import Needed
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
+from latentize.processes import ALONE, Team
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages
 from latentize.training.refine import Refinement
@@ -76,6 +77,7 @@ def choose_by_layers(
     selection: Passages,
     refines: bool,
     progress: Progress = silent,
+    team: Team = ALONE,
 ) -> tuple[Setting, list[tuple[Setting, float]]]:
     """The candidate that predicts best of those that cost single layers least, and what each lost.
 
@@ -87,6 +89,7 @@ def choose_by_layers(
         refines: Whether layers will be refined: then the best few are, shortly, and of those that are as good then the
             one with the largest latent is taken.
         progress: Told after each layer.
+        team: Processes that share the candidates; each has all of the text.
 
     Returns:
         The most promising, and ``(setting, KL from the source in nats per token)`` of all that were compared last, with
@@ -97,9 +100,10 @@ def choose_by_layers(
     calibration = calibration[: max(1, SEARCH_TOKENS // calibration.length)]
     candidates = likely_ladders(source, candidates, calibration, progress)
     short = short_refinement(calibration.length)
-    scored = _errors(source, candidates, calibration, replace(short, steps=0), progress, "comparing settings")
-    how = short if refines else replace(short, steps=0)
-    compared = _compared(source, _finalists(scored, refines), calibration, selection, how, progress)
+    none = replace(short, steps=0)
+    scored = _errors(source, candidates, calibration, none, progress, "comparing settings", team)
+    how = short if refines else none
+    compared = _compared(source, team.told(_finalists(scored, refines)), calibration, selection, how, progress, team)
     return most_promising(compared, share=_AS_GOOD if refines else 0.0), compared
 
 
@@ -123,9 +127,12 @@ def _compared(
     selection: Passages,
     how: Refinement,
     progress: Progress,
+    team: Team,
 ) -> list[tuple[Setting, float]]:
     """KL of the model with some layers converted, each learnt alone, for every finalist."""
-    own, reference = source.embed(calibration), source.embed(selection)
+    own, reference, all_of_them = source.embed(calibration), source.embed(selection), finalists
+    # Each process compares every so-manieth with the source.
+    finalists = team.mine(finalists)
     streams, some = [reference.clone() for _ in finalists], set(sampled_layers(source.spec.converted))
     for layer in source.layers():
         layer.run(reference, use=Use.LEARNT)
@@ -135,7 +142,8 @@ def _compared(
             for stream in (own, *streams):
                 layer.run(stream, use=Use.LEARNT)
         progress("comparing the best settings", layer.index + 1, source.spec.layers)
-    return _divergences(source, finalists, streams, reference, selection, fast=source.precision.narrow(Use.LEARNT))
+    found = _divergences(source, finalists, streams, reference, selection, fast=source.precision.narrow(Use.LEARNT))
+    return list(zip(all_of_them, team.gathered([kl for _, kl in found], len(all_of_them)), strict=True))
 
 
 def _learnt_alone(
@@ -143,6 +151,9 @@ def _learnt_alone(
 ) -> None:
     """Take each finalist's text through the layer as learnt with its setting, and the source's through its own."""
     assert layer.spec is not None and layer.weights is not None
+    if not finalists:
+        layer.run(own, use=Use.LEARNT)
+        return
     entering = own.clone()
     observed = observe(layer, own, needs(finalists[0], layer.spec), residual=len(own))
     for setting, stream in zip(finalists, streams, strict=True):
@@ -257,15 +268,18 @@ def _errors(
     how: Refinement,
     progress: Progress,
     what: str,
+    team: Team,
 ) -> list[tuple[Setting, float]]:
     """Mean relative error of a layer that is converted alone, for each candidate, after the steps of ``how``."""
-    total, count = [0.0] * len(candidates), 0
+    mine, count = team.mine(candidates), 0
+    total = [0.0] * len(mine)
     needed = needs(candidates[0], source.spec.attention)
     for layer, text, observed in _some_layers(source, calibration, needed, progress, what):
-        for index, setting in enumerate(candidates):
+        for index, setting in enumerate(mine):
             total[index] += alone(layer, text, observed, setting, how).after
         count += 1
-    return [(setting, error / count) for setting, error in zip(candidates, total, strict=True)]
+    errors = team.gathered([error / count for error in total], len(candidates))
+    return list(zip(candidates, errors, strict=True))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
 from latentize.checkpoint import Checkpoint, OutputFolder
+from latentize.checkpoint.writer import NoFolder
 from latentize.errors import FormatError
 from latentize.families import ModelSpec
 from latentize.formats.half import FP16_ROUNDING, lost_in_fp16
@@ -36,7 +37,9 @@ class FormatWriter(ABC):
 
     name: str
 
-    def __init__(self, folder: OutputFolder, checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: OutputFolder | NoFolder, checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype
+    ) -> None:
         self.folder, self.checkpoint, self.spec, self.dtype = folder, checkpoint, spec, dtype
         # Base of the roped key's frequencies; a method may choose another.
         self.rope_theta = spec.attention.rope.theta

@@ -6,17 +6,14 @@ What is written, and what is measured in the end, is the first process's busines
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from latentize.errors import OptionError
 
-__all__ = ["Parallel", "Team", "shard", "together"]
+__all__ = ["Parallel", "Team", "shard"]
 
 Parallel = Literal["fsdp", "ddp"]
 
@@ -106,19 +103,3 @@ def shard(student: Any, whole: nn.Module | None, device: str) -> None:
         if own:
             buffer.copy_(own[name])
         dist.broadcast(buffer, 0)
-
-
-@contextmanager
-def together(device: str) -> Iterator[None]:
-    """Join the processes that ``torchrun`` has started, if it was that."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
-        return
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

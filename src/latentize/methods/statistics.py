@@ -15,6 +15,7 @@ from latentize.attention.grouped import AttentionWeights, grown, queries_keys, t
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.attention.spec import AttentionSpec
 from latentize.methods.distances import attended_distances
+from latentize.processes import Team
 
 __all__ = ["CalibrationStats", "Needed", "gather"]
 
@@ -64,6 +65,12 @@ class CalibrationStats:
             raise ValueError("statistics of different kinds cannot be added")
         sums = {**mine, **yours, **{n: mine[n] + yours[n] for n in mine.keys() & yours.keys()}}
         return CalibrationStats(tokens=self.tokens + other.tokens, **sums)
+
+    def over(self, team: Team) -> CalibrationStats:
+        """Those of the texts of several processes together, each of which has the same kinds."""
+        present, tokens = self._present(), torch.tensor(self.tokens, device=self.x_D.device)
+        team.add_up([tokens, *present.values()])
+        return CalibrationStats(tokens=int(tokens), **present)
 
     def _present(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}

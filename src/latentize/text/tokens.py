@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latentize.errors import CheckpointError, DataError, OptionError
+from latentize.processes import Team
 from latentize.text.documents import pieces
 
 __all__ = [
@@ -75,6 +76,23 @@ class Placed:
     def split(self, size: int) -> list[Self]:
         """Parts of ``size`` sequences."""
         return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def share(self, team: Team) -> Self:
+        """What one of several processes has of them: as many sequences as the others.
+
+        Raises:
+            OptionError: there are more processes than sequences.
+        """
+        if team.size == 1:
+            return self
+        if len(self) < team.size:
+            raise OptionError(
+                f"{len(self)} sequences of text cannot be shared by {team.size} processes",
+                where="the text",
+                fix=f"more text (--tokens), or at most {len(self)} processes",
+            )
+        whole = len(self) - len(self) % team.size
+        return self[slice(team.rank, whole, team.size)]
 
     @property
     def length(self) -> int:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize.machine import multiplies_bfloat16
+from latentize.processes import ALONE, Team
 from latentize.recipe import Decay
 
 __all__ = ["WHOLE", "Adam", "Descent", "Heads", "Muon", "Schedule", "descent", "orthogonalising"]
@@ -92,6 +93,16 @@ class Schedule:
         tokens, steps = round(self.tokens * share), max(1, round(self.steps / share))
         return replace(self, tokens=tokens, steps=steps, rate=self.rate * share**0.5)
 
+    def shared(self, length: int, team: Team) -> Self:
+        """What each process of a team does of it: the same steps, each on its share of their text.
+
+        Args:
+            length: Tokens of a sequence, of which each has one at least.
+            team: The processes.
+        """
+        whole = self.suited(team.size * length) if team.size > 1 else self
+        return replace(whole, tokens=whole.tokens // team.size)
+
     def sequences(self, length: int) -> int:
         """Sequences a step."""
         return max(1, self.tokens // length)
@@ -130,6 +141,7 @@ class Descent(ABC):
         schedule: How large each step is.
         shares: Of that, the part that each parameter takes; by default all take whole steps.
         heads: What each parameter consists of; by default each is one matrix.
+        team: Processes that each have gradients of their own share of a step's text; steps follow the mean.
 
     Attributes:
         taken: Steps so far.
@@ -142,7 +154,9 @@ class Descent(ABC):
         schedule: Schedule,
         shares: Sequence[float] | None = None,
         heads: Sequence[Heads] | None = None,
+        team: Team = ALONE,
     ) -> None:
+        self._team = team
         self.parameters = [p for p in parameters if p.numel()]
         self._heads = {} if heads is None else {id(p): each for p, each in zip(parameters, heads, strict=True)}
         self._schedule, self.taken = schedule, 0
@@ -164,11 +178,14 @@ class Descent(ABC):
     def gather(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """Add to the gradients that the next step follows; arguments as for :meth:`step`."""
         gradients = torch.autograd.grad(output, self.parameters, gradient)
+        if self._team.size > 1:
+            gradients = [found / self._team.size for found in gradients]
         for parameter, found in zip(self.parameters, gradients, strict=True):
             parameter.grad = found if parameter.grad is None else parameter.grad.add_(found)
 
     def follow(self) -> None:
         """One step down the gradients that the parameters have, which they have no longer then."""
+        self._team.add_up([p.grad for p in self.parameters if p.grad is not None])
         size = self._schedule.rate * self._schedule.factor(self.taken)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
@@ -255,6 +272,7 @@ def descent(
     schedule: Schedule,
     shares: Sequence[float] | None = None,
     heads: Sequence[Heads] | None = None,
+    team: Team = ALONE,
 ) -> Descent:
     """Muon where orthogonalising costs little beside what a step multiplies, Adam elsewhere.
 
@@ -262,13 +280,13 @@ def descent(
 
     Args:
         parameters: What to train, each a factor in every token of a step.
-        schedule: Its steps.
-        shares, heads: As for :class:`Descent`.
+        schedule: Its steps; of a team each process's share of them.
+        shares, heads, team: As for :class:`Descent`.
     """
     of_each = [WHOLE] * len(parameters) if heads is None else heads
     stacks = [each.stack(p).shape for p, each in zip(parameters, of_each, strict=True) if p.ndim == 2]
-    flop = orthogonalising([(k, m, n) for k, m, n in stacks], schedule.tokens)
-    return (Adam if flop is None else Muon)(parameters, schedule, shares, heads)
+    flop = orthogonalising([(k, m, n) for k, m, n in stacks], team.size * schedule.tokens)
+    return (Adam if flop is None else Muon)(parameters, schedule, shares, heads, team)
 
 
 def orthogonalising(shapes: Sequence[tuple[int, int, int]], tokens: int) -> int | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from latentize.attention.latent import LatentWeights
 from latentize.modeling.source import SourceModel
+from latentize.processes import ALONE, Team
 from latentize.text.tokens import Passages
 from latentize.training.descent import Schedule, descent
 from latentize.training.refine import refined, stacked_heads, trainable
@@ -87,9 +88,15 @@ class _Student(Student):
     """
 
     def __init__(
-        self, source: SourceModel, weights: Sequence[LatentWeights | None], check: Passages, how: Polish
+        self,
+        source: SourceModel,
+        weights: Sequence[LatentWeights | None],
+        check: Passages,
+        how: Polish,
+        team: Team = ALONE,
     ) -> None:
         super().__init__(source)
+        self._team = team
         self._size = how.sequences(check.length)
         self._start = [w for w in weights if w is not None]
         self._attentions = [trainable(w) for w in self._start]
@@ -101,7 +108,7 @@ class _Student(Student):
             layer.run(teacher)
             layer.run(made, attention)
             if attention is not None:
-                wrong.append(stream_error(made, teacher))
+                wrong.append(stream_error(made, teacher, team))
             self.add(layer, attention)
         self.teacher, self.untouched = teacher, made.hidden_NTD.split(self._size)
         usual = max(sum(wrong) / len(wrong), 1e-30)
@@ -118,7 +125,7 @@ class _Student(Student):
         """Divergence of final hidden states of the checked text, in parts."""
         pairs = zip(finals, self.teacher.hidden_NTD.split(self._size), strict=True)
         total = sum(self.compared(hidden_nD, teacher)[0] * len(teacher) for hidden_nD, teacher in pairs)
-        return total / len(self.teacher)
+        return self._team.mean(total / len(self.teacher))
 
     @torch.no_grad()
     def look(self) -> float:
@@ -142,6 +149,7 @@ def polish(
     check: Passages,
     how: Polish,
     progress: Callable[..., None],
+    team: Team = ALONE,
 ) -> list[LatentWeights]:
     """Train all attention layers together.
 
@@ -153,6 +161,7 @@ def polish(
         check: Tokens that are not learnt from and tell whether it helps.
         how: Steps and rates.
         progress: Told after each step.
+        team: Processes that each have such texts of their own; ``how`` is each one's share.
 
     Returns:
         float32 weights of the layers that were converted, in order.
@@ -160,7 +169,7 @@ def polish(
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    student = _Student(source, weights, check, how)
+    student = _Student(source, weights, check, how, team)
     # Before anything is rounded: what is exact stays as it is.
     if student.mean(part.flatten(0, 1) for part in student.untouched) < how.enough:
         return student.weights()
@@ -169,7 +178,7 @@ def polish(
     with fast:
         best, kept = student.look(), student.state()
     how = replace(how, rate=how.rate * min(1.0, best) ** 0.5)
-    steps = descent(student.parameters, how, student.shares, student.heads)
+    steps = descent(student.parameters, how, student.shares, student.heads, team)
     for step, rows in enumerate(how.batches(len(text), text.length)):
         value = 0.0
         for part in rows.split(max(1, how.at_once // text.length)):
@@ -180,7 +189,7 @@ def polish(
             value += share * lost
             steps.gather(hidden_nD, by_hidden_nD.mul_(share))
             del hidden_nD
-        if not math.isfinite(value):
+        if not math.isfinite(value := team.mean(value)):
             raise FloatingPointError(f"polishing diverged at step {step}")
         steps.follow()
         if (step + 1) * how.looks % how.steps < how.looks:

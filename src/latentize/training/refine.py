@@ -16,13 +16,14 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from latentize.attention.latent import LatentWeights
 from latentize.modeling.attention import LatentAttention
+from latentize.processes import ALONE, Team
 from latentize.training.descent import WHOLE, Heads, Schedule, descent
 
 __all__ = [
@@ -61,6 +62,10 @@ class Refinement(Schedule):
     probe: int = 4096
     enough: float = 1e-6
 
+    def shared(self, length: int, team: Team) -> Self:
+        whole = super().shared(length, team)
+        return replace(whole, probe=whole.probe // team.size)
+
 
 class Refined(NamedTuple):
     """A refined layer.
@@ -75,12 +80,16 @@ class Refined(NamedTuple):
     after: float
 
 
-def solved_tokens(how: Schedule) -> int:
+def solved_tokens(how: Schedule, team: Team = ALONE) -> int:
     """On how many tokens, at most, the output projection is solved for: as many as the steps read.
 
     On few it learns them by heart, which adds up over the layers; and steps are what costs, not solving.
+
+    Args:
+        how: Steps, or each process's share of them.
+        team: The processes; the tokens are each one's.
     """
-    return max(_SOLVED_TOKENS, how.steps * how.tokens)
+    return max(_SOLVED_TOKENS // team.size, how.steps * how.tokens)
 
 
 def expand_heads(w: LatentWeights) -> LatentWeights:
@@ -129,6 +138,7 @@ def refine(
     autocast: bool = False,
     added: Callable[[Tensor], Tensor] = lambda made_BTD: made_BTD,
     factor: float | None = 1.0,
+    team: Team = ALONE,
 ) -> Refined:
     """Minimise ``‖added(attn(x)) - target‖²`` of every token relative to its energy.
 
@@ -145,6 +155,7 @@ def refine(
         autocast: Multiply in bfloat16.
         added: From what the attention makes to what the residual stream gets of it.
         factor: What ``added`` multiplies by; ``None`` where it is not linear, and nothing is solved for.
+        team: Processes that each have such sequences of their own; ``how`` is each one's share.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -158,6 +169,7 @@ def refine(
 
     parameters = list(attention.parameters())
     options: dict[str, Any] = {"inherited": inherited, "autocast": autocast, "heads": stacked_heads(attention)}
+    options["team"] = team
     before, after = descend(parameters, made, target_NTD, energy_NT, how, **options)
     if not after < before:
         return Refined(start, before, before)
@@ -174,14 +186,19 @@ def refine(
 
     with torch.no_grad():
         count, length = target_NTD.shape[:2]
-        rows = torch.arange(min(_learnt(count, length, how), max(1, solved_tokens(how) // length)))
-        attention.o_proj.weight += _correction(read, rows.split(how.sequences(length)), energy_NT, autocast)
+        most = max(1, solved_tokens(how, team) // length)
+        rows = torch.arange(min(_learnt(count, length, how), most))
+        attention.o_proj.weight += _correction(read, rows.split(how.sequences(length)), energy_NT, autocast, team)
     solved = descend(parameters, made, target_NTD, energy_NT, replace(how, steps=0), **options)[1]
     return Refined(refined(attention, w), before, solved) if solved < after else found
 
 
 def _correction(
-    read: Callable[[Tensor], tuple[Tensor, Tensor]], parts: Iterable[Tensor], energy_NT: Tensor, autocast: bool
+    read: Callable[[Tensor], tuple[Tensor, Tensor]],
+    parts: Iterable[Tensor],
+    energy_NT: Tensor,
+    autocast: bool,
+    team: Team = ALONE,
 ) -> Tensor:
     """What to add to a linear projection: weighted least squares, ``[D, I]`` float32.
 
@@ -190,6 +207,7 @@ def _correction(
         parts: Sequence numbers.
         energy_NT: What a token's squared error is relative to.
         autocast: Whether inputs may be made in bfloat16.
+        team: Processes that each have sequences of their own.
     """
     gram_II, cross_ID = torch.zeros(()).double(), torch.zeros(()).double()
     for rows in parts:
@@ -199,6 +217,7 @@ def _correction(
         weighted_nI = x_nI / energy_NT[rows].flatten()[:, None]
         gram_II = gram_II + (weighted_nI.T @ x_nI).double()
         cross_ID = cross_ID + (weighted_nI.T @ lacking_BTD.flatten(0, 1)).double()
+    team.add_up([gram_II, cross_ID])
     # Of inputs that are zero nothing can be made, and nothing is.
     damping = (_DAMPING * gram_II.diagonal().mean()).clamp_min(1e-30)
     gram_II.diagonal().add_(damping)
@@ -220,6 +239,7 @@ def descend(
     inherited: float = 0.0,
     autocast: bool = False,
     heads: Sequence[Heads] | None = None,
+    team: Team = ALONE,
 ) -> tuple[float, float]:
     """Train parameters in place so that ``made`` comes near the target, each token relative to its energy.
 
@@ -232,6 +252,7 @@ def descend(
         inherited: Relative error that was there before.
         autocast: Multiply in bfloat16.
         heads: What each parameter consists of; by default each is one matrix.
+        team: Processes that each have such sequences of their own; ``how`` is each one's share.
 
     Returns:
         Mean relative error of tokens that are not learnt from, before and after; twice the same where no step was
@@ -251,7 +272,7 @@ def descend(
         # In parts: only a step may be as large as a step.
         with torch.no_grad():
             sums = [float(error(part)) * len(part) for part in rows.split(how.sequences(length))]
-        return sum(sums) / len(rows)
+        return team.mean(sum(sums) / len(rows))
 
     count, length = target_NTD.shape[:2]
     learnt = _learnt(count, length, how)
@@ -261,7 +282,7 @@ def descend(
         return before, before
     # A step is as large as there is something to repair: one that suits a bad start would ruin a good one.
     own = min(1.0, max(before - inherited, _LEAST_OWN * before))
-    steps = descent(parameters, replace(how, rate=how.rate * own**0.5), heads=heads)
+    steps = descent(parameters, replace(how, rate=how.rate * own**0.5), heads=heads, team=team)
     for step, rows in enumerate(how.batches(learnt, length)):
         with torch.enable_grad():
             loss = error(rows)

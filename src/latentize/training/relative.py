@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from latentize.modeling.source import Stream
+from latentize.processes import ALONE, Team
 
 __all__ = ["stream_error", "token_energy"]
 
@@ -30,8 +31,8 @@ def token_energy(source_NTD: Tensor, made_NTD: Tensor) -> Tensor:
     return energy_NT.clamp_min(max(_LEAST_ENERGY * float(energy_NT.median()), 1e-30))
 
 
-def stream_error(text: Stream, reference: Stream) -> float:
-    """Mean relative error of a token, ``‖h - h_source‖² / max(‖h‖², ‖h_source‖²)``."""
+def stream_error(text: Stream, reference: Stream, team: Team = ALONE) -> float:
+    """Mean relative error of a token, ``‖h - h_source‖² / max(‖h‖², ‖h_source‖²)``; of a team's texts together."""
     energy_NT = token_energy(reference.hidden_NTD, text.hidden_NTD)
     pairs = zip(text.hidden_NTD, reference.hidden_NTD, energy_NT, strict=True)
-    return sum(float(((h - r).square().sum(-1) / e).mean()) for h, r, e in pairs) / len(energy_NT)
+    return team.mean(sum(float(((h - r).square().sum(-1) / e).mean()) for h, r, e in pairs) / len(energy_NT))

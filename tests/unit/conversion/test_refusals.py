@@ -129,7 +129,7 @@ FAULTS: dict[str, tuple[str, str, str, Fault]] = {
     "no config": ("single", "LZ102", "config.json", moved("config.json", "settings.json")),
     "heads": ("single", "LZ121", "query heads", config(num_key_value_heads=3)),
     "no table": ("single", "LZ201", "mamba", config(model_type="mamba")),
-    "learned positions": ("single", "LZ201", "gpt2", config(model_type="gpt2")),
+    "learned positions": ("single", "LZ201", "opt", config(model_type="opt")),
     "MLP bias, portable": ("biased", "LZ202", "MLP", options("--format", "deepseek_v3")),
     "already MLA": ("single", "LZ203", "kv_lora_rank", config(kv_lora_rank=64)),
     "already ours": ("single", "LZ203", "model_type", config(model_type="latentize")),
