@@ -88,11 +88,16 @@ step codebooks "$PYTHON" benchmarks/codebooks.py
 step kernel "$PYTHON" -m tests.interpreted --latent coded --count 200
 step decode "$PYTHON" benchmarks/coded_decode.py
 step engine make engines ENGINE=llama.cpp
+# llama.cpp's caches want whole blocks: the plain one has the sizes of those that are made for one.
 caches=()
-for cache in plain q4_0 fp8; do
-  suited=()
-  [ "$cache" = plain ] || suited=(--cache-for "$cache")
-  step "convert-for-$cache" "$PYTHON" -m latentize convert "$MODEL" "$OUT/models/for-$cache" --keep 75% --fast \
+for cache in q4_0 fp8 plain; do
+  suited=(--keep 75% --cache-for "$cache")
+  if [ "$cache" = plain ]; then
+    config=$OUT/models/for-q4_0/config.json suited=(--keep 75%)
+    size() { sed -n "s/^ *\"$1\": \([0-9]*\).*/\1/p" "$config"; }
+    [ ! -e "$config" ] || suited=(--kv-lora-rank "$(size kv_lora_rank)" --qk-rope-head-dim "$(size qk_rope_head_dim)")
+  fi
+  step "convert-for-$cache" "$PYTHON" -m latentize convert "$MODEL" "$OUT/models/for-$cache" --fast \
     --data "$CALIBRATE" "${suited[@]}"
   caches+=("$cache=$OUT/models/for-$cache")
 done

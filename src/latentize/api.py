@@ -177,16 +177,27 @@ def evaluate(
         tasks: Names of lm-eval's, or paths of YAML.
         task_options: ``include_path``, ``limit``, ``num_fewshot``, ``batch_size``, as in
             :func:`latentize.evaluation.tasks.run_tasks`.
-        options: As in :func:`latentize.evaluation.quality.evaluate`.
+        options: As in :func:`latentize.evaluation.quality.evaluate`. Under ``torchrun`` every process calls this, and
+            they share the text; the first one answers tasks and probes.
+
+    Returns:
+        Nothing but on the first of several processes.
     """
     from latentize.evaluation.probes import probe
     from latentize.evaluation.quality import evaluate as measure
+    from latentize.processes import own_device, team, together
 
     folder, source = resolve(model), None if reference is None else resolve(reference)
     options["dtype"] = _torch_dtype(dtype)
-    # First: what goes wrong with tasks should not do so after minutes of other measurements.
-    answered = _tasks(folder, source, tasks, dict(task_options or {}), options) if tasks else None
-    entries = {**measure(folder, source, **options).describe(), "text": describe(options.get("data", ()))}
+    options["device"] = own_device(options.get("device", "cpu"))
+    with together(options["device"]):
+        leads = team().leads
+        # First: what goes wrong with tasks should not do so after minutes of other measurements.
+        answered = _tasks(folder, source, tasks, dict(task_options or {}), options) if tasks and leads else None
+        found = measure(folder, source, **options, team=team()).describe()
+    if not leads:
+        return {}
+    entries = {**found, "text": describe(options.get("data", ()))}
     if probes:
         shared = {name: value for name, value in options.items() if name not in ("tokens", "sequence_length", "split")}
         entries["probes"] = probe(folder, source, lengths=lengths, samples=samples, **shared)
@@ -224,14 +235,23 @@ def compare(
         models: Folders or hub ids.
         cache: ``LATENT[+ROPE]``: each model also with these formats, and the source with transformers' own.
         dtype: Precision to run in.
-        options: As in :func:`latentize.evaluation.compare.compare`.
+        options: As in :func:`latentize.evaluation.compare.compare`. Under ``torchrun`` every process calls this, and
+            they share the text.
+
+    Returns:
+        Nothing but on the first of several processes.
     """
     from latentize.evaluation.compare import as_json, names_of
     from latentize.evaluation.compare import compare as run
+    from latentize.processes import own_device, team, together
 
     folders = {name: resolve(model) for name, model in zip(names_of(models), models, strict=True)}
     options["dtype"] = _torch_dtype(dtype)
-    rows, notes, count = run(resolve(source), folders, caches=cache, **options)
+    options["device"] = own_device(options.get("device", "cpu"))
+    with together(options["device"]):
+        rows, notes, count = run(resolve(source), folders, caches=cache, **options, team=team())
+        if not team().leads:
+            return {}
     return {
         "source": str(source),
         "tokens": count,

@@ -88,6 +88,14 @@ class Team:
         dist.all_reduce(held, dist.ReduceOp.SUM if how is None else how)
         return held
 
+    def gather(self, value: T) -> list[T]:
+        """What each process has, in order."""
+        found: list[Any] = [value]
+        if self.size > 1:
+            found = [None] * self.size
+            dist.all_gather_object(found, value)
+        return found
+
     def told(self, value: T, device: str | torch.device = "cpu") -> T:
         """What the first process has, its tensors on a device."""
         return self.of(0, value, device)

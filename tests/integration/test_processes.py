@@ -15,6 +15,7 @@ import torch
 from tests.common import SMALL
 
 import latentize
+from latentize.api import compare
 from latentize.conversion import latent
 from latentize.conversion.draft import observe
 from latentize.conversion.effort import effort_of
@@ -42,13 +43,19 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
-import latentize
+import latentize.api
 from latentize.processes import team, together
 from tests.integration.test_processes import JOBS, OPTIONS, shortened, statistics
 model, out, text, found = sys.argv[1:]
 shortened()
 for name, entries in JOBS.items():
     report = latentize.convert(model, f"{out}/{name}", data=(text,), **{**OPTIONS, **entries})
+text = {"data": (text,), "tokens": 3000, "sequence_length": 64}
+evaluated = latentize.evaluate(f"{out}/refined", model, **text)
+compared = latentize.api.compare(model, [f"{out}/refined"], cache=("int8",), **text)
+assert bool(evaluated) == bool(compared) == (team().rank == 0)
+if team().leads:
+    Path(f"{found}.json").write_text(json.dumps([evaluated, compared]))
 with together("cpu"):
     torch.save(vars(statistics(Path(model), team())), f"{found}.{team().rank}")
 """
@@ -134,6 +141,17 @@ def test_statistics_are_those_of_the_whole_text(two: Path, source: Callable[...,
             error = (parts[0][name] - expected).abs().max() / expected.abs().max()
             assert error <= 1e-6, name
     assert parts[0]["tokens"] == whole["tokens"] == 256
+
+
+def test_measurements_are_those_of_one_process(two: Path, source: Callable[..., Path], text: str) -> None:
+    options: dict[str, Any] = {"data": (text,), "tokens": 3000, "sequence_length": 64}
+    evaluated, compared = json.loads((two / "statistics.json").read_text())
+    alone = latentize.evaluate(two / "refined", source(), **options)
+    assert evaluated["tokens"] == alone["tokens"] > 2800
+    for name in ("perplexity", "kl", "top1_agreement", "calibration_error"):
+        assert evaluated[name] == pytest.approx(alone[name], rel=1e-9), name
+    rows = compare(str(source()), [str(two / "refined")], cache=("int8",), **options)["rows"]
+    assert [row["kl"] for row in compared["rows"]] == pytest.approx([row["kl"] for row in rows], rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize(("at", "rank", "how"), [(2, 1, "SIGKILL"), (30, 0, "SIGKILL"), (30, 1, "SIGTERM")])

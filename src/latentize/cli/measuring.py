@@ -65,6 +65,9 @@ def evaluate(
     require_report(model)
     with progress_bar() as progress:
         result = run(model, reference, dtype=dtype, device=device, progress=progress, **options)
+    # Of several processes the first one tells.
+    if not result:
+        return
     plain = {k: v for k, v in result.items() if v is not None and not isinstance(v, list | dict)}
     shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in plain.items()}
     with kept(model, "eval", {**result, "reference": reference, "cache": cache, "window": window}), printing():
@@ -106,6 +109,8 @@ def compare(
         require_file(expanded(plot))
     with progress_bar() as progress:
         result = run(source, models, progress=progress, **options)
+    if not result:
+        return
     emit(result, as_json, compare_table(result))
     if plot is not None:
         from latentize.report.pareto import pareto_chart

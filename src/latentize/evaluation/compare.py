@@ -16,6 +16,7 @@ from latentize.evaluation.quality import measure
 from latentize.evaluation.quantized import quantized
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.load import load_model
+from latentize.processes import ALONE, Team
 from latentize.progress import Progress, silent
 from latentize.runtime.accelerate import has_latents
 from latentize.runtime.cache import cache_formats
@@ -158,6 +159,7 @@ def compare(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress = silent,
+    team: Team = ALONE,
 ) -> tuple[list[Compared], list[str], int]:
     """Measure models, with caches, against the one that they were made from, on the same held-out tokens.
 
@@ -169,7 +171,8 @@ def compare(
         caches: ``LATENT[+ROPE]``: each model also with these.
         window: Each also with so many tokens, and the first four.
         source_windows: The source also with so many, in 16 bits.
-        data, tokens, sequence_length, device, dtype, progress: As for :func:`latentize.evaluation.quality.evaluate`.
+        data, tokens, sequence_length, device, dtype, progress, team: As for
+            :func:`latentize.evaluation.quality.evaluate`.
 
     Returns:
         Rows, the source's first; what could not be measured, in sentences; and how many predictions were.
@@ -190,7 +193,7 @@ def compare(
     rows, predicts = _rows_of(SOURCE, str(source), reference, [*variants, *narrow], length)
     more, how, notes = _quantized_rows(str(source), reference, caches)
     rows, predicts = rows + more, predicts + how
-    options: dict[str, Any] = {"device": device, "progress": progress}
+    options: dict[str, Any] = {"device": device, "progress": progress, "team": team}
     found = measure(predicts, expected, tokens_NT, what=f"measuring {SOURCE}", **options)
     done = [row.measured(evaluation) for row, evaluation in zip(rows, found, strict=True)]
     for name, path in models.items():

@@ -12,6 +12,7 @@ from latentize.errors import DataError
 from latentize.evaluation.detail import Evaluation
 from latentize.evaluation.predict import Predict, predictor
 from latentize.modeling.load import load_model
+from latentize.processes import ALONE, Team
 from latentize.progress import Progress, silent
 from latentize.text.documents import Data, Split
 from latentize.text.drawing import Part, draw, draw_all
@@ -36,6 +37,7 @@ def evaluate(
     window: int | None = None,
     split: Split | None = None,
     progress: Progress = silent,
+    team: Team = ALONE,
 ) -> Evaluation:
     """Measure a model on held-out text.
 
@@ -52,6 +54,7 @@ def evaluate(
         window: Predict from a cache of so many tokens, and the first four.
         split: Which part of ``data``; by default all of it.
         progress: Told after each batch.
+        team: Processes that share the batches.
 
     Raises:
         OptionError: a cache format or a window for a model without latents.
@@ -65,7 +68,7 @@ def evaluate(
         (rows,) = draw(tokenizer, data, [Part(split, tokens)], sequence_length=sequence_length)
     subject = predictor(load_model(model, dtype=dtype, device=device), cache=cache, window=window)
     source = None if reference is None else predictor(load_model(reference, dtype=dtype, device=device))
-    return measure([subject], source, rows, device=device, progress=progress)[0]
+    return measure([subject], source, rows, device=device, progress=progress, team=team)[0]
 
 
 @torch.no_grad()
@@ -77,6 +80,7 @@ def measure(
     device: str = "cpu",
     what: str = "evaluating",
     progress: Progress = silent,
+    team: Team = ALONE,
 ) -> list[Evaluation]:
     """Measure predictions against one reference, which predicts once for all.
 
@@ -87,12 +91,13 @@ def measure(
         device: Where the models are.
         what: The progress is of.
         progress: Told after each batch.
+        team: Processes that share the batches; each gets what all have found.
 
     Raises:
         DataError: the models do not share a vocabulary.
     """
     totals = [Evaluation.empty(compared=source is not None) for _ in subjects]
-    batches = tokens_NT.split(max(1, _TOKENS_AT_ONCE // tokens_NT.shape[1]))
+    batches = team.mine(tokens_NT.split(max(1, _TOKENS_AT_ONCE // tokens_NT.shape[1])))
     for number, batch in enumerate(batches):
         batch = batch.to(device)
         expected = None if source is None else source(batch, 0)[:, :-1]
@@ -106,4 +111,7 @@ def measure(
                 )
             totals[at] = totals[at] + Evaluation.of(logits, expected, batch[:, 1:])
         progress(what, number + 1, len(batches))
-    return totals
+    first, *others = team.gather(totals)
+    for more in others:
+        first = [total + one for total, one in zip(first, more, strict=True)]
+    return first
