@@ -227,7 +227,8 @@ def _as_a_whole(
             lambda: code_rows(source, start, calibration, selection, coding, progress) if team.leads else (),
         )
     if (how := effort.polish) is not None:
-        coded, target_NTD, check = final, teacher.hidden_NTD, selection.share(team)
+        coded, target_NTD = final, teacher.hidden_NTD
+        check = selection.share(team) if len(selection) >= team.size else selection
         how = how.shared(share.length, team)
         final = _together(
             coded, "polish", drafting, lambda: polish(source, coded, share, target_NTD, check, how, progress, team)

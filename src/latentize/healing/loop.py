@@ -200,7 +200,7 @@ class _Run:
             (losses.total * share).backward()
             found = (losses.total.detach(), losses.kl, losses.ce, losses.hidden)
             sums += torch.stack([value.float() for value in found]) * share
-        means = Losses(*self.team.mean(sums))
+        means = Losses(*self.team.averaged(sums))
         if not math.isfinite(float(means.total)):
             raise FloatingPointError(f"healing diverged at step {step}: a smaller --rate may help")
         self.descent.follow()

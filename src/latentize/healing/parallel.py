@@ -5,12 +5,12 @@ What is written, and what is measured in the end, is the first process's busines
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from latentize import processes
 from latentize.errors import OptionError
 
 __all__ = ["Parallel", "Team", "shard"]
@@ -18,7 +18,7 @@ __all__ = ["Parallel", "Team", "shard"]
 Parallel = Literal["fsdp", "ddp"]
 
 
-class Team:
+class Team(processes.Team):
     """The processes that heal together.
 
     Args:
@@ -26,18 +26,13 @@ class Team:
         device: Where to run; of several GPUs each process takes its own.
 
     Attributes:
-        rank, size: This process's number, and how many there are.
+        parallel, device: As given; of several GPUs this process's own.
     """
 
     def __init__(self, parallel: Parallel = "fsdp", device: str = "cpu") -> None:
-        self.parallel = parallel
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = f"cuda:{local}" if device == "cuda" and self.size > 1 else device
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
+        joined = processes.team()
+        super().__init__(joined.rank, joined.size)
+        self.parallel, self.device = parallel, processes.own_device(device)
 
     def wait(self) -> None:
         """Until all processes have come this far."""
@@ -58,13 +53,11 @@ class Team:
             )
         return rows.chunk(self.size)[self.rank]
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Over the processes."""
-        if self.size > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value /= self.size
-        return value
+    def averaged(self, values: Tensor) -> Tensor:
+        """Each over the processes."""
+        values = values.clone()
+        self.add_up([values])
+        return values / self.size
 
     def called(self, student: nn.Module) -> Any:
         """The module to call in training: the same one, or wrapped in DDP."""
