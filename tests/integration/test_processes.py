@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.common import SMALL
+from tests.dying import OPTIONS, died_and_resumed, shortened, torchrun
 
 import latentize
 from latentize.api import compare
 from latentize.conversion import latent
 from latentize.conversion.draft import observe
 from latentize.conversion.effort import effort_of
-from latentize.conversion.pipeline import Effort
 from latentize.errors import OptionError
 from latentize.families.opening import open_source
 from latentize.methods.statistics import Needed
 from latentize.modeling.source import SourceModel
 from latentize.processes import ALONE, Team
 from latentize.text.tokens import Passages
-from latentize.training.polish import Polish
-from latentize.training.refine import Refinement
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # Everything that is shared: candidates, ranks of each layer, statistics, refinement, polish; codes, which are not.
 JOBS: dict[str, dict[str, Any]] = {
     "refined": {"keep": "50%", "self_generated": 0.25},
@@ -37,7 +30,6 @@ JOBS: dict[str, dict[str, Any]] = {
     "coded": {"bytes": "25%", "fast": True},
     "published": {"keep": "50%", "method": "mha2mla", "fast": True},
 }
-OPTIONS: dict[str, Any] = {**SMALL, "fast": False, "tokens": 8192}
 # Run by each process. MODEL OUT TEXT STATISTICS
 SCRIPT = """
 import json, sys
@@ -45,7 +37,8 @@ from pathlib import Path
 import torch
 import latentize.api
 from latentize.processes import team, together
-from tests.integration.test_processes import JOBS, OPTIONS, shortened, statistics
+from tests.dying import OPTIONS, shortened
+from tests.integration.test_processes import JOBS, statistics
 model, out, text, found = sys.argv[1:]
 shortened()
 for name, entries in JOBS.items():
@@ -59,38 +52,6 @@ if team().leads:
 with together("cpu"):
     torch.save(vars(statistics(Path(model), team())), f"{found}.{team().rank}")
 """
-# Dies, of two processes the second, once it has summed so often.
-DYING = """
-import os, signal, sys, json
-import latentize
-from latentize.processes import Team
-from tests.integration.test_processes import shortened
-shortened()
-model, out, text, options, at, rank, how = sys.argv[1:]
-add_up, done = Team.add_up, [0]
-def counted(self, tensors):
-    done[0] += self.size > 1
-    if self.rank == int(rank) and done[0] == int(at):
-        os.kill(os.getpid(), getattr(signal, how))
-    add_up(self, tensors)
-Team.add_up = counted
-latentize.convert(model, out, data=(text,), **json.loads(options))
-"""
-
-
-def shortened() -> None:
-    """Few steps of everything."""
-    how = Effort(Refinement(steps=24, warmup=3), Polish(steps=24, warmup=3))
-    latent.effort_of = lambda recipe, spec, large: effort_of(recipe, spec, large=large) if recipe.hurries else how
-
-
-def torchrun(script: str, tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
-    command = [*TORCHRUN, str(path), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def statistics(model: Path, team: Team) -> Any:
@@ -154,21 +115,12 @@ def test_measurements_are_those_of_one_process(two: Path, source: Callable[..., 
     assert [row["kl"] for row in compared["rows"]] == pytest.approx([row["kl"] for row in rows], rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize(("at", "rank", "how"), [(2, 1, "SIGKILL"), (30, 0, "SIGKILL"), (30, 1, "SIGTERM")])
+@pytest.mark.parametrize(("at", "rank"), [(2, 1), (30, 0)])
 def test_where_one_dies_all_end_and_can_go_on(
-    at: int, rank: int, how: str, source: Callable[..., Path], text: str, tmp_path: Path
+    at: int, rank: int, source: Callable[..., Path], text: str, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    entries = {**OPTIONS, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "polish": False}
-    done = torchrun(DYING, tmp_path, source(), out, text, json.dumps(entries), at, rank, how)
-    assert done.returncode != 0
-    assert not out.exists()
-    # The first layer was refined, or nothing was.
-    kept = list(tmp_path.glob("out.partial-*"))
-    assert len(kept) == (at > 2)
-    resumed = latentize.convert(source(), out, data=(text,), resume=True, **entries)
-    assert resumed["kl"] > 0 and latentize.verify(out)["ok"]
-    assert not list(tmp_path.glob("out.partial-*"))
+    kept = died_and_resumed(source(), text, tmp_path, at, rank)
+    assert kept == (at > 2), "the first layer was refined, or nothing was"
 
 
 def test_more_processes_than_text(source: Callable[..., Path]) -> None:
