@@ -131,12 +131,12 @@ class _Drafting:
         facts: list[dict[str, Any]],
         team: Team,
     ) -> None:
-        self.settings, self.journal, self.facts, self.team = settings, journal, facts, team
+        self.settings, self.journal, self.facts = settings, journal, facts
+        self.team, self.device = team, source.device
         # This process's share.
         self.calibration = calibration = calibration.share(team)
         # Where nothing is left out the closed form is exact, whatever its statistics are: a little text does, unless
         # the polish wants to know how the source continues all of it.
-        self.device = source.device
         self._exact = all(setting.whole for setting in settings)
         little = _sequences(RMS_TOKENS // team.size, calibration)
         self.own: Stream = source.embed(calibration[:little] if self._exact and not effort.polish else calibration)
