@@ -63,6 +63,9 @@ def plan(
     tflops: Annotated[float | None, typer.Option(help="16-bit TFLOPS of the machine.")] = None,
     reserve: Annotated[str, typer.Option(help="Share of the memory that is for something else.")] = "10%",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share the heads: what each holds.")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Machines, or GPUs, that share a conversion: what it takes.")
+    ] = 1,
     weight_bits: Annotated[float, typer.Option(help="Bits of a stored weight.")] = 16,
     serve_on: Annotated[
         str | None,
@@ -81,6 +84,7 @@ def plan(
         **{"context": context, "batch": batch, "keep": keep, "bytes": bytes, "window": window, "reserve": reserve},
         tensor_parallel=tensor_parallel,
         serve_on=serve_on,
+        processes=processes,
         **machine,
     )
     if as_json:

@@ -87,6 +87,7 @@ class LatentJob(Job):
             written=self.self_generated * self.recipe.sequence_length,
             one_by_one=self.one_by_one,
             precision=source.precision,
+            processes=self.team.size,
         )
 
     def convert(self, source: SourceModel, text: Text, journal: Journal | None, progress: Progress) -> Converted:

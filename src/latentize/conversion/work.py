@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from latentize.conversion.allocate import TRIAL_TOKENS, TRIED
 from latentize.conversion.coding import SAMPLED_TOKENS, TRIED_TOKENS
@@ -48,6 +48,7 @@ class Work:
         narrow, wide, double: Multiplications and additions in bfloat16, float32 and float64.
         scores: Multiplications and additions of queries with keys, and of their probabilities with values.
         moved: Bytes of activations that are read and written beside products.
+        sent: Bytes that each process hands to others.
     """
 
     narrow: float = 0.0
@@ -55,6 +56,7 @@ class Work:
     double: float = 0.0
     scores: float = 0.0
     moved: float = 0.0
+    sent: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(mine + yours for mine, yours in zip(self._parts(), other._parts(), strict=True)))
@@ -65,7 +67,7 @@ class Work:
     __rmul__ = __mul__
 
     def _parts(self) -> tuple[float, ...]:
-        return (self.narrow, self.wide, self.double, self.scores, self.moved)
+        return (self.narrow, self.wide, self.double, self.scores, self.moved, self.sent)
 
     @property
     def flop(self) -> float:
@@ -74,8 +76,8 @@ class Work:
 
     def seconds(self, rates: Rates) -> float:
         """How long a machine takes."""
-        pairs = zip(self._parts(), (rates.narrow, rates.wide, rates.double, rates.scores, rates.moved), strict=True)
-        return sum(part / rate for part, rate in pairs)
+        reached = (rates.narrow, rates.wide, rates.double, rates.scores, rates.moved, rates.sent)
+        return sum(part / rate for part, rate in zip(self._parts(), reached, strict=True))
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Rates:
         narrow, wide, double: Multiplications and additions a second in bfloat16, float32 and float64.
         scores: The same in attention, which is far slower than other products.
         moved: Bytes a second.
+        sent: Bytes a second that a process can hand to others.
     """
 
     narrow: float
@@ -93,19 +96,38 @@ class Rates:
     double: float
     scores: float
     moved: float
+    sent: float = math.inf
 
 
 @dataclass(frozen=True)
 class _Counter:
-    """Work of parts that stages are made of.
+    """Work of parts that stages are made of, for the first of several processes, which does most.
 
     Attributes:
         precision: What is multiplied in bfloat16.
+        processes: How many there are.
     """
 
     spec: ModelSpec
     recipe: Recipe
     precision: Precision
+    processes: int = 1
+
+    def share(self, work: Work) -> Work:
+        """Of what processes share."""
+        return 1 / self.processes * work
+
+    def rounds(self, items: int) -> int:
+        """How many of a list that processes share."""
+        return -(-items // self.processes)
+
+    def steps(self, how: Schedule) -> Schedule:
+        """Those of all processes together: each has a sequence of a step at least."""
+        return how.suited(self.processes * self.recipe.sequence_length) if self.processes > 1 else how
+
+    def summed(self, numbers: float) -> Work:
+        """float32 numbers, over the processes: a ring hands on all but its own part, twice (Patarasuk & Yuan 2009)."""
+        return Work(sent=4 * numbers * 2 * (self.processes - 1) / self.processes)
 
     def whole(self, tokens: int) -> int:
         """Tokens of the whole sequences among so many, at least of one."""
@@ -212,11 +234,18 @@ class _Counter:
 
     def refined(self, setting: Setting, how: Schedule, tokens: float) -> Work:
         """One layer: the steps, and then the output projection."""
-        work = self.attention(how.steps * self.whole(how.tokens), setting, 3)
+        how = self.steps(how)
+        work = self.share(self.attention(how.steps * self.whole(how.tokens), setting, 3))
         work += self.orthogonalised(setting, how)
+        work += self.summed(how.steps * sum(map(math.prod, self.latent(setting))))
         solved = min(tokens, solved_tokens(how))
         read = self.spec.attention.num_heads * self.spec.attention.head_dim
-        return work + self.attention(solved, setting, 1) + Work(wide=2 * solved * read**2, double=read**3)
+        gram = self.attention(solved, setting, 1) + Work(wide=2 * solved * read**2)
+        return work + self.share(gram) + Work(double=read**3)
+
+    def alone(self) -> _Counter:
+        """The same where every process does all of it."""
+        return replace(self, processes=1)
 
 
 def latent_work(
@@ -228,6 +257,7 @@ def latent_work(
     written: int,
     one_by_one: bool,
     precision: Precision,
+    processes: int = 1,
 ) -> Mapping[str, Work]:
     """Of a conversion to latent attention, stage by stage as its progress names them.
 
@@ -239,8 +269,9 @@ def latent_work(
         written: Tokens that the source writes itself.
         one_by_one: Whether every layer is sized for itself.
         precision: What is multiplied in bfloat16.
+        processes: That share it.
     """
-    of = _Counter(spec, recipe, precision)
+    of = _Counter(spec, recipe, precision, processes)
     layers, converted, length = spec.layers, len(spec.converted), recipe.sequence_length
     tokens, evaluated = of.whole(recipe.calibration_tokens + written), of.whole(recipe.held_out_tokens)
     setting, refinement = settings[0], effort.refinement
@@ -254,16 +285,17 @@ def latent_work(
     rough = refinement is not None or setting.whole
     read = min(tokens, RMS_TOKENS) if setting.whole and not effort.polish else tokens
     stated = min(read, START_TOKENS) if rough else read
-    made = of.forward(read, Use.LEARNT if rough else Use.STATISTICS) + of.statistics(stated, distances) + of.closed()
+    seen = of.forward(read, Use.LEARNT if rough else Use.STATISTICS) + of.statistics(stated, distances)
+    made = of.share(seen) + of.closed() + of.summed(2 * spec.attention.hidden_size**2)
     drafted = min(tokens, REFINED_TOKENS if refinement else 0 if effort.whole else RMS_TOKENS)
     if refinement is not None:
         made += of.refined(setting, refinement, drafted)
-    made += of.forward(drafted, Use.LEARNT)
+    made += of.share(of.forward(drafted, Use.LEARNT))
     # Source, result, and what a layer was on its way.
     measured = (2 + setting.linear) * (layers * of.forward(evaluated, Use.MEASURED) + of.head(evaluated))
     if refinement is not None:
         measured += layers * of.forward(evaluated, Use.LEARNT) + of.head(evaluated)
-    kept = (layers - converted) * of.forward(read, Use.MEASURED)
+    kept = (layers - converted) * of.share(of.forward(read, Use.MEASURED))
     if not effort.whole:
         return {**stages, "converting layers": converted * made + kept + measured}
     stages["refining layers"] = converted * made + kept
@@ -276,7 +308,7 @@ def latent_work(
         some = of.whole(min(SAMPLED_TOKENS, tokens))
         stages["suiting rows"] = _gradients(of, some) + converted * _suited(setting, some)
     few = of.whole(max(length, RMS_TOKENS))
-    stages["converting layers"] = measured + layers * of.forward(min(few, tokens), Use.LEARNT)
+    stages["converting layers"] = measured + layers * of.share(of.forward(min(few, tokens), Use.LEARNT))
     return stages
 
 
@@ -305,16 +337,18 @@ def _suited(setting: Setting, tokens: int) -> Work:
 
 def _polished(of: _Counter, setting: Setting, how: Schedule, selection: int, looks: int) -> Work:
     """Forward, and back through everything; the gradients of attention's matrices."""
+    how = of.steps(how)
     tokens = how.steps * of.whole(how.tokens)
     layer = 2 * of.forward(tokens, Use.LEARNT) + of.attention(tokens, setting, 1)
-    layer += of.orthogonalised(setting, how)
     # On the way back operators read what they made on the way there, too.
     layer += Work(moved=2 * tokens * of.activations())
     # Logits of both, and the way back from one.
-    step = of.spec.layers * layer + 3 * of.head(tokens, Use.LEARNT)
+    step = of.share(of.spec.layers * layer + 3 * of.head(tokens, Use.LEARNT))
+    step += of.spec.layers * of.orthogonalised(setting, how)
+    step += of.summed(how.steps * len(of.spec.converted) * sum(map(math.prod, of.latent(setting))))
     # Rounded and not, once each, before the first step.
     looked = of.spec.layers * of.forward(selection, Use.LEARNT) + 2 * of.head(selection, Use.LEARNT)
-    return step + looks * looked
+    return step + looks * of.share(looked)
 
 
 def _choice(
@@ -331,11 +365,12 @@ def _choice(
     probed = of.attention(tokens / 4, settings[0], 1) + of.closed()
     tried = of.closed()
     if refines:
-        tried += of.refined(settings[0], short_refinement(recipe.sequence_length), tokens)
+        # Processes share what is tried, not the text.
+        tried += of.alone().refined(settings[0], short_refinement(recipe.sequence_length), tokens)
     if one_by_one and recipe.sizes is None and len(spec.converted) > 1:
         # Each layer is tried alone, and the rest of the source follows it.
         trial = of.whole(min(TRIAL_TOKENS, recipe.selection_tokens))
-        sized = len(settings) * probed + len(TRIED) * tried + of.head(trial)
+        sized = of.rounds(len(settings)) * probed + of.rounds(len(TRIED)) * tried + of.head(trial)
         return {"sizing layers": text + len(spec.converted) * (sized + layers / 2 * of.forward(trial, Use.LEARNT))}
     by_size: dict[tuple[int, int], int] = {}
     for setting in settings:
@@ -345,8 +380,9 @@ def _choice(
     if max(by_size.values()) > LADDERS:
         stages["choosing the ladder"] = text + some * of.closed()
     likely = sum(min(count, LADDERS + 2) for count in by_size.values())
-    stages["comparing settings"] = text + some * likely * probed
+    stages["comparing settings"] = text + some * of.rounds(likely) * probed
     finalists = sum(sorted((min(count, 1 + refines) for count in by_size.values()), reverse=True)[:FINALISTS])
     predicted = layers * of.forward(selection, Use.LEARNT) + of.head(selection, Use.LEARNT)
-    stages["comparing the best settings"] = text + predicted + finalists * (predicted + some * tried)
+    compared = of.rounds(finalists) * (predicted + some * tried)
+    stages["comparing the best settings"] = text + predicted + compared
     return stages

@@ -27,6 +27,8 @@ _STORED = 2
 # Shares of what a vendor states for large products in 16 bits and for its memory that a conversion of layer after layer
 # reaches, taken, not measured: in bfloat16, in float32, in float64, in attention, in copies.
 _REACHED = (0.3, 0.1, 0.02, 0.15, 0.6)
+# Bytes a second that a GPU hands to others of its node, taken: a quarter of what NVLink 4 has in one direction.
+_SENT = 112e9
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class _AsPublished:
         return _STORED * math.prod(self._shapes[name])
 
 
-def forecast(spec: ModelSpec, recipe: Recipe, rates: Rates, *, faster: bool) -> Forecast:
+def forecast(spec: ModelSpec, recipe: Recipe, rates: Rates, *, faster: bool, processes: int = 1) -> Forecast:
     """Time and memory of a conversion.
 
     Args:
@@ -74,6 +76,7 @@ def forecast(spec: ModelSpec, recipe: Recipe, rates: Rates, *, faster: bool) -> 
         recipe: What is to be done.
         rates: What the machine reaches.
         faster: Whether it multiplies bfloat16 faster than float32.
+        processes: That share the conversion, each on a machine of its own, or a GPU.
 
     Raises:
         LatentizeError: the recipe is not possible for this model.
@@ -88,7 +91,7 @@ def forecast(spec: ModelSpec, recipe: Recipe, rates: Rates, *, faster: bool) -> 
         "precision": Precision(faster, large, recipe.hurries),
     }
     memory = latent_footprint(spec, stored, recipe, candidates, effort, item=_STORED, **common)
-    work = latent_work(spec, recipe, candidates, effort, **common)
+    work = latent_work(spec, recipe, candidates, effort, **common, processes=processes)
     stages = {stage: done.seconds(rates) for stage, done in work.items()}
     peak = expected_peak(memory, keeps_freed=not large)
     return Forecast(sum(stages.values()), peak, sum(done.flop for done in work.values()), stages)
@@ -104,4 +107,4 @@ def published_rates(machine: Machine) -> Rates:
     narrow, wide, double, attended, copied = _REACHED
     flops = machine.flops_per_second
     moved = machine.bytes_per_second or flops
-    return Rates(narrow * flops, wide * flops, double * flops, attended * flops, copied * moved)
+    return Rates(narrow * flops, wide * flops, double * flops, attended * flops, copied * moved, _SENT)

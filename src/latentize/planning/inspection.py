@@ -32,6 +32,7 @@ def plan(
     reserve: Any = "10%",
     tensor_parallel: int = 1,
     serve_on: str | None = None,
+    processes: int = 1,
     **machine: Any,
 ) -> dict[str, Any]:
     """What ``latentize plan --json`` prints.
@@ -91,11 +92,11 @@ def plan(
     planned = {**facts, **capacity.describe(where, rows, found)}
     planned["rows"] = on_a_rank(planned["rows"], rows)
     if isinstance(spec, ModelSpec) and where.flops_per_second:
-        planned["conversion"] = _conversions(spec, share, where, here=device == "cpu")
+        planned["conversion"] = _conversions(spec, share, where, here=device == "cpu", processes=processes)
     return planned
 
 
-def _conversions(spec: ModelSpec, keep: float, machine: Machine, *, here: bool) -> list[dict[str, Any]]:
+def _conversions(spec: ModelSpec, keep: float, machine: Machine, *, here: bool, processes: int) -> list[dict[str, Any]]:
     """What converting takes, in closed form and by default; nothing where the model cannot be converted so."""
     from latentize.conversion.rates import rates_of
     from latentize.machine import multiplies_bfloat16
@@ -106,12 +107,11 @@ def _conversions(spec: ModelSpec, keep: float, machine: Machine, *, here: bool) 
     found = []
     for fast in (True, False):
         try:
-            made = forecast(
-                spec, Recipe.build(keep=keep, fast=fast), rates, faster=not here or multiplies_bfloat16("cpu")
-            )
+            faster = not here or multiplies_bfloat16("cpu")
+            made = forecast(spec, Recipe.build(keep=keep, fast=fast), rates, faster=faster, processes=processes)
         except LatentizeError:
             return []
-        found.append({"fast": fast, **made.describe()})
+        found.append({"fast": fast, **made.describe(), **({"processes": processes} if processes > 1 else {})})
     return found
 
 

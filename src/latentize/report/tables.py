@@ -82,7 +82,9 @@ def capacity_tables(result: dict[str, Any]) -> tuple[list[Table], list[str]]:
 
 def conversions_table(result: dict[str, Any]) -> Table:
     """How long a conversion takes, how much memory, and what takes most of the time."""
-    table = _table(f"Converting on {result['machine']['name']}", "effort", "time", "memory, GB", "TFLOP", "longest")
+    several = result["conversion"][0].get("processes", 1)
+    where = result["machine"]["name"] if several == 1 else f"{several} × {result['machine']['name']}"
+    table = _table(f"Converting on {where}", "effort", "time", "memory, GB", "TFLOP", "longest")
     for row in result["conversion"]:
         longest = max(row["stages"], key=row["stages"].__getitem__)
         share = row["stages"][longest] / row["seconds"]

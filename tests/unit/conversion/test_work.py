@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,27 @@ def test_stages_are_those_of_the_recipe() -> None:
         "polishing",
         "converting layers",
     ]
+
+
+def test_processes_share_what_can_be_shared() -> None:
+    """Candidates, text and steps are; closed forms, Muon's products and the measurement in the end are not."""
+
+    def of(processes: int, **entries: Any) -> dict[str, float]:
+        recipe = Recipe.build(**entries)
+        return forecast(read_spec(MODEL), recipe, RATES, faster=True, processes=processes).stages  # type: ignore[arg-type]
+
+    for entries in ({}, {"fast": True}, {"format": "native"}, {"polish": True}):
+        times = [of(n, **entries) for n in (1, 2, 8, 64)]
+        for fewer, more in pairwise(times):
+            assert fewer.keys() == more.keys()
+            assert all(more[stage] <= fewer[stage] for stage in fewer)
+        assert times[0] == seconds(**entries)
+        assert sum(times[1].values()) > 0.5 * sum(times[0].values())
+    alone, two = of(1, polish=True)["polishing"], of(2, polish=True)["polishing"]
+    assert two < 0.75 * alone
+    assert forecast(read_spec(MODEL), Recipe.build(), replace(RATES, sent=1e9), faster=True, processes=2).seconds > sum(  # type: ignore[arg-type]
+        of(2).values()
+    )
 
 
 def test_plan_says_what_converting_takes() -> None:
