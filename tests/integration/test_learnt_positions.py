@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import latentize
 from latentize.errors import OptionError, UnsupportedModelError
 from latentize.families import model_spec
+from latentize.families.described import described
 from latentize.modeling.load import load_model
 
 # Positions of a picomodel.
@@ -72,4 +73,6 @@ def test_what_is_another_attention_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModelError, match=next(iter(changes))) as refused:
         model_spec({"model_type": "gpt2", **changes})
     assert refused.value.code == "LZ212"
-    assert model_spec({"model_type": "gpt2"}).attention.hidden_size == 768
+    spec = model_spec({"model_type": "gpt2"})
+    assert spec.attention.hidden_size == 768 and spec.intermediate_size == 3072
+    assert described(spec)["rope"] is None and described(spec)["max_position_embeddings"] == 1024

@@ -24,7 +24,8 @@ def described(model: ModelSpec | LatentModel) -> dict[str, Any]:
         "num_attention_heads": a.num_heads,
         "num_key_value_heads": a.num_kv_heads,
         "head_dim": a.head_dim,
-        "rope": a.rope.parameters(),
+        # Nothing of what is converted may rotate.
+        "rope": a.rope.parameters() if a.rotates else None,
         "qkv_bias": a.qkv_bias,
         "qk_norm": a.qk_norm,
         "tie_word_embeddings": model.tied,
