@@ -254,7 +254,7 @@ def model_spec(
     kinds = _kinds(table, config, stated, layers, window, unrotated)
     eps = _epsilon(config, table.norm_eps)
     attention = _attention(table, config, feature, eps)
-    if len(unrotated) == layers:
+    if table.attention.get("unrotated") == "all":
         attention = replace(attention, rotates=False)
     softcap = config.get(table.logit_softcap) if table.logit_softcap else None
     return ModelSpec(

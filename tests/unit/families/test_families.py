@@ -103,7 +103,7 @@ def test_features_of_each_family(family: str) -> None:
     assert attention.qk_norm == (across or family in normed)
     assert attention.qk_norm_across == across
     assert attention.rotates_whole == (
-        family not in ("exaone4", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "minimax_m2", "stablelm", *gated)
+        family not in ("glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "minimax_m2", "stablelm", *gated)
     )
     assert attention.norm_eps == 1e-4
     kv_heads = 4 if family in ONLY_MHA else 2
