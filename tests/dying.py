@@ -61,7 +61,7 @@ def torchrun(script: str, tmp_path: Path, *arguments: object) -> subprocess.Comp
 
 
 def died_and_resumed(model: Path, text: str, folder: Path, at: int, rank: int) -> bool:
-    """One of two processes dies at its so-manieth sum; whether anything was kept. The conversion goes on and ends."""
+    """One of two processes dies as it sums for the ``at``-th time, and one goes on. Whether anything was kept."""
     out = folder / "out"
     entries = {**OPTIONS, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "polish": False}
     done = torchrun(DYING, folder, model, out, text, json.dumps(entries), at, rank)

@@ -55,8 +55,10 @@ def convert(
             it; the architecture has to have a table all the same. Without it no such code is ever run.
         progress: Told how far it is.
 
+    Under ``torchrun`` every process calls this, and they share the work.
+
     Returns:
-        What ``latentize convert --json`` prints.
+        What ``latentize convert --json`` prints; nothing but on the first of several processes.
 
     Raises:
         LatentizeError: anything that the user can mend; nothing is left at ``out``. What an interruption or a full disk

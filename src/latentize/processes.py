@@ -48,7 +48,7 @@ class Team:
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """Every so-manieth of a list that all have."""
+        """Of a list that all have, every n-th item, ``n`` being how many processes there are."""
         return items[self.rank :: self.size]
 
     def gathered(self, values: Sequence[float], count: int) -> list[float]:

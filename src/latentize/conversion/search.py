@@ -131,7 +131,7 @@ def _compared(
 ) -> list[tuple[Setting, float]]:
     """KL of the model with some layers converted, each learnt alone, for every finalist."""
     own, reference, all_of_them = source.embed(calibration), source.embed(selection), finalists
-    # Each process compares every so-manieth with the source.
+    # Each process compares its own with the source.
     finalists = team.mine(finalists)
     streams, some = [reference.clone() for _ in finalists], set(sampled_layers(source.spec.converted))
     for layer in source.layers():

@@ -82,7 +82,7 @@ class LatentizeConfig(PreTrainedConfig):
 
 def _aliases(config: dict[str, Any]) -> Mapping[str, str]:
     """By what name a family has an entry."""
-    table = families().get(config.get("model_type", ""))
+    table = families().get(str(config.get("model_type")))
     return {} if table is None else table.aliases
 
 
