@@ -13,7 +13,7 @@
 #SBATCH --requeue
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # One torchrun a node, which starts a process for each of its GPUs.
 srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${GPUS:-8}" --rdzv_id "$SLURM_JOB_ID" \
   --rdzv_backend c10d --rdzv_endpoint "$FIRST:${PORT:-29500}" \

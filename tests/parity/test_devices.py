@@ -93,6 +93,7 @@ ON_PURPOSE = {
     "training/refine.py: descend": "numbers of sequences",
     "healing/run.py: look": "sums of what was brought back",
     "conversion/texts.py: mixed": "the text",
+    "conversion/latent.py: _with_its_own": "the text, as the first process has written it",
     "runtime/absorbed.py: has_fused": "tries an operator of the CPU",
     "runtime/rotation.py: rotation": "moved by rotation_on",
 }

@@ -51,7 +51,8 @@ def theirs(model: Any, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
     def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any], result: tuple[Tensor, Any]) -> None:
         seen.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], result[0]))
 
-    attention = next(module for name, module in second.named_children() if "attn" in name or "attention" in name)
+    names = [name for name, _ in second.named_children() if name in ("self_attn", "attention", "attn")]
+    attention = getattr(second, names[0])
     hook = attention.register_forward_hook(keep, with_kwargs=True)
     model(input_ids=random_tokens(*positions_BT.shape), position_ids=positions_BT, use_cache=False)
     hook.remove()
