@@ -123,7 +123,7 @@ def test_where_one_dies_all_end_and_can_go_on(
     assert kept == (at > 2), "the first layer was refined, or nothing was"
 
 
-def test_more_processes_than_text(source: Callable[..., Path]) -> None:
+def test_more_processes_than_text() -> None:
     text = Passages.contiguous(torch.zeros(3, 8, dtype=torch.int64))
     assert [len(text.share(Team(rank, 3))) for rank in range(3)] == [1, 1, 1]
     assert [len(text.share(Team(rank, 2))) for rank in range(2)] == [1, 1]
