@@ -176,7 +176,7 @@ def divergence(source: SourceModel, plain: Student, weights: list[Any], text: Pa
     with torch.autocast(torch.device(source.device).type, torch.bfloat16, enabled=source.precision.faster):
         for row in range(len(text)):
             entering = source.embed(text[row : row + 1])
-            total += student.divergence(student.run(entering), plain.run(entering))
+            total += student.divergence(student.run(entering), plain.log_probs(plain.run(entering)))
     return total / len(text)
 
 

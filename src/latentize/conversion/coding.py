@@ -6,7 +6,7 @@ The whole model is in memory, so this is for models that fit. n tokens, N sequen
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -165,18 +165,15 @@ def code_rows(
 
 
 def _student(
-    source: SourceModel, weights: Sequence[LatentWeights | None], watches: Sequence[_Watch]
-) -> tuple[Student, list[int]]:
-    """The whole model, each converted layer with its watch, and the numbers of those layers."""
-    student, numbers = Student(source), []
+    source: SourceModel, weights: Sequence[LatentWeights | None]
+) -> tuple[Student, dict[int, LatentAttention]]:
+    """The whole model, and the attention of its converted layers by their numbers; no row is rounded."""
+    student, converted = Student(source), {}
     for index, w in enumerate(weights):
-        attention = None
         if w is not None:
-            attention = LatentAttention.from_weights(w.to(torch.float32))
-            attention.watch = watches[len(numbers)]
-            numbers.append(index)
-        student.add(source.layer(index), attention)
-    return student, numbers
+            converted[index] = LatentAttention.from_weights(replace(w, code=None).to(torch.float32))
+        student.add(source.layer(index), converted.get(index))
+    return student, converted
 
 
 def suited_rows(
@@ -220,8 +217,10 @@ def sampled_rows(
         seed: Draws the model's own words.
         sinks, newest: Tokens that are seen as they are: the first are left out, and what sees the newest has no part.
     """
-    watches = [_Watch(sinks, newest) for w in weights if w is not None]
-    student, _ = _student(source, weights, watches)
+    student, converted = _student(source, weights)
+    watches = [_Watch(sinks, newest) for _ in converted]
+    for attention, watch in zip(converted.values(), watches, strict=True):
+        attention.watch = watch
     generator = torch.Generator(source.device).manual_seed(seed)
     count = max(1, min(len(text), SAMPLED_TOKENS // text.length))
     for row in torch.linspace(0, len(text) - 1, count).long().tolist():
@@ -261,17 +260,19 @@ class _Costs:
     ) -> None:
         parts = iter(zip(layers, trial, strict=True))
         coded = [None if w is None else apply_plan(w, *next(parts), how.sinks, how.newest) for w in weights]
+        self._student, converted = _student(source, coded)
+        self._converted = list(converted.items())
         self._watches = [_Watch(how.sinks, how.newest, w.code) for w in coded if w is not None]
-        self._student, self._numbers = _student(source, coded, self._watches)
         # What enters the layer that is measured, and how far it has come.
         self._entering, self._at = source.embed(text[: max(1, TRIED_TOKENS // text.length)]), 0
-        self._reference_nD = self._student.run(self._entering)
+        self._reference = list(self._student.log_probs(self._student.run(self._entering)))
 
     def of(self, number: int, half: str) -> float:
         """For one half of the ``number``-th converted layer; layers are asked for in order."""
-        index, watch = self._numbers[number], self._watches[number]
+        (index, attention), watch = self._converted[number], self._watches[number]
         self._entering = self._student.through(self._entering, self._at, index)
-        self._at, watch.half = index, half
+        # Of all layers one rounds; the others need not tell rows as they are stored from rows as they are.
+        self._at, watch.half, attention.watch = index, half, watch
         made_nD = self._student.run(self._entering, start=index)
-        watch.half = ""
-        return self._student.divergence(made_nD, self._reference_nD)
+        attention.watch = None
+        return self._student.divergence(made_nD, self._reference)

@@ -5,7 +5,7 @@ N sequences, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -53,11 +53,17 @@ class Student:
         """:meth:`run`, so that gradients can come back."""
         return self.run(stream)
 
+    def log_probs(self, hidden_nD: Tensor) -> Iterator[Tensor]:
+        """Of hidden states that leave the last layer, float32 ``[·, V]``, some tokens at a time."""
+        return (self.head(part_nD).float().log_softmax(-1) for part_nD in hidden_nD.split(self.at_once))
+
     @torch.no_grad()
-    def divergence(self, hidden_nD: Tensor, reference_nD: Tensor) -> float:
-        """Mean ``KL(reference ‖ model)`` in nats per token, of hidden states that leave the last layer."""
-        total = 0.0
-        for part_nD, reference in zip(hidden_nD.split(self.at_once), reference_nD.split(self.at_once), strict=True):
-            log_p_nV, log_q_nV = (self.head(h_nD).float().log_softmax(-1) for h_nD in (reference, part_nD))
-            total += float((log_p_nV.exp() * (log_p_nV - log_q_nV)).sum())
-        return total / len(hidden_nD)
+    def divergence(self, hidden_nD: Tensor, reference: Iterable[Tensor]) -> float:
+        """Mean ``KL(reference ‖ model)`` in nats per token, of hidden states that leave the last layer.
+
+        Args:
+            hidden_nD: The hidden states.
+            reference: :meth:`log_probs` of the reference.
+        """
+        pairs = zip(reference, self.log_probs(hidden_nD), strict=True)
+        return sum(float((log_p.exp() * (log_p - log_q)).sum()) for log_p, log_q in pairs) / len(hidden_nD)
