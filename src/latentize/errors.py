@@ -47,6 +47,7 @@ CODES: dict[str, tuple[str, str]] = {
     "LZ120": ("a package that quantised weights need is not installed", "`pip install 'latentize[gguf,quantised]'`."),
     "LZ121": ("sizes in config.json contradict each other", "Take it from where the model was published."),
     "LZ122": ("a checkpoint is read otherwise than transformers reads it", "Report it, with config.json."),
+    "LZ123": ("a model of text alone, asked to see", "Load it by AutoModelForCausalLM."),
     "LZ201": ("an architecture without a table", "See docs/adding-a-family.md."),
     "LZ202": ("the output format, or the file type, cannot hold this", "Use --format native, or another --type."),
     "LZ203": ("the model has latent attention already", "Lower its rank (docs/lower-rank.md), or convert its source."),

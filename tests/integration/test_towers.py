@@ -34,14 +34,14 @@ TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def saved(folder: Path, kind: str, *, tied: bool) -> tuple[Path, Any]:
+def saved(folder: Path, kind: str, *, tied: bool, **more: Any) -> tuple[Path, Any]:
     """A multimodal picomodel on disk, and in memory."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     family, entries, sees = TOWERS[kind]
     kind = kind.partition(",")[0]
     text = {**pico_config(family, 2, tie_word_embeddings=tied).to_dict(), **entries}
-    config = AutoConfig.for_model(kind, text_config=text, vision_config=sees, tie_word_embeddings=tied)
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=sees, tie_word_embeddings=tied, **more)
     model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     randomize(model)
     model.eval().save_pretrained(folder)

@@ -159,14 +159,15 @@ def queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tens
 
 def _steady_queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
     """The same where they do not grow."""
+    angles = rope_angles(w.turning(positions_BT), positions_BT)
     if w.q_HdD is not None:
         assert w.q_norm_R is not None
         q_BHTd = head_norm(_project(x_BTD, w.q_HdD, None), w.q_norm_R, w.norm_eps)
-        q_rope_BHTR = turned(q_BHTd @ w.q_rope_HRD.mT, None, w.norm_eps, w.turning(positions_BT), positions_BT)
+        q_rope_BHTR = turned(q_BHTd @ w.q_rope_HRD.mT, None, w.norm_eps, angles)
         return q_BHTd @ w.q_nope_HND.mT, q_rope_BHTR
     q_nope_BHTN = _project(x_BTD, w.q_nope_HND, w.q_nope_bias_HN)
     q_rope_BHTR = _project(x_BTD, w.q_rope_HRD, w.q_rope_bias_HR)
-    return q_nope_BHTN, turned(q_rope_BHTR, w.q_norm_R, w.norm_eps, w.turning(positions_BT), positions_BT)
+    return q_nope_BHTN, turned(q_rope_BHTR, w.q_norm_R, w.norm_eps, angles)
 
 
 def cache_rows(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +177,8 @@ def cache_rows(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[T
     """
     c_B1Tr = torch.nn.functional.linear(x_BTD, w.kv_a_rD)[:, None]
     k_rope_BPTR = _project(x_BTD, w.k_rope_PRD, w.k_rope_bias_PR)
-    k_rope_BPTR = turned(k_rope_BPTR, w.k_norm_R, w.norm_eps, w.turning(positions_BT), positions_BT)
+    angles = rope_angles(w.turning(positions_BT), positions_BT)
+    k_rope_BPTR = turned(k_rope_BPTR, w.k_norm_R, w.norm_eps, angles)
     if w.k_KeD is None or w.key_gain_K is None:
         return c_B1Tr, k_rope_BPTR
     k_BTKe = torch.einsum("btD,keD->btke", x_BTD, w.k_KeD)
@@ -203,19 +205,18 @@ def factors_apart(k_rope_BPSR: Tensor, count: int) -> tuple[Tensor, Tensor | Non
     return k_rope_B1SR, factor_B1SK[:, 0].mT
 
 
-def turned(x_BhTR: Tensor, norm_R: Tensor | None, eps: float, frequencies_PF: Tensor, positions_BT: Tensor) -> Tensor:
+def turned(x_BhTR: Tensor, norm_R: Tensor | None, eps: float, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Roped queries or keys after their norm, if there is one, and RoPE.
 
     Args:
         x_BhTR: Of all query heads, or of all roped keys.
         norm_R: Weight of an RMSNorm, ``[R]`` or ``[h, R]``.
         eps: Of that norm.
-        frequencies_PF: Radians per position of each roped key.
-        positions_BT: Of the tokens.
+        angles: Cosines and sines of each roped key at each token, ``[B, P, T, F]``.
     """
     if norm_R is not None:
         x_BhTR = head_norm(x_BhTR, norm_R, eps)
-    cos, sin = rope_angles(frequencies_PF, positions_BT)
+    cos, sin = angles
     if 1 < cos.shape[1] != x_BhTR.shape[1]:
         share = x_BhTR.shape[1] // cos.shape[1]
         cos, sin = cos.repeat_interleave(share, dim=1), sin.repeat_interleave(share, dim=1)

@@ -74,6 +74,7 @@ class Checkpoint(ABC):
         config_path: The file that they come from.
         quantization: What the weights were quantised to, where they are read dequantised; else ``None``.
         left_out: What of a larger model is not read, in words; else empty.
+        whole: The entries of that larger model's ``config.json``, where :meth:`carried` has the rest of it.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class Checkpoint(ABC):
     config_path: Path
     quantization: dict[str, Any] | None = None
     left_out: str = ""
+    whole: Mapping[str, Any] | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -134,6 +136,11 @@ class Checkpoint(ABC):
     def stored_as(self, name: str) -> str:
         """What the files call a tensor."""
         return name
+
+    def carried(self) -> Iterator[tuple[str, Any]]:
+        """Tensors of a larger model that are no part of this one, as they are stored; their names begin with
+        ``towers.CARRIED``."""
+        yield from ()
 
     def check_stored(self, expected: Iterable[str] = ()) -> None:
         """Refuse weights that are quantised, or in a precision that is not read.

@@ -119,6 +119,7 @@ class QuantisedCheckpoint(Checkpoint):
     def __init__(self, stored: SafetensorsCheckpoint, entries: Mapping[str, Any], where: str) -> None:
         self._stored, self.path, self.config_path = stored, stored.path, stored.config_path
         self.config, self.left_out = unquantised(stored.config), stored.left_out
+        self.whole = None if stored.whole is None else unquantised(dict(stored.whole))
         method = _method(entries)
         self._scheme = SCHEMES[method](entries, where, stored.metadata)
         self._weights = {
@@ -202,6 +203,9 @@ class QuantisedCheckpoint(Checkpoint):
 
     def stored_as(self, name: str) -> str:
         return self._weights[name].first
+
+    def carried(self) -> Iterator[tuple[str, Any]]:
+        yield from self._stored.carried()
 
     def load(self, name: str) -> Any:
         if name not in self:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentize.checkpoint.base import DEQUANTISE, Checkpoint, filled, opened
-from latentize.checkpoint.towers import is_tower, language_model, left_out, own_names
+from latentize.checkpoint.towers import CARRIED, is_tower, language_model, left_out, own_names
 from latentize.errors import CheckpointError, ConfigError
 
 __all__ = ["SafetensorsCheckpoint", "read_json"]
@@ -159,7 +159,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._check_link(path)
         self._refuse_adapter(folder / "adapter_config.json")
         config = read_json(self.config_path, ConfigError, "LZ102")
-        self.config, self.left_out = language_model(config), left_out(config) if is_tower(config) else ""
+        self.config = language_model(config)
         self._file_of: dict[str, Path] = {}
         self._entry: dict[str, dict[str, Any]] = {}
         self._stored_as: dict[str, str] = {}
@@ -175,8 +175,21 @@ class SafetensorsCheckpoint(Checkpoint):
                 if name in self._file_of:
                     raise CheckpointError("the tensor is stored twice", code="LZ106", where=f"{path}, tensor {name}")
                 self._file_of[name], self._entry[name] = path, header[name]
-        if self.left_out:
-            self.rename(own_names(list(self._file_of)))
+        self._apart: dict[str, tuple[Path, dict[str, Any]]] = {}
+        self._set_apart(config)
+
+    def _set_apart(self, config: dict[str, Any]) -> None:
+        """Leave the language model's tensors, under its own names, and know where the others are."""
+        tower = is_tower(config)
+        named = own_names(list(self._file_of)) if tower else {}
+        named |= {name: None for name in self._file_of if name.startswith(CARRIED)}
+        for name in (name for name, own in named.items() if own is None):
+            self._apart[CARRIED + name.removeprefix(CARRIED)] = self._file_of[name], self._entry[name]
+        self.rename(named)
+        if tower:
+            plain = all(entry["dtype"] in _TORCH_NAMES for _, entry in self._apart.values())
+            self.left_out = left_out(config, carried=plain)
+            self._apart, self.whole = (self._apart, config) if plain else ({}, None)
 
     def _refuse_adapter(self, adapter: Path) -> None:
         if not adapter.exists():
@@ -255,7 +268,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @property
     def files(self) -> list[Path]:
-        return sorted(set(self._file_of.values()))
+        return sorted({*self._file_of.values(), *(path for path, _ in self._apart.values())})
 
     def names(self) -> Iterator[str]:
         yield from self._entry
@@ -302,14 +315,21 @@ class SafetensorsCheckpoint(Checkpoint):
         Raises:
             CheckpointError: it holds NaN or infinity, or PyTorch has no such type.
         """
-        path, entry = self._file_of[name], self._entry[name]
+        entry = self._entry[name]
+        return self.checked(name, self._tensor(self._read(self._file_of[name], entry), entry, self.where(name)))
+
+    def carried(self) -> Iterator[tuple[str, Any]]:
+        for name, (path, entry) in self._apart.items():
+            yield name, self._tensor(self._read(path, entry), entry, f"{path}, tensor {name.removeprefix(CARRIED)}")
+
+    def _read(self, path: Path, entry: Mapping[str, Any]) -> bytearray:
         begin, end = entry["data_offsets"]
         # Read, not mapped: mapped pages would stay in memory as long as the file is open.
         buffer = bytearray(end - begin)
         with opened(path) as stream:
             stream.seek(self._data_start[path] + begin)
             filled(path, stream.readinto(buffer), len(buffer))
-        return self._tensor(name, buffer, entry["shape"])
+        return buffer
 
     def load_rows(self, name: str, rows: Sequence[int]) -> Any:
         path, entry = self._file_of[name], self._entry[name]
@@ -322,15 +342,15 @@ class SafetensorsCheckpoint(Checkpoint):
             for place, row in enumerate(rows):
                 stream.seek(self._data_start[path] + begin + row * size)
                 filled(path, stream.readinto(view[place * size : (place + 1) * size]), size)
-        return self._tensor(name, buffer, [len(rows), *rest])
+        entry = {**entry, "shape": [len(rows), *rest]}
+        return self.checked(name, self._tensor(buffer, entry, self.where(name)))
 
-    def _tensor(self, name: str, buffer: bytearray, shape: list[int]) -> Any:
+    def _tensor(self, buffer: bytearray, entry: Mapping[str, Any], where: str) -> Any:
         import torch
 
-        stored = self._entry[name]["dtype"]
-        known = {**_TORCH_NAMES, **_QUANTISED_NAMES}
+        stored, known = entry["dtype"], {**_TORCH_NAMES, **_QUANTISED_NAMES}
         if stored not in known:
-            raise _unread(stored, self.where(name))
+            raise _unread(stored, where)
         dtype = getattr(torch, known[stored])
         tensor = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-        return self.checked(name, tensor.view(shape))
+        return tensor.view(entry["shape"])

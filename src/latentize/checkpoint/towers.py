@@ -1,4 +1,4 @@
-"""Language models inside multimodal ones: what sees and hears is left out.
+"""Language models inside multimodal ones, and the tensors of what sees and hears, which stay as they are.
 
 Their tensors lie under ``model.language_model`` or ``language_model.model`` beside those of other parts, and their
 config is a part of ``config.json``.
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["TOWERS", "is_tower", "language_model", "left_out", "own_names", "read_config"]
+__all__ = ["CARRIED", "TOWERS", "is_tower", "language_model", "left_out", "own_names", "read_config"]
 
+# How names of tensors begin that the native format carries along as they were stored.
+CARRIED = "carried."
 
 # Multimodal ``model_type`` → what its language model is by itself; empty where its part of the config says so.
 TOWERS = {
@@ -67,6 +69,7 @@ def own_names(stored: Iterable[str]) -> dict[str, str | None]:
     return {name: own for name, own in found.items() if name != own}
 
 
-def left_out(config: Mapping[str, Any]) -> str:
-    """What a report says of the rest."""
-    return f"the language model of '{config['model_type']}' alone is converted; what sees or hears is left out"
+def left_out(config: Mapping[str, Any], *, carried: bool) -> str:
+    """What a report says of the rest, and whether that can be carried along."""
+    rest = "carried along in the native format, and left out in others" if carried else "quantised, and left out"
+    return f"the language model of '{config['model_type']}' alone is converted; what sees or hears is {rest}"

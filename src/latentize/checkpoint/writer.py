@@ -45,6 +45,7 @@ _TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def has_tokenizer_code(source: Path) -> bool:
@@ -57,11 +58,16 @@ def has_tokenizer_code(source: Path) -> bool:
     return isinstance(entries, dict) and bool(entries.get("auto_map"))
 
 
-def copied_files(source: Path) -> list[Path]:
-    """Files of a checkpoint that belong to the tokenizer, to generation and to the licence."""
+def copied_files(source: Path, *, processor: bool = False) -> list[Path]:
+    """Files of a checkpoint that belong to the tokenizer, to generation and to the licence.
+
+    Args:
+        source: Its folder.
+        processor: Whether those that say how to see and hear are wanted as well.
+    """
     licence = [path for pattern in _LICENCE_FILES for path in sorted(source.glob(pattern))]
     licence += sorted(source.glob("*.py")) if has_tokenizer_code(source) else []
-    named = (source / name for name in _TOKENIZER_FILES)
+    named = (source / name for name in (*_TOKENIZER_FILES, *(_PROCESSOR_FILES if processor else ())))
     return [path for path in (*named, *sorted(source.glob(_TEMPLATES)), *licence) if path.is_file()]
 
 
@@ -206,11 +212,12 @@ class OutputFolder:
     def _shard_path(self, number: int) -> Path:
         return self.partial / f"{_SHARD}{number:05d}.safetensors"
 
-    def copy_tokenizer(self, source: Path) -> None:
+    def copy_tokenizer(self, source: Path, *, processor: bool = False) -> None:
         """Copy the files that belong to the tokenizer, to generation and to the licence, where the source has them.
 
         Args:
             source: A folder; or a GGUF file, of which they are made.
+            processor: As of :func:`copied_files`.
 
         Raises:
             OutputError: writing fails.
@@ -221,7 +228,7 @@ class OutputFolder:
             except OSError as error:
                 raise self._unwritten("write the tokenizer", error, self.partial) from error
             return
-        for path in copied_files(source):
+        for path in copied_files(source, processor=processor):
             try:
                 there = self.partial / path.relative_to(source)
                 there.parent.mkdir(exist_ok=True)

@@ -131,7 +131,10 @@ class Job(ABC):
         for name in source.names():
             source.load(name)
         rest = set() if is_gguf(source.path) else {source.config_path, source.path / "README.md"}
-        rest |= {*copied_files(source.path), *(source.path.glob("*.py") if self.trust_remote_code else ())}
+        rest |= {
+            *copied_files(source.path, processor=True),
+            *(source.path.glob("*.py") if self.trust_remote_code else ()),
+        }
         return {
             "model": model,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -266,7 +269,8 @@ class Job(ABC):
             measurements=measurements,
             notes=self.notes,
         )
-        folder.copy_tokenizer(self.checkpoint.path)
+        sees = self.checkpoint.whole is not None and self.writer.name == "native"
+        folder.copy_tokenizer(self.checkpoint.path, processor=sees)
         facts = (self.spec, self.recipe, report, self.notes)
         folder.write_text("README.md", card.render(model, self.checkpoint.path, *facts))
 

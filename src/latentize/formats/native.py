@@ -70,6 +70,8 @@ class NativeWriter(LatentWriter):
         if not self.spec.tied:
             # Whatever it is called in the files.
             self._add("source.lm_head.weight", self.checkpoint.load(self.spec.module("head") + ".weight"))
+        for name, tensor in self.checkpoint.carried():
+            self.folder.add(name, tensor)
 
     def config(self) -> dict[str, Any]:
         source, spec = dict(self.spec.stated), self.spec
@@ -82,4 +84,5 @@ class NativeWriter(LatentWriter):
             "source_config": source,
             "latent_layers": self._entries,
             "frequency_table": list(self._table),
+            **({} if self.checkpoint.whole is None else {"whole_config": dict(self.checkpoint.whole)}),
         }

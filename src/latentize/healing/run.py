@@ -249,7 +249,9 @@ def _save(folder: OutputFolder, model: Path, healing: Healing, weights: dict[str
     dtype = getattr(torch, files.config.get("dtype") or "bfloat16")
     for name, tensor in student.stored(files, text.tokens_NT[: max(1, _RMS_TOKENS // text.length)], dtype):
         folder.add(name, tensor.detach() if tensor.dtype == torch.int32 else tensor.detach().to(dtype))
-    folder.copy_tokenizer(model)
+    for name, tensor in files.carried():
+        folder.add(name, tensor)
+    folder.copy_tokenizer(model, processor=True)
     folder.finish_model(files.config)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from latentize.attention.coding import Rounding, RowCode
 from latentize.attention.grouped import grown, head_norm
@@ -24,7 +25,7 @@ from latentize.attention.latent import (
 )
 from latentize.attention.masks import narrowed
 from latentize.attention.projections import UpProjections, affine, matrix, up_projections
-from latentize.attention.rope import Beyond
+from latentize.attention.rope import Beyond, rope_angles
 from latentize.attention.spec import LatentSpec, LongTable
 from latentize.modeling.blocks import newest_blocks
 from latentize.modeling.expanded import attend_expanded
@@ -55,6 +56,8 @@ class LatentAttention(nn.Module):
 
     Attributes:
         watch: Stands for the module's own code: sees all rows and their positions; for calibration.
+        given_angles: Whether the angles of ``frequency_table`` that the decoder hands to every layer count (M-RoPE,
+            where a token has three positions); else they are made of ``position_ids``.
     """
 
     rope_pairs: Tensor
@@ -65,6 +68,7 @@ class LatentAttention(nn.Module):
     q_maps: nn.Parameter | None
     key_gain: nn.Parameter | None
     watch: Rounding | None = None
+    given_angles = False
 
     def __init__(
         self,
@@ -232,7 +236,7 @@ class LatentAttention(nn.Module):
 
         Args:
             hidden_states: ``[B, T, D]``, normalised.
-            position_ids: ``[B, T]`` or ``[1, T]``; by default 0 … T - 1.
+            position_ids: ``[B, T]`` or ``[1, T]``; by default they go on from what is cached.
             attention_mask: ``None`` (causal), boolean, or additive; ``[B, 1, T, S]``.
             past_key_values: transformers' cache, or one like it.
             layer_past: The same, as GPT-NeoX calls it.
@@ -253,7 +257,8 @@ class LatentAttention(nn.Module):
             raise unknown_mask(attention_mask)
         # An empty cache may be false.
         cache = layer_past if past_key_values is None else past_key_values
-        return self.o_proj(self.read(hidden_states, position_ids, attention_mask, cache)), None
+        angles = more.get("position_embeddings") if self.given_angles else None
+        return self.o_proj(self.read(hidden_states, position_ids, attention_mask, cache, angles)), None
 
     def read(
         self,
@@ -261,19 +266,29 @@ class LatentAttention(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: Any = None,
+        angles: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """What the output projection gets: ``[B, T, H V]``; arguments as for :meth:`forward`."""
-        heads_BHTV = self._read(hidden_states, position_ids, attention_mask, cache)
+        heads_BHTV = self._read(hidden_states, position_ids, attention_mask, cache, angles)
         read_BTI = heads_BHTV.transpose(1, 2).flatten(2)
         return read_BTI if self.head_gate is None else read_BTI * self.head_gate(hidden_states).sigmoid()
 
-    def _read(self, hidden_states: Tensor, position_ids: Tensor | None, mask: Tensor | None, cache: Any) -> Tensor:
+    def _read(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor | None,
+        mask: Tensor | None,
+        cache: Any,
+        angles: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         """``[B, H, T, V]``. Projections are called: whatever wraps them has its say."""
         s = self.spec
         if position_ids is None:
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        q_nope, q_rope = self._queries(hidden_states, position_ids)
-        c, k_rope = self._rows(hidden_states, position_ids)
+            first = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
+            position_ids = first + torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        angles = self._angles(position_ids, angles)
+        q_nope, q_rope = self._queries(hidden_states, position_ids, angles)
+        c, k_rope = self._rows(hidden_states, angles)
         sizes = (s.kv_lora_rank, s.qk_nope_head_dim, s.v_head_dim)
         up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c, s.key_scales, self.sinks)
         if cache is not None:
@@ -297,7 +312,17 @@ class LatentAttention(nn.Module):
         mask = None if mask is None else mask[..., :count]
         return self._rounded_heads((q_nope, q_rope), rows, up, mask, rounding, position_ids)
 
-    def _queries(self, x_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def _angles(self, positions_BT: Tensor, given: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, ``[B, P, T, F]``, of the layer's pairs; the decoder's are of all pairs, twice side by side."""
+        if given is None:
+            return rope_angles(self.frequencies(positions_BT), positions_BT)
+        pairs_PF, count = self.rope_pairs.long(), given[0].shape[-1] // 2
+        # What does not turn comes after them in the table.
+        beyond = (0, len(self.frequency_table) - count)
+        cos_BTf, sin_BTf = (F.pad(t[..., :count], beyond, value=v) for t, v in zip(given, (1.0, 0.0), strict=True))
+        return cos_BTf[..., pairs_PF].transpose(1, 2), sin_BTf[..., pairs_PF].transpose(1, 2)
+
+    def _queries(self, x_BTD: Tensor, positions_BT: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """As :func:`latentize.attention.latent.queries`."""
         s, norm = self.spec, self._norm(self.q_norm)
         q_BHTd = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -305,15 +330,15 @@ class LatentAttention(nn.Module):
             maps_HRd = self.q_maps.unflatten(0, (s.num_heads, s.qk_head_dim))
             q_BHTd, norm = head_norm(q_BHTd, norm, self.norm_eps) @ maps_HRd.mT, None
         q_nope, q_rope = q_BHTd.split([s.qk_nope_head_dim, s.qk_rope_head_dim], dim=-1)
-        q_rope = turned(q_rope, norm, self.norm_eps, self.frequencies(positions_BT), positions_BT)
+        q_rope = turned(q_rope, norm, self.norm_eps, angles)
         growth = (positions_BT, self.growth, self.growth_length)
         return grown(q_nope, *growth), grown(q_rope, *growth)
 
-    def _rows(self, x_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """As :func:`latentize.attention.latent.cache_rows`."""
         s = self.spec
         k_rope = self.k_rope_proj(x_BTD).unflatten(-1, (-1, s.qk_rope_head_dim)).transpose(1, 2)
-        k_rope = turned(k_rope, self._norm(self.k_norm), self.norm_eps, self.frequencies(positions_BT), positions_BT)
+        k_rope = turned(k_rope, self._norm(self.k_norm), self.norm_eps, angles)
         if self.k_norm_proj is not None and self.key_gain is not None:
             k_BTKe = self.k_norm_proj(x_BTD).unflatten(-1, (s.key_scales, -1))
             k_rope = torch.cat([k_rope, key_factors(k_BTKe, self.key_gain, self.norm_eps).to(k_rope.dtype)], dim=-1)

@@ -6,8 +6,9 @@ Loaded through ``AutoModelForCausalLM`` after ``import latentize``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,12 +22,13 @@ from transformers import (
 )
 
 from latentize.attention.spec import LatentSpec, LongTable
+from latentize.checkpoint.towers import CARRIED
 from latentize.errors import OptionError
-from latentize.families import families, model_spec
+from latentize.families import ModelSpec, families, model_spec
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.refusals import no_paging, no_probabilities
 
-__all__ = ["LatentizeConfig", "LatentizeForCausalLM", "register"]
+__all__ = ["LatentizeConfig", "LatentizeForCausalLM", "put_attention", "register"]
 
 # Entries that generation and caches look for on any config.
 _SHARED = (
@@ -58,6 +60,7 @@ class LatentizeConfig(PreTrainedConfig):
         latent_layers: For each layer the fields of ``LatentSpec`` and which biases and norms it has; ``None`` where it
             is the source's own.
         frequency_table: Radians per position that the layers' ``rope_pairs`` choose from.
+        whole_config: ``config.json`` of the multimodal model that the source is a part of; empty where it is not.
     """
 
     model_type = "latentize"
@@ -67,8 +70,10 @@ class LatentizeConfig(PreTrainedConfig):
         source_config: dict[str, Any] | None = None,
         latent_layers: list[dict[str, Any] | None] | None = None,
         frequency_table: list[float] | None = None,
+        whole_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.whole_config = whole_config or {}
         self.source_config = source_config or {}
         self.latent_layers = latent_layers or []
         self.frequency_table = frequency_table or []
@@ -95,11 +100,30 @@ def _empty_attention(
     return LatentAttention(LatentSpec(**spec_fields), layer_idx, frequency_table=table, beyond=beyond, **options)
 
 
+def put_attention(body: nn.Module, config: LatentizeConfig, spec: ModelSpec) -> list[LatentAttention]:
+    """Put latent attention, empty, into the layers that were converted.
+
+    Args:
+        body: The source's decoder.
+        config: What became of it.
+        spec: The source's shape.
+    """
+    table, name, put = tuple(config.frequency_table), spec.module("attention"), []
+    layers = getattr(body, spec.module("layers"))
+    for index, (layer, entry) in enumerate(zip(layers, config.latent_layers, strict=True)):
+        if entry is not None:
+            put.append(_empty_attention(entry, index, table, spec.beyond))
+            setattr(layer, name, put[-1])
+    return put
+
+
 class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
     """A source architecture, by composition, with latent attention in every layer that was converted."""
 
     config_class = LatentizeConfig
     base_model_prefix = "source"
+    # What sees and hears beside a language model is loaded by :mod:`latentize.modeling.whole`.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [rf"^{re.escape(CARRIED)}"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
@@ -115,12 +139,7 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
                 # The family's default, not that of any config.
                 setattr(config, key, getattr(source_config, key))
         self.source = AutoModelForCausalLM.from_config(source_config, dtype=config.dtype)
-        table = tuple(config.frequency_table)
-        name = spec.module("attention")
-        layers = getattr(self.source.base_model, spec.module("layers"))
-        for index, (layer, entry) in enumerate(zip(layers, config.latent_layers, strict=True)):
-            if entry is not None:
-                setattr(layer, name, _empty_attention(entry, index, table, spec.beyond))
+        put_attention(self.source.base_model, config, spec)
         # Phi-3's makes its cache anew where a text becomes so long that all of it turns otherwise.
         anew = "prepare_inputs_for_generation" in vars(type(self.source))
         self._usual_length = spec.attention.rope.length if anew else 0

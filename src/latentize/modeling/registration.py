@@ -18,13 +18,14 @@ __all__ = ["install"]
 _AWAITED = "transformers.models.auto.modeling_auto"
 
 
-_NATIVE = "latentize.modeling.native"
+_NATIVE = ("latentize.modeling.native", "latentize.modeling.whole")
 
 
 def _register() -> None:
-    # It registers itself; if it is what imports transformers just now, it is about to.
-    if _NATIVE not in sys.modules:
-        importlib.import_module(_NATIVE)
+    # Each registers itself; if it is what imports transformers just now, it is about to.
+    for name in _NATIVE:
+        if name not in sys.modules:
+            importlib.import_module(name)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
