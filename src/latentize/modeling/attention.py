@@ -313,7 +313,7 @@ class LatentAttention(nn.Module):
         return self._rounded_heads((q_nope, q_rope), rows, up, mask, rounding, position_ids)
 
     def _angles(self, positions_BT: Tensor, given: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, ``[B, P, T, F]``, of the layer's pairs; the decoder's are of all pairs, twice side by side."""
+        """Cosines and sines, ``[B, P, T, F]``, of the layer's pairs; the decoder's are of all, twice side by side."""
         if given is None:
             return rope_angles(self.frequencies(positions_BT), positions_BT)
         pairs_PF, count = self.rope_pairs.long(), given[0].shape[-1] // 2
