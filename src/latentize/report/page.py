@@ -14,7 +14,8 @@ from latentize.errors import CheckpointError
 from latentize.report.chart import bit_map, layer_bars, line_chart, rope_map
 from latentize.report.evaluation import named, positions, probes, tasks
 from latentize.report.html import figure, table
-from latentize.report.measurements import MEASUREMENTS_NAME, calibration_text, measured
+from latentize.report.measurements import MEASUREMENTS_NAME, measured
+from latentize.report.origin import limits, origin
 
 __all__ = ["REPORT_NAME", "page", "speed_chart", "verdict", "write_report"]
 
@@ -130,8 +131,8 @@ def page(manifest: Manifest, found: Mapping[str, Sequence[dict[str, Any]]], *, n
         _spectra(manifest.layers),
         _speed(found.get("bench", ())),
         _samples(found.get("sample", ())),
-        _limits(manifest),
-        _origin(manifest),
+        limits(manifest),
+        origin(manifest),
     ]
     body = "\n".join(section for section in sections if section)
     return (
@@ -365,64 +366,3 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
         for label, key in (("the source", "source"), ("this model", "converted"))
     )
     return f'<h2>A sample</h2><p class=dim>Greedy, the same prompt.</p><div class="pair">{texts}</div>'
-
-
-def _limits(manifest: Manifest) -> str:
-    m, recipe = manifest.measurements, manifest.recipe
-    limits = [
-        *manifest.notes,
-        f"The conversion was measured in sequences of {recipe['sequence_length']:,} tokens; longer contexts were not "
-        f"(latentize eval --sequence-length).",
-        "Measured on text of one kind. Calibrate and evaluate on text like your own (--data).",
-    ]
-    if m["format"] == "native":
-        limits.append("Native format: it loads after `import latentize`; other engines do not know it.")
-    items = "".join(f"<li>{escape(note)}</li>" for note in limits)
-    return f"<h2>Approximations and limits</h2><ul>{items}</ul>"
-
-
-def _proof(error: float | None) -> dict[str, str]:
-    """How far the source as it was read is from transformers' own model; outputs of old do not say."""
-    return (
-        {} if error is None else {"read as transformers reads it": f"every layer, to a relative error of {error:.0e}"}
-    )
-
-
-def _quantization(found: Mapping[str, Any] | None) -> dict[str, str]:
-    if found is None:
-        return {}
-    tensors = ", ".join(f"{count} × {kind}" for kind, count in found["tensors"].items())
-    kind = f"GGUF, {found['file_type']}" if found["format"] == "gguf" else found["file_type"]
-    said = f"{kind} ({tensors}), dequantised by {found['dequantised_by']}"
-    return {"weights of the source": said}
-
-
-def _origin(manifest: Manifest) -> str:
-    m, source = manifest.measurements, manifest.source
-    heads = source["num_attention_heads"]
-    if source["attention"] == "MLA":
-        heads = f"{heads} heads, latents of {source['kv_lora_rank']}"
-    else:
-        heads = f"{heads} query and {source['num_key_value_heads']} kv heads of {source['head_dim']}"
-    done = {
-        "source": f"{source['model']} ({source['model_type']})",
-        "attention": f"{source['attention']}: {heads}, {source['layers']} layers",
-        **_quantization(source.get("quantization")),
-        "method, format": f"{m['method']}, {m['format']}",
-        "calibration": calibration_text(m),
-        **_proof(m.get("reading_error")),
-        **{f"version of {name}": version for name, version in manifest.versions.items()},
-    }
-    if m["to"] == "mla":
-        done["latent + roped key"] = (
-            f"{m['kv_lora_rank']:g} + {m['qk_rope_head_dim']:g}, rope_theta {m['rope_theta']:g}"
-        )
-    hashes = table([(name, digest) for name, digest in manifest.files.items()], head=("file", "SHA-256"))
-    recipe = table([(name, value) for name, value in manifest.recipe.items() if value not in (None, [], ())])
-    return (
-        f"<h2>How it was made</h2>{table(done.items())}"
-        f"<details><summary>Recipe</summary>{recipe}</details>"
-        f"<details><summary>Files</summary>{hashes}</details>"
-        f"<p class=dim>All of this is in <code>{MANIFEST_NAME}</code>; <code>latentize verify</code> holds the files "
-        f"against it, <code>latentize convert MODEL OUT --recipe {MANIFEST_NAME}</code> does it again.</p>"
-    )
