@@ -18,6 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "families.json"
 _BEGIN, _END = "<!-- families:begin -->", "<!-- families:end -->"
 _KEPT = {
     "sliding_attention": "layers with a sliding window",
+    "chunked_attention": "layers that attend in chunks",
     "conv": "convolutions",
     "linear_attention": "DeltaNet layers",
 }

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentize.modeling.body import body_of
+
 # Largest relative errors that are allowed, fixed for every machine.
 FP32 = 1e-5  # two orders of summation, float32
 FP64 = 1e-10  # the same, float64
@@ -37,6 +39,7 @@ FAMILIES = (
     "granite",
     "lfm2",
     "llama",
+    "llama4_text",
     "minimax_m2",
     "ministral3",
     "mistral",
@@ -87,6 +90,17 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 2.0,
         "residual_multiplier": 0.4,
         "logits_scaling": 3.0,
+    },
+    # As there: every 16 tokens, in chunks of as many.
+    "llama4_text": {
+        "no_rope_layers": [1, 0],
+        "moe_layers": [1],
+        "attention_chunk_size": 16,
+        "floor_scale": 16,
+        "attn_scale": 0.3,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "intermediate_size_mlp": 48,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "minimax_m2": {"num_local_experts": 3, "num_experts_per_tok": 2, "partial_rotary_factor": 0.5},
@@ -151,7 +165,7 @@ YARN_SCALING = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "ori
 
 def decoder_layers(model: Any) -> Any:
     """Of a model of transformers, or of ours."""
-    body = getattr(model, "source", model).base_model
+    body = body_of(getattr(model, "source", model))
     return body.h if hasattr(body, "h") else body.layers
 
 

@@ -21,6 +21,17 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2],
 # model_type, and which: family of the language model, what its part of the config says beside, the part that sees
 TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {}, {**_VISION, "model_type": "siglip_vision_model"}),
+    "llama4": (
+        "llama4_text",
+        {},
+        {
+            **_VISION,
+            "intermediate_size": 64,
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
+    ),
     "llava": ("llama", {}, {**_VISION, "model_type": "clip_vision_model"}),
     "mistral3": ("mistral", {}, {**_VISION, "model_type": "pixtral"}),
     "mistral3, Ministral": ("ministral3", {}, {**_VISION, "model_type": "pixtral"}),

@@ -23,6 +23,7 @@ _QWEN = {"image_token_id": _IMAGE, "vision_start_token_id": _START, "vision_end_
 # What the config of the whole says beside; how many tokens an image of 16 by 16 is.
 SEEING: dict[str, tuple[dict[str, Any], int]] = {
     "gemma3": ({"image_token_id": _IMAGE, "mm_tokens_per_image": 4}, 4),
+    "llama4": ({"image_token_index": _IMAGE}, 4),
     "llava": ({"image_token_id": _IMAGE, "vision_feature_layer": -1}, 16),
     "mistral3": ({"image_token_id": _IMAGE, "spatial_merge_size": 2, "vision_feature_layer": -1}, 4),
     "qwen3_5": (_QWEN, 4),
@@ -46,6 +47,7 @@ def seen(kind: str, model: Any, seed: int = 0) -> dict[str, torch.Tensor]:
     tokens = torch.tensor([[20, 21, 22, *image, 30, 31, 32, 33]])
     more: dict[str, Any] = {
         "gemma3": {"token_type_ids": (tokens == _IMAGE).long()},
+        "llama4": {},
         "llava": {},
         "mistral3": {"image_sizes": torch.tensor([[16, 16]])},
     }.get(kind, {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": (tokens == _IMAGE).int()})

@@ -142,11 +142,12 @@ def beside_sink(lse_BHT1: Tensor, sink_H: Tensor) -> Tensor:
     return (lse_BHT1 - sink_H[:, None, None]).sigmoid()
 
 
-def grown(q_BHTd: Tensor, positions_BT: Tensor, growth: float, length: float) -> Tensor:
-    """Queries times ``1 + β log(1 + ⌊t / L⌋)`` at position ``t``: attention stays sharp in long texts (Llama 4)."""
+def grown(q_BHTd: Tensor, positions_BT: Tensor, growth: float, length: float, first: int = 0) -> Tensor:
+    """Queries times ``1 + β log(1 + ⌊t / L⌋)`` at position ``t``: attention stays sharp in long texts (Llama 4, where
+    the first position is 1; Ministral 3)."""
     if not growth:
         return q_BHTd
-    factor_BT = 1 + growth * torch.log1p((positions_BT / length).floor())
+    factor_BT = 1 + growth * torch.log1p(((positions_BT + first) / length).floor())
     return q_BHTd * factor_BT[:, None, :, None].to(q_BHTd.dtype)
 
 
@@ -193,7 +194,7 @@ def grouped_attention(
     frequencies = torch.tensor([turning_at(spec, positions_BT)], device=x_BTD.device, dtype=torch.float64)
     cos, sin = rope_angles(frequencies, positions_BT)
     q_BHTd, k_BGSd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
-    q_BHTd = grown(q_BHTd, positions_BT, spec.growth, spec.growth_length)
+    q_BHTd = grown(q_BHTd, positions_BT, spec.growth, spec.growth_length, spec.growth_first)
     if cache is not None:
         k_BGSd, v_BGSd = cache.update(k_BGSd, v_BGSd, layer_idx)
     allowed_TS = causal_mask(x_BTD.shape[1], k_BGSd.shape[2], window=window, device=x_BTD.device)

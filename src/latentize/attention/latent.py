@@ -65,7 +65,7 @@ class LatentWeights:
             ``[H, d]``, and there is no second.
         norm_eps: Epsilon of that norm.
         softcap: Logits are ``softcap · tanh(logits / softcap)``; 0 is not at all.
-        growth, growth_length: As of :class:`AttentionSpec`.
+        growth, growth_length, growth_first: As of :class:`AttentionSpec`.
         code: How cached rows are rounded, or ``None``; not trained.
         q_HdD: Queries before their norm, where norms are kept beside a compressed key. Un-roped and roped part are then
             made from normalised queries: ``q_nope_HNd`` and ``q_rope_HRd``.
@@ -93,6 +93,7 @@ class LatentWeights:
     softcap: float = 0.0
     growth: float = 0.0
     growth_length: float = 1.0
+    growth_first: int = 0
     code: RowCode | None = None
     q_HdD: Tensor | None = None
     k_KeD: Tensor | None = None
@@ -153,7 +154,7 @@ def _project(x_BTD: Tensor, w_hdD: Tensor, bias_hd: Tensor | None) -> Tensor:
 def queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Un-roped and roped queries, ``[B, H, T, N]`` and ``[B, H, T, R]``."""
     q_nope_BHTN, q_rope_BHTR = _steady_queries(x_BTD, w, positions_BT)
-    growth = (positions_BT, w.growth, w.growth_length)
+    growth = (positions_BT, w.growth, w.growth_length, w.growth_first)
     return grown(q_nope_BHTN, *growth), grown(q_rope_BHTR, *growth)
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 __all__ = ["causal_mask", "narrowed", "newest_mask"]
 
 
-def causal_mask(queries: int, keys: int, *, window: int | None = None, device: torch.device | None = None) -> Tensor:
+def causal_mask(
+    queries: int, keys: int, *, window: int | None = None, chunk: int | None = None, device: torch.device | None = None
+) -> Tensor:
     """Boolean ``[queries, keys]``, true where attention is allowed.
 
     The queries are the last ones of the ``keys`` tokens.
@@ -17,11 +19,14 @@ def causal_mask(queries: int, keys: int, *, window: int | None = None, device: t
         queries: New tokens ``T``.
         keys: Tokens in the cache ``S``, the new ones included.
         window: Tokens that a query sees, itself included (sliding-window attention).
+        chunk: Tokens of a chunk; a query sees those of its own alone (Llama 4).
         device: Where to build it.
     """
     at = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)[None, :]
     allowed = key <= at
+    if chunk is not None:
+        allowed = allowed & (key // chunk == at // chunk)
     return allowed if window is None else allowed & (key > at - window)
 
 

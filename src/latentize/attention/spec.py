@@ -210,6 +210,7 @@ class AttentionSpec:
         gated: Whether what a head reads is multiplied by the sigmoid of a projection of the input (Qwen3-Next).
         growth: Factor ``β`` by which queries grow along a text (Llama 4, Ministral 3); 0 is not at all.
         growth_length: Positions ``L`` after which they grow for the first time.
+        growth_first: What the first position counts as: 1 in Llama 4.
         sinks: Whether each head has a learnt logit that takes a share of its attention, and gives nothing (gpt-oss).
     """
 
@@ -230,6 +231,7 @@ class AttentionSpec:
     sinks: bool = False
     growth: float = 0.0
     growth_length: float = 1.0
+    growth_first: int = 0
 
     def __post_init__(self) -> None:
         if self.softmax_scale == 0.0:

@@ -17,6 +17,7 @@ CARRIED = "carried."
 # Multimodal ``model_type`` → what its language model is by itself; empty where its part of the config says so.
 TOWERS = {
     "gemma3": "gemma3_text",
+    "llama4": "llama4_text",
     "llava": "",
     "mistral3": "",
     "qwen3_5": "qwen3_5_text",

@@ -17,6 +17,7 @@ from latentize.errors import CheckpointError
 from latentize.families import families
 from latentize.formats.deepseek_v3 import decode_attention
 from latentize.modeling.attention import LatentAttention
+from latentize.modeling.body import body_of
 from latentize.modeling.load import load_model
 from latentize.runtime.accelerate import accelerate, decelerate
 from latentize.runtime.cache import LatentCache
@@ -128,7 +129,7 @@ def _absorbed_error(model: Any, checkpoint: Checkpoint) -> float:
     source = getattr(model, "source", model)
     table = families().get(source.config.model_type)
     name = "layers" if table is None else table.module("layers")
-    for layer in getattr(source.base_model, name):
+    for layer in getattr(body_of(source), name):
         attention = next((m for m in layer.children() if isinstance(m, LatentAttention)), None)
         if attention is not None:
             weights = attention.weights()

@@ -10,7 +10,7 @@ from typing import Any
 from latentize.attention.spec import AttentionSpec, RopeSpec
 from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.families.entries import as_read, as_stated
-from latentize.families.model import FULL, ModelSpec
+from latentize.families.model import CHUNKED, FULL, SLIDING, ModelSpec
 from latentize.families.table import Table, families
 from latentize.families.values import positive_number, value_of, whole_number
 
@@ -109,7 +109,7 @@ def require_supported(config: Mapping[str, Any], *, trust_remote_code: bool = Fa
         raise ConfigError("the file should hold one JSON object", where="config.json")
     model_type = config.get("model_type")
     table = families().get(str(model_type))
-    read = set() if table is None else {*map(str, table.attention.values()), table.logit_softcap}
+    read = set() if table is None else {*map(str, table.attention.values()), *table.without_effect, table.logit_softcap}
     for key, (meaning, code) in _UNSUPPORTED.items():
         if config.get(key) and key not in read and not (key == "auto_map" and trust_remote_code):
             raise UnsupportedModelError(
@@ -186,23 +186,28 @@ def _kinds(
         raise ConfigError(f"'layer_types' should have one entry for each of {layers} layers", where="config.json")
     kinds = [str(kind) for kind in listed] if listed else [FULL] * layers
     key = table.attention.get("sliding_window")
-    rules = dict(table.layer_kinds)
+    rules, narrow = dict(table.layer_kinds), CHUNKED if table.attention.get("chunk") else SLIDING
     if window is not None:
-        rules.setdefault("sliding_attention", "all")
+        rules.setdefault(narrow, "all")
     else:
-        rules.pop("sliding_attention", None)
+        rules.pop(SLIDING, None)
     for kind, rule in rules.items() if not listed else ():
         for layer in range(layers):
             if _is_of_kind(rule, config, layer, unrotated):
                 kinds[layer] = kind
     for kind in kinds:
-        sliding = kind == "sliding_attention" and window is not None
-        if kind != FULL and not sliding and kind not in table.kept_tensors:
+        if kind not in (FULL, narrow if window is not None else FULL) and kind not in table.kept_tensors:
             raise UnsupportedModelError(
                 f"'{table.model_type}' with layers of '{kind}' cannot be converted",
                 code="LZ205",
                 where="config.json, layer_types",
             )
+    if narrow == CHUNKED and any(kind == FULL and layer not in unrotated for layer, kind in enumerate(kinds)):
+        raise UnsupportedModelError(
+            f"'{table.model_type}' with RoPE in layers of full attention cannot be converted",
+            code="LZ205",
+            where="config.json, layer_types and no_rope_layers",
+        )
     if FULL not in kinds:
         seen = f"an active sliding window of {window} tokens in every layer" if window else "no layer of full attention"
         raise UnsupportedModelError(
@@ -215,8 +220,8 @@ def _kinds(
 
 
 def _is_of_kind(rule: Any, config: Mapping[str, Any], layer: int, unrotated: frozenset[int]) -> bool:
-    if rule == "unrotated":
-        return layer in unrotated
+    if rule in ("unrotated", "rotated"):
+        return (layer in unrotated) == (rule == "unrotated")
     if rule == "all":
         return True
     if "from" in rule:
@@ -270,7 +275,7 @@ def model_spec(
         max_positions=whole_number(config, "max_position_embeddings", 2048),
         kinds=kinds if set(kinds) != {FULL} else (),
         unrotated=unrotated,
-        window=window if "sliding_attention" in kinds else None,
+        window=window if {SLIDING, CHUNKED} & set(kinds) else None,
         embedding_scale=_multiplier(table, "embedding", config),
         residual_scale=_multiplier(table, "residual", config),
         logit_scale=_multiplier(table, "logits_times", config) / _multiplier(table, "logits", config),
@@ -313,13 +318,18 @@ def _intermediate(table: Table, config: Mapping[str, Any]) -> int:
     return narrowed if factor is None else multiple * -(-int(factor * narrowed) // multiple)
 
 
-def _growth(entries: Mapping[str, Any]) -> tuple[float, float]:
-    """How queries grow along a text, by the entries of RoPE: factor and length."""
-    names = ("llama_4_scaling_beta", "original_max_position_embeddings")
+def _growth(rule: Any, config: Mapping[str, Any]) -> tuple[float, float, int]:
+    """How queries grow along a text: factor, length, and what the first position counts as."""
+    if not rule or (isinstance(rule, Mapping) and not config.get(rule["when"])):
+        return 0.0, 1.0, 0
+    if isinstance(rule, Mapping):
+        factor, length = (positive_number(config, rule[name], 0.0) for name in ("factor", "length"))
+        return factor, length, 1
+    entries, names = config["rope_parameters"], ("llama_4_scaling_beta", "original_max_position_embeddings")
     if missing := [name for name in names if name not in entries]:
         raise ConfigError(f"'{missing[0]}' is missing, by which queries grow", where="config.json, rope_parameters")
     factor, length = (positive_number(entries, name, 0.0) for name in names)
-    return factor, length
+    return factor, length, 0
 
 
 def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, Any], eps: float) -> AttentionSpec:
@@ -354,7 +364,7 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         raise UnsupportedModelError(
             "what gated heads read of biased values is no constant", code="LZ212", where="config.json, attention_bias"
         )
-    growth, length = _growth(config["rope_parameters"]) if feature.get("growth") else (0.0, 1.0)
+    growth, length, first = _growth(table.attention.get("growth"), config)
     scalar = feature.get("softmax_scalar")
     from_scalar = positive_number({"": scalar}, "", 1.0) ** -0.5 if scalar else 0.0
     scale = float(feature.get("softmax_scale") or 0.0) or from_scalar
@@ -376,4 +386,5 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         sinks=bool(feature.get("sinks")),
         growth=growth,
         growth_length=length,
+        growth_first=first,
     )

@@ -14,7 +14,7 @@ from latentize.families.values import value_of, whole_number
 __all__ = ["FULL", "ModelSpec"]
 
 # The kind of layer that is converted.
-FULL = "full_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ModelSpec:
         max_positions: Context length that the model was trained for.
         kinds: What each layer is; all but those of :data:`FULL` stay as they are.
         unrotated: Layers without RoPE.
-        window: Tokens that a sliding layer sees, where there are such.
+        window: Tokens that a sliding layer sees, or that a chunk has, where there are such layers.
         embedding_scale: Factor on what enters the first layer.
         residual_scale: Factor on what attention and MLP add to the residual stream.
         logit_scale: Factor on the output logits.
@@ -73,8 +73,8 @@ class ModelSpec:
 
     @property
     def sliding(self) -> int:
-        """Layers with a sliding window; they stay, and cache no more than that."""
-        return sum(self.kind(layer) == "sliding_attention" for layer in range(self.layers))
+        """Layers with a sliding window, or in chunks; they stay, and cache no more than that."""
+        return sum(self.kind(layer) in (SLIDING, CHUNKED) for layer in range(self.layers))
 
     def layer_attention(self, layer: int) -> AttentionSpec | None:
         """The attention of a layer; ``None`` where it stays as it is."""
@@ -108,8 +108,11 @@ class ModelSpec:
 
     @property
     def usual_positions(self) -> int:
-        """Positions at which frequencies are :attr:`frequencies`, of those that the model was trained for."""
-        return min(self.max_positions, self.attention.rope.length or self.max_positions)
+        """Positions at which frequencies are :attr:`frequencies`, of those that the model was trained for, and queries
+        have not grown where transformers counts tokens for it, not positions."""
+        a, longest = self.attention, self.max_positions
+        grows = int(a.growth_length) - a.growth_first if a.growth and a.growth_first else longest
+        return max(1, min(longest, a.rope.length or longest, grows))
 
     def tensor_shapes(self, *, stacked: bool = False) -> dict[str, tuple[int, ...]]:
         """Every tensor that the checkpoint must have, with its shape.

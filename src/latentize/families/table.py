@@ -26,6 +26,7 @@ _ATTENTION_KEYS = {
     "gated",
     "sinks",
     "growth",
+    "chunk",
     "sliding_window",
     "sliding_window_switch",
     "softmax_scale",
@@ -83,6 +84,7 @@ class Experts:
         other_tensors: As ``tensors``, once a layer (the router).
         dense_tensors: MLP of the layers that have no experts.
         every, except_layers, dense: Config keys: every so many layers has experts, but for these, and the first ones.
+        listed: Config key of the layers that have some, where it says so.
         shared: Config key: so many experts, side by side, that every token goes through.
         deepseek: Whether they are DeepSeek-V3's, under its names: chosen by sigmoid, with a bias that only chooses, in
             groups, beside shared ones (arXiv 2412.19437, section 2.1.2).
@@ -98,6 +100,7 @@ class Experts:
     every: str = ""
     except_layers: str = ""
     dense: str = ""
+    listed: str = ""
     shared: str = ""
     deepseek: bool = False
 
@@ -112,6 +115,8 @@ class Experts:
 
     def in_layer(self, layer: int, config: Mapping[str, Any]) -> bool:
         """Whether a layer has experts."""
+        if self.listed and config.get(self.listed) is not None:
+            return layer in config[self.listed]
         step = int(config.get(self.every) or 1) if self.every else 1
         first = int(config.get(self.dense) or 0) if self.dense else 0
         return layer >= first and (layer + 1) % step == 0 and layer not in (config.get(self.except_layers) or ())
@@ -146,8 +151,9 @@ class Table:
             says that the heads together have to be the hidden size, ``heads_divide`` that it has to be a multiple of
             their number; ``kv_heads`` is ``"all"`` where every query head has its own, ``"stated"`` where it may not be
             null; ``rotary`` is ``"own"`` where the attention counts what rotates by itself; ``growth`` says that
-            queries grow by entries of RoPE that say so in Llama 4; ``another_with`` has keys that make it another
-            architecture.
+            queries grow by entries of RoPE, or has the config keys of a ``factor`` and a ``length``, ``when`` another
+            is true, for the tokens of a text, counted from one; ``chunk`` says that the window is a chunk's;
+            ``another_with`` has keys that make it another architecture.
         top_tensors: Tensor → symbolic shape, outside the layers.
         ignored_tensors: Regular expressions: what transformers ignores in files, as it is derived.
         renamed_tensors: Part of a name that transformers reads, too → the part that the tables here have.
@@ -165,7 +171,7 @@ class Table:
         intermediate_times: Hidden sizes that the MLP is wide where the config does not say; 0 where it has to.
         layer_kinds: Kind of layer other than ``full_attention`` → the rule by which layers are of it where the config
             does not say: ``"all"``, ``{"from": config key}``, ``{"except_every": number or config key}``,
-            ``"unrotated"``. They stay as they are.
+            ``"unrotated"``, ``"rotated"``. They stay as they are.
         kept_tensors: Such a kind → its tensors in the place of attention's, where it has other ones.
         sizes: Name of a size in symbolic shapes → the config key, or keys joined by ``*``, that it is.
         experts: See :class:`Experts`.

@@ -13,6 +13,7 @@ import torch
 
 from latentize.attention.coding import RowCode
 from latentize.attention.latent import LatentWeights
+from latentize.families.model import CHUNKED
 from latentize.formats.base import LatentWriter
 from latentize.formats.layer import ConvertedLayer
 from latentize.modeling.attention import LatentAttention
@@ -81,6 +82,7 @@ class NativeWriter(LatentWriter):
             "dtype": self._dtype_name(),
             # Caches are made by these.
             **({"layer_types": list(spec.kinds), "sliding_window": spec.window} if spec.kinds else {}),
+            **({"attention_chunk_size": spec.window} if CHUNKED in spec.kinds else {}),
             "source_config": source,
             "latent_layers": self._entries,
             "frequency_table": list(self._table),

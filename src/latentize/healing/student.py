@@ -28,6 +28,7 @@ from latentize.formats.deepseek_v3 import NORM_SHIFT, LatentNorm, decode_attenti
 from latentize.healing.recipe import Healing
 from latentize.healing.targets import Targets, head_of, inputs
 from latentize.modeling.attention import LatentAttention
+from latentize.modeling.body import body_of
 from latentize.modeling.load import load_model
 from latentize.modeling.tensors import state_dict
 from latentize.runtime.cache import cache_formats
@@ -91,7 +92,7 @@ class Student(nn.Module):
     @property
     def body(self) -> Any:
         """The decoder without its head."""
-        return getattr(self.model, "source", self.model).base_model
+        return body_of(getattr(self.model, "source", self.model))
 
     @property
     def layers(self) -> list[Any]:

@@ -118,6 +118,7 @@ def conversion(w: AttentionWeights, spec: AttentionSpec, stats: CalibrationStats
         softcap=spec.softcap,
         growth=spec.growth,
         growth_length=spec.growth_length,
+        growth_first=spec.growth_first,
         gate_HVD=w.gate_HdD,
         v_up_bias_UV=v_bias,
         sink_H=w.sink_H,

@@ -154,7 +154,7 @@ def gather(
         frequencies = torch.tensor([turning_at(spec, positions)], dtype=torch.float64, device=x_BTD.device)
         cos, sin = rope_angles(frequencies, positions)
         q_BHTd, k_BGTd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
-        q_BHTd = grown(q_BHTd, positions, spec.growth, spec.growth_length)
+        q_BHTd = grown(q_BHTd, positions, spec.growth, spec.growth_length, spec.growth_first)
         attended = attended_distances(q_BHTd, k_BGTd, spec.softmax_scale, positions_BT=positions_BT, reach=reach)
         stats = replace(stats, distances_HT=attended)
     return stats

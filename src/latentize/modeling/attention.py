@@ -48,7 +48,7 @@ class LatentAttention(nn.Module):
         head_dim, key_dim: Sizes of what is normalised, queries and keys, where the spec has ``key_scales``.
         gated: Whether what heads read is multiplied by the sigmoid of a projection of the input.
         sinks: Whether learnt logits take a share of attention.
-        growth, growth_length: As of ``AttentionSpec``.
+        growth, growth_length, growth_first: As of ``AttentionSpec``.
         norm_eps: Epsilon of that norm.
         frequency_table: Radians per position that ``rope_pairs`` chooses from.
         beyond: What a long text does to that table.
@@ -87,6 +87,7 @@ class LatentAttention(nn.Module):
         sinks: bool = False,
         growth: float = 0.0,
         growth_length: float = 1.0,
+        growth_first: int = 0,
         norm_eps: float = 1e-6,
         frequency_table: tuple[float, ...] = (),
         beyond: LongTable | None = None,
@@ -96,7 +97,7 @@ class LatentAttention(nn.Module):
         s = spec
         self.spec, self.layer_idx, self.norm_eps = s, layer_idx, norm_eps
         self.frequency_table, self.beyond = frequency_table, beyond
-        self.growth, self.growth_length = growth, growth_length
+        self.growth, self.growth_length, self.growth_first = growth, growth_length, growth_first
         self.head_dim = head_dim if s.key_scales else s.qk_head_dim
         self.q_proj = nn.Linear(s.hidden_size, s.num_heads * self.head_dim, bias=q_bias)
         self.kv_a_proj = nn.Linear(s.hidden_size, s.kv_lora_rank, bias=False)
@@ -209,6 +210,7 @@ class LatentAttention(nn.Module):
             softcap=s.softcap,
             growth=self.growth,
             growth_length=self.growth_length,
+            growth_first=self.growth_first,
             code=self.code(),
             q_HdD=own_HdD,
             k_KeD=k_KeD,
@@ -331,7 +333,7 @@ class LatentAttention(nn.Module):
             q_BHTd, norm = head_norm(q_BHTd, norm, self.norm_eps) @ maps_HRd.mT, None
         q_nope, q_rope = q_BHTd.split([s.qk_nope_head_dim, s.qk_rope_head_dim], dim=-1)
         q_rope = turned(q_rope, norm, self.norm_eps, angles)
-        growth = (positions_BT, self.growth, self.growth_length)
+        growth = (positions_BT, self.growth, self.growth_length, self.growth_first)
         return grown(q_nope, *growth), grown(q_rope, *growth)
 
     def _rows(self, x_BTD: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from latentize.checkpoint.towers import CARRIED
 from latentize.errors import OptionError
 from latentize.families import ModelSpec, families, model_spec
 from latentize.modeling.attention import LatentAttention
+from latentize.modeling.body import body_of
 from latentize.modeling.refusals import no_paging, no_probabilities
 
 __all__ = ["LatentizeConfig", "LatentizeForCausalLM", "put_attention", "register"]
@@ -139,7 +140,7 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
                 # The family's default, not that of any config.
                 setattr(config, key, getattr(source_config, key))
         self.source = AutoModelForCausalLM.from_config(source_config, dtype=config.dtype)
-        put_attention(self.source.base_model, config, spec)
+        put_attention(body_of(self.source), config, spec)
         # Phi-3's makes its cache anew where a text becomes so long that all of it turns otherwise.
         anew = "prepare_inputs_for_generation" in vars(type(self.source))
         self._usual_length = spec.attention.rope.length if anew else 0

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from latentize.attention.grouped import grouped_attention
 from latentize.checkpoint.opening import load_config, loading, pretrained
 from latentize.families import LatentModel
+from latentize.modeling.body import body_of
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
 from latentize.modeling.turning import check_turning, differs, near
 from latentize.progress import Progress, silent
@@ -101,7 +102,7 @@ class _Proof:
         top.config.num_hidden_layers = layers
         skeleton = self.source.skeleton_layers()
         watched = nn.ModuleList(_Watched(layer, self._layer(index)) for index, layer in enumerate(skeleton))
-        setattr(top.base_model, spec.module("layers"), watched)
+        setattr(body_of(top), spec.module("layers"), watched)
         assert spec.layers == layers
         return top.eval()
 
@@ -135,7 +136,7 @@ class _Proof:
             head.bias = nn.Parameter(head.bias[used].float(), requires_grad=False)
         norm = top.get_submodule(spec.module("norm")).float()
         if not isinstance(spec, LatentModel):
-            check_turning(spec, top.base_model, f"{checkpoint.config_path}, rope_parameters")
+            check_turning(spec, body_of(top), f"{checkpoint.config_path}, rope_parameters")
         final: list[Tensor] = []
         norm.register_forward_pre_hook(lambda _, args: final.append(args[0]))
         theirs_TV = top(input_ids=which_T[None], use_cache=False).logits[0]

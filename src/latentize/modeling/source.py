@@ -25,7 +25,9 @@ from latentize.attention.spec import AttentionSpec
 from latentize.checkpoint import Checkpoint, load_config
 from latentize.errors import ConfigError
 from latentize.families import ModelSpec
+from latentize.families.model import CHUNKED, SLIDING
 from latentize.machine import give_back_freed_memory, multiplies_bfloat16
+from latentize.modeling.body import body_of
 from latentize.modeling.canonical import attention_weights, module_tensors
 from latentize.modeling.precision import Precision, Use
 from latentize.text.tokens import Passages, Placed, require_positions, require_rows
@@ -91,6 +93,7 @@ class SourceLayer:
         weights: That attention, in float32.
         names: What plays which role in it.
         window: Tokens that its own attention sees, where that is a sliding window.
+        chunk: Tokens of a chunk, where its own attention sees no others.
         additive: Whether its own attention wants a mask that is added.
         precision: What it multiplies in bfloat16.
         residual_scale: Factor on what the attention adds to the residual stream.
@@ -105,6 +108,7 @@ class SourceLayer:
     _module: nn.Module
     _rotary: Callable[..., Any]
     window: int | None = None
+    chunk: int | None = None
     additive: bool = False
     precision: Precision = field(default_factory=Precision)
     residual_scale: float = 1.0
@@ -126,9 +130,10 @@ class SourceLayer:
     def _mask(self, hidden_BTD: Tensor) -> Tensor | None:
         """None where attention is causal and knows it."""
         tokens = hidden_BTD.shape[1]
-        if not self.additive and (self.window is None or tokens <= self.window):
+        if not self.additive and tokens <= min(self.window or tokens, self.chunk or tokens):
             return None
-        allowed_TT = causal_mask(tokens, tokens, window=self.window, device=hidden_BTD.device)[None, None]
+        narrow = {"window": self.window, "chunk": self.chunk}
+        allowed_TT = causal_mask(tokens, tokens, **narrow, device=hidden_BTD.device)[None, None]
         if not self.additive:
             return allowed_TT
         lowest = torch.finfo(hidden_BTD.dtype).min
@@ -293,7 +298,7 @@ class SourceModel:
             with torch.device("meta"):
                 self._skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust).eval()
             attend_faster(self._skeleton)
-            self._body = self._skeleton.base_model
+            self._body = body_of(self._skeleton)
             self._rotary = type(self._body.rotary_emb)(config).to(device) if hasattr(self._body, "rotary_emb") else None
         # Entries that the family's table does not read may be anything.
         except Exception as error:
@@ -350,7 +355,8 @@ class SourceModel:
             spec.module,
             module.requires_grad_(False),
             self.angles(spec.kind(index)),
-            spec.window if spec.kind(index) == "sliding_attention" else None,
+            spec.window if spec.kind(index) == SLIDING else None,
+            spec.window if spec.kind(index) == CHUNKED else None,
             spec.additive_masks,
             self.precision,
             spec.residual_scale,

@@ -32,6 +32,7 @@ def options(w: LatentWeights) -> dict[str, Any]:
         "sinks": w.sink_H is not None,
         "growth": w.growth,
         "growth_length": w.growth_length,
+        "growth_first": w.growth_first,
         "norm_eps": w.norm_eps,
         "row_code": None if w.code is None else w.code.describe(),
     }

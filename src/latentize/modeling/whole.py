@@ -36,14 +36,15 @@ class LatentizeForImageTextToText:
         """
         if config is None:
             config = LatentizeConfig.from_pretrained(path)
-        made, whole, decoder = _class_of(config, str(path))
-        names = {r"^source\.model\.": decoder + ".", r"^source\.": "", rf"^{re.escape(CARRIED)}": ""}
+        made, whole, (decoder, head) = _class_of(config, str(path))
+        names = {"source.model.": decoder + ".", "source.lm_head.": head + ".", CARRIED: ""}
+        names = {f"^{re.escape(ours)}": theirs for ours, theirs in names.items()}
         options.setdefault("dtype", config.dtype or "auto")
         return made.from_pretrained(path, *args, config=whole, key_mapping=names, **options)
 
 
-def _class_of(config: LatentizeConfig, where: str) -> tuple[Any, Any, str]:
-    """transformers' class of the whole, with latent attention put in; the whole's config; the decoder's name."""
+def _class_of(config: LatentizeConfig, where: str) -> tuple[Any, Any, list[str]]:
+    """transformers' class of the whole, with latent attention put in; its config; what decoder and head are called."""
     if not config.whole_config:
         raise CheckpointError(
             "the model has nothing that sees or hears",
@@ -56,16 +57,18 @@ def _class_of(config: LatentizeConfig, where: str) -> tuple[Any, Any, str]:
     whole.latent_layers = config.latent_layers
     with torch.device("meta"):
         empty: Any = AutoModelForImageTextToText.from_config(copy.deepcopy(whole))
-    kind, body = type(empty), empty.get_decoder()
-    decoder = next(name for name, module in empty.named_modules() if module is body)
+    kind, called = type(empty), {module: name for name, module in empty.named_modules()}
+    decoder = empty.get_decoder()
+    # That of Llama 4 has a head.
+    roles = [called[getattr(decoder, "model", decoder)], called[empty.get_output_embeddings()]]
 
     def begin(self: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, *args, **kwargs)
-        _put(self.get_submodule(decoder), config)
+        _put(self.get_submodule(roles[0]), config)
 
     # By its own name transformers knows how to read the files.
     entries = {"__init__": begin, "__module__": kind.__module__, "save_pretrained": _save_pretrained}
-    return type(kind.__name__, (kind,), entries), whole, decoder
+    return type(kind.__name__, (kind,), entries), whole, roles
 
 
 def _put(body: nn.Module, config: LatentizeConfig) -> None:

@@ -17,6 +17,7 @@ from latentize.attention.spec import RopeSpec
 from latentize.errors import UnsupportedModelError
 from latentize.families import families
 from latentize.families.config import model_spec, rope_spec
+from latentize.modeling.body import body_of
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 500_000.0},
@@ -33,7 +34,7 @@ PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0, "
 def rotary(family: str, config: Any) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return type(model.base_model.rotary_emb)(config)
+    return type(body_of(model).rotary_emb)(config)
 
 
 # Phi-3's config takes LongRoPE or none; where kinds of layers have ladders of their own, the entry is nested.

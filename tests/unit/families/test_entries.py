@@ -22,6 +22,7 @@ from latentize.errors import ConfigError, LatentizeError
 from latentize.families import ModelSpec, families, model_spec
 from latentize.families.entries import ACTIVATIONS
 from latentize.families.model import FULL
+from latentize.modeling.body import body_of
 
 # An entry that is taken away.
 GONE = object()
@@ -171,7 +172,7 @@ def read(entries: dict[str, Any]) -> ModelSpec | LatentizeError:
 
 
 def differences(spec: ModelSpec, model: Any) -> list[str]:
-    found, body = [], model.base_model
+    found, body = [], body_of(model)
     rotary = getattr(body, "rotary_emb", None)
     if rotary is not None:
         buffers = dict(rotary.named_buffers())

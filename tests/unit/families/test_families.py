@@ -117,6 +117,7 @@ HYBRID = {
     "gpt_oss": "sliding_attention",
     "olmo3": "sliding_attention",
     "lfm2": "conv",
+    "llama4_text": "chunked_attention",
     "qwen3_5_moe_text": "linear_attention",
     "qwen3_5_text": "linear_attention",
     "qwen3_next": "linear_attention",
@@ -129,12 +130,14 @@ def test_layers_that_stay(family: str) -> None:
     if family in HYBRID:
         assert spec.converted == [1]
         assert spec.kind(0) == HYBRID[family]
-        assert spec.sliding == (HYBRID[family] == "sliding_attention")
+        assert spec.sliding == (HYBRID[family] in ("sliding_attention", "chunked_attention"))
         assert spec.layer_attention(0) is None
     else:
         assert spec.converted == [0, 1]
     assert [spec.layer_attention(layer).rotates for layer in spec.converted] == (  # type: ignore[union-attr]
-        {"smollm3": [True, False], "exaone4": [False], "gpt2": [False, False]}.get(family, [True] * len(spec.converted))
+        {"smollm3": [True, False], "exaone4": [False], "gpt2": [False, False], "llama4_text": [False]}.get(
+            family, [True] * len(spec.converted)
+        )
     )
 
 
@@ -143,6 +146,7 @@ _KINDS = [
     "gemma2",
     "gemma3_text",
     "gpt_oss",
+    "llama4_text",
     "olmo3",
     "qwen2",
     "qwen3",
@@ -301,3 +305,8 @@ def test_a_llama_heeds_a_partial_factor_under_a_scaling_only() -> None:
 def test_impossible_sizes_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         model_spec(entries(**change))
+
+
+def test_llama_4_with_rope_where_all_is_seen() -> None:
+    with pytest.raises(UnsupportedModelError, match="RoPE in layers of full attention"):
+        model_spec(entries("llama4_text") | {"no_rope_layers": [1, 1], "layer_types": ["full_attention"] * 2})
