@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.common import FP32, SMALL, logits, random_tokens, relative_error
 from tests.integration.test_heal import QUICK
 from tests.integration.test_towers import TOWERS, saved
+from tests.quantised import dequantised, quantised
 
 import latentize
 from latentize.errors import CheckpointError, OptionError
@@ -81,6 +82,8 @@ def test_the_whole_sees_what_its_source_sees(kind: str, text: str, tmp_path: Pat
     assert torch.equal(made.generate(**given, **greedy), model.generate(**given, **greedy))
     latents = LatentCache(made.config)
     assert torch.equal(made.generate(**given, **greedy, past_key_values=latents), model.generate(**given, **greedy))
+    faster = latentize.accelerate(made)
+    assert torch.equal(faster.generate(**given, **greedy), model.generate(**given, **greedy))
     whole, carried = tensors(source), tensors(tmp_path / "out")
     rest = {name.removeprefix("carried.") for name in carried if name.startswith("carried.")}
     assert rest == {name for name in whole if "language_model" not in name and "lm_head" not in name}
@@ -145,9 +148,49 @@ def test_it_is_not_saved_from_memory(text: str, tmp_path: Path) -> None:
     assert "vision_config" in json.loads((tmp_path / "out" / "config.json").read_text())["whole_config"]
 
 
+def test_weights_that_see_and_are_missing(text: str, tmp_path: Path) -> None:
+    source, _ = source_of(tmp_path / "source", "llava")
+    latentize.convert(source, tmp_path / "out", keep="50%", format="native", data=(text,), **SMALL)
+    (path,) = [path for path in (tmp_path / "out").glob("*.safetensors") if "carried" in str(load_file(path).keys())]
+    stored = load_file(path)
+    lost = next(name for name in stored if name.startswith("carried."))
+    save_file({name: t for name, t in stored.items() if name != lost}, path, {"format": "pt"})
+    for index in (tmp_path / "out").glob("*.index.json"):
+        entries = json.loads(index.read_text())
+        del entries["weight_map"][lost]
+        index.write_text(json.dumps(entries))
+    with pytest.raises(CheckpointError, match="missing keys"):
+        loaded(tmp_path / "out")
+
+
+def test_the_language_model_saved_alone_does_not_say_that_it_sees(text: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source, _ = source_of(tmp_path / "source", "llava")
+    latentize.convert(source, tmp_path / "out", keep="50%", format="native", data=(text,), **SMALL)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="LZ123"):
+        loaded(tmp_path / "saved")
+
+
 @torch.no_grad()
 def test_text_alone_is_that_of_the_language_model(text: str, tmp_path: Path) -> None:
     source, _ = source_of(tmp_path / "source", "qwen3_vl")
     latentize.convert(source, tmp_path / "out", keep="50%", format="native", data=(text,), **SMALL)
     tokens = random_tokens()
     assert relative_error(loaded(tmp_path / "out")(input_ids=tokens).logits, logits(tmp_path / "out", tokens)) <= FP32
+
+
+def test_a_language_model_that_is_quantised(text: str, tmp_path: Path) -> None:
+    """As published: the language model is quantised, what sees is not."""
+    source, model = source_of(tmp_path / "source", "qwen3_vl")
+    restored = quantised(source, tmp_path / "made", "fp8, blocks")
+    dequantised(source, tmp_path / "plain", restored)
+    options = {"method": "mha2mla", "keep": "100%", "format": "native", "data": (text,), **SMALL}
+    given, found = seen("qwen3_vl", model), []
+    for folder in ("made", "plain"):
+        latentize.convert(tmp_path / folder, tmp_path / f"{folder}-out", **options)
+        assert any(name.startswith("carried.") for name in tensors(tmp_path / f"{folder}-out"))
+        with torch.no_grad():
+            found.append(loaded(tmp_path / f"{folder}-out")(**given).logits)
+    assert torch.equal(*found)

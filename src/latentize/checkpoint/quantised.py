@@ -119,7 +119,9 @@ class QuantisedCheckpoint(Checkpoint):
     def __init__(self, stored: SafetensorsCheckpoint, entries: Mapping[str, Any], where: str) -> None:
         self._stored, self.path, self.config_path = stored, stored.path, stored.config_path
         self.config, self.left_out = unquantised(stored.config), stored.left_out
-        self.whole = None if stored.whole is None else unquantised(dict(stored.whole))
+        if stored.whole is not None:
+            text = unquantised(dict(stored.whole["text_config"]))
+            self.whole = {**unquantised(dict(stored.whole)), "text_config": text}
         method = _method(entries)
         self._scheme = SCHEMES[method](entries, where, stored.metadata)
         self._weights = {

@@ -47,6 +47,8 @@ _TORCH_NAMES = {
     "I32": "int32",
     "I64": "int64",
 }
+# What is not quantised; buffers of positions are whole numbers.
+_PLAIN = ("F64", "F32", "F16", "BF16", "I64")
 # Bytes that are exponents come as bytes.
 _QUANTISED_NAMES = {
     **{"U8": "uint8", "I8": "int8", "I16": "int16", "BOOL": "bool", "F8_E8M0": "uint8"},
@@ -187,7 +189,7 @@ class SafetensorsCheckpoint(Checkpoint):
             self._apart[CARRIED + name.removeprefix(CARRIED)] = self._file_of[name], self._entry[name]
         self.rename(named)
         if tower:
-            plain = all(entry["dtype"] in _TORCH_NAMES for _, entry in self._apart.values())
+            plain = all(entry["dtype"] in _PLAIN for _, entry in self._apart.values())
             self.left_out = left_out(config, carried=plain)
             self._apart, self.whole = (self._apart, config) if plain else ({}, None)
 

@@ -212,8 +212,9 @@ class LatentizeForCausalLM(PreTrainedModel, GenerationMixin):
         return super().tie_weights(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any model."""
+        """As of any model. What sees and hears beside it is not here, and is not said to be in what is saved."""
         self._follow()
+        self.config.whole_config = {}
         return super().save_pretrained(*args, **kwargs)
 
     def _follow(self) -> None:

@@ -32,7 +32,7 @@ class LatentizeForImageTextToText:
         """The whole, an instance of transformers' class of it; arguments as of any model.
 
         Raises:
-            CheckpointError: what sees and hears was not carried along.
+            CheckpointError: what sees and hears was not carried along, or not all of it is there.
         """
         if config is None:
             config = LatentizeConfig.from_pretrained(path)
@@ -40,7 +40,11 @@ class LatentizeForImageTextToText:
         names = {"source.model.": decoder + ".", "source.lm_head.": head + ".", CARRIED: ""}
         names = {f"^{re.escape(ours)}": theirs for ours, theirs in names.items()}
         options.setdefault("dtype", config.dtype or "auto")
-        return made.from_pretrained(path, *args, config=whole, key_mapping=names, **options)
+        told, options["output_loading_info"] = options.get("output_loading_info"), True
+        model, info = made.from_pretrained(path, *args, config=whole, key_mapping=names, **options)
+        if missing := sorted(info["missing_keys"]):
+            raise CheckpointError(f"missing keys: {', '.join(missing[:3])}", where=str(path), fix="convert again")
+        return (model, info) if told else model
 
 
 def _class_of(config: LatentizeConfig, where: str) -> tuple[Any, Any, list[str]]:

@@ -245,7 +245,9 @@ def accelerate(model: Any, *, backend: str = "auto") -> Any:
     # Roped keys that are tiny are nothing to a cache in fp16, and queries that are huge too much for its kernels.
     exponents = getattr(model.config, KEY, None) if unbalance(model) else None
     # Models that were made from one config share it: this one gets its own. Layers that are not latent go on as before.
-    mixed = len(layers) < model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = model.config.get_text_config(decoder=True)
+    # So does what sees beside a decoder.
+    mixed = len(layers) < decoder.num_hidden_layers or decoder is not model.config
     before = [(m, m.config._attn_implementation) for m in model.modules() if hasattr(m, "config") and not mixed]
     own = {id(m.config): copy.deepcopy(m.config) for m, _ in before}
     for module, _ in before:
