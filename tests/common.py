@@ -91,7 +91,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.4,
         "logits_scaling": 3.0,
     },
-    # As there: every 16 tokens, in chunks of as many.
+    # Tests are shorter than what is published: queries grow every 16 tokens, and a chunk is as long.
     "llama4_text": {
         "no_rope_layers": [1, 0],
         "moe_layers": [1],

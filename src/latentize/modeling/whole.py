@@ -11,7 +11,6 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from latentize.checkpoint.towers import CARRIED
@@ -75,9 +74,9 @@ def _class_of(config: LatentizeConfig, where: str) -> tuple[Any, Any, list[str]]
     return type(kind.__name__, (kind,), entries), whole, roles
 
 
-def _put(body: nn.Module, config: LatentizeConfig) -> None:
+def _put(body: Any, config: LatentizeConfig) -> None:
     spec = model_spec(config.source_config)
-    entries = vars(body)["config"].rope_parameters or {}
+    entries = body.config.rope_parameters or {}
     for attention in put_attention(body, config, spec):
         # A token of an image has three positions.
         attention.given_angles = "mrope_section" in entries
