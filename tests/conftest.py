@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from tests.common import pico, text_file
+from tests.common import text_file
+from tests.models import pico
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     # Two workers with two threads each on two cores wait for each other: five times slower.

@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.common import SMALL, pico, text_file
+from tests.common import SMALL, text_file
+from tests.models import pico
 
 import latentize
 from latentize.conversion import latent

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.common import SMALL, pico, text_file
+from tests.common import SMALL, text_file
 from tests.killing import contents
+from tests.models import pico
 
 from latentize import api
 from latentize.checkpoint import Journal

@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from tests.common import pico_model, trained_tokenizer
+from tests.models import pico_model, trained_tokenizer
 
 # Family → architecture of the file, where they differ.
 ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}

@@ -24,8 +24,9 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from tests.common import SMALL, pico, relative_error
+from tests.common import SMALL, relative_error
 from tests.mla import prompt, stock
+from tests.models import pico
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import latentize

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.common import SMALL, pico, portable, text_file
+from tests.common import SMALL, text_file
+from tests.models import pico, portable
 
 from latentize import api
 from latentize.checkpoint import Journal, OutputFolder

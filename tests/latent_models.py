@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.common import byte_tokenizer
 from tests.mla import random_model
+from tests.models import byte_tokenizer
 
 _MOE = {
     "moe_intermediate_size": 48,

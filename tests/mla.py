@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tests.common import randomize
+from tests.models import randomize
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # family: extra entries of its config

@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tests.common import SMALL, pico, text_file
+from tests.common import SMALL, text_file
+from tests.models import pico
 
 from latentize import api
 from latentize.checkpoint import Manifest

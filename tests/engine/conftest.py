@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import portable
+from tests.models import portable
 
 import latentize
 from latentize.engines.run import engine_python

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import LLAMA3_SCALING, PECULIAR, YARN_SCALING, pico_model, text_file, trained_tokenizer
+from tests.common import text_file
 from tests.engine.conftest import Record
+from tests.models import LLAMA3_SCALING, PECULIAR, YARN_SCALING, pico_model, trained_tokenizer
 
 import latentize
 from latentize.errors import LatentizeError

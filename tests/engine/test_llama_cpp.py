@@ -10,16 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.common import (
-    logits,
-    pico_model,
-    portable,
-    random_tokens,
-    relative_error,
-    text_file,
-    trained_tokenizer,
-)
+from tests.common import logits, random_tokens, relative_error, text_file
 from tests.engine.conftest import Record
+from tests.models import pico_model, portable, trained_tokenizer
 from tests.sentencepieces import STEPS, sentencepiece
 
 import latentize

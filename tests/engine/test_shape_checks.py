@@ -83,7 +83,7 @@ def _ask(engine: str, cases: list[dict[str, Any]]) -> dict[str, Any]:
     if not python.exists() or (folder / ".unfinished").exists():
         pytest.skip(f"2026-11-29: there is no environment with {engine}; scripts/engines.sh {engine}")
     done = subprocess.run(
-        [python, Path(__file__).with_name("shape_checks.py"), engine],
+        [python, Path(__file__).with_name("shape_checks"), engine],
         input=json.dumps(cases),
         capture_output=True,
         text=True,

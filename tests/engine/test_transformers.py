@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import portable, random_tokens
+from tests.common import random_tokens
 from tests.engine.conftest import Record
+from tests.models import portable
 from torch import Tensor, nn
 
 import latentize

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.common import portable
 from tests.engine.conftest import Record
+from tests.models import portable
 
 import latentize
 from latentize.errors import EngineError

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FAMILIES, FP32, ONLY_MHA, SMALL, logits, random_tokens, relative_error
+from tests.common import FP32, SMALL, logits, random_tokens, relative_error
+from tests.models import FAMILIES, ONLY_MHA
 
 import latentize
 from latentize.errors import FormatError

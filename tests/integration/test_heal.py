@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import ONLY_MHA, SMALL, pico, run_cli
+from tests.common import SMALL, run_cli
+from tests.models import ONLY_MHA, pico
 
 import latentize
 from latentize.checkpoint import Manifest

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.common import pico_config, run_python
+from tests.common import run_python
+from tests.models import pico_config
 
 import latentize
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import SMALL, call_cli, last_json, leftovers, pico, run_cli
+from tests.common import SMALL, call_cli, last_json, leftovers, run_cli
+from tests.models import pico
 
 from latentize import api
 from latentize.checkpoint import Journal, OutputFolder, places

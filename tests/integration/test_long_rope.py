@@ -8,17 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import (
-    FP32,
-    ONLY_MHA,
-    SMALL,
-    YARN_SCALING,
-    call_cli,
-    last_json,
-    pico_config,
-    random_tokens,
-    relative_error,
-)
+from tests.common import FP32, SMALL, call_cli, last_json, random_tokens, relative_error
+from tests.models import ONLY_MHA, YARN_SCALING, pico_config
 from tests.unit.attention.test_rope import rotary
 from transformers import DynamicCache
 

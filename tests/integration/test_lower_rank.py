@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FP32, SMALL, STREAM, call_cli, last_json, logits, portable, random_tokens, relative_error
+from tests.common import FP32, SMALL, STREAM, call_cli, last_json, logits, random_tokens, relative_error
 from tests.latent_models import MIXTURES, mixture, saved
+from tests.models import portable
 
 import latentize
 from latentize.checkpoint import Manifest, open_checkpoint

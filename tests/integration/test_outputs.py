@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.common import FP32, SMALL, logits, pico, random_tokens, relative_error, run_python
+from tests.common import FP32, SMALL, logits, random_tokens, relative_error, run_python
+from tests.models import pico
 
 import latentize
 from latentize.checkpoint import MANIFEST_NAME, Manifest

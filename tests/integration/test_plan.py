@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import FAMILIES, ONLY_MHA, call_cli, pico_config
+from tests.common import call_cli
+from tests.models import FAMILIES, ONLY_MHA, pico_config
 
 from latentize.errors import CheckpointError, ConfigError, OptionError
 from latentize.planning.inspection import plan

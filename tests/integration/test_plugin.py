@@ -8,17 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import (
-    FP32,
-    SMALL,
-    byte_tokenizer,
-    logits,
-    pico_config,
-    random_tokens,
-    randomize,
-    relative_error,
-    text_file,
-)
+from tests.common import FP32, SMALL, logits, random_tokens, relative_error, text_file
+from tests.models import byte_tokenizer, pico_config, randomize
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

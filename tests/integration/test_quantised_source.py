@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.common import SMALL, call_cli, last_json, pico, text_file
+from tests.common import SMALL, call_cli, last_json, text_file
 from tests.latent_models import mixture, saved
+from tests.models import pico
 from tests.quantised import FORMATS, dequantised, quantised
 
 import latentize

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tests.common import SMALL, leftovers, pico, text_file
+from tests.common import SMALL, leftovers, text_file
+from tests.models import pico
 
 import latentize
 from latentize import api

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FP32, SMALL, byte_tokenizer, logits, pico_config, random_tokens, randomize, relative_error
+from tests.common import FP32, SMALL, logits, random_tokens, relative_error
+from tests.models import byte_tokenizer, pico_config, randomize
 
 import latentize
 from latentize.errors import UnsupportedModelError

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FP32, SMALL, pico, pico_model, relative_error
+from tests.common import FP32, SMALL, relative_error
 from tests.mla import MLA, prompt, stock
+from tests.models import pico, pico_model
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import latentize

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from tests.coded_rows import coded_call, coded_configuration
-from tests.common import SMALL, pico, text_file
+from tests.common import SMALL, text_file
 from tests.latent_models import mixture, saved
+from tests.models import pico
 from torch.overrides import TorchFunctionMode
 
 import latentize

@@ -8,18 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import (
-    FAMILIES,
-    FP32,
-    LLAMA3_SCALING,
-    ONLY_MHA,
-    SMALL,
-    STOCK,
-    YARN_SCALING,
-    logits,
-    random_tokens,
-    relative_error,
-)
+from tests.common import FP32, SMALL, STOCK, logits, random_tokens, relative_error
+from tests.models import FAMILIES, LLAMA3_SCALING, ONLY_MHA, YARN_SCALING
 
 import latentize
 from latentize.text.tokenizer import load_tokenizer

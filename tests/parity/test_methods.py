@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tests.common import FP32, LLAMA3_SCALING, SMALL, STREAM, leftovers, logits, random_tokens
+from tests.common import FP32, SMALL, STREAM, leftovers, logits, random_tokens
+from tests.models import LLAMA3_SCALING
 
 import latentize
 from latentize.conversion import effort

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FAMILIES, FP32, ONLY_MHA, SMALL, WITHOUT_ROPE, pico, text_file
+from tests.common import FP32, SMALL, text_file
 from tests.latent_models import MIXTURES, mixture, saved
+from tests.models import FAMILIES, ONLY_MHA, WITHOUT_ROPE, pico
 from torch import Tensor
 
 import latentize

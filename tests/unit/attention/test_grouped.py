@@ -8,16 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import (
-    FAMILIES,
-    FP32,
-    LLAMA3_SCALING,
-    ONLY_MHA,
-    decoder_layers,
-    pico_model,
-    random_tokens,
-    relative_error,
-)
+from tests.common import FP32, random_tokens, relative_error
+from tests.models import FAMILIES, LLAMA3_SCALING, ONLY_MHA, decoder_layers, pico_model
 from torch import Tensor, nn
 
 from latentize.attention.cache import GrowingCache

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FAMILIES, FP32, FP64, LLAMA3_SCALING, WITHOUT_ROPE, YARN_SCALING, pico_config, relative_error
+from tests.common import FP32, FP64, relative_error
+from tests.models import FAMILIES, LLAMA3_SCALING, WITHOUT_ROPE, YARN_SCALING, pico_config
 from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave

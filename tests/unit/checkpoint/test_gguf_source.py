@@ -17,19 +17,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.common import (
-    FP32,
-    LLAMA3_SCALING,
-    SMALL,
-    call_cli,
-    last_json,
-    leftovers,
-    random_tokens,
-    relative_error,
-    trained_tokenizer,
-)
+from tests.common import FP32, SMALL, call_cli, last_json, leftovers, random_tokens, relative_error
 from tests.gguf_files import CHAT_TEMPLATE, source_model, write_source
 from tests.killing import contents
+from tests.models import LLAMA3_SCALING, trained_tokenizer
 
 import latentize
 from latentize.checkpoint import Journal, gguf_header, load_config, open_checkpoint, resolve

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.common import SMALL, pico, text_file
+from tests.common import SMALL, text_file
+from tests.models import pico
 from tests.quantised import FORMATS, quantised
 from torch import Tensor
 

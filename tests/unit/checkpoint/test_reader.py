@@ -13,9 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.common import pico
+from tests.models import pico
 
-from latentize.checkpoint import open_checkpoint, resolve
 from latentize.errors import CheckpointError, ConfigError, LatentizeError, UnsupportedModelError
 from latentize.families.opening import open_source
 
@@ -378,40 +377,6 @@ def test_tensors_that_overlap_in_the_file(copy: Callable[[str], Path]) -> None:
 
     edit_header(path, overlap)
     refused(path.parent, path.name)
-
-
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [("./nowhere", "no such folder"), ("/nowhere/at/all", "no such folder"), ("a/b/c", "not a hub id")],
-)
-def test_a_model_that_is_nowhere(model: str, words: str) -> None:
-    with pytest.raises(CheckpointError, match=words):
-        resolve(model)
-
-
-def test_a_model_that_is_a_file(copy: Callable[[str], Path]) -> None:
-    with pytest.raises(CheckpointError, match="not another file"):
-        resolve(copy("single") / "config.json")
-
-
-def test_a_folder_resolves_to_itself(saved: dict[str, Path]) -> None:
-    assert resolve(saved["single"]) == saved["single"].resolve()
-    assert open_checkpoint(resolve(str(saved["single"]))).config["model_type"] == "llama"
-
-
-def test_a_whole_file_wins_over_an_index_that_was_left_beside_it(copy: Callable[[str], Path]) -> None:
-    """As for transformers: here the shards are of another model."""
-    from transformers import AutoModelForCausalLM
-
-    folder = copy("sharded")
-    weights = {name: t + 1.0 for name, t in AutoModelForCausalLM.from_pretrained(folder).state_dict().items()}
-    weights.pop("lm_head.weight", None)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    ours = open_checkpoint(folder)
-    assert {path.name for path in ours.files} == {"model.safetensors"}
-    for name in ours.names():
-        assert torch.equal(ours.load(name), theirs[name]), name
 
 
 def test_an_adapter_beside_the_weights_is_refused(copy: Callable[[str], Path]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.common import logits, pico, random_tokens
+from tests.common import logits, random_tokens
+from tests.models import pico
 
 from latentize.checkpoint import MANIFEST_NAME, Manifest, OutputFolder, open_checkpoint, resolve
 from latentize.checkpoint.manifest import sha256

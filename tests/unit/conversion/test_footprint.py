@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FAMILIES
+from tests.models import FAMILIES
 
 from latentize.conversion.footprint import Footprint
 from latentize.conversion.latent import LatentJob

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.common import call_cli, pico
+from tests.common import call_cli
+from tests.models import pico
 
 from latentize.conversion import limits
 from latentize.machine import Room

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import SMALL, byte_tokenizer
+from tests.common import SMALL
+from tests.models import byte_tokenizer
 from torch import Tensor
 
 import latentize

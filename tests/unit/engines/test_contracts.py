@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import call_cli, portable
+from tests.common import call_cli
+from tests.models import portable
 
 from latentize.attention.spec import LatentSpec
 from latentize.engines.contracts import ENGINES, HARDWARE, Backend, Served, contract, machine_of, served, sizes_of

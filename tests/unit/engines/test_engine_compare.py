@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.common import pico_model, random_tokens
+from tests.common import random_tokens
+from tests.models import pico_model
 
 from latentize.engines.compare import Agreement, Reference, _problems, compare, reference
 from latentize.engines.run import Answers, engine_python

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 import torch
-from tests.common import byte_tokenizer, pico
+from tests.models import byte_tokenizer, pico
 from torch import Tensor
 
 from latentize.errors import DataError, OptionError

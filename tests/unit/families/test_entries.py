@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from tests.common import FAMILIES, FP32, LLAMA3_SCALING, WITHOUT_ROPE, mutants, pico_config
+from tests.common import FP32, mutants
+from tests.models import FAMILIES, LLAMA3_SCALING, WITHOUT_ROPE, pico_config
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 

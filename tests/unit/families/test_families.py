@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import FAMILIES, ONLY_MHA, pico, pico_config
+from tests.models import FAMILIES, ONLY_MHA, pico, pico_config
 from transformers import AutoConfig
 
 from latentize.checkpoint import open_checkpoint

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.common import ONLY_MHA, SMALL, logits, pico, pico_model, random_tokens, text_file
+from tests.common import SMALL, logits, random_tokens, text_file
+from tests.models import ONLY_MHA, pico, pico_model
 
 import latentize
 from latentize.errors import CheckpointError

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.common import SMALL, portable, random_tokens
+from tests.common import SMALL, random_tokens
+from tests.models import portable
 from tests.unit.formats.test_formats import CONFIG, RANK, H, N, latent_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.common import FP32, FP64, LLAMA3_SCALING, STOCK, pico_config, relative_error
+from tests.common import FP32, FP64, STOCK, relative_error
+from tests.models import LLAMA3_SCALING, pico_config
 from torch import Tensor
 
 from latentize.attention.grouped import rms_norm

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import portable, trained_tokenizer
+from tests.models import portable, trained_tokenizer
 from tests.sentencepieces import STEPS, sentencepiece
 from tests.unit.formats.test_gguf import changed, values
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.common import FP32, pico_model, random_tokens, relative_error
+from tests.common import FP32, random_tokens, relative_error
+from tests.models import pico_model
 from torch.nn import functional as F
 
 from latentize.errors import OptionError

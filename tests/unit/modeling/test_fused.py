@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FP32, pico_model, random_tokens, relative_error
+from tests.common import FP32, random_tokens, relative_error
 from tests.latent_models import MIXTURES, mixture
+from tests.models import pico_model
 from torch import Tensor
 from torch.profiler import profile
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.common import SMALL, call_cli, last_json, mutants, pico, text_file
+from tests.common import SMALL, call_cli, last_json, mutants, text_file
+from tests.models import pico
 
 from latentize import api
 from latentize.errors import CheckpointError, LatentizeError, OptionError

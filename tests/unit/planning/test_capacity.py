@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import FAMILIES, ONLY_MHA, pico_config, pico_model
+from tests.models import FAMILIES, ONLY_MHA, pico_config, pico_model
 
 from latentize.errors import OptionError
 from latentize.families import model_spec

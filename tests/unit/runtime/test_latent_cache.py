@@ -283,7 +283,7 @@ def test_many_tokens_under_a_window_see_what_each_alone_would(past: int) -> None
 
 
 def test_refusals() -> None:
-    from tests.common import pico_config
+    from tests.models import pico_config
 
     config = pico_config()
     with pytest.raises(OptionError, match="int3"):

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import FP32, SMALL, pico, pico_model, relative_error
+from tests.common import FP32, SMALL, relative_error
 from tests.mla import prompt, stock
+from tests.models import pico, pico_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, StaticCache
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import byte_tokenizer
+from tests.models import byte_tokenizer
 from torch import Tensor
 
 from latentize.errors import DataError

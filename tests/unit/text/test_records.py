@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.common import byte_tokenizer
+from tests.models import byte_tokenizer
 
 from latentize.errors import DataError
 from latentize.text.documents import documents

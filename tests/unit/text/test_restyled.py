@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import SMALL, byte_tokenizer
+from tests.common import SMALL
+from tests.models import byte_tokenizer
 
 import latentize
 from latentize.errors import OptionError

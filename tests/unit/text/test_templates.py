@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader
-from tests.common import SMALL, pico, portable
+from tests.common import SMALL
 from tests.gguf_files import CHAT_TEMPLATE, write_source
+from tests.models import pico, portable
 
 from latentize import api
 from latentize.checkpoint.writer import OutputFolder

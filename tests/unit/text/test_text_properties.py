@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from tests.common import byte_tokenizer, mutants
+from tests.common import mutants
+from tests.models import byte_tokenizer
 
 from latentize.errors import LatentizeError
 from latentize.text.documents import TextWarning

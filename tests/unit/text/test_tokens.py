@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.common import byte_tokenizer
+from tests.models import byte_tokenizer
 
 from latentize.errors import DataError
 from latentize.text.documents import pieces
