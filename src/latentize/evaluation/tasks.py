@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import logging
 import sys
@@ -170,7 +171,8 @@ def _load(names: Sequence[str], manager: TaskManager) -> list[Any]:
     for name in dict.fromkeys(wanted):
         entry = manager.task_index.get(name)
         if entry is None:
-            known = [other for other in manager.all_tasks if name.lower() in other.lower()][:5]
+            known = sorted((other for other in manager.all_tasks if name.lower() in other.lower()), key=len)[:5]
+            known = known or difflib.get_close_matches(name, manager.all_tasks, 5)
             near = f"did you mean {', '.join(known)}? " if known else ""
             fix = near + "`lm-eval ls tasks` lists them; one of your own is given as the path of its .yaml"
             raise OptionError(f"lm-eval knows no task '{name}'", where=_OPTION, fix=fix)
@@ -208,7 +210,9 @@ def _first(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _answered(folder: Path, tasks: list[Any], dtype: torch.dtype, device: str, options: dict[str, Any]) -> Any:
+def _answered(
+    folder: Path, tasks: list[Any], manager: TaskManager, dtype: torch.dtype, device: str, options: dict[str, Any]
+) -> Any:
     """What lm-eval returns for the model in a folder."""
     import lm_eval
     from lm_eval.models import huggingface
@@ -226,7 +230,8 @@ def _answered(folder: Path, tasks: list[Any], dtype: torch.dtype, device: str, o
     )
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), _SEED)
     shared = {name: options[name] for name in ("limit", "num_fewshot")}
-    return run(lm, tasks=tasks, log_samples=True, bootstrap_iters=DRAWS, **shared, **seeds)
+    # Without a manager it reads the thousands of files of lm-eval's own tasks once more.
+    return run(lm, tasks=tasks, task_manager=manager, log_samples=True, bootstrap_iters=DRAWS, **shared, **seeds)
 
 
 def _scores(found: Mapping[str, Any], task: str) -> Iterator[tuple[str, str, float, float | None]]:
@@ -334,12 +339,13 @@ def run_tasks(
     options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
     # Before any model is: most mistakes are made here.
     with _quiet():
-        loaded = _load(tasks, _manager(tasks, include_path))
+        manager = _manager(tasks, include_path)
+        loaded = _load(tasks, manager)
     found = []
     folders = [model] if reference is None else [model, reference]
     for number, folder in enumerate(folders, 1):
         with _quiet():
-            found.append(_answered(folder, loaded, dtype, device, options))
+            found.append(_answered(folder, loaded, manager, dtype, device, options))
         progress("running tasks", number, len(folders), folder.name)
     aggregates = {name: task.aggregation() for name, task in _leaves(loaded)}
     rows = rows_of(found[0], found[1] if reference is not None else None, aggregates)
