@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ import latentize
 from latentize import LatentCache
 from latentize.api import compare
 from latentize.checkpoint import Journal
+from latentize.conversion import effort
 from latentize.errors import OptionError
+from latentize.training.polish import Polish
 
 OPTIONS: dict[str, Any] = {**SMALL, "bytes": "30%", "bytes_context": 256}
 MODELS = (
@@ -111,7 +114,8 @@ def test_more_bytes_lose_less(source: Callable[..., Path], text: str, tmp_path: 
 def test_interrupted_and_resumed(
     source: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each of the steps that look at all layers together."""
+    """After each of the steps that look at all layers together. A few steps of the polish show it as well as many."""
+    monkeypatch.setattr(effort, "Polish", functools.partial(Polish, steps=24))
     options = {**OPTIONS, "fast": False, "self_generated": 0, "tokens": 2048}
     whole, out, keep = tmp_path / "whole" / "out", tmp_path / "again" / "out", Journal.keep
     latentize.convert(source(), whole, data=(text,), **options)
@@ -122,10 +126,10 @@ def test_interrupted_and_resumed(
             if name == step:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(Journal, "keep", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            latentize.convert(source(), out, data=(text,), resume=number > 0, **options)
-        monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            patched.setattr(Journal, "keep", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                latentize.convert(source(), out, data=(text,), resume=number > 0, **options)
     latentize.convert(source(), out, data=(text,), resume=True, **options)
     assert contents(out) == contents(whole)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import SMALL, run_cli
+from tests.common import SMALL, run_python
+from tests.dying import torchrun
 from tests.models import ONLY_MHA, pico
 
 import latentize
@@ -132,7 +133,7 @@ from pathlib import Path
 import latentize
 from latentize.healing import loop
 from latentize.healing import state
-model, out, source, options, at = sys.argv[1:6]
+model, source, runs, at = sys.argv[1:]
 after = int(at)
 take = loop._Run._step
 def step(self, number, rows):
@@ -147,7 +148,8 @@ def save_then_die(*args, **options):
     if len(saved) == -after:
         os.kill(os.getpid(), signal.SIGKILL)
 state.save = save_then_die
-latentize.heal(model, out, source, save_every=5, **json.loads(options))
+for out, options in json.loads(runs):
+    latentize.heal(model, out, source, save_every=5, **options)
 """
 
 
@@ -169,7 +171,8 @@ def test_killed_and_resumed_it_is_as_if_nothing_had_been(
     tmp_path: Path,
 ) -> None:
     options = {**QUICK, "data": [text], "epochs": 2, "optimiser": optimiser}
-    arguments = [converted("deepseek_v3"), tmp_path / "killed", source(), json.dumps(options), after]
+    runs = json.dumps([[str(tmp_path / "killed"), options]])
+    arguments = [converted("deepseek_v3"), source(), runs, after]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], env=environment, timeout=300)
     assert done.returncode == -signal.SIGKILL
@@ -186,88 +189,87 @@ def test_killed_and_resumed_it_is_as_if_nothing_had_been(
 
 
 SHARED = ["--sequence-length", 64, "--step-tokens", 256, "--tokens", 5120, "--looks", 2, "--no-autocast", "--json"]
+# Options, how two processes share, and by how much losses may differ.
+CASES: dict[str, tuple[tuple[str, ...], str, float]] = {
+    "fsdp": (("--optimiser", "adamw", "--train", "all"), "fsdp", 1e-5),
+    "ddp": (("--optimiser", "adamw", "--train", "all"), "ddp", 1e-5),
+    "fsdp-lora": (("--train", "lora"), "fsdp", 1e-5),
+    # Muon orthogonalises in bfloat16, which magnifies what differs in the last bit.
+    "fsdp-muon": (("--optimiser", "muon"), "fsdp", 1e-3),
+}
+# One command line after the other in the same two processes, which saves the seconds that imports take.
+COMMANDS = """
+import json, sys
+from latentize.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["latentize", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
 
 
 @pytest.fixture(scope="module")
-def alone(
-    converted: Callable[[str], Path], source: Callable[..., Path], text: str, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    """Healed by one process."""
-    made: dict[tuple[str, ...], Path] = {}
+def heals(converted: Callable[[str], Path], source: Callable[..., Path], text: str) -> Callable[..., list[str]]:
+    """A command line; of the formats one, so that both are seen."""
 
-    def heal(*options: str) -> Path:
-        if options not in made:
-            made[options] = tmp_path_factory.mktemp("alone") / "out"
-            where = [converted(format_of(options)), made[options], "--teacher", source(), "--data", text]
-            done = run_cli("heal", *where, *options, *SHARED)
-            assert done.returncode == 0, done.stderr
-        return made[options]
+    def command(out: Path, options: tuple[str, ...], *more: str) -> list[str]:
+        model = converted("native" if "lora" in options else "deepseek_v3")
+        return [*map(str, ("heal", model, out, "--teacher", source(), "--data", text, *options, *more, *SHARED))]
 
-    return heal
+    return command
 
 
-def format_of(options: tuple[str, ...]) -> str:
-    """One of them, so that both are seen."""
-    return "native" if "lora" in options else "deepseek_v3"
+@pytest.fixture(scope="module")
+def alone(heals: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
+    """Healed by one process, by options."""
+    folder = tmp_path_factory.mktemp("alone")
+    made = {options: folder / str(number) for number, options in enumerate({c[0]: 0 for c in CASES.values()})}
+    done = run_python(COMMANDS, json.dumps([heals(out, options) for options, out in made.items()]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return made
 
 
-# Muon orthogonalises in bfloat16, which magnifies what differs in the last bit.
-@pytest.mark.parametrize(
-    ("options", "parallel", "tolerance"),
-    [
-        (("--optimiser", "adamw", "--train", "all"), "fsdp", 1e-5),
-        (("--optimiser", "adamw", "--train", "all"), "ddp", 1e-5),
-        (("--train", "lora"), "fsdp", 1e-5),
-        (("--optimiser", "muon"), "fsdp", 1e-3),
-    ],
-    ids=["fsdp", "ddp", "fsdp-lora", "fsdp-muon"],
-)
-def test_two_processes_are_one(
-    options: tuple[str, ...],
-    parallel: str,
-    tolerance: float,
-    alone: Callable[..., Path],
-    converted: Callable[[str], Path],
-    source: Callable[..., Path],
-    text: str,
-    tmp_path: Path,
-) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    command += ["-m", "latentize.cli", "heal", converted(format_of(options)), tmp_path / "two"]
-    command += ["--teacher", source(), "--data", text, "--parallel", parallel, *options, *SHARED]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    two = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
-    assert two.returncode == 0, two.stderr
-    result = json.loads(two.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def two(heals: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Healed by two, and what the command printed."""
+    folder = tmp_path_factory.mktemp("two")
+    commands = [heals(folder / name, case[0], "--parallel", case[1]) for name, case in CASES.items()]
+    done = torchrun(COMMANDS, folder, json.dumps(commands))
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {name: (folder / name, result) for name, result in zip(CASES, printed, strict=True)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(case: str, alone: dict[tuple[str, ...], Path], two: dict[str, tuple[Path, Any]]) -> None:
+    options, _, tolerance = CASES[case]
+    folder, result = two[case]
     assert result["machine"]["processes"] == 2
-    pairs = list(zip(curve(alone(*options)), curve(tmp_path / "two"), strict=True))
+    pairs = list(zip(curve(alone[options]), curve(folder), strict=True))
     losses = [(a["total"], b["total"]) for a, b in pairs if "total" in a]
     assert len(losses) == 20
     assert max(abs(a - b) for a, b in losses) <= tolerance
     # They learnt; a step's own text may be harder than that of the one before.
     looks = [a["held_out"]["loss"] for a, _ in pairs if "held_out" in a]
     assert min(looks) < 0.98 * looks[0]
-    assert latentize.verify(tmp_path / "two")["ok"]
+    assert latentize.verify(folder)["ok"]
 
 
 def test_two_processes_are_resumed_too(
     converted: Callable[[str], Path], source: Callable[..., Path], text: str, tmp_path: Path
 ) -> None:
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    options = {**QUICK, "data": [text], "optimiser": "adamw"}
+    killed, undisturbed = str(tmp_path / "killed"), str(tmp_path / "undisturbed")
 
-    def heal(name: str, at: int, **more: Any) -> int:
-        options = json.dumps({**QUICK, "data": [text], "optimiser": "adamw", **more})
-        arguments = [script, converted("deepseek_v3"), tmp_path / name, source(), options, at]
-        command = [*torchrun, *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, timeout=300).returncode
+    def heal(*runs: tuple[str, dict[str, Any]], at: int) -> int:
+        return torchrun(KILLED, tmp_path, converted("deepseek_v3"), source(), json.dumps(runs), at).returncode
 
-    assert heal("killed", 8) != 0
+    assert heal((killed, options), at=8) != 0
     assert (tmp_path / "killed.healing" / "state").is_dir()
-    assert heal("killed", 1000, resume=True) == 0
-    assert heal("undisturbed", 1000) == 0
+    assert heal((killed, {**options, "resume": True}), (undisturbed, options), at=1000) == 0
     pairs = zip(curve(tmp_path / "killed"), curve(tmp_path / "undisturbed"), strict=True)
     assert all(a == pytest.approx(b, rel=1e-6) for a, b in pairs if "total" in a)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "undisturbed")]

@@ -17,7 +17,7 @@ from latentize.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 # A command of the README says less than these; what it says counts.
-QUICK = {"fast": True, "tokens": 4096, "selection_tokens": 512, "evaluation_tokens": 1024}
+QUICK = {"fast": True, "tokens": 2048, "sequence_length": 256, "selection_tokens": 256, "evaluation_tokens": 512}
 QUICK_HEALING = {"tokens": 2048, "selection_tokens": 512, "evaluation_tokens": 1024}
 # And of `--tokens` no more than this is taken.
 MOST = {"--tokens": 2048, "--samples": 1, "--limit": 4}
