@@ -40,13 +40,13 @@ def bench() -> Any:
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "out"
-    latentize.convert(MODEL, out, keep="50%", format="deepseek_v3", fast=True)
+    latentize.convert(MODEL, out, keep="50%", format="deepseek_v3", fast=True, tokens=16_384)
     return out
 
 
 @pytest.fixture(scope="module")
 def found(bench: Any, portable: Path) -> Callable[[str, str], dict[str, dict[str, float]]]:
-    tokens_NT = pack(load_tokenizer(MODEL), documents((), "heldout"), tokens=8192, sequence_length=512).long()
+    tokens_NT = pack(load_tokenizer(MODEL), documents((), "heldout"), tokens=4096, sequence_length=512).long()
 
     @cache
     def model(name: str, exported: bool) -> Any:
