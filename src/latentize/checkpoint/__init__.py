@@ -4,7 +4,7 @@ from latentize.checkpoint.base import Checkpoint
 from latentize.checkpoint.hub import resolve
 from latentize.checkpoint.journal import Journal
 from latentize.checkpoint.manifest import MANIFEST_NAME, Manifest
-from latentize.checkpoint.opening import load_config, loading, open_checkpoint, pretrained
+from latentize.checkpoint.opening import load_config, loading, open_checkpoint, pretrained, told_config
 from latentize.checkpoint.writer import OutputFolder
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "open_checkpoint",
     "pretrained",
     "resolve",
+    "told_config",
 ]

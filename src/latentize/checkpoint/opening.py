@@ -11,11 +11,11 @@ from latentize.checkpoint.base import Checkpoint
 from latentize.checkpoint.gguf import GgufCheckpoint, is_gguf
 from latentize.checkpoint.gguf_config import gguf_config
 from latentize.checkpoint.quantised import is_read, quantised
-from latentize.checkpoint.reader import SafetensorsCheckpoint
-from latentize.checkpoint.towers import read_config
-from latentize.errors import CheckpointError, LatentizeError
+from latentize.checkpoint.reader import SafetensorsCheckpoint, read_json
+from latentize.checkpoint.towers import read_config, renamed
+from latentize.errors import CheckpointError, ConfigError, LatentizeError
 
-__all__ = ["load_config", "loading", "open_checkpoint", "pretrained"]
+__all__ = ["load_config", "loading", "open_checkpoint", "pretrained", "told_config"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -65,6 +65,17 @@ def loading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"transformers cannot load the model: {reason}", where=str(path)) from error
 
 
+def _renamed(path: Path) -> dict[str, Any] | None:
+    stated = read_json(path / "config.json", ConfigError, "LZ102")
+    known = renamed(stated)
+    return None if known is stated else known
+
+
+def told_config(path: Path) -> dict[str, Any]:
+    """What transformers has to be told of a model's config because it would not read it so by itself."""
+    return {} if is_gguf(path) or _renamed(path) is None else {"config": load_config(path)}
+
+
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """transformers' config of a model, without what is said of weights that are read dequantised.
 
@@ -78,8 +89,12 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
         return gguf_config(path)
     from transformers import AutoConfig
 
-    whole: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    config = read_config(whole)
+    known = _renamed(path)
+    if known is not None:
+        config: Any = AutoConfig.for_model(**known)
+    else:
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        config = read_config(AutoConfig.from_pretrained(path, **options))
     if is_read(config.to_dict()):
         del config.quantization_config
     return config

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["CARRIED", "TOWERS", "is_tower", "language_model", "left_out", "own_names", "read_config"]
+__all__ = ["CARRIED", "TOWERS", "is_tower", "language_model", "left_out", "own_names", "read_config", "renamed"]
 
 # How names of tensors begin that the native format carries along as they were stored.
 CARRIED = "carried."
@@ -17,6 +17,7 @@ CARRIED = "carried."
 # Multimodal ``model_type`` → what its language model is by itself; empty where its part of the config says so.
 TOWERS = {
     "gemma3": "gemma3_text",
+    "kimi_k25": "deepseek_v3",
     "llama4": "llama4_text",
     "llava": "",
     "mistral3": "",
@@ -25,6 +26,9 @@ TOWERS = {
     # Positions of text are the same in all three directions: its RoPE is Qwen3's there.
     "qwen3_vl": "qwen3",
 }
+# ``model_type`` of files that come with code of their own → what transformers runs of it: Kimi K2 is DeepSeek-V3 there,
+# inside Kimi K2.5.
+RENAMED = {"kimi_k2": "deepseek_v3"}
 # Entries of the whole that hold for the part, unless it has its own.
 _OF_ALL = ("quantization_config", "dtype", "torch_dtype", "tie_word_embeddings", "transformers_version")
 # How names of tensors begin, and what they are in the language model.
@@ -41,13 +45,23 @@ def is_tower(config: Mapping[str, Any]) -> bool:
     return str(config.get("model_type")) in TOWERS and isinstance(config.get("text_config"), Mapping)
 
 
+def renamed(config: dict[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` under the ``model_type`` that transformers has for it, which runs without its code."""
+    name = RENAMED.get(str(config.get("model_type")))
+    return config if name is None else {**_without(config, "auto_map"), "model_type": name}
+
+
+def _without(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if key != name}
+
+
 def language_model(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of a ``config.json`` as it is stated; all of it where there is no other part."""
     if not is_tower(config):
-        return config
+        return renamed(config)
     shared = {name: config[name] for name in _OF_ALL if name in config}
     named = TOWERS[config["model_type"]] or config["text_config"].get("model_type")
-    return {**shared, **config["text_config"], "model_type": named}
+    return renamed({**shared, **config["text_config"], "model_type": named})
 
 
 def read_config(whole: Any) -> Any:

@@ -20,6 +20,7 @@ from latentize.checkpoint.base import is_finite
 from latentize.checkpoint.gguf import is_gguf, save_gguf_tokenizer
 from latentize.checkpoint.journal import Journal, sync
 from latentize.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256
+from latentize.checkpoint.opening import told_config
 from latentize.checkpoint.places import require_new
 from latentize.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from latentize.errors import NumericsError, OutputError
@@ -86,7 +87,9 @@ def save_rest_of_tokenizer(source: Path, folder: Path) -> None:
     with TemporaryDirectory() as made:
         # It was loaded for its text. What cannot be saved is there as it was in the source.
         try:
-            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(made)
+            # Without the last transformers asks whoever sits there whether the model's code may be run.
+            options: dict[str, Any] = {**told_config(source), "local_files_only": True, "trust_remote_code": False}
+            AutoTokenizer.from_pretrained(source, **options).save_pretrained(made)
         except MemoryError:
             raise
         except Exception:

@@ -13,44 +13,14 @@ from typing import Any
 
 from latentize.attention.spec import LatentSpec, RopeSpec, kv_cache_bytes
 from latentize.errors import ConfigError
+from latentize.families.latent_types import ALIASES, LATENT_TYPES
 from latentize.families.table import MODULES
 
-__all__ = ["LATENT_TYPES", "LatentExperts", "LatentModel", "is_latent", "latent_model"]
+__all__ = ["LatentExperts", "LatentModel", "is_latent", "latent_model"]
 
 # Far above any model.
 _LARGEST_HEAD = 1 << 16
-# What transformers assumes for entries that config.json leaves out; held against its classes by a test.
-LATENT_TYPES: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {
-        **{"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
-        **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
-        **{"v_head_dim": 128, "vocab_size": 102_400, "max_position_embeddings": 2048, "tie_word_embeddings": False},
-        **{"first_k_dense_replace": 0, "n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407},
-    },
-    "deepseek_v3": {
-        **{"num_hidden_layers": 61, "hidden_size": 7168, "intermediate_size": 18_432, "num_attention_heads": 128},
-        **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
-        **{"v_head_dim": 128, "vocab_size": 129_280, "max_position_embeddings": 4096, "tie_word_embeddings": False},
-        **{"first_k_dense_replace": 3, "n_routed_experts": 256, "n_shared_experts": 1, "moe_intermediate_size": 2048},
-        **{"num_experts_per_tok": 8},
-    },
-    "glm4_moe_lite": {
-        **{"num_hidden_layers": 47, "hidden_size": 2048, "intermediate_size": 10_240, "num_attention_heads": 20},
-        **{"kv_lora_rank": 512, "q_lora_rank": 768, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64},
-        **{"v_head_dim": 256, "vocab_size": 154_880, "max_position_embeddings": 202_752, "tie_word_embeddings": False},
-        **{"n_routed_experts": 64, "n_shared_experts": 1, "moe_intermediate_size": 1536, "num_experts_per_tok": 4},
-    },
-    "youtu": {
-        **{"num_hidden_layers": 32, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16},
-        **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
-        **{"v_head_dim": 128, "vocab_size": 128_256, "max_position_embeddings": 131_072, "tie_word_embeddings": True},
-    },
-    "minicpm3": {
-        **{"num_hidden_layers": 62, "hidden_size": 2560, "intermediate_size": 6400, "num_attention_heads": 40},
-        **{"kv_lora_rank": 256, "q_lora_rank": 768, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32},
-        **{"vocab_size": 73_448, "max_position_embeddings": 32_768, "tie_word_embeddings": True},
-    },
-}
+_INDEXED = ("deepseek_v32", "glm_moe_dsa")
 
 
 @dataclass(frozen=True)
@@ -73,6 +43,51 @@ class LatentExperts:
 
 
 @dataclass(frozen=True)
+class Indexer:
+    """What chooses the tokens that are attended to (DeepSeek-V3.2, arXiv 2512.02556).
+
+    Attributes:
+        layers: Layers that have one; others take what the last one chose.
+        heads: Of its queries.
+        head_dim: Of its queries and of its key, which is cached beside the latent.
+        chosen: Tokens that are attended to at most.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    chosen: int
+
+    def parameters(self, hidden_size: int, q_lora_rank: int) -> int:
+        """Of all layers: queries, the key and its norm, and a weight for each head."""
+        key = (hidden_size + 2) * self.head_dim
+        return self.layers * (q_lora_rank * self.heads * self.head_dim + key + hidden_size * self.heads)
+
+
+@dataclass(frozen=True)
+class DeltaLayers:
+    """Layers of Kimi delta attention, which keep a state instead of a cache (Kimi Linear, arXiv 2510.26692).
+
+    Attributes:
+        layers: How many.
+        heads, head_dim: Of queries, keys and values.
+        kernel: Tokens that the short convolution sees.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    kernel: int
+
+    def parameters(self, hidden_size: int) -> int:
+        """Of all layers: projections, convolutions, gates, and the norm of what is read."""
+        inner = self.heads * self.head_dim
+        projections, convolutions = 4 * hidden_size * inner, 3 * inner * self.kernel
+        gates = 2 * (hidden_size + inner) * self.head_dim + inner + self.heads + hidden_size * self.heads
+        return self.layers * (projections + convolutions + gates + self.head_dim)
+
+
+@dataclass(frozen=True)
 class LatentModel:
     """The shape of a model with latent attention.
 
@@ -89,6 +104,8 @@ class LatentModel:
         tied: Whether the output head is the embedding.
         max_positions: Context length that the model was made for.
         attention_bias: Whether the down-projections and the output projection have a bias.
+        indexer: What chooses tokens, or ``None``.
+        delta: Layers without latent attention, or ``None``.
     """
 
     model_type: str
@@ -103,6 +120,8 @@ class LatentModel:
     tied: bool
     max_positions: int
     attention_bias: bool = False
+    indexer: Indexer | None = None
+    delta: DeltaLayers | None = None
 
     kind = "MLA"
     # As in ModelSpec, for whatever runs layers.
@@ -117,9 +136,19 @@ class LatentModel:
         return MODULES[role]
 
     @property
+    def attending(self) -> int:
+        """Layers that have latent attention."""
+        return self.layers - (0 if self.delta is None else self.delta.layers)
+
+    @property
     def cache_values(self) -> int:
-        """Cached values per token and layer: the latent once, and the roped key."""
+        """Cached values per token and layer with latent attention: the latent once, and the roped key."""
         return self.attention.cache_values
+
+    @property
+    def index_values(self) -> int:
+        """Cached values per token beside them: keys of the index in all layers that have one."""
+        return 0 if self.indexer is None else self.indexer.layers * self.indexer.head_dim
 
     @property
     def expanded_values(self) -> int:
@@ -155,11 +184,14 @@ class LatentModel:
 
     @property
     def attention_parameters(self) -> int:
-        """Of all layers."""
+        """Of all layers, and of what takes the place of latent attention in some."""
         total = 0
         for shape in self.attention_shapes().values():
             total += shape[0] * (shape[1] if len(shape) > 1 else 1)
-        return self.layers * total
+        total *= self.attending
+        if self.indexer is not None:
+            total += self.indexer.parameters(self.attention.hidden_size, self.q_lora_rank or 0)
+        return total + (0 if self.delta is None else self.delta.parameters(self.attention.hidden_size))
 
     @property
     def routed_parameters(self) -> int:
@@ -189,6 +221,13 @@ class LatentModel:
     def describe(self) -> dict[str, Any]:
         """What the model is, for ``latentize inspect``."""
         a, e = self.attention, self.experts
+        bytes_of_token = kv_cache_bytes(self.cache_values, layers=self.attending, tokens=1)
+        others: dict[str, Any] = {}
+        if self.delta is not None:
+            others |= {"converted_layers": self.attending, "kept_layers": {"linear_attention": self.delta.layers}}
+        if self.indexer is not None:
+            others |= {"index_head_dim": self.indexer.head_dim, "index_layers": self.indexer.layers}
+            others |= {"index_topk": self.indexer.chosen}
         return {
             "model_type": self.model_type,
             "attention": self.kind,
@@ -206,8 +245,9 @@ class LatentModel:
             "tie_word_embeddings": self.tied,
             "max_position_embeddings": self.max_positions,
             "cache_values_per_token_layer": self.cache_values,
-            "cache_bytes_per_token": kv_cache_bytes(self.cache_values, layers=self.layers, tokens=1),
+            "cache_bytes_per_token": bytes_of_token + kv_cache_bytes(self.index_values, layers=1, tokens=1),
             "parameters": self.parameters,
+            **others,
         }
 
 
@@ -225,6 +265,9 @@ def latent_model(config: Mapping[str, Any]) -> LatentModel:
     model_type = str(config["model_type"])
     given = {key: value for key, value in config.items() if value is not None or key == "q_lora_rank"}
     config = {**LATENT_TYPES[model_type], **given}
+    for name, others in ALIASES.get(model_type, {}).items():
+        stated = next((config[other] for other in others if other in config), None)
+        config |= {} if stated is None else {name: stated}
     heads, rope = _size(config, "num_attention_heads"), _size(config, "qk_rope_head_dim")
     config.setdefault("v_head_dim", _size(config, "hidden_size") // heads)
     if rope % 2:
@@ -262,7 +305,39 @@ def latent_model(config: Mapping[str, Any]) -> LatentModel:
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=_size(config, "max_position_embeddings"),
         attention_bias=bool(config.get("attention_bias", False)),
+        indexer=_indexer(config, layers) if model_type in _INDEXED else None,
+        delta=_delta(config, layers) if model_type == "kimi_linear" else None,
     )
+
+
+def _indexer(config: Mapping[str, Any], layers: int) -> Indexer:
+    """In GLM-5 some layers take what the last one with an index chose."""
+    types, freq = config.get("indexer_types"), config.get("index_topk_freq") or 1
+    if isinstance(types, list):
+        having = types[:layers].count("full")
+    elif isinstance(freq, int) and freq > 1:
+        offset = config.get("index_skip_topk_offset", 2)
+        having = sum(max(layer - offset + 1, 0) % freq == 0 for layer in range(layers))
+    else:
+        having = layers
+    sizes = (_size(config, name) for name in ("index_n_heads", "index_head_dim", "index_topk"))
+    return Indexer(having, *sizes)
+
+
+def _delta(config: Mapping[str, Any], layers: int) -> DeltaLayers:
+    """As files say it, counted from one, or as transformers does."""
+    own, types = config.get("linear_attn_config"), config.get("layer_types")
+    own = own if isinstance(own, Mapping) else {}
+    if isinstance(types, list):
+        count = types[:layers].count("linear_attention")
+    elif isinstance(own.get("kda_layers"), list):
+        count = len(own["kda_layers"])
+    else:
+        count = sum(layer == 0 or layer % 4 > 0 for layer in range(layers))
+    names = {"linear_num_heads": "num_heads", "linear_head_dim": "head_dim"}
+    names["linear_conv_kernel_dim"] = "short_conv_kernel_size"
+    sizes = {name: own.get(short, config[name]) for name, short in names.items()}
+    return DeltaLayers(count, *(_size(sizes, name) for name in names))
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from latentize.checkpoint import load_config, loading, open_checkpoint, pretrained
+from latentize.checkpoint import load_config, loading, open_checkpoint, pretrained, told_config
 from latentize.checkpoint.gguf import is_gguf
 from latentize.checkpoint.gguf_config import gguf_ends
 from latentize.errors import CheckpointError
@@ -108,7 +108,7 @@ def _told(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> dict[str, 
     if not is_gguf(path):
         checkpoint = open_checkpoint(path)
         if checkpoint.quantization is None and not checkpoint.left_out:
-            return {}
+            return told_config(path)
         tensors = {name: checkpoint.load(name).to(dtype) for name in checkpoint.names()}
         config = load_config(path, trust_remote_code=trust_remote_code)
         return {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}

@@ -31,7 +31,7 @@ class CacheSize:
         cache_bytes: For all layers and the whole batch.
         ratio: The source's bytes over these.
         note: What to know about it.
-        kept_bytes: Those among them of layers that stay as they are.
+        kept_bytes: Those among them of layers that stay as they are, or of an index.
         kv_heads: Key/value heads, where there are such.
         latent: ``(kv_lora_rank, qk_rope_head_dim)``, where there is one.
     """
@@ -128,14 +128,19 @@ def plan_latent(
         window: Tokens that the sliding-window row keeps.
     """
     a = model.attention
-    source = kv_cache_bytes(model.cache_values, layers=model.layers, tokens=context, batch=batch)
+
+    def index_bytes(tokens: int) -> int:
+        return kv_cache_bytes(model.index_values, layers=1, tokens=tokens, batch=batch)
+
+    source = kv_cache_bytes(model.cache_values, layers=model.attending, tokens=context, batch=batch)
+    source += index_bytes(context)
 
     def row(name: str, rank: int | None, *, tokens: int = context, note: str = "") -> CacheSize:
         values = model.expanded_values if rank is None else rank + a.qk_rope_head_dim
-        size = kv_cache_bytes(values, layers=model.layers, tokens=tokens, batch=batch)
-        if rank is None:
-            return CacheSize(name, values, 16, tokens, size, source / size, note, kv_heads=a.num_heads)
-        return CacheSize(name, values, 16, tokens, size, source / size, note, latent=(rank, a.qk_rope_head_dim))
+        kept = index_bytes(tokens)
+        size = kv_cache_bytes(values, layers=model.attending, tokens=tokens, batch=batch) + kept
+        shape: dict[str, Any] = {"kv_heads": a.num_heads} if rank is None else {"latent": (rank, a.qk_rope_head_dim)}
+        return CacheSize(name, values, 16, tokens, size, source / size, note, kept_bytes=kept, **shape)
 
     rows = [
         row("MLA (the model as it is)", a.kv_lora_rank),

@@ -74,9 +74,10 @@ class _Load:
         chosen: The share of them that a token is sent to.
         weight_flops: Of a step for each sequence.
         cache_bytes: Of a cached token, all layers that are converted.
-        kept, kept_window: Of a cached token in those that stay as they are, and how many of these they keep.
+        kept, kept_window: Of a cached token in those that stay as they are, or in an index, and how many these keep.
         cache_flops: Of attending to it.
         window: Tokens that are kept at most.
+        attended: Tokens that a step attends to at most, where an index chooses them.
     """
 
     stored: int
@@ -88,21 +89,30 @@ class _Load:
     routed: int = 0
     chosen: float = 0.0
     kept: float = 0.0
-    kept_window: int = 0
+    kept_window: float = 0
+    attended: float = math.inf
 
     def weights(self, batch: int) -> float:
         """Bytes of the weights that a step reads: of experts those that any sequence is sent to, if all are alike."""
         return self.read + self.routed * (1 - (1 - self.chosen) ** batch)
 
     def cache(self, context: int, batch: int) -> float:
-        growing = self.cache_bytes * min(context, self.window)
-        return (growing + self.kept * min(context, self.kept_window)) * batch
+        """Bytes that are held."""
+        return self._cached(min(context, self.window), context, batch)
+
+    def step(self, context: int, batch: int) -> float:
+        """Bytes that a step reads, weights and cache."""
+        seen = min(context, self.window, self.attended)
+        return self.weights(batch) + self._cached(seen, context, batch)
+
+    def _cached(self, tokens: float, context: int, batch: int) -> float:
+        return (self.cache_bytes * tokens + self.kept * min(context, self.kept_window)) * batch
 
     def seconds(self, machine: Machine, context: int, batch: int) -> tuple[float, str]:
         """The least time of a decode step, and what it is spent on."""
         assert machine.bytes_per_second is not None
-        memory = (self.weights(batch) + self.cache(context, batch)) / machine.bytes_per_second
-        flops = batch * (self.weight_flops + self.cache_flops * min(context, self.window))
+        memory = self.step(context, batch) / machine.bytes_per_second
+        flops = batch * (self.weight_flops + self.cache_flops * min(context, self.window, self.attended))
         arithmetic = flops / machine.flops_per_second if machine.flops_per_second else 0.0
         return max((memory, "memory"), (arithmetic, "arithmetic"))
 
@@ -141,9 +151,12 @@ def _latent_load(model: LatentModel, row: CacheSize, context: int, weight_bits: 
         routed=round(model.routed_parameters * weight_bits / 8),
         chosen=chosen,
         weight_flops=2.0 * (always + chosen * model.routed_parameters),
-        cache_bytes=kv_cache_bytes(row.values_per_token_layer, layers=model.layers, tokens=1, bits=row.bits),
-        cache_flops=float(per_token * model.layers),
-        window=row.tokens if row.tokens < context else math.inf,
+        cache_bytes=kv_cache_bytes(row.values_per_token_layer, layers=model.attending, tokens=1, bits=row.bits),
+        cache_flops=float(per_token * model.attending),
+        window=(window := row.tokens if row.tokens < context else math.inf),
+        kept=kv_cache_bytes(model.index_values, layers=1, tokens=1),
+        kept_window=window,
+        attended=math.inf if model.indexer is None else model.indexer.chosen,
     )
 
 
@@ -223,14 +236,15 @@ def capacities(
 
 
 def _fitting(load: _Load, machine: Machine, context: int, batch: int) -> Capacity:
-    step = round(load.weights(batch) + load.cache(context, batch))
+    step = round(load.step(context, batch))
     if machine.memory_bytes is None:
         return Capacity(load.stored, step)
     free = machine.memory_bytes * (1 - machine.reserve) - load.stored
     sequences = max(0, math.floor(free / load.cache(context, 1)))
     # Layers with a window take what they take; the rest is for those that grow.
-    growing = free - load.kept * load.kept_window * batch
-    longest = max(0, math.floor(growing / (load.cache_bytes * batch)))
+    windows = math.isfinite(load.kept_window)
+    growing = free - (load.kept * load.kept_window * batch if windows else 0)
+    longest = max(0, math.floor(growing / ((load.cache_bytes + (0 if windows else load.kept)) * batch)))
     grows = longest < load.window
     return Capacity(load.stored, step, batch <= sequences, longest if grows else None, sequences)
 
@@ -255,7 +269,8 @@ def _break_even(load: _Load, source: _Load, batch: int) -> int | None:
     if load.window < math.inf:
         return int(load.window)
     more, fewer = load.read - source.read, (source.cache_bytes - load.cache_bytes) * batch
-    return max(0, math.ceil(more / fewer)) if fewer > 0 else None
+    tokens = max(0, math.ceil(more / fewer)) if fewer > 0 else None
+    return tokens if tokens is not None and tokens <= load.attended else None
 
 
 def _kernels(row: CacheSize) -> str:

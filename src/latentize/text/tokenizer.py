@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from latentize.checkpoint import pretrained
+from latentize.checkpoint import pretrained, told_config
 from latentize.checkpoint.gguf import is_gguf
 from latentize.checkpoint.gguf_header import read_gguf_header
 from latentize.checkpoint.writer import has_tokenizer_code
@@ -43,7 +43,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
             fix="take a GGUF file with a vocabulary, or the safetensors checkpoint of the model",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**pretrained(path), trust_remote_code=trust_remote_code)
+        named = {**pretrained(path), **told_config(path)}
+        tokenizer = AutoTokenizer.from_pretrained(**named, trust_remote_code=trust_remote_code)
         _try(tokenizer)
         return tokenizer
     except MemoryError:

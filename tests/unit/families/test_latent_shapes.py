@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from tests.common import SMALL
 from tests.latent_models import MIXTURES, mixture, saved
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from latentize import convert, evaluate
 from latentize.errors import ConfigError, LatentizeError
 from latentize.families import is_latent, latent_model, model_spec
-from latentize.families.latent import LATENT_TYPES
+from latentize.families.latent_types import LATENT_TYPES
 from latentize.planning.inspection import inspect, plan
-from latentize.planning.reading import shapes
+from latentize.planning.reading import read_spec, shapes
 from latentize.recipe import Recipe
 
-PUBLISHED = ("deepseek-v2-lite", "deepseek-v3", "glm-4.7-flash")
+PUBLISHED = ("deepseek-v2-lite", "deepseek-v3", "glm-4.7-flash", "kimi-k2")
 
 
 def rows(model: str, **options: Any) -> dict[str, dict[str, Any]]:
@@ -155,7 +157,95 @@ def test_a_keep_that_the_roped_key_exceeds() -> None:
     assert not any("--keep" in name for name in rows("deepseek-v3", keep="10%"))
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v32", "longcat_flash"])
+# Types whose layers are not all alike; and what the first of them caches of a token, in bytes, by hand.
+BEYOND: dict[str, tuple[str, dict[str, Any], int]] = {
+    "Mistral Small 4, 119 B": ("mistral4", {}, 2 * 36 * (256 + 64)),
+    "DeepSeek-V3.2, 672 B": ("deepseek_v32", {}, 2 * 61 * (512 + 64 + 128)),
+    "GLM-5, 744 B": ("glm_moe_dsa", {}, 2 * 78 * (512 + 64 + 128)),
+    # Layers 0, 1, 5, 9 … of 78 have an index; others take what the last one chose.
+    "GLM-5, an index every fourth": ("glm_moe_dsa", {"index_topk_freq": 4}, 2 * (78 * (512 + 64) + 21 * 128)),
+    "Kimi Linear, 49 B": ("kimi_linear", {}, 2 * 6 * (512 + 64)),
+    "Kimi Linear, as its files say it": (
+        "kimi_linear",
+        {
+            "linear_attn_config": {
+                "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
+                "kda_layers": [n for n in range(1, 27) if n % 4],
+                "head_dim": 64,
+                "num_heads": 16,
+                "short_conv_kernel_size": 4,
+            },
+            "num_experts": 64,
+            "num_experts_per_token": 4,
+            "num_shared_experts": 2,
+            "model_max_length": 4096,
+        },
+        2 * 7 * (512 + 64),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_indices_and_layers_of_other_attention_are_counted(name: str) -> None:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    model_type, entries, of_token = BEYOND[name]
+    class_name = MODEL_MAPPING_NAMES[model_type].replace("Model", "ForCausalLM")
+    assert MODEL_FOR_PRETRAINING_MAPPING_NAMES.get(model_type, class_name) == class_name
+    config = AutoConfig.for_model(model_type, **entries)
+    with torch.device("meta"):
+        model = getattr(transformers, class_name)(config)
+    ours = latent_model({"model_type": model_type, **entries})
+    assert ours.parameters == model.num_parameters()
+    assert ours.describe()["cache_bytes_per_token"] == of_token
+    assert ours.max_positions == config.max_position_embeddings
+    # What transformers writes is read as what it was made of, but that it states RoPE's defaults.
+    assert {**latent_model(config.to_dict()).describe(), "rope": None} == {**ours.describe(), "rope": None}
+
+
+def test_an_index_reads_its_keys_and_the_latents_that_it_chose(tmp_path: Path) -> None:
+    """Of 131,072 tokens 2,048 are attended to, and all keys of the index are looked at."""
+    path, context = tmp_path / "config.json", 131_072
+    path.write_text(json.dumps({"model_type": "deepseek_v32"}))
+    planned = plan(str(path), context=context, batch=4, memory=2000, bandwidth=8000)
+    source, half = (next(r for r in planned["rows"] if r["name"].startswith(n)) for n in ("MLA (", "MLA, half"))
+    latents, index = 2 * 61 * 576, 2 * 61 * 128
+    assert source["cache_bytes"] == 4 * context * (latents + index)
+    assert half["cache_bytes"] == 4 * context * (2 * 61 * (256 + 64) + index)
+    wide = plan(str(path), context=2 * context, batch=4, memory=2000, bandwidth=8000)["rows"][0]
+    assert wide["step_bytes"] - source["step_bytes"] == 4 * context * index
+    assert source["max_context"] == int((0.9 * 2000e9 - source["weight_bytes"]) / (4 * (latents + index)))
+    small = next(r for r in planned["rows"] if r["name"] == "MLA (the model as it is), int4+int8")
+    assert small["cache_bytes"] == 4 * context * (61 * (512 * 4 + 64 * 8 + 32) // 8 + index)
+
+
+def test_language_models_of_multimodal_ones_are_planned(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "mistral3", "text_config": {"model_type": "mistral4"}}))
+    assert plan(str(path), context=4096)["model"]["kv_lora_rank"] == 256
+    path.write_text(json.dumps({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2"}}))
+    assert plan(str(path), context=4096)["model"]["model_type"] == "deepseek_v3"
+    # As published: a trillion parameters.
+    assert plan("kimi-k2")["model"]["parameters"] == 1_026_408_209_408
+
+
+def test_kimi_k2_is_deepseek_v3(tmp_path: Path, text: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Files that come with code of their own; it is not run, and nobody is asked whether it may be."""
+    folder, out = saved(mixture("deepseek_v3"), tmp_path / "model"), tmp_path / "out"
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModel": "modeling_deepseek.DeepseekV3Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2", "auto_map": code}))
+    assert inspect(str(folder))["methods"][0]["result"] == "deepseek_v3"
+    small = {name: value for name, value in SMALL.items() if name != "dtype"}
+    report = convert(folder, out, keep="75%", data=(text,), **small)
+    assert report["format"] == "deepseek_v3"
+    assert evaluate(out, folder, data=(text,), tokens=512, sequence_length=64)["kl"] < 0.1
+    assert "Do you wish" not in "".join(capfd.readouterr())
+    assert AutoModelForCausalLM.from_pretrained(out).config.kv_lora_rank == report["kv_lora_rank"]
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "longcat_flash"])
 def test_other_latent_models_are_refused_by_name(model_type: str) -> None:
     config = {"model_type": model_type, "kv_lora_rank": 512}
     assert not is_latent(config)
@@ -178,5 +268,5 @@ def test_a_rank_alone_is_for_such_models_only() -> None:
 
 def test_bytes_of_a_token_are_counted_once() -> None:
     for name in PUBLISHED:
-        model = latent_model(json.loads(shapes()[name].read_text()))
+        model = read_spec(name)
         assert model.describe()["cache_bytes_per_token"] == math.prod((576, 2, model.layers))
