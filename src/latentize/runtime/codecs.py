@@ -216,14 +216,15 @@ class Coded:
 
     def even(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Values that have bits, before their gain, ``[B, S, b]``."""
-        (byte_BSm,) = stored
-        made, at = [byte_BSm.new_empty((*byte_BSm.shape[:-1], 0), dtype=dtype)], 1
+        # Once a row, where each segment would do it for itself: tables are looked up by integers of 32 bits.
+        byte_BSm = stored[0].to(torch.int32)
+        made, at = [], 1
         for bits, count in self.segments:
             size = bits * -(-count // GROUP)
             if bits:
                 made.append(_unpacked(byte_BSm[..., at : at + size], bits, dtype)[..., :count])
             at += size
-        return torch.cat(made, dim=-1)
+        return torch.cat(made, dim=-1) if made else byte_BSm.new_empty((*byte_BSm.shape[:-1], 0), dtype=dtype)
 
     @property
     def without_bits(self) -> int:
