@@ -70,6 +70,20 @@ class Team:
             for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def exchange(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Give each tensor as one process has it to all, in place.
+
+        Args:
+            tensors: Of one kind, the same shapes everywhere.
+            owners: Which process has each.
+        """
+        for owner in sorted(set(owners)) if self.size > 1 else ():
+            some = [tensor for tensor, whose in zip(tensors, owners, strict=True) if whose == owner]
+            flat = torch.cat([tensor.reshape(-1) for tensor in some])
+            dist.broadcast(flat, owner)
+            for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
     def mean(self, value: float) -> float:
         """Over the processes."""
         return self._reduced(value, dist.ReduceOp.SUM) / self.size

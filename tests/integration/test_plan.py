@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from tests.common import call_cli
 from tests.models import FAMILIES, ONLY_MHA, pico_config
 
 from latentize.errors import CheckpointError, ConfigError, OptionError
+from latentize.families import ModelSpec
 from latentize.planning.inspection import plan
-from latentize.planning.reading import shapes
+from latentize.planning.reading import read_spec, shapes
 
 GIB = 2**30
 
@@ -25,6 +27,16 @@ def row(table: dict[str, dict[str, Any]], start: str) -> dict[str, Any]:
     found = [r for name, r in table.items() if name.startswith(start)]
     assert found, f"{start} is not among {list(table)}"
     return found[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-3-8b", 8_030_261_248), ("llama-3-70b", 70_553_706_496), ("llama-3.1-405b", 405_853_388_800)],
+)
+def test_shapes_have_the_parameters_that_are_published(name: str, parameters: int) -> None:
+    spec = read_spec(name)
+    assert isinstance(spec, ModelSpec)
+    assert sum(math.prod(shape) for shape in spec.tensor_shapes().values()) == parameters
 
 
 def test_llama_2_7b_at_4096() -> None:

@@ -197,9 +197,13 @@ class _Counter:
         return [stack for stack in stacks if math.prod(stack)]
 
     def orthogonalised(self, setting: Setting, how: Schedule) -> Work:
-        """All steps of Muon on a layer, where it is taken."""
-        flop = orthogonalising(self.latent(setting), how.tokens) or 0
-        return self.products(how.steps * flop, 0.0, Use.LEARNT)
+        """All steps of Muon on a layer, where it is taken; each process tells the others what it has made."""
+        flop = orthogonalising(self.latent(setting), how.tokens)
+        if flop is None:
+            return Work()
+        entries = sum(map(math.prod, self.latent(setting)))
+        told = (2 if self.precision.narrow(Use.LEARNT) else 4) * entries * (self.processes - 1) / self.processes
+        return self.share(self.products(how.steps * flop, 0.0, Use.LEARNT)) + Work(sent=how.steps * told)
 
     def attention(self, tokens: float, setting: Setting, passes: int) -> Work:
         """A converted layer's attention alone; ``passes`` is 1 forward and 3 with the way back."""

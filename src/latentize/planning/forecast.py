@@ -27,8 +27,9 @@ _STORED = 2
 # Shares of what a vendor states for large products in 16 bits and for its memory that a conversion of layer after layer
 # reaches, taken, not measured: in bfloat16, in float32, in float64, in attention, in copies.
 _REACHED = (0.3, 0.1, 0.02, 0.15, 0.6)
-# Bytes a second that a GPU hands to others of its node, taken: a quarter of what NVLink 4 has in one direction.
-_SENT = 112e9
+# Bytes a second that a GPU hands to others, taken: in a node of eight a quarter of what NVLink 4 has in one direction,
+# between nodes a quarter of 400 Gbit/s of InfiniBand for each GPU.
+_NODE, _SENT, _SENT_BETWEEN = 8, 112e9, 12.5e9
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,16 @@ def forecast(spec: ModelSpec, recipe: Recipe, rates: Rates, *, faster: bool, pro
     return Forecast(sum(stages.values()), peak, sum(done.flop for done in work.values()), stages)
 
 
-def published_rates(machine: Machine) -> Rates:
+def published_rates(machine: Machine, processes: int = 1) -> Rates:
     """What a machine may be expected to reach of what its vendor states.
 
     Args:
         machine: Its arithmetic is known.
+        processes: On as many of them; sums over more than a node are as slow as what is between nodes.
     """
     assert machine.flops_per_second is not None
     narrow, wide, double, attended, copied = _REACHED
     flops = machine.flops_per_second
     moved = machine.bytes_per_second or flops
-    return Rates(narrow * flops, wide * flops, double * flops, attended * flops, copied * moved, _SENT)
+    sent = _SENT if processes <= _NODE else _SENT_BETWEEN
+    return Rates(narrow * flops, wide * flops, double * flops, attended * flops, copied * moved, sent)

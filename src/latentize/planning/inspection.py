@@ -103,7 +103,7 @@ def _conversions(spec: ModelSpec, keep: float, machine: Machine, *, here: bool, 
     from latentize.planning.forecast import forecast, published_rates
     from latentize.recipe import Recipe
 
-    rates = rates_of(spec, "cpu") if here else published_rates(machine)
+    rates = rates_of(spec, "cpu") if here else published_rates(machine, processes)
     found = []
     for fast in (True, False):
         try:

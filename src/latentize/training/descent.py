@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import torch
@@ -213,7 +214,7 @@ class Muon(Descent):
         vectors = [_by_entries(p) for p in self.parameters if p.ndim != 2]
         found: list[torch.optim.Optimizer] = []
         if matrices:
-            found.append(_Orthogonal(matrices, self._heads))
+            found.append(_Orthogonal(matrices, self._heads, self._team))
         if vectors:
             found.append(torch.optim.Adam(vectors, lr=0.0, betas=(0.9, 0.95)))
         return found
@@ -223,17 +224,19 @@ class _Orthogonal(torch.optim.Optimizer):
     """Momentum (Nesterov), orthogonalised.
 
     ``torch.optim.Muon`` does the same, but in bfloat16 everywhere. Where that is emulated it takes a hundred times as
-    long as float32, which is taken there instead.
+    long as float32, which is taken there instead. Several processes share the matrices of a step: each orthogonalises
+    some, and all take them from it.
     """
 
-    def __init__(self, groups: list[dict], heads: Mapping[int, Heads]) -> None:
+    def __init__(self, groups: list[dict], heads: Mapping[int, Heads], team: Team = ALONE) -> None:
         super().__init__(groups, {"lr": 0.0})
         # Not in the groups: those are kept on the disk, and heads are known from the model.
-        self._heads = heads
+        self._heads, self._team = heads, team
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step; gradients are there already, so that ``closure`` is not asked."""
+        ahead: list[tuple[nn.Parameter, Tensor, float]] = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient, state = parameter.grad, self.state[parameter]
@@ -242,8 +245,37 @@ class _Orthogonal(torch.optim.Optimizer):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 velocity = state["momentum_buffer"].lerp_(gradient, 1 - _MOMENTUM)
-                step = _orthogonal(gradient.lerp(velocity, _MOMENTUM), self._heads.get(id(parameter), WHOLE))
-                parameter.add_(step, alpha=-group["lr"])
+                ahead.append((parameter, gradient.lerp(velocity, _MOMENTUM), group["lr"]))
+        heads = [self._heads.get(id(parameter), WHOLE) for parameter, _, _ in ahead]
+        matrices = [matrix for _, matrix, _ in ahead]
+        found = map(_orthogonal, matrices, heads) if self._team.size == 1 else _shared(matrices, heads, self._team)
+        for (parameter, _, rate), step in zip(ahead, found, strict=True):
+            parameter.add_(step, alpha=-rate)
+
+
+def _shared(matrices: Sequence[Tensor], heads: Sequence[Heads], team: Team) -> list[Tensor]:
+    """The same as :func:`_orthogonal` of each, where every process does a part and tells the others."""
+    stacks = [each.stack(matrix) for matrix, each in zip(matrices, heads, strict=True)]
+    owners = _owners(tuple((*map(int, stack.shape),) for stack in stacks), team.size)
+    made = [torch.empty(stack.shape, device=stack.device, dtype=_products(stack)) for stack in stacks]
+    for stack, result, owner_K in zip(stacks, made, owners, strict=True):
+        mine = [number for number, owner in enumerate(owner_K) if owner == team.rank]
+        if mine:
+            result[mine] = _polar(stack[mine], torch.baddbmm)
+    team.exchange([matrix for stack in made for matrix in stack], [owner for owner_K in owners for owner in owner_K])
+    return [each.join(stack) for stack, each in zip(made, heads, strict=True)]
+
+
+@lru_cache(maxsize=64)
+def _owners(shapes: tuple[tuple[int, int, int], ...], processes: int) -> list[list[int]]:
+    """Which process orthogonalises each matrix of each stack: the largest first, to whoever has least to do."""
+    owners, load = [[0] * count for count, _, _ in shapes], [0] * processes
+    units = [(_products_of(m, n), at, number) for at, (count, m, n) in enumerate(shapes) for number in range(count)]
+    for flop, at, number in sorted(units, key=lambda unit: (-unit[0], unit[1:])):
+        owner = load.index(min(load))
+        owners[at][number] = owner
+        load[owner] += flop
+    return owners
 
 
 def _orthogonal(matrix: Tensor, heads: Heads) -> Tensor:
@@ -253,12 +285,17 @@ def _orthogonal(matrix: Tensor, heads: Heads) -> Tensor:
     return _polar(matrix, torch.addmm)
 
 
+def _products(matrix: Tensor) -> torch.dtype:
+    """The precision that matrices are orthogonalised in."""
+    return torch.bfloat16 if multiplies_bfloat16(matrix.device.type) else torch.float32
+
+
 def _polar(matrix: Tensor, multiply_add: Callable[..., Tensor]) -> Tensor:
     """Of one matrix, or of each in a stack."""
     a, b, c = _QUINTIC
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if tall else matrix
-    wide = wide.to(torch.bfloat16 if multiplies_bfloat16(matrix.device.type) else torch.float32)
+    wide = wide.to(_products(matrix))
     # The spectral norm is at most 1 from here on.
     wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=_SMALLEST_NORM)
     for _ in range(_ITERATIONS):
@@ -296,9 +333,14 @@ def orthogonalising(shapes: Sequence[tuple[int, int, int]], tokens: int) -> int 
         shapes: Of the matrices, ``(K, m, n)``.
         tokens: Of a step, each multiplied with all of them.
     """
-    sides = [(count, *sorted(shape)) for count, *shape in shapes]
-    flop = _ITERATIONS * sum(k * (4 * m * m * n + 2 * m**3) for k, m, n in sides)
-    return flop if flop <= _SHARE * 6 * tokens * sum(k * m * n for k, m, n in sides) else None
+    flop = sum(count * _products_of(m, n) for count, m, n in shapes)
+    return flop if flop <= _SHARE * 6 * tokens * sum(map(math.prod, shapes)) else None
+
+
+def _products_of(m: int, n: int) -> int:
+    """Multiplications and additions of orthogonalising a matrix."""
+    m, n = sorted((m, n))
+    return _ITERATIONS * (4 * m * m * n + 2 * m**3)
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

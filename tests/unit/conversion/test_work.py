@@ -18,7 +18,8 @@ from latentize.conversion.work import Rates, Work, _Counter
 from latentize.methods.registry import settings
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.precision import Precision
-from latentize.planning.forecast import forecast
+from latentize.planning.devices import DEVICES
+from latentize.planning.forecast import forecast, published_rates
 from latentize.planning.inspection import plan
 from latentize.planning.reading import read_spec
 from latentize.recipe import Recipe
@@ -63,7 +64,7 @@ def test_stages_are_those_of_the_recipe() -> None:
 
 
 def test_processes_share_what_can_be_shared() -> None:
-    """Candidates, text and steps are; closed forms, Muon's products and the measurement in the end are not."""
+    """Candidates, text, steps and Muon's products are; closed forms and the measurement in the end are not."""
 
     def of(processes: int, **entries: Any) -> dict[str, float]:
         recipe = Recipe.build(**entries)
@@ -78,6 +79,9 @@ def test_processes_share_what_can_be_shared() -> None:
         assert sum(times[1].values()) > 0.5 * sum(times[0].values())
     alone, two = of(1, polish=True)["polishing"], of(2, polish=True)["polishing"]
     assert two < 0.75 * alone
+    machine = DEVICES["h100"]
+    assert published_rates(machine, 8) == published_rates(machine)
+    assert published_rates(machine, 9).sent < published_rates(machine, 8).sent / 8, "between nodes"
     assert forecast(read_spec(MODEL), Recipe.build(), replace(RATES, sent=1e9), faster=True, processes=2).seconds > sum(  # type: ignore[arg-type]
         of(2).values()
     )
