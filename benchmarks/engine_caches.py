@@ -1,6 +1,7 @@
 """What caches of engines cost a converted model, with rows suited to them (``convert --cache-for``) and without.
 
     python benchmarks/engine_caches.py plain=out suited=out-q4_0 --report raw-test.txt --tokens 8192
+    python benchmarks/engine_caches.py source=model.gguf --report raw-test.txt    # of keys and values as they are
     python benchmarks/engine_caches.py --print
 
 Each model against itself with a cache in float32, in the same engine: llama.cpp with its own q8_0 and q4_0, and fp8 as
@@ -14,6 +15,7 @@ import argparse
 import datetime
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,40 +68,50 @@ def lost(prompts: list[list[int]], exact: list[Tensor], made: list[Tensor]) -> d
     return {"kl": divergence / count, "excess": excess / (count - len(prompts))}
 
 
-def measured(name: str, folder: Path, prompts: list[list[int]], environment: Path | None) -> list[dict[str, Any]]:
-    report = json.loads((folder / "latentize.json").read_text())["measurements"]
-    facts = {"name": name, "cache_for": report.get("cache_for"), "date": datetime.date.today().isoformat()}
-    facts |= {size: report[size] for size in ("kv_lora_rank", "qk_rope_head_dim")}
-    rows = [{**facts, "cache": "fp8", "engine": "PyTorch", **lost(prompts, *in_fp8(folder, prompts))}]
+def measured(name: str, model: Path, prompts: list[list[int]], environment: Path | None) -> list[dict[str, Any]]:
+    facts: dict[str, Any] = {"name": name, "cache_for": None, "date": datetime.date.today().isoformat()}
+    if model.suffix == ".gguf":
+        return list(in_llama_cpp(facts, model, prompts, environment, (*CACHES, "q5_1")))
+    report = json.loads((model / "latentize.json").read_text())["measurements"]
+    facts |= {size: report.get(size) for size in ("cache_for", "kv_lora_rank", "qk_rope_head_dim")}
+    rows = [{**facts, "cache": "fp8", "engine": "PyTorch", **lost(prompts, *in_fp8(model, prompts))}]
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "model.gguf"
-        latentize.export(folder, file, kind="f32")
+        latentize.export(model, file, kind="f32")
+        return [*rows, *in_llama_cpp(facts, file, prompts, environment, CACHES)]
 
-        def asked(cache: str) -> Any:
-            return run_engine("llama.cpp", file, prompts, new_tokens=0, cache=cache, environment=environment)
 
-        exact = asked("f32")
-        for cache in CACHES:
-            found = asked(cache)
-            logits = [[torch.from_numpy(t) for t in answers.logits_TV] for answers in (exact, found)]
-            engine = " ".join(f"{k} {v}" for k, v in found.versions.items())
-            rows.append({**facts, "cache": cache, "engine": engine, **lost(prompts, *logits)})
-            print(rows[-1], flush=True)
-    return rows
+def in_llama_cpp(
+    facts: dict[str, Any], file: Path, prompts: list[list[int]], environment: Path | None, caches: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """A row for each type of llama.cpp's cache."""
+
+    def asked(cache: str) -> Any:
+        return run_engine("llama.cpp", file, prompts, new_tokens=0, cache=cache, environment=environment)
+
+    exact = asked("f32")
+    for cache in caches:
+        found = asked(cache)
+        logits = [[torch.from_numpy(t) for t in answers.logits_TV] for answers in (exact, found)]
+        engine = " ".join(f"{k} {v}" for k, v in found.versions.items())
+        row = {**facts, "cache": cache, "engine": engine, **lost(prompts, *logits)}
+        print(row, flush=True)
+        yield row
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| model | sizes | rows suited to | engine | cache | KL, nats | excess, nats |"]
     lines.append("| -- | -- | -- | -- | -- | -- | -- |")
     for r in rows:
-        cells = [r["name"], f"{r['kv_lora_rank']} + {r['qk_rope_head_dim']}", r["cache_for"] or "none", r["engine"]]
+        sizes = f"{r['kv_lora_rank']} + {r['qk_rope_head_dim']}" if "kv_lora_rank" in r else "keys and values"
+        cells = [r["name"], sizes, r["cache_for"] or "none", r["engine"]]
         lines.append("| " + " | ".join([*cells, r["cache"], f"{r['kl']:.5f}", f"{r['excess']:+.5f}"]) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="NAME=FOLDER")
+    parser.add_argument("models", nargs="*", metavar="NAME=MODEL", help="a portable folder, or a source's GGUF file")
     parser.add_argument("--report", type=Path, help="a text file")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--length", type=int, default=2048, help="of a context")
