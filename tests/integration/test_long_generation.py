@@ -16,7 +16,7 @@ from latentize.text.documents import stdlib_documents
 from latentize.text.tokens import pack
 
 BUNDLED = Path(__file__).parents[2] / "models" / "tiny-llama-gqa"
-PROMPT, NEW = 2000, 128
+PROMPT, NEW = 2000, 64
 
 
 def converted(folder: Path) -> tuple[Any, torch.Tensor]:
