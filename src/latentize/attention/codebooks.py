@@ -61,7 +61,8 @@ class Finder:
         count = min(_KNOWN, len(words_kv))
         middle_cv = torch.cartesian_prod(*[self._middles] * self.values).view(-1, self.values)
         half_k = words_kv.square().sum(1) / 2
-        parts = [torch.addmm(-half_k, part_cv, words_kv.T).topk(count).indices for part_cv in middle_cv.split(2048)]
+        # So few at a time that distances to all words stay in the cache of a core.
+        parts = [torch.addmm(-half_k, part_cv, words_kv.T).topk(count).indices for part_cv in middle_cv.split(256)]
         index_cm = torch.cat(parts)
         with_half_kv = torch.cat([half_k[:, None], words_kv], dim=1)
         return index_cm.to(torch.int32), with_half_kv[index_cm].mT.contiguous()

@@ -23,7 +23,8 @@ __all__ = ["Measurement", "Subject", "copy_bandwidth", "measure", "product_rate"
 
 # Prompt tokens that go through a model at once.
 _PREFILL = 2048
-_WARMUP = 2
+# Of a prompt that is not timed, and decode steps that are not.
+_FIRST, _WARMUP = 32, 2
 _COPIED = 1 << 28
 
 
@@ -142,8 +143,8 @@ def measure(
     tokens = torch.randint(0, vocab, (batch, context + _WARMUP + steps), generator=generator).to(device)
     caches, prefill, sizes = [], [], []
     for number, subject in enumerate(subjects):
-        # Whatever is made on first use is not the prompt's fault.
-        _step(subject.model, tokens[:, :1], subject.new_cache())
+        # Whatever is made on first use is not the prompt's fault; a cache of codes stores nothing of a shorter one.
+        _step(subject.model, tokens[:, : min(context, _FIRST)], subject.new_cache())
         cache = subject.new_cache()
         started = time.perf_counter()
         for part in tokens[:, :context].split(_PREFILL, dim=1):
