@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicLayer, HQQQuantizedLayer, QuantoQuan
 from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
 import latentize
-from latentize.api import resolve
+from latentize.checkpoint import resolve
 from latentize.evaluation.compare import _cached_parts, _row_bytes
 from latentize.evaluation.grouped import SINKS, grouped_predictor
 from latentize.evaluation.predict import Predict, predictor

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import effort_of
+from ablation import with_effort
 
 import latentize
 
@@ -34,7 +34,7 @@ def measure(model: Path, keep: str, way: str, tokens: int, effort: float) -> lis
     """One conversion, evaluated at every length."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        with effort_of(effort):
+        with with_effort(effort):
             made = latentize.convert(model, out, keep=keep, **WAYS[way])
         return [
             {

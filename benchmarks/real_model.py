@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import latentize
-from latentize.api import resolve
+from latentize.checkpoint import resolve
 from latentize.errors import LatentizeError
 from latentize.evaluation.predict import predictor
 from latentize.evaluation.quality import measure

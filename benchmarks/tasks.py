@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentize.api import resolve
+from latentize.checkpoint import resolve
 from latentize.evaluation import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
