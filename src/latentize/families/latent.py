@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from latentize.attention.spec import LatentSpec, RopeSpec, kv_cache_bytes
-from latentize.errors import ConfigError
+from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.families.latent_types import ALIASES, LATENT_TYPES
 from latentize.families.table import MODULES
 
@@ -261,6 +261,7 @@ def latent_model(config: Mapping[str, Any]) -> LatentModel:
 
     Raises:
         ConfigError: sizes that are missing or make no sense.
+        UnsupportedModelError: no layer has latent attention.
     """
     model_type = str(config["model_type"])
     given = {key: value for key, value in config.items() if value is not None or key == "q_lora_rank"}
@@ -313,10 +314,10 @@ def latent_model(config: Mapping[str, Any]) -> LatentModel:
 def _indexer(config: Mapping[str, Any], layers: int) -> Indexer:
     """In GLM-5 some layers take what the last one with an index chose."""
     types, freq = config.get("indexer_types"), config.get("index_topk_freq") or 1
+    offset = config.get("index_skip_topk_offset", 2)
     if isinstance(types, list):
         having = types[:layers].count("full")
-    elif isinstance(freq, int) and freq > 1:
-        offset = config.get("index_skip_topk_offset", 2)
+    elif isinstance(freq, int) and freq > 1 and isinstance(offset, int):
         having = sum(max(layer - offset + 1, 0) % freq == 0 for layer in range(layers))
     else:
         having = layers
@@ -337,6 +338,10 @@ def _delta(config: Mapping[str, Any], layers: int) -> DeltaLayers:
     names = {"linear_num_heads": "num_heads", "linear_head_dim": "head_dim"}
     names["linear_conv_kernel_dim"] = "short_conv_kernel_size"
     sizes = {name: own.get(short, config[name]) for name, short in names.items()}
+    if count >= layers:
+        raise UnsupportedModelError(
+            "no layer has latent attention", code="LZ205", where="config.json, layer_types or linear_attn_config"
+        )
     return DeltaLayers(count, *(_size(sizes, name) for name in names))
 
 

@@ -14,7 +14,7 @@ from tests.latent_models import MIXTURES, mixture, saved
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from latentize import convert, evaluate
-from latentize.errors import ConfigError, LatentizeError
+from latentize.errors import ConfigError, LatentizeError, UnsupportedModelError
 from latentize.families import is_latent, latent_model, model_spec
 from latentize.families.latent_types import LATENT_TYPES
 from latentize.planning.inspection import inspect, plan
@@ -218,6 +218,21 @@ def test_an_index_reads_its_keys_and_the_latents_that_it_chose(tmp_path: Path) -
     assert source["max_context"] == int((0.9 * 2000e9 - source["weight_bytes"]) / (4 * (latents + index)))
     small = next(r for r in planned["rows"] if r["name"] == "MLA (the model as it is), int4+int8")
     assert small["cache_bytes"] == 4 * context * (61 * (512 * 4 + 64 * 8 + 32) // 8 + index)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        ("kimi_linear", {"layer_types": ["linear_attention"] * 27}),
+        ("kimi_linear", {"linear_attn_config": {"kda_layers": list(range(1, 28))}}),
+        ("kimi_linear", {"linear_attn_config": {"num_heads": "x"}}),
+        ("glm_moe_dsa", {"index_head_dim": 0}),
+        ("glm_moe_dsa", {"index_n_heads": None, "index_topk": -1}),
+    ],
+)
+def test_such_a_config_that_makes_no_sense(model_type: str, change: dict[str, Any]) -> None:
+    with pytest.raises((ConfigError, UnsupportedModelError)):
+        latent_model({"model_type": model_type, **change})
 
 
 def test_language_models_of_multimodal_ones_are_planned(tmp_path: Path) -> None:
