@@ -264,13 +264,39 @@ def latent_model(config: Mapping[str, Any]) -> LatentModel:
         UnsupportedModelError: no layer has latent attention.
     """
     model_type = str(config["model_type"])
-    given = {key: value for key, value in config.items() if value is not None or key == "q_lora_rank"}
+    config = _completed(model_type, config)
+    attention, layers = _attention(config), _size(config, "num_hidden_layers")
+    return LatentModel(
+        model_type=model_type,
+        config=config,
+        layers=layers,
+        attention=attention,
+        q_lora_rank=None if config.get("q_lora_rank") is None else _size(config, "q_lora_rank"),
+        rope=_rope(config, attention.qk_rope_head_dim),
+        intermediate_size=_size(config, "intermediate_size"),
+        experts=_experts(config, layers),
+        vocab_size=_size(config, "vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        max_positions=_size(config, "max_position_embeddings"),
+        attention_bias=bool(config.get("attention_bias", False)),
+        indexer=_indexer(config, layers) if model_type in _INDEXED else None,
+        delta=_delta(config, layers) if model_type == "kimi_linear" else None,
+    )
+
+
+def _completed(model_type: str, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """With what transformers assumes, under the names that it has."""
+    given = {key: value for key, value in stated.items() if value is not None or key == "q_lora_rank"}
     config = {**LATENT_TYPES[model_type], **given}
     for name, others in ALIASES.get(model_type, {}).items():
-        stated = next((config[other] for other in others if other in config), None)
-        config |= {} if stated is None else {name: stated}
+        known = next((config[other] for other in others if other in config), None)
+        config |= {} if known is None else {name: known}
+    # MiniCPM3's values are as large as a head of the hidden state.
+    return {"v_head_dim": _size(config, "hidden_size") // _size(config, "num_attention_heads"), **config}
+
+
+def _attention(config: Mapping[str, Any]) -> LatentSpec:
     heads, rope = _size(config, "num_attention_heads"), _size(config, "qk_rope_head_dim")
-    config.setdefault("v_head_dim", _size(config, "hidden_size") // heads)
     if rope % 2:
         raise ConfigError(
             f"a roped key of {rope} cannot be rotated: RoPE needs pairs",
@@ -281,8 +307,7 @@ def latent_model(config: Mapping[str, Any]) -> LatentModel:
     for name, size in (("qk_rope_head_dim", rope), ("qk_nope_head_dim", nope), ("v_head_dim", value)):
         if size > _LARGEST_HEAD:
             raise ConfigError(f"heads of {size} make no sense", code="LZ121", where=f"config.json, {name}")
-    layers = _size(config, "num_hidden_layers")
-    attention = LatentSpec(
+    return LatentSpec(
         hidden_size=_size(config, "hidden_size"),
         num_heads=heads,
         kv_lora_rank=_size(config, "kv_lora_rank"),
@@ -292,22 +317,6 @@ def latent_model(config: Mapping[str, Any]) -> LatentModel:
         rope_heads=1,
         up_heads=heads,
         softmax_scale=(nope + rope) ** -0.5,
-    )
-    return LatentModel(
-        model_type=model_type,
-        config=config,
-        layers=layers,
-        attention=attention,
-        q_lora_rank=None if config.get("q_lora_rank") is None else _size(config, "q_lora_rank"),
-        rope=_rope(config, rope),
-        intermediate_size=_size(config, "intermediate_size"),
-        experts=_experts(config, layers),
-        vocab_size=_size(config, "vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=_size(config, "max_position_embeddings"),
-        attention_bias=bool(config.get("attention_bias", False)),
-        indexer=_indexer(config, layers) if model_type in _INDEXED else None,
-        delta=_delta(config, layers) if model_type == "kimi_linear" else None,
     )
 
 
