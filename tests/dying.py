@@ -19,6 +19,7 @@ from tests.common import SMALL, text_file
 from tests.models import pico
 
 import latentize
+from latentize.checkpoint.journal import _read
 from latentize.conversion import latent
 from latentize.conversion.effort import effort_of
 from latentize.conversion.pipeline import Effort
@@ -68,12 +69,14 @@ def died_and_resumed(model: Path, text: str, folder: Path, at: int, rank: int) -
     done = torchrun(DYING, folder, model, out, text, json.dumps(entries), at, rank)
     assert done.returncode != 0 and not out.exists()
     assert "exitcode  : -9" in done.stderr, done.stderr[-2000:]
-    kept = len(list(folder.glob("out.partial-*")))
-    assert kept <= 1
+    left = list(folder.glob("out.partial-*"))
+    assert len(left) <= 1
+    # torchrun may end the first process before it has removed a folder in which nothing that took long is finished.
+    kept = any(step["file"] for path in left for step in _read(path / "journal.jsonl")[0].values())
     resumed = latentize.convert(model, out, data=(text,), resume=True, **entries)
     assert resumed["kl"] > 0 and latentize.verify(out)["ok"]
     assert not list(folder.glob("out.partial-*"))
-    return bool(kept)
+    return kept
 
 
 def main() -> None:

@@ -48,11 +48,8 @@ def is_tower(config: Mapping[str, Any]) -> bool:
 def renamed(config: dict[str, Any]) -> dict[str, Any]:
     """A ``config.json`` under the ``model_type`` that transformers has for it, which runs without its code."""
     name = RENAMED.get(str(config.get("model_type")))
-    return config if name is None else {**_without(config, "auto_map"), "model_type": name}
-
-
-def _without(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in entries.items() if key != name}
+    own = {key: value for key, value in config.items() if key != "auto_map"}
+    return config if name is None else {**own, "model_type": name}
 
 
 def language_model(config: dict[str, Any]) -> dict[str, Any]:

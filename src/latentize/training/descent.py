@@ -257,7 +257,7 @@ def _shared(matrices: Sequence[Tensor], heads: Sequence[Heads], team: Team) -> l
     """The same as :func:`_orthogonal` of each, where every process does a part and tells the others."""
     stacks = [each.stack(matrix) for matrix, each in zip(matrices, heads, strict=True)]
     owners = _owners(tuple((*map(int, stack.shape),) for stack in stacks), team.size)
-    made = [torch.empty(stack.shape, device=stack.device, dtype=_products(stack)) for stack in stacks]
+    made = [torch.empty(stack.shape, device=stack.device, dtype=_dtype_of(stack)) for stack in stacks]
     for stack, result, owner_K in zip(stacks, made, owners, strict=True):
         mine = [number for number, owner in enumerate(owner_K) if owner == team.rank]
         if mine:
@@ -270,7 +270,7 @@ def _shared(matrices: Sequence[Tensor], heads: Sequence[Heads], team: Team) -> l
 def _owners(shapes: tuple[tuple[int, int, int], ...], processes: int) -> list[list[int]]:
     """Which process orthogonalises each matrix of each stack: the largest first, to whoever has least to do."""
     owners, load = [[0] * count for count, _, _ in shapes], [0] * processes
-    units = [(_products_of(m, n), at, number) for at, (count, m, n) in enumerate(shapes) for number in range(count)]
+    units = [(_flop_of(m, n), at, number) for at, (count, m, n) in enumerate(shapes) for number in range(count)]
     for flop, at, number in sorted(units, key=lambda unit: (-unit[0], unit[1:])):
         owner = load.index(min(load))
         owners[at][number] = owner
@@ -285,7 +285,7 @@ def _orthogonal(matrix: Tensor, heads: Heads) -> Tensor:
     return _polar(matrix, torch.addmm)
 
 
-def _products(matrix: Tensor) -> torch.dtype:
+def _dtype_of(matrix: Tensor) -> torch.dtype:
     """The precision that matrices are orthogonalised in."""
     return torch.bfloat16 if multiplies_bfloat16(matrix.device.type) else torch.float32
 
@@ -295,7 +295,7 @@ def _polar(matrix: Tensor, multiply_add: Callable[..., Tensor]) -> Tensor:
     a, b, c = _QUINTIC
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if tall else matrix
-    wide = wide.to(_products(matrix))
+    wide = wide.to(_dtype_of(matrix))
     # The spectral norm is at most 1 from here on.
     wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=_SMALLEST_NORM)
     for _ in range(_ITERATIONS):
@@ -333,11 +333,11 @@ def orthogonalising(shapes: Sequence[tuple[int, int, int]], tokens: int) -> int 
         shapes: Of the matrices, ``(K, m, n)``.
         tokens: Of a step, each multiplied with all of them.
     """
-    flop = sum(count * _products_of(m, n) for count, m, n in shapes)
+    flop = sum(count * _flop_of(m, n) for count, m, n in shapes)
     return flop if flop <= _SHARE * 6 * tokens * sum(map(math.prod, shapes)) else None
 
 
-def _products_of(m: int, n: int) -> int:
+def _flop_of(m: int, n: int) -> int:
     """Multiplications and additions of orthogonalising a matrix."""
     m, n = sorted((m, n))
     return _ITERATIONS * (4 * m * m * n + 2 * m**3)

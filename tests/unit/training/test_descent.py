@@ -10,7 +10,7 @@ from tests.common import FP32, relative_error
 from torch import Tensor, nn
 
 from latentize.processes import Team
-from latentize.training.descent import Heads, Muon, Schedule, _owners, _products_of
+from latentize.training.descent import Heads, Muon, Schedule, _flop_of, _owners
 
 SHAPES = {"whole": (24, 40), "heads below each other": (8 * 6, 16), "heads side by side": (16, 8 * 6), "small": (4, 4)}
 HEADS = (Heads(), Heads(8), Heads(8, 1), Heads())
@@ -53,7 +53,7 @@ def test_matrices_are_shared_out_evenly(processes: int) -> None:
     owners, load = _owners(shapes, processes), [0] * processes
     for (_, m, n), owner_K in zip(shapes, owners, strict=True):
         for owner in owner_K:
-            load[owner] += _products_of(m, n)
-    largest = max(_products_of(m, n) for _, m, n in shapes)
+            load[owner] += _flop_of(m, n)
+    largest = max(_flop_of(m, n) for _, m, n in shapes)
     assert max(load) <= sum(load) / processes + largest
     assert [len(owner_K) for owner_K in owners] == [9, 1, 9, 9]
