@@ -90,32 +90,42 @@ class Float8:
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         byte_BSn, scale_BS1 = stored
         # A table is three times as fast as PyTorch's conversion; so is arithmetic on the bits, but for subnormals.
-        return _looked_up(byte_BSn, _float8s(dtype, byte_BSn.device)) * scale_BS1.to(dtype)
+        return _looked_up(byte_BSn.int(), _float8s(dtype, byte_BSn.device), dtype) * scale_BS1.to(dtype)
 
 
 @cache
 def _float8s(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).to(dtype)[:, None]
+    return _as_wide(torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).to(dtype)[:, None])
 
 
 @cache
 def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The two steps of each byte, ``[256, 2]``."""
+    """The two steps of each byte."""
     byte = torch.arange(256, device=device)
-    return torch.stack([byte & 15, byte >> 4], dim=1).to(dtype) - 7.5
+    return _as_wide(torch.stack([byte & 15, byte >> 4], dim=1).to(dtype) - 7.5)
 
 
 # Anything of so many bytes that is moved as one.
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-def _looked_up(byte_BSm: Tensor, table_bv: Tensor) -> Tensor:
-    """The values of each byte, side by side."""
-    # One wide integer for all values of a byte: one fetch instead of several, and twice as fast along one axis.
+def _as_wide(table_bv: Tensor) -> Tensor:
+    """A table with one wide number for all values of a row, if there is one of their size: one fetch instead of
+    several, and twice as fast along one axis."""
     wide = _WIDE.get(table_bv.shape[1] * table_bv.element_size())
-    table = table_bv if wide is None else table_bv.contiguous().view(wide)[:, 0]
-    found = table.index_select(0, byte_BSm.flatten().to(torch.int32))
-    return found.view(table_bv.dtype).view(*byte_BSm.shape[:-1], -1)
+    return table_bv if wide is None else table_bv.contiguous().view(wide)[:, 0]
+
+
+def _looked_up(index_BSm: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of each index, side by side.
+
+    Args:
+        index_BSm: Which rows of the table; 32 bits.
+        table: As ``_as_wide`` gives it.
+        dtype: What the values are.
+    """
+    found = table.index_select(0, index_BSm.flatten())
+    return found.view(dtype).view(*index_BSm.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,8 @@ class Int4:
 
     def decode(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         byte_BSm, scale_BS1 = stored
-        return _looked_up(byte_BSm, _pairs(dtype, byte_BSm.device))[..., : self.size] * scale_BS1.to(dtype)
+        steps_BSn = _looked_up(byte_BSm.int(), _pairs(dtype, byte_BSm.device), dtype)
+        return steps_BSn[..., : self.size] * scale_BS1.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -167,17 +178,17 @@ class Beside:
 
 @cache
 def _words(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values of each index, ``[2 ^ (bits · values), values]``."""
+    """The values of each index."""
     with torch.inference_mode(False):
-        return codebook(bits, device).words_kv.to(dtype)
+        return _as_wide(codebook(bits, device).words_kv.to(dtype))
 
 
 @cache
 def _high_bits(rest: int, device: torch.device) -> Tensor:
-    """What a byte says of the bits beyond eight of several indices, ``[256, 8 / rest]`` int32."""
+    """What a byte says of the bits beyond eight of ``8 / rest`` indices, int32."""
     with torch.inference_mode(False):
         byte = torch.arange(256, device=device, dtype=torch.int32)[:, None]
-        return (byte >> _shifts(rest, device) & (1 << rest) - 1) << 8
+        return _as_wide((byte >> _shifts(rest, device) & (1 << rest) - 1) << 8)
 
 
 @dataclass(frozen=True)
@@ -218,13 +229,15 @@ class Coded:
         """Values that have bits, before their gain, ``[B, S, b]``."""
         # Once a row, where each segment would do it for itself: tables are looked up by integers of 32 bits.
         byte_BSm = stored[0].to(torch.int32)
-        made, at = [], 1
-        for bits, count in self.segments:
-            size = bits * -(-count // GROUP)
-            if bits:
-                made.append(_unpacked(byte_BSm[..., at : at + size], bits, dtype)[..., :count])
-            at += size
-        return torch.cat(made, dim=-1) if made else byte_BSm.new_empty((*byte_BSm.shape[:-1], 0), dtype=dtype)
+        with_bits = [(bits, count) for bits, count in self.segments if bits and count]
+        if not with_bits:
+            return byte_BSm.new_empty((*byte_BSm.shape[:-1], 0), dtype=dtype)
+        _, *segments = byte_BSm.split([1, *(bits * -(-count // GROUP) for bits, count in with_bits)], dim=-1)
+        made = [_unpacked(own_BSk, bits, dtype) for (bits, _), own_BSk in zip(with_bits, segments, strict=True)]
+        if any(count % GROUP for _, count in with_bits):
+            return torch.cat([own[..., :count] for (_, count), own in zip(with_bits, made, strict=True)], dim=-1)
+        # Short runs are copied faster in wide pieces.
+        return torch.cat([own.view(torch.complex128) for own in made], dim=-1).view(dtype)
 
     @property
     def without_bits(self) -> int:
@@ -303,10 +316,11 @@ def _unpacked(byte_BSm: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Values of a segment, of its bytes as ``_Packing`` puts them."""
     table, rest = _words(bits, dtype, byte_BSm.device), bits * VALUES_AT_ONCE[bits] - 8
     if not rest:
-        return _looked_up(byte_BSm, table)
+        return _looked_up(byte_BSm, table, dtype)
     border = byte_BSm.shape[-1] * 8 // (8 + rest)
-    high_BSf = _looked_up(byte_BSm[..., border:], _high_bits(rest, byte_BSm.device))
-    return _looked_up(high_BSf.bitwise_or_(byte_BSm[..., :border]), table)
+    low_BSf, high_BSk = byte_BSm.tensor_split([border], dim=-1)
+    high_BSf = _looked_up(high_BSk, _high_bits(rest, byte_BSm.device), torch.int32)
+    return _looked_up(high_BSf.bitwise_or_(low_BSf), table, dtype)
 
 
 @lru_cache(maxsize=256)

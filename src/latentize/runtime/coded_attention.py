@@ -23,6 +23,10 @@ from latentize.runtime.means import BLOCK_OF_CODES, Means
 
 __all__ = ["attend_codes"]
 
+# Rows are attended to in multiples of so many, and what a step has too many is hidden: products are compiled for each
+# size, 0.3 ms each, and a size that lasts for many steps is compiled once.
+_ALIKE = 64
+
 
 def attend_codes(
     q_BHTr: Tensor | None,
@@ -53,9 +57,11 @@ def attend_codes(
         start = 0
         while start < part.count:
             # Of the rows that share a table of angles.
-            stop = min(start + BLOCK_OF_CODES - (part.first + start) % BLOCK_OF_CODES, part.count)
+            end = start + BLOCK_OF_CODES - (part.first + start) % BLOCK_OF_CODES
+            stop = min(end, part.count)
             hidden_Bs = None if hidden_BS is None else hidden_BS[:, start:stop]
-            found.append(_block(q_BHr, q_rope_BHm, part, start, stop, hidden_Bs, means))
+            end = min(end, start + -(-(stop - start) // _ALIKE) * _ALIKE, part.stored)
+            found.append(_block(q_BHr, q_rope_BHm, part, (start, stop, end), hidden_Bs, means))
             start = stop
     if apart:
         found.append(_plain(q_BHr, q_rope_BHm, apart, means))
@@ -92,24 +98,28 @@ def _block(
     q_BHr: Tensor | None,
     q_rope_BHm: Tensor,
     part: Part,
-    start: int,
-    stop: int,
+    where: tuple[int, int, int],
     hidden_Bs: Tensor | None,
     means: Means,
 ) -> tuple[Tensor, Tensor]:
-    """Sums and log-sum-exps over some rows in codes, as ``absorbed.attend_block`` has them, in float32."""
+    """Sums and log-sum-exps over some rows in codes, as ``absorbed.attend_block`` has them, in float32.
+
+    ``where`` they begin and stop, and where what is read ends: what is stored beyond them is seen by nobody.
+    """
+    start, stop, end = where
     latent, rope = part.latent.coded, part.rope.coded
     assert latent is not None and rope is not None
-    codes = [(half.tensors[0][:, start:stop],) for half in (part.latent, part.rope)]
+    codes = [(half.tensors[0][:, start:end],) for half in (part.latent, part.rope)]
     c_Bsb, z_Bsb = (own.even(t, q_rope_BHm.dtype) for own, t in zip((latent, rope), codes, strict=True))
     gain_B1s, rope_gain_B1s = (own.gains(t, torch.float32).mT for own, t in zip((latent, rope), codes, strict=True))
-    angles_Bsm = means.from_row(part.first + start, stop - start, q_rope_BHm.dtype)
+    angles_Bsm = means.from_row(part.first + start, end - start, q_rope_BHm.dtype)
     score_BHs = products(q_rope_BHm[..., : z_Bsb.shape[-1]], z_Bsb) * rope_gain_B1s
     score_BHs += products(q_rope_BHm[..., part.rope.size :], angles_Bsm)
     if q_BHr is not None:
         score_BHs.addcmul_(products(q_BHr[..., : c_Bsb.shape[-1]], c_Bsb), gain_B1s)
+    score_BHs[..., stop - start :] = -torch.inf
     if hidden_Bs is not None:
-        score_BHs.masked_fill_(hidden_Bs[:, None], -torch.inf)
+        score_BHs[..., : stop - start].masked_fill_(hidden_Bs[:, None], -torch.inf)
     p_BHs, lse_BH = softmax_with_lse(score_BHs, blind=hidden_Bs is not None)
     p_BHs *= gain_B1s
     summed_BHb = sums(p_BHs.to(c_Bsb.dtype), c_Bsb, None).float()

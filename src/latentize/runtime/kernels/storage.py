@@ -80,6 +80,11 @@ class Part:
     full: bool = False
     factors_BSK: Tensor | None = None
 
+    @property
+    def stored(self) -> int:
+        """Rows that there is room for: what lies beyond ``count`` may be read, but says nothing."""
+        return min(half.codes.shape[1] for half in (self.latent, self.rope))
+
     def rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Latents ``[B, count, r]`` and roped keys ``[B, count, R]``, gathered and restored."""
         latent, rope = (half.decoded(dtype)[:, : self.count] for half in (self.latent, self.rope))
