@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from latentize.attention.grouped import beside_sink, by_groups
 from latentize.attention.latent import expand
-from latentize.attention.masks import causal_mask
+from latentize.attention.masks import causal_mask, narrowed, newest_mask
 from latentize.attention.projections import Up, UpProjections
 from latentize.modeling.expanded import attend_expanded
 from latentize.runtime.absorbed import additive, attend_rows, fused_attention, has_fused, merge
@@ -28,6 +28,8 @@ __all__ = ["Up", "decode", "heads", "prefill"]
 _ABSORBED = 16
 # Cached tokens that are expanded at once.
 _EXPANDED = 4096
+# New tokens that look at once where each sees other rows as they are.
+_QUERIES = 128
 
 
 def heads(
@@ -99,11 +101,14 @@ def prefill(
     q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, rows: CachedRows, up: UpProjections, mask: Tensor | None
 ) -> Tensor:
     """Many new tokens: keys and values are expanded, so many at a time. As :func:`heads`."""
-    (c_B1Sr, k_rope_BPSR), mask = rows.tensors(), rows.expanded_mask(mask)
+    c_B1Sr, k_rope_BPSR = rows.tensors()
     q_BHTd, length = torch.cat([q_nope_BHTN, q_rope_BHTR], dim=-1), c_B1Sr.shape[2]
     new = q_BHTd.shape[2]
     learns = torch.is_grad_enabled() and (q_BHTd.requires_grad or c_B1Sr.requires_grad or up.requires_grad)
     plain = q_BHTd.device.type != "cpu" or learns or not has_fused()
+    if rows.newest and not plain:
+        return _beside_sink(*_newest(q_BHTd, c_B1Sr, k_rope_BPSR, rows, up, mask), up)
+    mask = rows.expanded_mask(mask)
     if plain and up.sink_H is not None:
         return attend_expanded(q_nope_BHTN, q_rope_BHTR, c_B1Sr, k_rope_BPSR, up, mask)
     if plain:
@@ -116,15 +121,53 @@ def prefill(
         )
     # Without a mask the new tokens see all earlier ones, and each other in order.
     past = length - new if mask is None else length
-    borders = [*range(0, past, _EXPANDED), past]
-    parts = []
-    for start, stop in pairwise(borders):
-        k_BHsd, v_BHsV = expand(c_B1Sr[:, :, start:stop], k_rope_BPSR[:, :, start:stop], up, q_BHTd.shape[1])
-        parts.append(_fused(q_BHTd, k_BHsd, v_BHsV, up.softmax_scale, None if mask is None else mask[..., start:stop]))
+    parts = _seen_by_all(q_BHTd, c_B1Sr[:, :, :past], k_rope_BPSR, up, mask)
     if mask is None:
         k_BHTd, v_BHTV = expand(c_B1Sr[:, :, past:], k_rope_BPSR[:, :, past:], up, q_BHTd.shape[1])
         parts.append(_fused(q_BHTd, k_BHTd, v_BHTV, up.softmax_scale, None, causal=True))
     return _beside_sink(*merge(parts), up)
+
+
+def _seen_by_all(
+    q_BHTd: Tensor, c_B1Sr: Tensor, k_rope_BPSR: Tensor, up: UpProjections, mask: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Heads and log-sum-exps over rows that every query sees, but for the mask, so many rows at a time."""
+    parts = []
+    for start, stop in pairwise([*range(0, c_B1Sr.shape[2], _EXPANDED), c_B1Sr.shape[2]]):
+        k_BHsd, v_BHsV = expand(c_B1Sr[:, :, start:stop], k_rope_BPSR[:, :, start:stop], up, q_BHTd.shape[1])
+        parts.append(_fused(q_BHTd, k_BHsd, v_BHsV, up.softmax_scale, None if mask is None else mask[..., start:stop]))
+    return parts
+
+
+def _newest(
+    q_BHTd: Tensor, c_B1Sr: Tensor, k_rope_BPSR: Tensor, rows: CachedRows, up: UpProjections, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Heads and log-sum-exps of tokens that each see their newest rows as they are, and those before them as they are
+    stored: a few queries at a time, so that nobody looks at both versions of all rows.
+
+    The rows are those of ``CachedRows.tensors``: as they are stored, from the first one on, then the newest.
+    """
+    new, count, newest = q_BHTd.shape[2], rows.seen, rows.newest
+    # How many are stored, the first that is there as it is, and how many all queries see as they are stored.
+    stored, exact = c_B1Sr.shape[2] - rows.near, count - rows.near
+    past = max(0, min(stored, count - new - newest + 1))
+    parts = _seen_by_all(q_BHTd, c_B1Sr[:, :, :past], k_rope_BPSR, up, mask)
+    k_BHSd, v_BHSV = expand(c_B1Sr[:, :, past:], k_rope_BPSR[:, :, past:], up, q_BHTd.shape[1])
+    at_S, found = torch.arange(count, device=q_BHTd.device), []
+    for start in range(0, new, _QUERIES):
+        end = min(start + _QUERIES, new)
+        first, last = count - new + start, count - new + end
+        # Where a row is not there as it is, the stored one is seen.
+        far, low = max(past, min(stored, max(last - newest, exact))), max(exact, first - newest + 1)
+        near = slice(stored - past + low - exact, stored - past + last - exact)
+        k_BHsd, v_BHsV = (torch.cat([t[:, :, : far - past], t[:, :, near]], dim=2) for t in (k_BHSd, v_BHSV))
+        seen_ts = newest_mask(at_S[first:last], at_S[past:far], at_S[low:last], newest)
+        at_s = torch.cat([at_S[past:far], at_S[low:last]])
+        mask_Bhts = narrowed(None if mask is None else mask[..., start:end, :], seen_ts, at_s)
+        found.append(_fused(q_BHTd[:, :, start:end], k_BHsd, v_BHsV, up.softmax_scale, mask_Bhts))
+    heads_BHTV, lse_BHT = (torch.cat(made, dim=2) for made in zip(*found, strict=True))
+    parts.append((heads_BHTV, lse_BHT))
+    return merge(parts)
 
 
 def _fused(

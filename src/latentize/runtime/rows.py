@@ -34,6 +34,8 @@ class CachedRows(ABC):
         rotation_rr: From stored latents to latents: queries are multiplied by it, sums by its transpose. ``None`` is
             not at all.
         coded: Whether rows are components in codes (``attention.coding.RowCode``).
+        newest: How many of its newest rows each of several new tokens sees as they are, and others do not; 0 is none.
+        near: How many rows that makes, the last ones of :meth:`tensors`.
     """
 
     seen: int
@@ -43,6 +45,8 @@ class CachedRows(ABC):
     stored_dtype: torch.dtype
     rotation_rr: Tensor | None
     coded: bool = False
+    newest: int = 0
+    near: int = 0
 
     @property
     def unread(self) -> str | None:

@@ -35,6 +35,8 @@ class StoredRows(CachedRows):
         self.seen, self.columns = layer.seen, layer.columns
         self.roped_keys, self.key_scales, self.stored_dtype = layer.roped_keys, layer.key_scales, layer.dtype
         self.rotation_rr, self.coded = layer.rotation(dtype), layer.coder is not None
+        if layer.coder is not None and band_BEd is not None and layer.window is None:
+            self.newest, self.near = layer.coder.newest, band_BEd.shape[1]
 
     def positions(self) -> Tensor:
         """Of every row, ``[S]``; the mask has these columns."""
