@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from latentize.attention import codebooks, quantizer
 from latentize.attention.coding import RowCode
 from latentize.attention.latent import LatentWeights, absorbed_heads, cache_rows, queries
 from latentize.runtime import coded as coded_rows
+from latentize.runtime import heads as runtime_heads
 from latentize.runtime import means
 from latentize.runtime.cache import LatentCache, LatentLayer, cache_formats
 from latentize.runtime.codecs import encode_together
@@ -69,9 +71,10 @@ def rounded(w: LatentWeights, c: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     new=st.integers(1, 20),
     shape=st.sampled_from([(4, 4, 1), (4, 2, 2), (6, 3, 3), (1, 1, 1)]),
     newest=st.sampled_from([0, 1, 3, 40]),
+    at_once=st.sampled_from([1, 6, 128]),
 )
 def test_heads_over_codes_against_the_reference(
-    seed: int, B: int, past: int, new: int, shape: tuple, newest: int
+    seed: int, B: int, past: int, new: int, shape: tuple, newest: int, at_once: int
 ) -> None:
     H, U, P = shape
     w = coded_weights(seed, H, U, P, newest)
@@ -85,8 +88,31 @@ def test_heads_over_codes_against_the_reference(
     q_nope, q_rope = queries(x[:, past:], w, at[:, past:])
     allowed, _ = w.code.who_sees(new, past + new, x.device)
     expected = absorbed_heads(q_nope, q_rope, *expected_rows, allowed[None, None], w)
-    for form in (heads, decode, prefill):
-        assert relative_error(form(q_nope, q_rope, rows, up(w), None), expected) < 2e-3, form.__name__
+    with patch.object(runtime_heads, "_QUERIES", at_once):
+        for form in (heads, decode, prefill):
+            assert relative_error(form(q_nope, q_rope, rows, up(w), None), expected) < 2e-3, form.__name__
+
+
+@pytest.mark.parametrize("at_once", [2, 128])
+def test_many_new_tokens_under_a_mask_and_after_a_crop(at_once: int) -> None:
+    """Where rows that were exact are stored by now, these are seen; a mask hides either version."""
+    w = coded_weights(10, 4, 2, 2, newest=4)
+    x, c, k = rows_of(w, 26, 2, 10)
+    made, at = filled(w, c[:, :, :14], k[:, :, :14], [14]), torch.arange(26)[None].expand(2, -1)
+    made.crop(3)
+    assert w.code is not None
+    made.codes(w.code, w.code.exact(at[:, 11:], 11))
+    rows, _ = made.update(c[:, :, 11:], k[:, :, 11:])
+    q = queries(x[:, 11:], w, at[:, 11:])
+    causal_TS = torch.arange(26) <= torch.arange(11, 26)[:, None]
+    hidden = torch.rand(2, 1, 15, 26, generator=torch.Generator().manual_seed(10)) < 0.3
+    hidden[..., 0] = False
+    allowed = causal_TS & ~hidden
+    added = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    with patch.object(runtime_heads, "_QUERIES", at_once):
+        for mask in (None, allowed, added):
+            expected = decode(*q, rows, up(w), mask)
+            assert relative_error(prefill(*q, rows, up(w), mask), expected) < 1e-4
 
 
 @pytest.mark.parametrize("new", [1, 5])
