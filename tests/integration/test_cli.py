@@ -169,9 +169,13 @@ def test_compare(
 def test_generate_and_evaluate_from_a_smaller_cache(
     ok: Ask, converted: tuple[Path, dict[str, Any]], cache: str, smaller: float
 ) -> None:
-    out, _ = converted
+    out, made = converted
     plain, small = (ok("generate", out, "some words", "--max-new-tokens", 6, *o) for o in ((), ("--cache", cache)))
     assert small["cache_bytes"] < plain["cache_bytes"] / smaller
+    r, rope = made["kv_lora_rank"], made["qk_rope_head_dim"]
+    # Each half has a scale of two bytes where it has one.
+    row = {"bf16": 2 * (r + rope), "int8": r + rope + 4, "int4": r // 2 + rope + 4, "int4+int4": (r + rope) // 2 + 4}
+    assert small["cache_bytes_per_token_layer"] == row[cache]
     exact, lossy = (ok("eval", out, "--tokens", 512, *o) for o in ((), ("--cache", cache)))
     assert lossy["perplexity"] != exact["perplexity"]
     assert lossy["perplexity"] == pytest.approx(exact["perplexity"], rel=0.3 if "int4" in cache else 0.03)
@@ -212,7 +216,7 @@ def test_generate(ok: Ask, converted: tuple[Path, dict[str, Any]]) -> None:
     result = ok("generate", out, "some words", "--max-new-tokens", 6)
     assert isinstance(result["text"], str)
     assert 1 <= result["tokens"] <= 6
-    assert result["cache_values_per_token_layer"] == 32
+    assert result["cache_values_per_token_layer"] == 32 and result["cache_bytes_per_token_layer"] == 32 * 4
     # float32, two layers; the last token is not cached, and there is room for 64 more.
     cached = len("some words") + result["tokens"] - 1
     assert 32 * 2 * 4 * cached <= result["cache_bytes"] <= 32 * 2 * 4 * (cached + 64)

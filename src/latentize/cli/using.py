@@ -92,7 +92,9 @@ def generate(
         rate = result["tokens"] / result["seconds"]
         status.print(
             f"\n{result['tokens']} tokens, {rate:.1f} a second; cache {result['cache_bytes'] / 2**20:.2f} MiB, "
-            f"{result['cache_values_per_token_layer']} values per token and layer"
+            f"{result['cache_values_per_token_layer']} values per token and layer in "
+            f"{result['cache_bytes_per_token_layer']:.4g} bytes",
+            soft_wrap=True,
         )
 
 

@@ -15,7 +15,7 @@ from latentize.errors import ConfigError, LatentizeError, OptionError
 from latentize.modeling.generation import NAME
 from latentize.runtime.cache import LatentCache
 
-__all__ = ["Generated", "cache_bytes", "cached_values", "generate", "latent_layers", "prompt_tokens"]
+__all__ = ["Generated", "cache_bytes", "cached_values", "generate", "latent_layers", "prompt_tokens", "row_bytes"]
 
 # Longer prompts go through the model in parts, so that the memory of their activations is bounded.
 _PREFILL = 2048
@@ -31,6 +31,7 @@ class Generated:
         seconds: Prompt and generation together.
         cache_bytes: Bytes of the tensors that the cache held in the end.
         cache_values_per_token_layer: Counted in them, the mean over layers.
+        cache_bytes_per_token_layer: That these take up; the first and newest tokens of a text may take more.
         prompt_tokens: Tokens of the prompt.
         notes: What of the model's own settings is left out, in sentences.
     """
@@ -40,6 +41,7 @@ class Generated:
     seconds: float
     cache_bytes: int
     cache_values_per_token_layer: int | float
+    cache_bytes_per_token_layer: int | float
     prompt_tokens: int
     notes: list[str] = field(default_factory=list)
 
@@ -86,13 +88,14 @@ def generate(
             **{"do_sample": False, **options},
         )
     new = out.sequences[0, ids_1T.shape[1] :]
-    used = out.past_key_values
+    used, layers = out.past_key_values, latent_layers(model.config)
     return Generated(
         text=tokenizer.decode(new, skip_special_tokens=True),
         tokens=len(new),
         seconds=time.time() - started,
         cache_bytes=cache_bytes(used),
-        cache_values_per_token_layer=cached_values(used, latent_layers(model.config)),
+        cache_values_per_token_layer=cached_values(used, layers),
+        cache_bytes_per_token_layer=row_bytes(used, layers),
         prompt_tokens=ids_1T.shape[1],
     )
 
@@ -143,6 +146,16 @@ def cached_values(cache: Any, layers: Sequence[int]) -> int | float:
     """Numbers that a transformers cache keeps for one token and layer; their mean where layers differ."""
     counted = [cache.layers[layer] for layer in layers]
     return mean_over_layers([sum(t[0, :, 0].numel() for t in (layer.keys, layer.values)) for layer in counted])
+
+
+def row_bytes(cache: Any, layers: Sequence[int]) -> int | float:
+    """Bytes that those values are stored in; their mean where layers differ."""
+    counted = [cache.layers[layer] for layer in layers]
+    if isinstance(cache, LatentCache):
+        return mean_over_layers([layer.row_bytes for layer in counted])
+    return mean_over_layers(
+        [sum(t[0, :, 0].numel() * t.element_size() for t in (layer.keys, layer.values)) for layer in counted]
+    )
 
 
 def cache_bytes(cache: Any) -> int:

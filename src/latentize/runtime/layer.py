@@ -377,6 +377,14 @@ class LatentLayer(CacheLayerMixin):
         return self.stored.nbytes + self.recent.nbytes + exact
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a token's row once it is stored for good."""
+        if self.coder is not None:
+            return self.coder.code.row_bytes
+        tensors = (self.stored if self.stored.tensors else self.recent).tensors
+        return sum(t[:1, :1].numel() * t.element_size() for t in tensors)
+
+    @property
     def columns(self) -> int:
         return self.seen
 
