@@ -12,7 +12,7 @@ B batch, T new tokens, S cached tokens, H query heads, r kv_lora_rank, R qk_rope
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -155,7 +155,8 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if len(parts) == 1:
         return parts[0]
     lse_nBQ = torch.stack([lse for _, lse in parts])
-    total_BQ = lse_nBQ.logsumexp(0)
+    # For a few parts much faster than their logsumexp.
+    total_BQ = reduce(torch.logaddexp, lse_nBQ)
     share_nBQ = (lse_nBQ - total_BQ.clamp_min(torch.finfo(total_BQ.dtype).min)).exp()
     # The shares are in float32 or wider, and so is the sum.
     out_BQd = sum(s[..., None] * out for s, (out, _) in zip(share_nBQ, parts, strict=True))

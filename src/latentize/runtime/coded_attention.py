@@ -130,20 +130,28 @@ def _plain(
     q_BHr: Tensor | None, q_rope_BHm: Tensor, parts: Sequence[tuple[Part, Tensor | None]], means: Means
 ) -> tuple[Tensor, Tensor]:
     """The same over rows that are seen as they are, all together."""
-    dtype, rank = q_rope_BHm.dtype, parts[0][0].latent.size
-    halves = [part.rows(dtype) for part, _ in parts]
-    latent_BEr, rope_BEn = (torch.cat(half, dim=1) for half in zip(*halves, strict=True))
-    numbers_BE = torch.cat([_numbers(part, latent_BEr.device).expand(len(latent_BEr), -1) for part, _ in parts], dim=1)
-    rows_BEd = torch.cat([latent_BEr, rope_BEn, means.at(numbers_BE).to(dtype)], dim=-1)
+    # So few that products in bfloat16 take longer to begin than those in float32 take.
+    dtype, rank, batch = torch.promote_types(q_rope_BHm.dtype, torch.float32), parts[0][0].latent.size, len(q_rope_BHm)
+    found = []
+    for part, _ in parts:
+        if part.numbers_BE is None:
+            angles_BEm = means.from_row(part.first, part.count, dtype)
+        else:
+            angles_BEm = means.at(part.numbers_BE).to(dtype)
+        found.append(torch.cat([*part.rows(dtype), angles_BEm.expand(batch, -1, -1)], dim=-1))
+    rows_BEd = torch.cat(found, dim=1)
     q_BHr = q_rope_BHm.new_zeros(*q_rope_BHm.shape[:2], rank) if q_BHr is None else q_BHr
     mask_B1E = None
     if any(hidden_BS is not None for _, hidden_BS in parts):
-        nowhere_BE = torch.zeros_like(numbers_BE, dtype=torch.bool)
-        sizes = [part.count for part, _ in parts]
-        hidden = [at if own is None else own for at, (_, own) in zip(nowhere_BE.split(sizes, 1), parts, strict=True)]
-        hidden_BE = torch.cat(hidden, dim=1)
+        hidden_BE = torch.cat(
+            [
+                rows_BEd.new_zeros(batch, part.count, dtype=torch.bool) if own is None else own.expand(batch, -1)
+                for part, own in parts
+            ],
+            dim=1,
+        )
         # Nothing that is not seen may matter, whatever it is.
         rows_BEd = rows_BEd.masked_fill(hidden_BE[..., None], 0)
         mask_B1E = additive(~hidden_BE, dtype)[:, None]
-    summed_BHr, lse_BH = attend_block(torch.cat([q_BHr, q_rope_BHm], dim=-1), rows_BEd, 1.0, mask_B1E, size=rank)
-    return summed_BHr.float(), lse_BH
+    q_BHd = torch.cat([q_BHr, q_rope_BHm], dim=-1).to(dtype)
+    return attend_block(q_BHd, rows_BEd, 1.0, mask_B1E, size=rank)
