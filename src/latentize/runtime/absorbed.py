@@ -34,6 +34,8 @@ __all__ = [
 
 # Cached tokens that one thread attends at a time; below twice that nothing is split.
 _SPLIT = 2048
+# Parts whose log-sum-exps are merged at once.
+_MANY = 16
 
 
 def _fused_is_faster(dtype: torch.dtype) -> bool:
@@ -155,8 +157,8 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if len(parts) == 1:
         return parts[0]
     lse_nBQ = torch.stack([lse for _, lse in parts])
-    # For a few parts much faster than their logsumexp.
-    total_BQ = reduce(torch.logaddexp, lse_nBQ)
+    # Two at a time it is much faster, until there are many.
+    total_BQ = reduce(torch.logaddexp, lse_nBQ) if len(parts) < _MANY else lse_nBQ.logsumexp(0)
     share_nBQ = (lse_nBQ - total_BQ.clamp_min(torch.finfo(total_BQ.dtype).min)).exp()
     # The shares are in float32 or wider, and so is the sum.
     out_BQd = sum(s[..., None] * out for s, (out, _) in zip(share_nBQ, parts, strict=True))

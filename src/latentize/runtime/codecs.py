@@ -234,10 +234,10 @@ class Coded:
             return byte_BSm.new_empty((*byte_BSm.shape[:-1], 0), dtype=dtype)
         _, *segments = byte_BSm.split([1, *(bits * -(-count // GROUP) for bits, count in with_bits)], dim=-1)
         made = [_unpacked(own_BSk, bits, dtype) for (bits, _), own_BSk in zip(with_bits, segments, strict=True)]
-        if any(count % GROUP for _, count in with_bits):
-            return torch.cat([own[..., :count] for (_, count), own in zip(with_bits, made, strict=True)], dim=-1)
-        # Short runs are copied faster in wide pieces.
-        return torch.cat([own.view(torch.complex128) for own in made], dim=-1).view(dtype)
+        if byte_BSm.device.type == "cpu" and not any(count % GROUP for _, count in with_bits):
+            # Short runs are copied faster in wide pieces.
+            return torch.cat([own.view(torch.complex128) for own in made], dim=-1).view(dtype)
+        return torch.cat([own[..., :count] for (_, count), own in zip(with_bits, made, strict=True)], dim=-1)
 
     @property
     def without_bits(self) -> int:
