@@ -145,7 +145,7 @@ def latent_layers(config: Any) -> list[int]:
 def cached_values(cache: Any, layers: Sequence[int]) -> int | float:
     """Numbers that a transformers cache keeps for one token and layer; their mean where layers differ."""
     counted = [cache.layers[layer] for layer in layers]
-    return mean_over_layers([sum(t[0, :, 0].numel() for t in (layer.keys, layer.values)) for layer in counted])
+    return mean_over_layers([sum(t.numel() for t in _row(layer)) for layer in counted])
 
 
 def row_bytes(cache: Any, layers: Sequence[int]) -> int | float:
@@ -153,9 +153,12 @@ def row_bytes(cache: Any, layers: Sequence[int]) -> int | float:
     counted = [cache.layers[layer] for layer in layers]
     if isinstance(cache, LatentCache):
         return mean_over_layers([layer.row_bytes for layer in counted])
-    return mean_over_layers(
-        [sum(t[0, :, 0].numel() * t.element_size() for t in (layer.keys, layer.values)) for layer in counted]
-    )
+    return mean_over_layers([sum(t.numel() * t.element_size() for t in _row(layer)) for layer in counted])
+
+
+def _row(layer: Any) -> list[torch.Tensor]:
+    """A token's key and value."""
+    return [t[0, :, 0] for t in (layer.keys, layer.values)]
 
 
 def cache_bytes(cache: Any) -> int:
