@@ -19,6 +19,7 @@ FAMILIES = (
     "exaone4",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "glm",
     "glm4",
     "glm4_moe",
@@ -64,6 +65,18 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "exaone4": _ALTERNATING,
     "gemma2": {**_ALTERNATING, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 4.0},
     "gemma3_text": {**_ALTERNATING, "query_pre_attn_scalar": 20},
+    "gemma4_text": {
+        **_ALTERNATING,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "final_logit_softcapping": 5.0,
+        "enable_moe_block": True,
+        "num_experts": 3,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
     "glm4_moe": {
         "n_routed_experts": 3,
         "num_experts_per_tok": 2,
@@ -175,15 +188,16 @@ def pico_config(family: str = "llama", kv_heads: int = 2, **changes: Any) -> Any
 def randomize(model: nn.Module, seed: int = 0) -> None:
     """Random weights of a size that makes attention pick, biases and norms that are not their defaults."""
     generator = torch.Generator().manual_seed(seed)
-    # Gemma's norms multiply with one more than their weight.
-    offset = float("Gemma" in type(model).__name__)
+    # Norms of Gemma 2 and 3 multiply with one more than their weight.
+    name = type(model).__name__
+    offset, scaled = float("Gemma" in name and "Gemma4" not in name), float("Gemma" in name)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
             parameter.data = 0.3 * noise if name.endswith("bias") else (1 + 0.3 * noise).abs() + 0.1 - offset
         elif "embed" in name:
             # Gemma multiplies embeddings with the root of the hidden size: a token would predict itself.
-            parameter.data = noise / parameter.shape[1] ** (0.5 * offset)
+            parameter.data = noise / parameter.shape[1] ** (0.5 * scaled)
         else:
             gain = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
             parameter.data = gain * noise / parameter.shape[1] ** 0.5
@@ -192,6 +206,8 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
         # A router's, which moves its choices.
         if name.endswith("correction_bias"):
             buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.7)
 
 
 def pico_model(family: str = "llama", kv_heads: int = 2, seed: int = 0, **changes: Any) -> Any:

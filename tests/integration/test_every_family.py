@@ -43,7 +43,9 @@ def test_nothing_compressed(
 ) -> None:
     """At full rank the native format is the source."""
     model, out = source(family, 4 if family in ONLY_MHA else 2), tmp_path / "out"
-    latentize.convert(model, out, method="mha2mla", keep="100%", format="native", data=(text,), **SMALL)
+    # Where keys are values, too, MHA2MLA has no place for the norms of values.
+    method = "calibrated" if family == "gemma4_text" else "mha2mla"
+    latentize.convert(model, out, method=method, keep="100%", format="native", data=(text,), **SMALL)
     tokens = random_tokens()
     error = relative_error(logits(out, tokens), logits(model, tokens))
     results.setdefault(family, {})["native_error"] = error

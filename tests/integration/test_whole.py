@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.common import FP32, SMALL, logits, random_tokens, relative_error
 from tests.integration.test_heal import QUICK
-from tests.integration.test_towers import TOWERS, saved
+from tests.integration.test_towers import TOWERS, exact, saved
 from tests.quantised import dequantised, quantised
 
 import latentize
@@ -24,6 +24,7 @@ _QWEN = {"image_token_id": _IMAGE, "vision_start_token_id": _START, "vision_end_
 # What the config of the whole says beside; how many tokens an image of 16 by 16 is.
 SEEING: dict[str, tuple[dict[str, Any], int]] = {
     "gemma3": ({"image_token_id": _IMAGE, "mm_tokens_per_image": 4}, 4),
+    "gemma4": ({"image_token_id": _IMAGE, "video_token_id": 8, "audio_token_id": 9}, 4),
     "llama4": ({"image_token_index": _IMAGE}, 4),
     "llava": ({"image_token_id": _IMAGE, "vision_feature_layer": -1}, 16),
     "mistral3": ({"image_token_id": _IMAGE, "spatial_merge_size": 2, "vision_feature_layer": -1}, 4),
@@ -45,9 +46,15 @@ def seen(kind: str, model: Any, seed: int = 0) -> dict[str, torch.Tensor]:
     if kind.startswith("qwen"):
         twice = model.config.vision_config.temporal_patch_size
         pixels, image = torch.randn(16, 3 * twice * 4 * 4, generator=generator), [_START, *image, _END]
+    if kind == "gemma4":
+        pixels = torch.rand(1, 16, 3 * 4 * 4, generator=generator)
     tokens = torch.tensor([[20, 21, 22, *image, 30, 31, 32, 33]])
     more: dict[str, Any] = {
         "gemma3": {"token_type_ids": (tokens == _IMAGE).long()},
+        "gemma4": {
+            "image_position_ids": torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)[None],
+            "mm_token_type_ids": (tokens == _IMAGE).int(),
+        },
         "llama4": {},
         "llava": {},
         "mistral3": {"image_sizes": torch.tensor([[16, 16]])},
@@ -72,7 +79,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_whole_sees_what_its_source_sees(kind: str, text: str, tmp_path: Path) -> None:
     source, model = source_of(tmp_path / "source", kind)
     (source / "preprocessor_config.json").write_text('{"size": 16}')
-    options = {"method": "mha2mla", "keep": "100%", "format": "native", "data": (text,), **SMALL}
+    options = {"method": exact(kind), "keep": "100%", "format": "native", "data": (text,), **SMALL}
     latentize.convert(source, tmp_path / "out", **options)
     made, given = loaded(tmp_path / "out"), seen(kind, model)
     expected = model(**given).logits
@@ -91,8 +98,14 @@ def test_the_whole_sees_what_its_source_sees(kind: str, text: str, tmp_path: Pat
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 16}'
 
 
-@pytest.mark.parametrize("options", [{"keep": "50%", "format": "native"}, {"bytes": "25%"}], ids=["rank", "bits"])
-@pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen3_vl"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {"keep": "50%", "format": "native"}) for kind in ("gemma3", "gemma4", "llava", "qwen3_vl")),
+        *((kind, {"bytes": "25%"}) for kind in ("gemma3", "llava", "qwen3_vl")),
+    ],
+    ids=lambda c: c if isinstance(c, str) else "-".join(c),
+)
 @torch.no_grad()
 def test_token_by_token_it_says_what_it_says_at_once(
     kind: str, options: dict[str, Any], text: str, tmp_path: Path

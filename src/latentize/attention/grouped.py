@@ -47,6 +47,7 @@ class AttentionWeights:
             ``None``.
         gate_HdD: Of a gate on what heads read, or ``None``.
         sink_H: Learnt logits that take a share of attention, or ``None``.
+        v_norm: Whether values, too, are normalised, by a norm without a weight; ``v_GdD`` is ``k_GdD`` then.
     """
 
     q_HdD: Tensor
@@ -61,10 +62,11 @@ class AttentionWeights:
     k_norm_d: Tensor | None = None
     gate_HdD: Tensor | None = None
     sink_H: Tensor | None = None
+    v_norm: bool = False
 
     def to(self, dtype: torch.dtype) -> AttentionWeights:
         """The same weights in another precision."""
-        present = {name: t.to(dtype) for name, t in vars(self).items() if t is not None}
+        present = {name: t.to(dtype) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **present)
 
 
@@ -191,6 +193,8 @@ def grouped_attention(
         positions_BT = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
     q_BHTd, k_BGTd = queries_keys(x_BTD, w, spec.norm_eps)
     v_BGSd = _project(x_BTD, w.v_GdD, w.v_bias_Gd)
+    if w.v_norm:
+        v_BGSd = rms_norm(v_BGSd, v_BGSd.new_ones(()), spec.norm_eps)
     frequencies = torch.tensor([turning_at(spec, positions_BT)], device=x_BTD.device, dtype=torch.float64)
     cos, sin = rope_angles(frequencies, positions_BT)
     q_BHTd, k_BGSd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)

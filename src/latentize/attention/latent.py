@@ -6,7 +6,8 @@ and queries are not compressed. RoPE is in the "half" layout.
 
 A norm of keys (qk-norm, Qwen3) is one number a token and kv head, ``κ = 1 / rms(W_K x)``, and its weight is a part of
 the projections. So the norm is exact beside a key of any rank where ``κ`` is cached: a logit is ``κ (q_C · W_UK c + q_R
-· k_R)``. Queries are normalised before they are split (arXiv 2606.16310).
+· k_R)``. Queries are normalised before they are split (arXiv 2606.16310). Where values are normalised keys (Gemma 4),
+the same number is theirs: a probability is multiplied by it before latents are summed.
 
 B batch, T new tokens, S cached tokens, D hidden, H query heads, P roped keys, U up-projections, s = H / U,
 r kv_lora_rank, N qk_nope_head_dim, R qk_rope_head_dim, F = R / 2 pairs, V v_head_dim; K norms of keys, d size of a
@@ -70,6 +71,7 @@ class LatentWeights:
         q_HdD: Queries before their norm, where norms are kept beside a compressed key. Un-roped and roped part are then
             made from normalised queries: ``q_nope_HNd`` and ``q_rope_HRd``.
         k_KeD, key_gain_K: There a token's factors are ``key_gain / rms(k_KeD x)``.
+        scales_values: Whether values are multiplied by them, too.
         gate_HVD: Of a gate on what heads read, or ``None``.
     """
 
@@ -101,6 +103,7 @@ class LatentWeights:
     gate_HVD: Tensor | None = None
     v_up_bias_UV: Tensor | None = None
     sink_H: Tensor | None = None
+    scales_values: bool = False
 
     @property
     def spec(self) -> LatentSpec:
@@ -117,6 +120,7 @@ class LatentWeights:
             softmax_scale=self.softmax_scale,
             softcap=self.softcap,
             key_scales=self.key_scales,
+            scales_values=self.scales_values,
         )
 
     @property
@@ -231,10 +235,11 @@ def expand(c_B1Sr: Tensor, k_rope_BPSR: Tensor, w: UpProjections, heads: int) ->
     share = heads // k_nope_BUSN.shape[1]
     k_nope_BHSN = k_nope_BUSN.repeat_interleave(share, dim=1)
     k_rope_BHSR = k_rope_BPSR.repeat_interleave(heads // k_rope_BPSR.shape[1], dim=1)
-    k_BHSd = torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1)
+    k_BHSd, v_BHSV = torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1), v_BUSV.repeat_interleave(share, dim=1)
     if factor_BKS is not None:
-        k_BHSd = k_BHSd * factor_BKS.repeat_interleave(heads // w.key_scales, dim=1)[..., None]
-    return k_BHSd, v_BUSV.repeat_interleave(share, dim=1)
+        factor_BHS1 = factor_BKS.repeat_interleave(heads // w.key_scales, dim=1)[..., None]
+        k_BHSd, v_BHSV = k_BHSd * factor_BHS1, v_BHSV * factor_BHS1 if w.scales_values else v_BHSV
+    return k_BHSd, v_BHSV
 
 
 def expanded_heads(
@@ -263,11 +268,15 @@ def absorbed_heads(
     q_latent_BHTr = by_groups(q_nope_BHTN, w.k_up_UNr)
     score_rope = q_rope_BHTR.unflatten(1, (ropes, heads // ropes)) @ k_rope_BPSR[:, :, None].mT
     score_BHTS = w.softmax_scale * (q_latent_BHTr @ c_B1Sr.mT + score_rope.flatten(1, 2))
-    if factor_BKS is not None:
-        score_BHTS = score_BHTS * factor_BKS.repeat_interleave(heads // w.key_scales, dim=1)[:, :, None]
+    factor_BH1S = None if factor_BKS is None else factor_BKS.repeat_interleave(heads // w.key_scales, dim=1)[:, :, None]
+    if factor_BH1S is not None:
+        score_BHTS = score_BHTS * factor_BH1S
     score_BHTS = capped(score_BHTS, w.softcap)
     score_BHTS = score_BHTS.masked_fill(~allowed, -torch.inf)
-    summed_BHTr = score_BHTS.softmax(-1) @ c_B1Sr
+    p_BHTS = score_BHTS.softmax(-1)
+    if factor_BH1S is not None and w.scales_values:
+        p_BHTS = p_BHTS * factor_BH1S
+    summed_BHTr = p_BHTS @ c_B1Sr
     heads_BHTV = by_groups(summed_BHTr, w.v_up_UVr.mT, w.v_up_bias_UV)
     return (
         heads_BHTV if w.sink_H is None else heads_BHTV * beside_sink(score_BHTS.logsumexp(-1, keepdim=True), w.sink_H)

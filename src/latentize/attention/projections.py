@@ -166,6 +166,8 @@ class UpProjections(Protocol):
     @property
     def sink_H(self) -> Tensor | None: ...
     @property
+    def scales_values(self) -> bool: ...
+    @property
     def requires_grad(self) -> bool: ...
     def up(self, c_B1Sr: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -181,6 +183,7 @@ class Up:
         key_scales: How many factors of keys are cached behind the roped key.
         sink_H: Logits that take a share of attention, or ``None``.
         v_up_bias_UV: Added to values; one of keys drops out of the softmax.
+        scales_values: Whether values are multiplied by those factors, too.
     """
 
     k_up_UNr: Tensor
@@ -190,6 +193,7 @@ class Up:
     v_up_bias_UV: Tensor | None = None
     key_scales: int = 0
     sink_H: Tensor | None = None
+    scales_values: bool = False
 
     @property
     def requires_grad(self) -> bool:
@@ -208,7 +212,7 @@ class Called:
     Attributes:
         projection: From latents to ``U (N + V)`` features.
         sizes: ``r``, ``N`` and ``V``.
-        softmax_scale, softcap, key_scales, sink_H: As of :class:`Up`.
+        softmax_scale, softcap, key_scales, sink_H, scales_values: As of :class:`Up`.
         like: Has the precision and the device of latents.
     """
 
@@ -219,13 +223,14 @@ class Called:
     like: Tensor
     key_scales: int = 0
     sink_H: Tensor | None = None
+    scales_values: bool = False
     _up: Up | None = field(default=None, init=False)
 
     @property
     def _found(self) -> Up:
         if self._up is None:
             weight, bias = affine(self.projection, self.sizes[0], self.like)
-            more = (self.softmax_scale, self.softcap, self.key_scales, self.sink_H)
+            more = (self.softmax_scale, self.softcap, self.key_scales, self.sink_H, self.scales_values)
             self._up = _split(weight, bias, self.sizes, *more)
         return self._up
 
@@ -261,11 +266,12 @@ def _split(
     softcap: float,
     key_scales: int,
     sink_H: Tensor | None,
+    scales_values: bool,
 ) -> Up:
     _, nope, value = sizes
     k_up_UNr, v_up_UVr = weight.unflatten(0, (-1, nope + value)).split([nope, value], dim=1)
     bias_UV = None if bias is None else bias.unflatten(0, (-1, nope + value))[:, nope:]
-    return Up(k_up_UNr, v_up_UVr, softmax_scale, softcap, bias_UV, key_scales, sink_H)
+    return Up(k_up_UNr, v_up_UVr, softmax_scale, softcap, bias_UV, key_scales, sink_H, scales_values)
 
 
 def up_projections(
@@ -276,8 +282,10 @@ def up_projections(
     like: Tensor,
     key_scales: int = 0,
     sink_H: Tensor | None = None,
+    scales_values: bool = False,
 ) -> UpProjections:
     """Of a layer; arguments as of :class:`Called`."""
+    more = (key_scales, sink_H, scales_values)
     if is_plain(projection):
-        return _split(projection.weight, projection.bias, sizes, softmax_scale, softcap, key_scales, sink_H)
-    return Called(projection, sizes, softmax_scale, softcap, like, key_scales, sink_H)
+        return _split(projection.weight, projection.bias, sizes, softmax_scale, softcap, *more)
+    return Called(projection, sizes, softmax_scale, softcap, like, *more)

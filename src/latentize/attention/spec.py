@@ -203,6 +203,7 @@ class AttentionSpec:
         o_bias: Whether the output projection has one.
         qk_norm: Whether each query and key head is RMS-normalised before RoPE (Qwen3).
         qk_norm_across: Whether that is one norm over all heads together (OLMo 2).
+        v_norm: Whether values are keys before RoPE, normalised without a weight (Gemma 4): one projection makes both.
         norm_eps: Epsilon of that norm.
         softmax_scale: Factor on the logits, ``d ** -0.5`` unless the family says otherwise.
         softcap: Logits are ``softcap · tanh(logits / softcap)`` (Gemma 2); 0 is not at all.
@@ -223,6 +224,7 @@ class AttentionSpec:
     o_bias: bool = False
     qk_norm: bool = False
     qk_norm_across: bool = False
+    v_norm: bool = False
     norm_eps: float = 1e-6
     softmax_scale: float = 0.0
     softcap: float = 0.0
@@ -236,6 +238,19 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if self.softmax_scale == 0.0:
             object.__setattr__(self, "softmax_scale", self.head_dim**-0.5)
+
+    def require_codes(self) -> None:
+        """That rows may be coded.
+
+        Raises:
+            OptionError: keys or values are not what rows in codes can hold.
+        """
+        self.rope.require_one_table()
+        if self.v_norm:
+            raise OptionError(
+                "values are normalised by a factor that differs from token to token, which rows in codes have none of",
+                where="--bytes", fix="use --keep, and a cache in int4",
+            )  # fmt: skip
 
     @property
     def frequencies(self) -> tuple[float, ...]:
@@ -306,6 +321,7 @@ class LatentSpec:
         softcap: As in :class:`AttentionSpec`.
         key_scales: Norms of keys ``K`` that are kept beside a compressed key: one a kv head, or one for all. A factor
             of each is cached.
+        scales_values: Whether values are multiplied by those factors, too.
     """
 
     hidden_size: int
@@ -319,6 +335,7 @@ class LatentSpec:
     softmax_scale: float
     softcap: float = 0.0
     key_scales: int = 0
+    scales_values: bool = False
 
     @property
     def qk_head_dim(self) -> int:

@@ -17,6 +17,7 @@ CARRIED = "carried."
 # Multimodal ``model_type`` → what its language model is by itself; empty where its part of the config says so.
 TOWERS = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "kimi_k25": "deepseek_v3",
     "llama4": "llama4_text",
     "llava": "",

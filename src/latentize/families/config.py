@@ -109,7 +109,7 @@ def require_supported(config: Mapping[str, Any], *, trust_remote_code: bool = Fa
         raise ConfigError("the file should hold one JSON object", where="config.json")
     model_type = config.get("model_type")
     table = families().get(str(model_type))
-    read = set() if table is None else {*map(str, table.attention.values()), *table.without_effect, table.logit_softcap}
+    read = set() if table is None else _read_by(table)
     for key, (meaning, code) in _UNSUPPORTED.items():
         if config.get(key) and key not in read and not (key == "auto_map" and trust_remote_code):
             raise UnsupportedModelError(
@@ -140,13 +140,21 @@ def require_supported(config: Mapping[str, Any], *, trust_remote_code: bool = Fa
                 fix="leave it out, if all layers are alike",
             )
     for key, only in table.only_with.items():
-        if config.get(key, only) != only:
+        allowed = only if isinstance(only, list) else [only]
+        value = config.get(key, table.fields[key][1] if key in table.fields else allowed[0])
+        if value not in allowed:
             raise UnsupportedModelError(
-                f"'{table.model_type}' with {key} = {config[key]!r} cannot be converted",
+                f"'{table.model_type}' with {key} = {value!r} cannot be converted",
                 code="LZ212",
                 where=f"config.json, {key}",
             )
     return table
+
+
+def _read_by(table: Table) -> set[str]:
+    """Entries that a table has a meaning for."""
+    whole = {"per_layer_config"} if "global_sizes" in table.attention else set()
+    return {*map(str, table.attention.values()), *table.without_effect, *table.only_with, table.logit_softcap, *whole}
 
 
 def _unrotated(table: Table, config: Mapping[str, Any], layers: int) -> frozenset[int]:
@@ -195,6 +203,8 @@ def _kinds(
         for layer in range(layers):
             if _is_of_kind(rule, config, layer, unrotated):
                 kinds[layer] = kind
+    if table.attention.get("ends_full"):
+        kinds[-1] = FULL
     for kind in kinds:
         if kind not in (FULL, narrow if window is not None else FULL) and kind not in table.kept_tensors:
             raise UnsupportedModelError(
@@ -245,6 +255,8 @@ def model_spec(
         ConfigError: sizes that are missing or contradict each other.
     """
     table = require_supported(config if stated is None else stated, trust_remote_code=trust_remote_code)
+    if table.experts is not None and table.experts.when and not (stated or config).get(table.experts.when):
+        table = replace(table, experts=None)
     stated, config = as_stated(table, config if stated is None else stated), as_read(table, config)
     layers = _layers(config)
     if layers > _MOST_LAYERS:
@@ -378,6 +390,7 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         o_bias=bool(feature.get("o_bias")),
         qk_norm=bool(feature.get("qk_norm")),
         qk_norm_across=bool(feature.get("qk_norm_across")),
+        v_norm=bool(feature.get("v_norm")),
         norm_eps=eps,
         # A factor on rotated queries and keys is one on their products; of a part of them it is in the weights.
         softmax_scale=(scale or head_dim**-0.5) * (1.0 if scaled_part else rope.attention_factor**2),

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
-from latentize.errors import ConfigError
+from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.families.table import Table
+from latentize.families.values import whole_number
 
 __all__ = ["ACTIVATIONS", "as_read", "as_stated"]
 
@@ -75,6 +76,8 @@ def as_read(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
             "'num_key_value_heads' is null, which transformers takes as it stands",
             where="config.json, num_key_value_heads",
         )
+    if "global_sizes" in table.attention:
+        read |= _global_sizes(table, config, read)
     # What is said of RoPE means nothing where nothing rotates.
     read["rope_parameters"] = {} if table.attention.get("unrotated") == "all" else _rope(table, config, read)
     return read
@@ -142,6 +145,37 @@ def _head_dim(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) 
     return found
 
 
+def _global_sizes(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of the layers of full attention, and what the others have, as ``kept_…``.
+
+    Published configs state them once, those that transformers saves layer by layer.
+    """
+    keys, by_layer = table.attention["global_sizes"], config.get("per_layer_config")
+    stated = {name: config.get(key, table.implied.get(key)) for name, key in keys.items()}
+    own = {name: value for name, value in stated.items() if value is not None}
+    if by_layer is not None:
+        kinds, own = config.get("layer_types") or (), None
+        full = {layer for layer, kind in enumerate(kinds) if kind == "full_attention" or layer == len(kinds) - 1}
+        # transformers writes numbers of layers with leading zeros.
+        if isinstance(by_layer, Mapping) and {int(n) if str(n).isdecimal() else n for n in by_layer} == full:
+            first, *others = by_layer.values()
+            own = first if isinstance(first, Mapping) and all(other == first for other in others) else None
+        if own is None or not own.keys() <= keys.keys():
+            raise UnsupportedModelError(
+                f"'{table.model_type}' with other sizes than one for all layers of full attention cannot be converted",
+                code="LZ205",
+                where="config.json, per_layer_config",
+            )
+    kept = {f"kept_{name}": whole_number(read, name) for name in keys}
+    if kept["kept_head_dim"] % 2 or whole_number(read, "num_attention_heads") % kept["kept_num_key_value_heads"]:
+        raise ConfigError(
+            f"layers with {kept['kept_num_key_value_heads']} kv heads of {kept['kept_head_dim']} make no sense",
+            code="LZ121",
+            where="config.json, num_key_value_heads or head_dim",
+        )
+    return {**kept, **own}
+
+
 def _rope(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE of the layers that are converted.
 
@@ -154,6 +188,8 @@ def _rope(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) -> d
         if entry is not None and not isinstance(entry, Mapping):
             raise ConfigError(f"'{name}' should be an object, is {entry!r}", where=f"config.json, {name}")
     kind = table.attention.get("rope_of")
+    if table.attention.get("rope_by_kind"):
+        _require_kinds(config, given)
     entries = _of_kind(kind, scaling, given) if kind else dict(scaling or given or {})
     theta, partial = (table.attention.get(f"rope_{name}_key", usual) for name, usual in _KEYS.items())
     entries.setdefault("rope_theta", config.get(theta, table.implied.get(theta, 10_000.0)))
@@ -185,6 +221,21 @@ def _rope(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) -> d
         # Only families that rotate a part of each head look at it, and scalings do.
         entries.pop("partial_rotary_factor", None)
     return entries
+
+
+def _require_kinds(config: Mapping[str, Any], given: Any) -> None:
+    """A family of today, which transformers reads no older configs of.
+
+    Raises:
+        ConfigError: RoPE is stated otherwise than kind by kind in ``rope_parameters``.
+    """
+    named = (given.get(kind) for kind in ("full_attention", "sliding_attention"))
+    whole = all(isinstance(one, Mapping) and {"rope_type", "rope_theta"} <= one.keys() for one in named)
+    if "rope_scaling" in config or not whole:
+        raise ConfigError(
+            "'rope_parameters' should have type and theta of each kind of layer, and nothing else is read",
+            where="config.json, rope_scaling" if whole else "config.json, rope_parameters",
+        )
 
 
 def _times(longest: Any, original: Any) -> float:

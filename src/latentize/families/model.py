@@ -63,6 +63,13 @@ class ModelSpec:
         """Cached values per token of a layer that is converted."""
         return self.attention.cache_values
 
+    @property
+    def kept_values(self) -> int:
+        """Cached values per token of a layer with a sliding window, whose heads may be of other sizes."""
+        if "kept_head_dim" not in self.config:
+            return self.cache_values
+        return 2 * self.config["kept_num_key_value_heads"] * self.config["kept_head_dim"]
+
     def kind(self, layer: int) -> str:
         return self.kinds[layer] if self.kinds else FULL
 

@@ -23,6 +23,7 @@ _ATTENTION_KEYS = {
     "o_bias",
     "qk_norm",
     "qk_norm_across",
+    "v_norm",
     "gated",
     "sinks",
     "growth",
@@ -37,6 +38,7 @@ _ATTENTION_KEYS = {
     "unrotated",
     "transposed",
     "rope_of",
+    "rope_by_kind",
     "rope_renamed",
     "rope_types",
     "rotary",
@@ -48,6 +50,8 @@ _ATTENTION_KEYS = {
     "rotary_size_key",
     "head_dim",
     "kv_heads",
+    "global_sizes",
+    "ends_full",
 }
 _MULTIPLIERS = {"embedding", "residual", "logits", "logits_times"}
 # Where things are, under the names that most families use.
@@ -86,6 +90,7 @@ class Experts:
         every, except_layers, dense: Config keys: every so many layers has experts, but for these, and the first ones.
         listed: Config key of the layers that have some, where it says so.
         shared: Config key: so many experts, side by side, that every token goes through.
+        when: Config key of whether there are any at all.
         deepseek: Whether they are DeepSeek-V3's, under its names: chosen by sigmoid, with a bias that only chooses, in
             groups, beside shared ones (arXiv 2412.19437, section 2.1.2).
     """
@@ -102,6 +107,7 @@ class Experts:
     dense: str = ""
     listed: str = ""
     shared: str = ""
+    when: str = ""
     deepseek: bool = False
 
     def in_one(self) -> dict[str, tuple[str, ...]]:
@@ -135,25 +141,28 @@ class Table:
         without_effect: Those of the fields that the architecture does not depend on, whatever they are.
         config_defaults: Defaults of a family without ``fields``, all of whose entries are read.
         aliases: Other name that transformers takes for a field → the field.
-        only_with: Config key → the value that it has to have.
+        only_with: Config key → the value that it has to have, or a list of those that it may have.
         implied: The same for entries that older configs had, and transformers has a place of its own for now.
         attention: Feature → config key that switches it, or a constant. Those that are not self-evident:
             ``softmax_scalar`` is a number whose ``-1/2``-th power scales logits; ``interleaved`` says how pairs lie in
             a head, ``partial`` that RoPE may cover a part of it; ``unrotated`` has the config keys of a ``list`` of 1
             and 0 for each layer, 0 where nothing rotates, and of a number that stands for one, ``every`` so many
             layers, or the key that makes it all converted layers ``with`` a value, or is ``"all"``; ``transposed`` says
-            that projections are stored inputs first; ``rope_of`` is the kind of layer
-            whose entry of ``rope_parameters`` counts; ``rope_types`` are those that RoPE may have, ``rope_renamed``
-            what transformers makes of some; ``rope_theta_key`` and ``rope_partial_key`` are what it is called beside
-            ``rope_parameters``, ``rotary_size_key`` the size that older configs state instead of a share; ``head_dim``
-            is ``"stated"`` (and may not be null), ``"optional"`` where null stands for none, ``"true"`` where zero
-            does, too, ``"derived"`` where it is the heads' share of the hidden size whatever is stated; ``heads_fill``
-            says that the heads together have to be the hidden size, ``heads_divide`` that it has to be a multiple of
-            their number; ``kv_heads`` is ``"all"`` where every query head has its own, ``"stated"`` where it may not be
-            null; ``rotary`` is ``"own"`` where the attention counts what rotates by itself; ``growth`` says that
-            queries grow by entries of RoPE, or has the config keys of a ``factor`` and a ``length``, ``when`` another
-            is true, for the tokens of a text, counted from one; ``chunk`` says that the window is a chunk's;
-            ``another_with`` has keys that make it another architecture.
+            that projections are stored inputs first; ``rope_of`` is the kind of layer whose entry of
+            ``rope_parameters`` counts, ``rope_by_kind`` that there are no entries but by kind; ``rope_types`` are those
+            that RoPE may have, ``rope_renamed`` what transformers makes of some; ``rope_theta_key`` and
+            ``rope_partial_key`` are what it is called beside ``rope_parameters``, ``rotary_size_key`` the size that
+            older configs state instead of a share; ``head_dim`` is ``"stated"`` (and may not be null), ``"optional"``
+            where null stands for none, ``"true"`` where zero does, too, ``"derived"`` where it is the heads' share of
+            the hidden size whatever is stated; ``heads_fill`` says that the heads together have to be the hidden size,
+            ``heads_divide`` that it has to be a multiple of their number; ``kv_heads`` is ``"all"`` where every query
+            head has its own, ``"stated"`` where it may not be null; ``rotary`` is ``"own"`` where the attention counts
+            what rotates by itself; ``growth`` says that queries grow by entries of RoPE, or has the config keys of a
+            ``factor`` and a ``length``, ``when`` another is true, for the tokens of a text, counted from one; ``chunk``
+            says that the window is a chunk's; ``another_with`` has keys that make it another architecture;
+            ``global_sizes`` are sizes that layers of full attention have of their own → the config keys of these. Those
+            of the other layers are called ``kept_`` and their name then; ``ends_full`` says that the last layer is of
+            full attention, whatever is stated.
         top_tensors: Tensor → symbolic shape, outside the layers.
         ignored_tensors: Regular expressions: what transformers ignores in files, as it is derived.
         renamed_tensors: Part of a name that transformers reads, too → the part that the tables here have.

@@ -29,7 +29,7 @@ _ALWAYS = ("q_bias", "k_rope_bias", "o_bias", "qk_norm", "qk_norm_across", "norm
 def layer_entry(w: LatentWeights) -> dict[str, Any]:
     """The description of a layer from which an empty one can be built."""
     entries, usual = {**vars(w.spec), **options(w)}, inspect.signature(LatentAttention).parameters
-    usual = {"key_scales": 0, **{name: parameter.default for name, parameter in usual.items()}}
+    usual = {"key_scales": 0, "scales_values": False, **{name: parameter.default for name, parameter in usual.items()}}
     return {name: value for name, value in entries.items() if name in _ALWAYS or value != usual.get(name, ...)}
 
 

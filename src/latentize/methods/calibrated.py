@@ -51,10 +51,10 @@ class Calibrated(Method):
         """Ladders for formats with one base for all layers; free frequencies for the others.
 
         Raises:
-            OptionError: rows in codes, of a model whose RoPE depends on the length of a text.
+            OptionError: rows in codes, of a model whose rows cannot be coded.
         """
         if recipe.bytes is not None:
-            spec.rope.require_one_table()
+            spec.require_codes()
         if recipe.whole:
             keys, values = spec.num_kv_heads, spec.num_kv_heads * spec.head_dim
             yield Setting(self.name, min(values, spec.hidden_size), spec.head_dim, keys, whole=True)

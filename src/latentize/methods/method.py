@@ -131,6 +131,13 @@ def normed_whole(found: list[Setting], spec: AttentionSpec, method: str) -> list
     """
     if not spec.qk_norm or not found:
         return found
+    if spec.v_norm:
+        raise UnsupportedModelError(
+            f"'{method}' cannot compress values that are normalised per head",
+            code="LZ210",
+            where="config.json, model_type",
+            fix="--method calibrated keeps their norms",
+        )
     whole = spec.num_kv_heads * spec.head_dim
     found = [s for s in found if s.rope_heads * s.qk_rope_head_dim == whole and s.rope_heads == spec.num_kv_heads]
     if found:

@@ -4,7 +4,8 @@ A method splits and compresses linear keys. A normalised key ``γ W x / rms(W x)
 differs from token to token, its direction is linear. So a method is given ``s γ W``, where ``s`` is the factor that
 suits all tokens of a head best. What is left over may be fitted (:func:`~latentize.methods.position.linearised`). Or
 the norm is kept: ``1 / (s rms(W x))`` is one number a token and norm, which is cached and multiplies logits
-(arXiv 2606.16310), and queries are normalised before they are split.
+(arXiv 2606.16310), and queries are normalised before they are split. Values that are keys without the weight of their
+norm (Gemma 4) have the same number, and are multiplied by it, too.
 
 H query heads, G kv heads, s = H / G, d head size, D inputs, K norms of keys, N un-roped and R roped query size.
 """
@@ -42,8 +43,9 @@ def linear_heads(w: AttentionWeights, stats: CalibrationStats, setting: Setting)
     assert w.q_norm_d is not None and w.k_norm_d is not None and stats.qx_HdD is not None and stats.kx_GdD is not None
     q_HdD, k_GdD = w.q_norm_d[..., None] * w.q_HdD, w.k_norm_d[..., None] * w.k_GdD
     q_HdD = best_factors(q_HdD, stats.qx_HdD, stats)[:, None, None] * q_HdD
-    k_GdD = best_factors(k_GdD, stats.kx_GdD, stats)[:, None, None] * k_GdD
-    return replace(w, q_HdD=q_HdD, k_GdD=k_GdD, q_norm_d=None, k_norm_d=None)
+    factor_G11 = best_factors(k_GdD, stats.kx_GdD, stats)[:, None, None]
+    v_GdD = factor_G11 * w.v_GdD if w.v_norm else w.v_GdD
+    return replace(w, q_HdD=q_HdD, k_GdD=factor_G11 * k_GdD, v_GdD=v_GdD, q_norm_d=None, k_norm_d=None, v_norm=False)
 
 
 def with_norms(
@@ -75,6 +77,8 @@ def with_norms(
         q_HdD=w.q_HdD,
         k_KeD=w.k_GdD.flatten(0, 1).unflatten(0, (spec.key_norms, -1)),
         key_gain_K=1 / of_norm_K,
+        v_up_UVr=rest_G[:, None, None] * made.v_up_UVr if w.v_norm else made.v_up_UVr,
+        scales_values=w.v_norm,
     )
 
 

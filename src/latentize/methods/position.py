@@ -80,6 +80,9 @@ def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights
     q, k, v = w.q_HdD, w.k_GdD, w.v_GdD
     if w.q_norm_d is not None and w.k_norm_d is not None:
         assert stats.qx_HdD is not None and stats.kx_GdD is not None
+        if w.v_norm:
+            # What one factor leaves over is left.
+            v = best_factors(w.k_norm_d[..., None] * k, stats.kx_GdD, stats)[:, None, None] * v
         q, k = fit(w.q_norm_d[..., None] * q, stats.qx_HdD), fit(w.k_norm_d[..., None] * k, stats.kx_GdD)
     elif w.q_bias_Hd is not None and w.k_bias_Gd is not None:
         q, k = q + constant(w.q_bias_Hd), k + constant(w.k_bias_Gd)

@@ -218,6 +218,7 @@ class LatentAttention(nn.Module):
             gate_HVD=None if gate is None else gate.unflatten(0, (s.num_heads, s.v_head_dim)),
             v_up_bias_UV=v_bias,
             sink_H=self.sinks,
+            scales_values=s.scales_values,
         )
 
     def _norm(self, weight: Tensor | None) -> Tensor | None:
@@ -292,7 +293,8 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = self._queries(hidden_states, position_ids, angles)
         c, k_rope = self._rows(hidden_states, angles)
         sizes = (s.kv_lora_rank, s.qk_nope_head_dim, s.v_head_dim)
-        up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c, s.key_scales, self.sinks)
+        factors = (s.key_scales, self.sinks, s.scales_values)
+        up = up_projections(self.kv_b_proj, sizes, s.softmax_scale, s.softcap, c, *factors)
         if cache is not None:
             check_cache(cache, self.layer_idx, c, k_rope)
         rounding, past = self.code() if self.watch is None else self.watch, 0

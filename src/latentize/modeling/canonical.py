@@ -84,6 +84,8 @@ def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Attenti
         # Each head's query, then its gate.
         both = found["q_proj.weight"].unflatten(0, (a.num_heads, 2, a.head_dim))
         found["q_proj.weight"], gate = both[:, 0].flatten(0, 1), both[:, 1]
+    if a.v_norm:
+        found["v_proj.weight"] = found["k_proj.weight"]
     q, k, v = heads("q_proj.weight"), heads("k_proj.weight"), heads("v_proj.weight", turns=False)
     assert q is not None and k is not None and v is not None
     stored = AttentionWeights(
@@ -99,6 +101,7 @@ def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Attenti
         k_norm_d=norm("k_norm.weight"),
         gate_HdD=gate,
         sink_H=tensors[f"{spec.module('attention')}.sinks"] if a.sinks else None,
+        v_norm=a.v_norm,
     )
     return without_unread(_with_factor(stored, a))
 

@@ -100,6 +100,9 @@ class _Proof:
                 if spec.module(role):
                     self._fill(top, role)
         top.config.num_hidden_layers = layers
+        if hasattr(body_of(top), "first_kv_shared_layer_idx"):
+            # Gemma 4 counts, when it is made, from where on layers would share a cache. None of these do.
+            body_of(top).first_kv_shared_layer_idx = layers
         skeleton = self.source.skeleton_layers()
         watched = nn.ModuleList(_Watched(layer, self._layer(index)) for index, layer in enumerate(skeleton))
         setattr(body_of(top), spec.module("layers"), watched)
@@ -247,7 +250,9 @@ class _Proof:
         out = again()
         for hook in hooks:
             hook.remove()
-        made_BTD = (out[0] if isinstance(out, tuple) else out) - hidden_BTD
+        # Gemma 4's layers multiply all that leaves them.
+        after_BTD = (out[0] if isinstance(out, tuple) else out) / getattr(theirs, "layer_scalar", 1.0)
+        made_BTD = after_BTD - hidden_BTD
         device = self.source.device
         x_BTD = ours.normalise(hidden_BTD.to(device)).float()
         ours_BTD = ours.added(grouped_attention(x_BTD, ours.weights, ours.spec)).cpu()

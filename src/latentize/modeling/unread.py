@@ -28,7 +28,7 @@ def without_unread(w: AttentionWeights) -> AttentionWeights:
 
     Values that the output projection ignores; what the output projection does with values that are zero; queries of
     heads that add nothing or whose keys are zero; keys that only meet queries that are zero. The last two are left as
-    they are under a norm over all heads, which every head has a part in.
+    they are under a norm over all heads, which every head has a part in, and keys that are values whole.
 
     Args:
         w: The layer; the tensors of one in which all is read are returned as they are.
@@ -44,7 +44,7 @@ def without_unread(w: AttentionWeights) -> AttentionWeights:
         return found
     key_H = living(w.k_GdD, w.k_bias_Gd).repeat_interleave(share)
     asks_H = adds_H & key_H & living(w.q_HdD, w.q_bias_Hd)
-    key_G = asks_H.view(groups, share).any(1)
+    key_G = asks_H.view(groups, share).any(1) | (value_G if w.v_norm else False)
     return replace(
         found,
         q_HdD=_kept(w.q_HdD, asks_H),

@@ -53,7 +53,7 @@ def kept_bytes(model: ModelSpec, *, tokens: int, batch: int = 1, bits: float = 1
     if model.window is None:
         return 0
     return kv_cache_bytes(
-        model.cache_values, layers=model.sliding, tokens=min(tokens, model.window), batch=batch, bits=bits
+        model.kept_values, layers=model.sliding, tokens=min(tokens, model.window), batch=batch, bits=bits
     )
 
 

@@ -127,7 +127,9 @@ def _attention_parameters(model: ModelSpec, row: CacheSize) -> int:
         sizes = (a.num_heads + row.kv_heads) * a.head_dim
         biases = (sizes + row.kv_heads * a.head_dim) * a.qkv_bias + a.hidden_size * a.o_bias
         norms = (sizes if a.qk_norm_across else 2 * a.head_dim) * a.qk_norm
-        return 2 * sizes * a.hidden_size + biases + norms + more
+        # One projection may make both keys and values.
+        once = row.kv_heads * a.head_dim * a.hidden_size * a.v_norm
+        return 2 * sizes * a.hidden_size - once + biases + norms + more
     rank, rope = row.latent
     query = a.num_heads * (a.head_dim + rope) * a.hidden_size
     down, up = (rank + rope) * a.hidden_size + rank, rank * a.num_heads * 2 * a.head_dim

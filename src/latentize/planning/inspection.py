@@ -68,7 +68,7 @@ def plan(
     else:
         coded = None if bytes is None else _share(bytes, "--bytes", "12.5% or 0.125", least=1e-9)
         if coded is not None:
-            spec.attention.rope.require_one_table()
+            spec.attention.require_codes()
         rows = arithmetic.plan(spec, **options, coded=coded)
     facts = {"model": described(spec), "context": tokens, "batch": batch}
     facts |= {"tensor_parallel": tensor_parallel} if tensor_parallel > 1 else {}

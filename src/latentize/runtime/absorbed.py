@@ -67,6 +67,7 @@ def attend_block(
     *,
     size: int | None = None,
     key_scales: int = 0,
+    scales_values: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over some rows, by matrix products: the twin of :func:`attend_block_fused`.
 
@@ -78,6 +79,7 @@ def attend_block(
         size: Values of a row that are summed, the first ones; all by default.
         key_scales: Values of a row that are factors on its logits, the last ones, each for as many queries; those are
             zero there.
+        scales_values: Whether they are factors on what is summed, too.
 
     Returns:
         Weighted sums of rows, ``[B, Q, size]``, and log-sum-exps of the logits, ``[B, Q]`` in float32. A query that may
@@ -87,12 +89,18 @@ def attend_block(
     rows = rows_Bsd if narrow else rows_Bsd.to(torch.promote_types(rows_Bsd.dtype, torch.float32))
     score_BQs = products((q_BQd * scale).to(rows.dtype), rows)
     if key_scales:
-        factor_BK1s = rows[..., -key_scales:].mT[:, :, None]
-        score_BQs = (score_BQs.unflatten(1, (key_scales, -1)) * factor_BK1s).flatten(1, 2)
+        score_BQs = _times(score_BQs, rows[..., -key_scales:])
     if mask_BQs is not None:
         score_BQs = score_BQs + mask_BQs
     p_BQs, lse_BQ = softmax_with_lse(score_BQs, blind=mask_BQs is not None)
+    if scales_values:
+        p_BQs = _times(p_BQs, rows[..., -key_scales:])
     return sums(p_BQs.to(rows.dtype), rows, size).to(q_BQd.dtype), lse_BQ
+
+
+def _times(of_BQs: Tensor, factor_BsK: Tensor) -> Tensor:
+    """Each of ``K`` factors of a row is for as many queries."""
+    return (of_BQs.unflatten(1, (factor_BsK.shape[-1], -1)) * factor_BsK.mT[:, :, None]).flatten(1, 2)
 
 
 def softmax_with_lse(score_BQs: Tensor, *, blind: bool = True) -> tuple[Tensor, Tensor]:
@@ -174,6 +182,7 @@ def attend_rows(
     *,
     size: int | None = None,
     key_scales: int = 0,
+    scales_values: bool = False,
     fused: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Absorbed attention over a cache.
@@ -184,7 +193,7 @@ def attend_rows(
         scale: Factor on the logits.
         mask_BhTS: Boolean or additive, for all rows together; ``h`` is 1 or H. Without one everything is seen.
         size: Values of a row that are summed, the first ones: ``r`` for the sum of latents. All by default.
-        key_scales: Values of a row that are factors on its logits, as for :func:`attend_block`.
+        key_scales, scales_values: Values of a row that are factors, as for :func:`attend_block`.
         fused: Use the fused operator; by default where there is one for the tensors. It knows of no factors.
 
     Returns:
@@ -205,7 +214,8 @@ def attend_rows(
         if fused:
             parts += _split(q_BQd, rows_Bsd, scale, mask_BQs, size)
         else:
-            parts.append(attend_block(q_BQd, rows_Bsd, scale, mask_BQs, size=size, key_scales=key_scales))
+            factors = {"key_scales": key_scales, "scales_values": scales_values}
+            parts.append(attend_block(q_BQd, rows_Bsd, scale, mask_BQs, size=size, **factors))
     summed_BQd, lse_BQ = merge(parts)
     return summed_BQd.unflatten(1, (heads, tokens)), lse_BQ.unflatten(1, (heads, tokens))
 

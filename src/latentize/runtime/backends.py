@@ -86,6 +86,8 @@ class Backend:
         rows: CachedRows,
         scale: float,
         mask_BhTS: Tensor | None,
+        *,
+        scales_values: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
         """Sums of latents ``[B, H, T, r]`` and log-sum-exps ``[B, H, T]`` by the kernels; ``None`` is the twin's turn.
 
@@ -94,8 +96,11 @@ class Backend:
             rows: What they attend to.
             scale: Factor on the logits.
             mask_BhTS: Of all tokens, not of the rows that a window leaves; ``None`` is causal.
+            scales_values: Whether factors of rows are on what is summed, too; no kernel knows of that.
         """
         why = self._declines(q_BHTr, q_rope_BHTR, rows, mask_BhTS)
+        if why is None and scales_values:
+            why = "values have factors"
         made = None
         if why is None:
             parts, lengths_B, options = rows.storage(q_rope_BHTR)

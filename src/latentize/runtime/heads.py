@@ -72,7 +72,7 @@ def decode(
     else:
         q_latent_BHTr = q_nope_BHTN.new_zeros(*q_nope_BHTN.shape[:-1], up.k_up_UNr.shape[2])
     q_rope_BHTR = rows.queries(q_rope_BHTR)
-    found = backend.attend(q_latent_BHTr, q_rope_BHTR, rows, up.softmax_scale, mask)
+    found = backend.attend(q_latent_BHTr, q_rope_BHTR, rows, up.softmax_scale, mask, scales_values=up.scales_values)
     if found is None and rows.coded and refusal(q_latent_BHTr, q_rope_BHTR, rows, mask) is None:
         parts, lengths_B, options = rows.storage(q_rope_BHTR)
         mask_BTS = None if mask is None else mask[:, 0]
@@ -84,7 +84,8 @@ def decode(
         size, factors, mask = up.k_up_UNr.shape[2], rows.key_scales, _seen(rows, mask, q_nope_BHTN)
         # Factors are no part of a product.
         q_BHTd = F.pad(torch.cat([q_latent_BHTr, q_rope_BHTR], dim=-1), (0, factors))
-        found = attend_rows(q_BHTd, rows.blocks(), up.softmax_scale, mask, size=size, key_scales=factors)
+        scales = {"key_scales": factors, "scales_values": up.scales_values}
+        found = attend_rows(q_BHTd, rows.blocks(), up.softmax_scale, mask, size=size, **scales)
     summed_BHTr, lse_BHT = found
     if turn_rr is not None:
         summed_BHTr = summed_BHTr @ turn_rr.mT

@@ -179,6 +179,9 @@ def differences(spec: ModelSpec, model: Any) -> list[str]:
         buffers = dict(rotary.named_buffers())
         turning = buffers.get(f"{FULL}_inv_freq", buffers.get("inv_freq"))
         ours = torch.tensor(spec.attention.rope.frequencies)
+        if spec.attention.rope.rope_type == "proportional" and not turning[len(ours) :].any():
+            # What does not turn is in the module's table.
+            turning = turning[: len(ours)]
         if turning.shape != ours.shape or not torch.allclose(ours, turning, rtol=FP32, atol=0):
             found.append("frequencies")
     elif len(spec.unrotated) < spec.layers:

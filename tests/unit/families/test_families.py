@@ -36,6 +36,9 @@ def test_a_bare_config_means_what_transformers_takes_it_for(family: str) -> None
     }
     if family == "mistral":
         bare["sliding_window"] = None
+    if family == "gemma4_text":
+        # What the family's small models have by default cannot be converted.
+        bare |= {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0}
     full = AutoConfig.for_model(**bare)
     ours, theirs = model_spec(bare), model_spec(json.loads(full.to_json_string(use_diff=False)))
     assert ours.attention == theirs.attention
@@ -98,22 +101,24 @@ def test_features_of_each_family(family: str) -> None:
     assert attention.sinks == (family == "gpt_oss")
     across = family in ("minimax_m2", "olmo2", "olmo3", "olmoe")
     gated = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
-    normed = ("apertus", "exaone4", "gemma3_text", "glm4_moe", "lfm2", "qwen3", "qwen3_moe", *gated)
+    normed = ("apertus", "exaone4", "gemma3_text", "gemma4_text", "glm4_moe", "lfm2", "qwen3", "qwen3_moe", *gated)
     assert attention.gated == (family in gated)
     assert attention.qk_norm == (across or family in normed)
     assert attention.qk_norm_across == across
     assert attention.rotates_whole == (
-        family not in ("glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "minimax_m2", "stablelm", *gated)
+        family not in ("gemma4_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "minimax_m2", "stablelm", *gated)
     )
+    assert attention.v_norm == (family == "gemma4_text")
     assert attention.norm_eps == 1e-4
-    kv_heads = 4 if family in ONLY_MHA else 2
-    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, kv_heads, 16)
+    sizes = {"gemma4_text": (4, 1, 32)}.get(family, (4, 4 if family in ONLY_MHA else 2, 16))
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == sizes
 
 
 HYBRID = {
     "exaone4": "sliding_attention",
     "gemma2": "sliding_attention",
     "gemma3_text": "sliding_attention",
+    "gemma4_text": "sliding_attention",
     "gpt_oss": "sliding_attention",
     "olmo3": "sliding_attention",
     "lfm2": "conv",
@@ -145,6 +150,7 @@ _KINDS = [
     "exaone4",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "gpt_oss",
     "llama4_text",
     "olmo3",
@@ -163,6 +169,8 @@ def test_kinds_of_layers_that_a_config_leaves_out(family: str) -> None:
     if family == "smollm3":
         del active["max_window_layers"]
     bare = {"model_type": family, "intermediate_size": 96, "vocab_size": 257, "num_hidden_layers": 12}
+    if family == "gemma4_text":
+        active = {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0}
     bare |= {"sliding_window": 128, **active}
     full = json.loads(AutoConfig.for_model(**bare).to_json_string(use_diff=False))
     assert list(model_spec(bare).kinds) == full["layer_types"]
@@ -173,6 +181,40 @@ def test_kinds_of_layers_that_a_config_leaves_out(family: str) -> None:
 def test_impossible_kinds_of_layers(types: Any) -> None:
     with pytest.raises((ConfigError, UnsupportedModelError), match=r"layer_types|mamba"):
         model_spec(entries("qwen3", layer_types=types))
+
+
+GEMMA4 = {"model_type": "gemma4_text", "attention_k_eq_v": True, "hidden_size_per_layer_input": 0}
+# Refused by transformers' own names for what is different about it.
+_OTHER_GEMMAS: dict[str, dict[str, Any]] = {
+    "hidden_size_per_layer_input": {"hidden_size_per_layer_input": 256},
+    "num_kv_shared_layers": {"num_kv_shared_layers": 10},
+    "attention_k_eq_v": {"attention_k_eq_v": False},
+    "use_bidirectional_attention": {"use_bidirectional_attention": "all"},
+    "per_layer_config": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        "per_layer_config": {"0": {"head_dim": 256}, "2": {"head_dim": 512}},
+    },
+}
+
+
+@pytest.mark.parametrize("what", _OTHER_GEMMAS)
+def test_gemmas_that_cannot_be_converted(what: str) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        model_spec({**GEMMA4, **_OTHER_GEMMAS[what]})
+    assert what in str(caught.value.where)
+
+
+def test_sizes_of_full_attention_are_stated_once_or_layer_by_layer() -> None:
+    """As a config is published, and as transformers saves it."""
+    published = {**GEMMA4, "num_hidden_layers": 12, "global_head_dim": 128, "num_global_key_value_heads": 2}
+    saved = json.loads(AutoConfig.for_model(**published).to_json_string())
+    assert "global_head_dim" not in saved and set(saved["per_layer_config"]) == {"05", "11"}
+    ours = model_spec(published)
+    assert (ours.attention.num_kv_heads, ours.attention.head_dim) == (2, 128)
+    assert ours.kept_values == 2 * 4 * 256, "of the other layers"
+    assert model_spec(saved).attention == ours.attention
+    assert model_spec(saved).tensor_shapes() == ours.tensor_shapes()
 
 
 def raw_table() -> dict[str, Any]:

@@ -172,3 +172,12 @@ def test_a_format_that_kernels_do_not_know_is_the_twins(monkeypatch: pytest.Monk
     rows, q = Unknown(torch.ones(1, 1, 5, 6), torch.ones(1, 1, 5, 4)), torch.ones(1, 2, 1, 6)
     assert backend.attend(q, torch.ones(1, 2, 1, 4), rows, 1.0, None) is None
     assert backend.used == {"torch: rows in int6": 1}
+
+
+def test_values_with_factors_are_the_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel multiplies what it sums."""
+    backend, q, q_rope = backends.Backend("auto"), torch.zeros(1, 4, 1, 16), torch.zeros(1, 4, 1, 8)
+    rows = TensorRows(torch.zeros(1, 1, 5, 16), torch.zeros(1, 1, 5, 8 + 2), key_scales=2)
+    monkeypatch.setattr(backend, "_declines", lambda *_: None)
+    assert backend.attend(q, q_rope, rows, 1.0, None, scales_values=True) is None
+    assert backend.used == {"torch: values have factors": 1}
