@@ -93,7 +93,7 @@ def family_table(made: dict[str, Any]) -> str:
 def _held(held: str, entry: dict[str, Any] | None) -> str:
     if held == "refused":
         return held
-    return "not run" if entry is None else f"{held}, {entry['kl']:.0e}"
+    return "not by itself" if entry is None else f"{held}, {entry['kl']:.0e}"
 
 
 def speed_table(made: dict[str, Any]) -> str:

@@ -87,8 +87,9 @@ class Recipe(Request):
     """Attention of the result: mla, or gqa and mqa, which pool heads by their mean."""
     method: Method = "calibrated"
     """How latent weights are found: calibrated, which loses least, transmla, mha2mla or care."""
-    format: Literal["auto", "deepseek_v3", "native"] = "auto"
-    """deepseek_v3 loads everywhere, native holds everything, auto prefers the former."""
+    format: Literal["auto", "deepseek_v3", "deepseek_v2", "native"] = "auto"
+    """deepseek_v3 loads everywhere, native holds everything, auto prefers the former. deepseek_v2 has experts that are
+    chosen by softmax (Mixtral, Qwen3-MoE, OLMoE), for vLLM and llama.cpp."""
     preset: Literal["512+64", "256+64"] | None = None
     """512+64 or 256+64: sizes that fast kernels are made for, instead of ``keep``."""
     fast: bool = False
@@ -149,8 +150,8 @@ class Recipe(Request):
             raise ValueError("a preset is a pair of sizes: give no other and no keep beside it")
         if self.bytes is not None and not self.calibrates:
             raise ValueError("only the calibrated method gives values as many bits as they are worth")
-        if self.bytes is not None and self.format == "deepseek_v3":
-            raise ValueError("caches of the deepseek_v3 format have one width for all values; use native")
+        if self.bytes is not None and self.format in ("deepseek_v2", "deepseek_v3"):
+            raise ValueError(f"caches of the {self.format} format have one width for all values; use native")
         if self.cache_for is not None and not self.calibrates:
             raise ValueError("only the calibrated method suits rows to a cache")
         if self.cache_for is not None and self.bytes is not None:

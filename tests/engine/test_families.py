@@ -38,9 +38,23 @@ CONVERTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "GLM-4 of 2024, half of a head rotates, biases": ("glm", {}, "approximate"),
     "GLM-4.5, experts, half of a head rotates": ("glm4_moe", PECULIAR["glm4_moe"], "approximate"),
 }
+# The same in DeepSeek-V2's layout. transformers does not weigh chosen experts so.
+SOFTMAX: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Mixtral, experts (deepseek_v2)": ("mixtral", {"num_local_experts": 4}, "exact"),
+    "Qwen3-MoE, a first layer without experts (deepseek_v2)": (
+        "qwen3_moe",
+        {**PECULIAR["qwen3_moe"], "num_experts": 4, "mlp_only_layers": [0]},
+        "approximate",
+    ),
+    "OLMoE, weights that do not sum to one (deepseek_v2)": (
+        "olmoe",
+        {"num_experts": 4, "num_experts_per_tok": 2},
+        "approximate",
+    ),
+}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral 0.1, sliding window": ("mistral", {"sliding_window": 16}),
-    "Mixtral, mixture of experts (native format)": ("mixtral", {"num_local_experts": 2}),
+    "gpt-oss, learnt sinks (native format)": ("gpt_oss", PECULIAR["gpt_oss"]),
     "Gemma 2 (native format)": ("gemma2", {}),
     "DeepSeek-V3.2, latents with an index": ("deepseek_v32", {"kv_lora_rank": 16, "num_hidden_layers": 1}),
 }
@@ -61,11 +75,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
     def make(label: str) -> tuple[Path, dict[str, Any]]:
         if label not in made:
             folder = tmp_path_factory.mktemp("family")
-            model_type, config, _ = CONVERTED[label]
+            model_type, config, _ = {**CONVERTED, **SOFTMAX}[label]
             model = source(folder / "source", model_type, config)
             sizes = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "sequence_length": 64}
             tokens = {"tokens": 4096, "selection_tokens": 256, "evaluation_tokens": 512}
-            options = {"fast": True, "format": "deepseek_v3", "data": (text_file(folder),), **sizes, **tokens}
+            layout = "deepseek_v2" if label in SOFTMAX else "deepseek_v3"
+            options = {"fast": True, "format": layout, "data": (text_file(folder),), **sizes, **tokens}
             made[label] = folder / "out", latentize.convert(model, folder / "out", **options)
         return made[label]
 
@@ -74,8 +89,15 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
 
 @pytest.mark.engine
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("label", CONVERTED)
+@pytest.mark.parametrize(
+    ("label", "engine"),
+    # That of OLMoE runs in transformers as it is.
+    [
+        (label, engine)
+        for label in (*CONVERTED, *SOFTMAX)
+        for engine in ENGINES[label in SOFTMAX and "OLMoE" not in label :]
+    ],
+)
 def test_a_family_in_an_engine(
     converted: Callable[[str], tuple[Path, dict[str, Any]]],
     needs: Callable[[str], None],
@@ -88,7 +110,7 @@ def test_a_family_in_an_engine(
     folder, report = converted(label)
     approximations = [note for note in report["notes"] if "approximate" in note]
     held = "approximate" if approximations else "exact"
-    assert held == CONVERTED[label][2], report["notes"]
+    assert held == {**CONVERTED, **SOFTMAX}[label][2], report["notes"]
     found = latentize.verify(folder, engine=engine, prompts=4, new_tokens=16)
     record(label, {**found, "family": label, "held": held})
     assert found["kl"] <= 1e-6

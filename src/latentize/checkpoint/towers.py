@@ -30,6 +30,8 @@ TOWERS = {
 # ``model_type`` of files that come with code of their own → what transformers runs of it: Kimi K2 is DeepSeek-V3 there,
 # inside Kimi K2.5.
 RENAMED = {"kimi_k2": "deepseek_v3"}
+# What latentize writes as ``topk_method`` where weights of chosen experts sum to one, which no DeepSeek-V2's do.
+NORMALISED = "greedy, normalised"
 # Entries of the whole that hold for the part, unless it has its own.
 _OF_ALL = ("quantization_config", "dtype", "torch_dtype", "tie_word_embeddings", "transformers_version")
 # How names of tensors begin, and what they are in the language model.
@@ -48,9 +50,16 @@ def is_tower(config: Mapping[str, Any]) -> bool:
 
 def renamed(config: dict[str, Any]) -> dict[str, Any]:
     """A ``config.json`` under the ``model_type`` that transformers has for it, which runs without its code."""
+    if weighs_chosen(config):
+        return {**config, "topk_method": "greedy"}
     name = RENAMED.get(str(config.get("model_type")))
     own = {key: value for key, value in config.items() if key != "auto_map"}
     return config if name is None else {**own, "model_type": name}
+
+
+def weighs_chosen(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of DeepSeek-V2's layout with weights of chosen experts that sum to one."""
+    return config.get("topk_method") == NORMALISED
 
 
 def language_model(config: dict[str, Any]) -> dict[str, Any]:

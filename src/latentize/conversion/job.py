@@ -84,7 +84,7 @@ class Job(ABC):
         self.notes: list[str] = checkpoint.notes
         self.scores: list[dict[str, Any]] = []
         self.kind: type[FormatWriter] = self.choose_kind()
-        if trust_remote_code and checkpoint.config.get("auto_map") and self.kind is not DeepseekWriter:
+        if trust_remote_code and checkpoint.config.get("auto_map") and not issubclass(self.kind, DeepseekWriter):
             raise FormatError(
                 "the output would need the checkpoint's own code to be loaded",
                 where="config.json, auto_map",

@@ -22,12 +22,14 @@ from latentize.conversion.self_generated import self_generated
 from latentize.conversion.serving import fit, fitting_settings
 from latentize.conversion.texts import Text, mixed, sequences_to_generate, spread_over
 from latentize.conversion.work import Work, latent_work
+from latentize.engines.contracts import contract
 from latentize.errors import FormatError
 from latentize.families import ModelSpec
 from latentize.families.model import FULL
+from latentize.formats.deepseek_v2 import DeepseekV2Writer
 from latentize.formats.deepseek_v3 import DeepseekWriter
 from latentize.formats.native import NativeWriter
-from latentize.formats.portable import portable_reasons
+from latentize.formats.portable import PORTABLE, expert_reasons, portable_reasons
 from latentize.machine import give_back_freed_memory
 from latentize.methods.method import budget_of
 from latentize.methods.registry import settings
@@ -242,17 +244,31 @@ def format_of(
         return NativeWriter, free, []
     if recipe.bytes is not None:
         return NativeWriter, free, ["native format, because values have bits of their own"]
-    portable = [setting for setting in candidates if not portable_reasons(spec, setting)]
+    layout = _layout(recipe, spec)
+    portable = [setting for setting in candidates if not portable_reasons(spec, setting, layout)]
     if portable:
-        return DeepseekWriter, portable, []
+        return (DeepseekWriter if layout == "deepseek_v3" else DeepseekV2Writer), portable, []
     ladders = [setting for setting in candidates if setting.stride is not None]
-    reasons = portable_reasons(spec, (ladders or candidates)[-1])
+    reasons = portable_reasons(spec, (ladders or candidates)[-1], layout)
     options = {f"--for {recipe.serve_on}": recipe.serve_on, f"--cache-for {recipe.cache_for}": recipe.block > 1}
     asked = next((option for option, given in options.items() if given), None)
-    if recipe.format == "deepseek_v3" or asked is not None:
+    if recipe.format in PORTABLE or asked is not None:
+        others = {"deepseek_v2", "deepseek_v3"} - {layout}
+        other = next(
+            (o for o in others if any(not portable_reasons(spec, s, o) for s in candidates)), "native (or auto)"
+        )
         raise FormatError(
-            "the deepseek_v3 format cannot hold this: " + "; ".join(reasons),
-            where=asked or "--format deepseek_v3",
-            fix="leave it out: engines take no other" if asked else "use --format native (or auto)",
+            f"the {layout} format cannot hold this: " + "; ".join(reasons),
+            where=asked or f"--format {recipe.format}",
+            fix="leave it out: engines take no other" if asked else f"use --format {other}",
         )
     return NativeWriter, free, [f"native format, because {reason}" for reason in reasons]
+
+
+def _layout(recipe: Recipe, spec: ModelSpec) -> str:
+    """DeepSeek-V2's has experts that are chosen by softmax, where it is asked for or the engine computes them."""
+    if recipe.format != "auto":
+        return recipe.format
+    engine = "llama.cpp" if recipe.block > 1 else (recipe.serve_on or "").partition("@")[0]
+    softmax = bool(engine) and "softmax" in contract(engine).experts and not expert_reasons(spec, "deepseek_v2")
+    return "deepseek_v2" if softmax else "deepseek_v3"

@@ -131,6 +131,7 @@ class Contract:
         rope: What becomes of scaled RoPE, by its type.
         tensor_parallel: Where the latent is, with several ranks.
         instead: What may be done where latents are refused.
+        experts: By what it chooses experts of DeepSeek's layouts right: ``sigmoid``, ``softmax``.
     """
 
     engine: str
@@ -142,6 +143,7 @@ class Contract:
     rope: Mapping[str, str]
     tensor_parallel: str
     instead: str
+    experts: Sequence[str] = ("sigmoid",)
 
 
 @cache

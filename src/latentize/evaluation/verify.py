@@ -16,6 +16,7 @@ from latentize.checkpoint.manifest import sha256
 from latentize.errors import CheckpointError
 from latentize.families import families
 from latentize.formats.deepseek_v3 import decode_attention
+from latentize.formats.portable import PORTABLE
 from latentize.modeling.attention import LatentAttention
 from latentize.modeling.body import body_of
 from latentize.modeling.load import load_model
@@ -133,7 +134,7 @@ def _absorbed_error(model: Any, checkpoint: Checkpoint) -> float:
         attention = next((m for m in layer.children() if isinstance(m, LatentAttention)), None)
         if attention is not None:
             weights = attention.weights()
-        elif checkpoint.config["model_type"] == "deepseek_v3":
+        elif checkpoint.config["model_type"] in PORTABLE:
             weights = decode_attention(layer.self_attn.state_dict(), checkpoint.config)
         else:
             continue

@@ -91,6 +91,8 @@ class Experts:
         listed: Config key of the layers that have some, where it says so.
         shared: Config key: so many experts, side by side, that every token goes through.
         when: Config key of whether there are any at all.
+        normalised: Where they are chosen by a softmax over all of them, as DeepSeek-V2's are (arXiv 2405.04434, section
+            2.1.2): whether weights of the chosen ones are made to sum to one, or the config key of that.
         deepseek: Whether they are DeepSeek-V3's, under its names: chosen by sigmoid, with a bias that only chooses, in
             groups, beside shared ones (arXiv 2412.19437, section 2.1.2).
     """
@@ -109,6 +111,7 @@ class Experts:
     shared: str = ""
     when: str = ""
     deepseek: bool = False
+    normalised: bool | str | None = None
 
     def in_one(self) -> dict[str, tuple[str, ...]]:
         """Tensors of all experts of a layer together, as ``stacked`` makes them, and their symbolic shapes."""

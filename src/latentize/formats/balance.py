@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from latentize.attention.latent import LatentWeights
 from latentize.errors import CheckpointError
+from latentize.formats.portable import PORTABLE
 
 __all__ = ["KEY", "Balance", "balances", "described", "rebalance", "spread", "unbalance", "unbalanced"]
 
@@ -242,7 +243,7 @@ def rebalance(model: Any) -> None:
 
 def _scale(model: Any, sign: int) -> bool:
     config = model.config.to_dict() if hasattr(model, "config") else {}
-    if config.get(KEY) is None or config.get("model_type") != "deepseek_v3":
+    if config.get(KEY) is None or config.get("model_type") not in PORTABLE:
         return False
     found = [
         (name, module, Balance(*(sign * e for e in astuple(balance))))

@@ -28,6 +28,7 @@ from latentize.formats.balance import Balance, balances, unbalanced
 from latentize.formats.deepseek_v3 import EPS
 from latentize.formats.gguf_types import BLOCK, TYPES, GgufTensor, check_range, ggml_type, gguf_module, stored
 from latentize.formats.gguf_vocab import Vocab, read_vocab
+from latentize.formats.portable import PORTABLE
 from latentize.paths import expanded
 
 if TYPE_CHECKING:
@@ -191,6 +192,11 @@ def _add_shape(writer: GGUFWriter, config: dict[str, Any]) -> None:
     _add_rope(writer, config)
 
 
+def _scoring(config: dict[str, Any]) -> str:
+    """``sigmoid`` or ``softmax``; each version has its own where nothing is said."""
+    return str(config.get("scoring_func") or ("softmax" if config["model_type"] == "deepseek_v2" else "sigmoid"))
+
+
 def _has_experts(config: dict[str, Any]) -> bool:
     return config.get("first_k_dense_replace", 0) < config["num_hidden_layers"]
 
@@ -212,7 +218,7 @@ def expert_keys(config: dict[str, Any]) -> dict[str, Any]:
         "expert_used_count": config["num_experts_per_tok"],
         "expert_weights_scale": float(config["routed_scaling_factor"]),
         "expert_weights_norm": bool(config["norm_topk_prob"]),
-        "expert_gating_func": int(gguf_module().ExpertGatingFuncType.SIGMOID),
+        "expert_gating_func": int(getattr(gguf_module().ExpertGatingFuncType, _scoring(config).upper())),
     }
 
 
@@ -267,7 +273,7 @@ def check_portable(checkpoint: Checkpoint) -> None:
             where=where,
             fix="convert the source with --format deepseek_v3, and export that",
         )
-    if kind != "deepseek_v3":
+    if kind not in PORTABLE:
         raise FormatError(
             f"only a portable folder can be exported, this is '{kind}'",
             where=where,

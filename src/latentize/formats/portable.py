@@ -6,15 +6,28 @@ from latentize.families import ModelSpec
 from latentize.families.model import FULL
 from latentize.methods.setting import Setting
 
-__all__ = ["portable_reasons"]
+__all__ = ["PORTABLE", "expert_reasons", "portable_reasons"]
+
+# ``model_type`` of what latentize writes in DeepSeek's layout.
+PORTABLE = ("deepseek_v2", "deepseek_v3")
 
 
-def portable_reasons(model: ModelSpec, setting: Setting) -> list[str]:
-    """Why the portable format cannot hold a model converted in this way; empty if it can."""
+def expert_reasons(model: ModelSpec, layout: str = "deepseek_v3") -> list[str]:
+    """Why a layout of DeepSeek's has no place for a model's experts; empty if it has."""
+    experts = model.table.experts
+    if layout == "deepseek_v3":
+        other = experts is not None and not experts.deepseek
+        return ["experts that are not chosen, or not made, as DeepSeek-V3's are"] if other else []
+    if experts is None or experts.normalised is None:
+        return ["no experts that are chosen by softmax, or others beside them"]
+    has = [experts.in_layer(layer, model.config) for layer in range(model.layers)]
+    return [] if has == sorted(has) and has[-1] else ["layers without experts that are not the first ones"]
+
+
+def portable_reasons(model: ModelSpec, setting: Setting, layout: str = "deepseek_v3") -> list[str]:
+    """Why a portable format cannot hold a model converted in this way; empty if it can."""
     a = model.attention
-    reasons = list(model.table.native_only)
-    if model.table.experts is not None and not model.table.experts.deepseek:
-        reasons.append("experts that are not chosen, or not made, as DeepSeek-V3's are")
+    reasons = [*model.table.native_only, *expert_reasons(model, layout)]
     if model.kinds:
         kept = next(kind for kind in model.kinds if kind != FULL)
         reasons.append(f"layers of '{kept}' stay as they are, in DeepSeek's layout all are latent")

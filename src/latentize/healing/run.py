@@ -15,6 +15,7 @@ from latentize.checkpoint.manifest import sha256
 from latentize.checkpoint.places import write_file
 from latentize.errors import DataError, OptionError, UnsupportedModelError
 from latentize.evaluation.quality import evaluate
+from latentize.formats.portable import PORTABLE
 from latentize.healing.loop import Execution, Looked, train
 from latentize.healing.parallel import Team, shard
 from latentize.healing.recipe import Healing
@@ -77,7 +78,7 @@ def heal(
             where=str(model),
             fix="keep a higher rank, or refine it (convert without --fast)",
         )
-    if healing.cache is not None and manifest.format not in ("native", "deepseek_v3"):
+    if healing.cache is not None and manifest.format not in ("native", *PORTABLE):
         raise OptionError("the model has no latents to store", where="--cache", fix="heal an MLA model, or without it")
     named = (("model", model), ("teacher", teacher))
     _same_vocabulary(model, teacher)

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from latentize.attention.latent import LatentWeights
-from latentize.checkpoint import Checkpoint
+from latentize.checkpoint import Checkpoint, load_config
 from latentize.errors import OptionError
 from latentize.families import families
 from latentize.formats.balance import balances
 from latentize.formats.deepseek_v3 import NORM_SHIFT, LatentNorm, decode_attention, encode_attention
+from latentize.formats.portable import PORTABLE
 from latentize.healing.recipe import Healing
 from latentize.healing.targets import Targets, head_of, inputs
 from latentize.modeling.attention import LatentAttention
@@ -75,7 +76,7 @@ class Student(nn.Module):
         super().__init__()
         self.healing = healing
         self.model = _shapes(folder) if device == "meta" else load_model(folder, device=device)
-        self.portable = self.model.config.model_type == "deepseek_v3"
+        self.portable = self.model.config.model_type in PORTABLE
         # The source architecture is one level deeper in the native format.
         self.prefix = "source." if hasattr(self.model, "source") else ""
         table = families().get(getattr(self.model, "source", self.model).config.model_type)
@@ -221,11 +222,10 @@ class Student(nn.Module):
 
 def _shapes(folder: Path) -> Any:
     """The model without its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(load_config(folder), dtype=torch.float32).eval()
 
 
 def _relative(mine_BTD: Tensor, its_BTD: Tensor) -> Tensor:

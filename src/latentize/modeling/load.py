@@ -16,6 +16,7 @@ from latentize.checkpoint.gguf import is_gguf
 from latentize.checkpoint.gguf_config import gguf_ends
 from latentize.errors import CheckpointError
 from latentize.families import families
+from latentize.modeling.experts import weigh_chosen
 from latentize.modeling.generation import settle, stored_settings
 from latentize.text.tokens import require_positions, require_rows
 
@@ -60,6 +61,7 @@ def load_model(
     with loading(path), redirect_stderr(StringIO()) if is_gguf(path) else nullcontext():
         loader: Any = _class_of(known["config"], trust_remote_code) if "state_dict" in known else AutoModelForCausalLM
         model, info = loader.from_pretrained(**{**pretrained(path), **known, **options})
+    weigh_chosen(model, path)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         odd = sorted(str(k) for k in info.get(kind, ()))
         if odd:

@@ -10,6 +10,7 @@ import yaml
 
 from latentize.checkpoint.gguf import gguf_licence, is_gguf
 from latentize.families import LatentModel, ModelSpec
+from latentize.formats.portable import PORTABLE
 from latentize.paths import expanded
 from latentize.recipe import Recipe
 from latentize.report.measurements import cached_rows, calibration_text
@@ -26,6 +27,11 @@ _BEGINNINGS = {"apache license": "apache-2.0", "mit license": "mit"}
 _LOAD = {
     "deepseek_v3": (
         "It is a dense DeepSeek-V3 checkpoint: stock transformers loads it, without any code of latentize's.",
+        "",
+    ),
+    "deepseek_v2": (
+        "It is a DeepSeek-V2 checkpoint with experts that are chosen by softmax, for vLLM and llama.cpp. transformers "
+        "stops where weights of the chosen ones sum to one, which its DeepSeek-V2's do not; latentize loads it.",
         "",
     ),
     "native": (
@@ -199,7 +205,7 @@ def _limits(recipe: Recipe, report: dict[str, Any], notes: list[str]) -> list[st
             f"The text is {report['calibration_text']}, a narrow diet: for a general model calibrate on text like your "
             f"own (`--data`)."
         )
-    if report["format"] == "deepseek_v3" and recipe.to == "mla" and recipe.dtype != "float16":
+    if report["format"] in PORTABLE and recipe.to == "mla" and recipe.dtype != "float16":
         found.append(
             "Runs in bfloat16 and float32, with a cache in one of these: roped keys are too small for float16, and for "
             "fp8 without scales. For those convert with `--dtype float16`."

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from latentize.formats.portable import PORTABLE
 from latentize.progress import said_time
 from latentize.report.evaluation import score_cells, tasks_said, with_error
 from latentize.report.measurements import cached_rows
@@ -223,7 +224,7 @@ def serving_table(model: str, facts: dict[str, Any]) -> tuple[Table, Table]:
 def conversion_facts(r: dict[str, Any]) -> dict[str, Any]:
     """What ``convert`` says, by name."""
     kept, before = r["cache_values_per_token_layer"], r["source_cache_values_per_token_layer"]
-    sizes = f" = {r['kv_lora_rank']} + {r['qk_rope_head_dim']}" if r["format"] == "deepseek_v3" else ""
+    sizes = f" = {r['kv_lora_rank']} + {r['qk_rope_head_dim']}" if r["format"] in PORTABLE else ""
     rows = {
         "format, method": f"{r['format']}, {r['method']}",
         "cached values per token and layer": f"{kept}{sizes}, the source has {before} ({1 - kept / before:.1%} fewer)",
