@@ -38,6 +38,16 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", {**_MOE, "q_lora_rank": 24, "rope_parameters": _YARN}),
     "deepseek_v3-bias": ("deepseek_v3", {**_MOE, "q_lora_rank": None, "attention_bias": True}),
     "glm4_moe_lite": ("glm4_moe_lite", {**_MOE, "q_lora_rank": 24, "rms_norm_eps": 1e-5}),
+    "mistral4": (
+        "mistral4",
+        {
+            **_MOE,
+            "num_local_experts": 4,
+            "q_lora_rank": 24,
+            # Queries grow every 16 tokens.
+            "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 16},
+        },
+    ),
     "youtu": ("youtu", {"q_lora_rank": 24, "tie_word_embeddings": True}),
 }
 

@@ -43,7 +43,7 @@ def test_layer_by_layer_it_computes_what_the_whole_model_does(tmp_path: Path, na
     checkpoint = open_checkpoint(folder)
     shape = latent_model(checkpoint.config)
     check_latent(checkpoint, shape)
-    if shape.experts is not None:
+    if shape.experts is not None and name != "mistral4":
         assert any(".experts.3.gate_proj" in n for n in checkpoint.names()), "stored one by one"
     source, tokens = LatentSource(checkpoint, shape), random_tokens()
     text = source.embed(Passages.contiguous(tokens))

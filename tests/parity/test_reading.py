@@ -180,6 +180,8 @@ def test_a_wrong_tensor_of_a_model_with_latents_is_noticed(
 ) -> None:
     source = latent(tmp_path, name)
     checkpoint = source.checkpoint
+    # Experts of Mistral Small 4 are stored as one.
+    part = "experts.gate_up" if (name, part) == ("mistral4", "experts.1.up") else part
     names = {n for n in checkpoint.names() if part in n}
     if not names:
         assert name == "youtu" and part == "experts.1.up"

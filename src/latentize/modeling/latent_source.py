@@ -28,7 +28,7 @@ from latentize.modeling.source import SourceLayer, SourceModel, Stream
 __all__ = ["Attended", "LatentSource", "LatentSourceLayer", "check_latent", "fuse_experts"]
 
 # Types whose layers do nothing around their attention that is not done here.
-LOWERED = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu")
+LOWERED = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "youtu")
 ATTENTION = "self_attn."
 _LAYER_PREFIX = "model.layers.{layer}."
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from latentize.attention.spec import LatentSpec, LongTable
 from latentize.checkpoint.towers import CARRIED
@@ -274,6 +275,8 @@ def register() -> None:
     """Make ``model_type: "latentize"`` known to transformers' Auto classes."""
     AutoConfig.register("latentize", LatentizeConfig, exist_ok=True)
     AutoModelForCausalLM.register(LatentizeConfig, LatentizeForCausalLM, exist_ok=True)
+    # transformers 5.23 has this language model, and does not list it here. By name: nothing is imported.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mistral4", "Mistral4ForCausalLM")
 
 
 register()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.common import SMALL
 from tests.latent_models import MIXTURES, mixture, saved
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -243,6 +244,24 @@ def test_language_models_of_multimodal_ones_are_planned(tmp_path: Path) -> None:
     assert plan(str(path), context=4096)["model"]["model_type"] == "deepseek_v3"
     # As published: a trillion parameters.
     assert plan("kimi-k2")["model"]["parameters"] == 1_026_408_209_408
+
+
+def test_mistral_small_4_inside_a_multimodal_model(tmp_path: Path, text: str) -> None:
+    """Its language model gets a smaller latent, and is known by ``AutoModelForCausalLM``."""
+    folder, out = saved(mixture("mistral4"), tmp_path / "model"), tmp_path / "out"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral3", "text_config": config}))
+    tensors = load_file(folder / "model.safetensors")
+    whole = {
+        name.replace("model.", "language_model.model.", 1): t for name, t in tensors.items() if name != "lm_head.weight"
+    }
+    whole |= {"language_model.lm_head.weight": tensors["lm_head.weight"], "vision_tower.x": torch.ones(2)}
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    small = {name: value for name, value in SMALL.items() if name != "dtype"}
+    report = convert(folder, out, keep="75%", data=(text,), **small)
+    assert report["format"] == "mistral4"
+    assert AutoModelForCausalLM.from_pretrained(out).config.kv_lora_rank == report["kv_lora_rank"] < 32
+    assert evaluate(out, folder, data=(text,), tokens=512, sequence_length=64)["kl"] < 0.2
 
 
 def test_kimi_k2_is_deepseek_v3(tmp_path: Path, text: str, capfd: pytest.CaptureFixture[str]) -> None:
