@@ -27,6 +27,7 @@ FAMILIES = (
     "gpt_neox",
     "gpt_oss",
     "granite",
+    "granitemoe",
     "lfm2",
     "llama",
     "llama4_text",
@@ -92,6 +93,13 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 2.0,
         "residual_multiplier": 0.4,
         "logits_scaling": 3.0,
+    },
+    "granitemoe": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+        "num_local_experts": 3,
     },
     # Tests are shorter than what is published: queries grow every 16 tokens, and a chunk is as long.
     "llama4_text": {

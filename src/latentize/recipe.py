@@ -89,7 +89,7 @@ class Recipe(Request):
     """How latent weights are found: calibrated, which loses least, transmla, mha2mla or care."""
     format: Literal["auto", "deepseek_v3", "deepseek_v2", "native"] = "auto"
     """deepseek_v3 loads everywhere, native holds everything, auto prefers the former. deepseek_v2 has experts that are
-    chosen by softmax (Mixtral, Qwen3-MoE, OLMoE), for vLLM and llama.cpp."""
+    chosen by softmax (Mixtral, Qwen3-MoE, Granite, OLMoE), for vLLM and llama.cpp."""
     preset: Literal["512+64", "256+64"] | None = None
     """512+64 or 256+64: sizes that fast kernels are made for, instead of ``keep``."""
     fast: bool = False

@@ -41,6 +41,7 @@ CONVERTED: dict[str, tuple[str, dict[str, Any], str]] = {
 # The same in DeepSeek-V2's layout. transformers does not weigh chosen experts so.
 SOFTMAX: dict[str, tuple[str, dict[str, Any], str]] = {
     "Mixtral, experts (deepseek_v2)": ("mixtral", {"num_local_experts": 4}, "exact"),
+    "Granite 3 with experts (deepseek_v2)": ("granitemoe", {**PECULIAR["granitemoe"], "num_local_experts": 4}, "exact"),
     "Qwen3-MoE, a first layer without experts (deepseek_v2)": (
         "qwen3_moe",
         {**PECULIAR["qwen3_moe"], "num_experts": 4, "mlp_only_layers": [0]},

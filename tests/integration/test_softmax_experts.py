@@ -30,14 +30,18 @@ from latentize.runtime.cache import LatentCache
 EXACT: dict[str, Any] = {"method": "transmla", "kv_lora_rank": 16, "qk_rope_head_dim": 16, **SMALL}
 SIZES: dict[str, Any] = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, **SMALL}
 FAMILIES: dict[str, dict[str, Any]] = {
+    "granitemoe": {},
     "mixtral": {},
     "olmoe": {},
     "qwen3_moe": {"mlp_only_layers": [0]},
 }
 
 
-def test_mixtral_in_deepseeks_layout_is_the_source(source: Callable[..., Path], text: str, tmp_path: Path) -> None:
-    model, out = source("mixtral", 1), tmp_path / "out"
+@pytest.mark.parametrize("family", ["granitemoe", "mixtral"])
+def test_in_deepseeks_layout_it_is_the_source(
+    source: Callable[..., Path], text: str, tmp_path: Path, family: str
+) -> None:
+    model, out = source(family, 1), tmp_path / "out"
     report = latentize.convert(model, out, format="deepseek_v2", data=(text,), **EXACT)
     assert report["format"] == "deepseek_v2"
     tokens = random_tokens()

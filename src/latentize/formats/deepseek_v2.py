@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from latentize.formats.deepseek_v3 import DeepseekWriter
 from latentize.formats.layer import ConvertedLayer
 
 __all__ = ["DeepseekV2Writer"]
+
+# Parts of names of a layer's tensors as Granite's class has them.
+_RENAMED = {"block_sparse_moe.router.": "mlp.gate.", "block_sparse_moe.": "mlp."}
 
 
 class DeepseekV2Writer(DeepseekWriter):
@@ -27,7 +31,7 @@ class DeepseekV2Writer(DeepseekWriter):
     name = "deepseek_v2"
 
     def layer(self, made: ConvertedLayer) -> None:
-        super().layer(made)
+        super().layer(replace(made, stored={_renamed(name): tensor for name, tensor in made.stored.items()}))
         experts, hidden = self.spec.table.experts, self.spec.attention.hidden_size
         assert experts is not None
         if not experts.in_layer(made.index, self.spec.config):
@@ -56,3 +60,10 @@ class DeepseekV2Writer(DeepseekWriter):
             "norm_topk_prob": normalised,
             "routed_scaling_factor": 1.0,
         }
+
+
+def _renamed(name: str) -> str:
+    """As DeepSeek's checkpoints have it."""
+    for part, own in _RENAMED.items():
+        name = name.replace(part, own)
+    return name

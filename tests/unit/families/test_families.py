@@ -87,7 +87,11 @@ def test_tensor_shapes_are_the_models_own(family: str, switch: dict[str, Any], k
         kv_heads = 4
     stored = open_checkpoint(pico(tmp_path, family, kv_heads, **switch))
     spec = model_spec(stored.config)
-    assert spec.tensor_shapes() == {name: stored.shape(name) for name in stored.names()}
+    shapes = {name: stored.shape(name) for name in stored.names()}
+    for part, own in spec.table.renamed_tensors.items():
+        # Granite's experts are called in files as nothing in transformers calls them.
+        shapes = {name.replace(part, own): shape for name, shape in shapes.items()}
+    assert spec.tensor_shapes() == shapes
     assert spec.tied == AutoConfig.from_pretrained(stored.path).tie_word_embeddings
 
 
