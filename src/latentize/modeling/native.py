@@ -6,6 +6,7 @@ Loaded through ``AutoModelForCausalLM`` after ``import latentize``.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -280,3 +281,5 @@ def register() -> None:
 
 
 register()
+# The whole of a multimodal model, which is made of the above.
+importlib.import_module("latentize.modeling.whole")

@@ -22,9 +22,9 @@ _NATIVE = ("latentize.modeling.native", "latentize.modeling.whole")
 
 
 def _register() -> None:
-    # Each registers itself; if it is what imports transformers just now, it is about to.
-    for name in _NATIVE:
-        if name not in sys.modules:
+    # Each registers itself. The first, if it is what imports transformers just now, is about to, and imports the other.
+    if _NATIVE[0] not in sys.modules:
+        for name in _NATIVE:
             importlib.import_module(name)
 
 
