@@ -109,3 +109,14 @@ import torch
     # OpenMP says what it has read, where it is GNU's or LLVM's.
     if policy is not None and "OMP_WAIT_POLICY" in done.stderr:
         assert f"'{policy}'" in done.stderr.split("OMP_WAIT_POLICY", 1)[1].splitlines()[0]
+
+
+def test_the_native_format_is_known_where_its_module_is_the_first_of_all() -> None:
+    """It is what imports transformers then, and so what is told of its Auto classes while it is half there."""
+    done = run_python("""
+from latentize.modeling.native import LatentizeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+assert all(LatentizeConfig in auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForImageTextToText))
+assert type(AutoConfig.for_model("mistral4")) in AutoModelForCausalLM._model_mapping
+""")
+    assert done.returncode == 0, done.stderr
