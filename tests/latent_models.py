@@ -38,6 +38,19 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", {**_MOE, "q_lora_rank": 24, "rope_parameters": _YARN}),
     "deepseek_v3-bias": ("deepseek_v3", {**_MOE, "q_lora_rank": None, "attention_bias": True}),
     "glm4_moe_lite": ("glm4_moe_lite", {**_MOE, "q_lora_rank": 24, "rms_norm_eps": 1e-5}),
+    "kimi_linear": (
+        "kimi_linear",
+        {
+            **{name: value for name, value in _MOE.items() if name != "n_routed_experts"},
+            "num_local_experts": 4,
+            "q_lora_rank": None,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+            "linear_conv_kernel_dim": 4,
+        },
+    ),
     "mistral4": (
         "mistral4",
         {
@@ -55,7 +68,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 def mixture(name: str, *, seed: int = 0, **changes: Any) -> Any:
     """A random model: 4 heads of 12 + 8, values of 10, latents of 32."""
     model_type, own = MIXTURES[name]
-    dense = {} if model_type == "glm4_moe_lite" else {"first_k_dense_replace": 1}
+    dense = {} if model_type in ("glm4_moe_lite", "kimi_linear") else {"first_k_dense_replace": 1}
     model = random_model(model_type, 32, seed=seed, **{"tie_word_embeddings": False, **dense, **own, **changes})
     if model.config.tie_word_embeddings:
         # As an output head the table of random models is too sure of itself.

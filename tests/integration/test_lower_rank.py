@@ -75,8 +75,7 @@ def test_what_changes_and_what_stays(tmp_path: Path, model: Callable[..., Path],
     changed = {n.split("self_attn.")[-1] for n, t in after.items() if not torch.equal(t, before[n])}
     bias = {"kv_a_proj_with_mqa.bias"} if name.endswith("bias") else set()
     assert changed == {"kv_a_proj_with_mqa.weight", "kv_a_layernorm.weight", "kv_b_proj.weight"} | bias
-    for index in range(2):
-        key = f"model.layers.{index}.self_attn.kv_a_proj_with_mqa.weight"
+    for key in (n for n in after if n.endswith("kv_a_proj_with_mqa.weight")):
         assert torch.equal(after[key][16:], before[key][32:]), "the roped key"
     config = json.loads((out / "config.json").read_text())
     source_config = json.loads((folder / "config.json").read_text())
@@ -101,11 +100,15 @@ def test_the_whole_rank_is_the_model_itself(tmp_path: Path, model: Callable[...,
     assert all(torch.equal(after[n], t) for n, t in before.items())
 
 
+def latent(model: Any) -> list[Any]:
+    """The attention of its layers, where it is latent."""
+    return [layer.self_attn for layer in model.model.layers if hasattr(layer.self_attn, "kv_lora_rank")]
+
+
 def observed(model: Any, tokens: torch.Tensor) -> list[LatentMoments]:
     """Moments of every layer on all tokens."""
     found, hooks, seen = [], [], {}
-    for index, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
+    for index, attention in enumerate(latent(model)):
         queries = attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj
         for part, module in (("y", attention.kv_a_proj_with_mqa), ("q", queries)):
             keep = lambda m, a, out, key=(index, part): seen.__setitem__(key, out)  # noqa: E731
@@ -114,8 +117,7 @@ def observed(model: Any, tokens: torch.Tensor) -> list[LatentMoments]:
         model(tokens, use_cache=False)
     for hook in hooks:
         hook.remove()
-    for index, layer in enumerate(model.model.layers):
-        a = layer.self_attn
+    for index, a in enumerate(latent(model)):
         moments = LatentMoments(a.kv_a_layernorm.variance_epsilon)
         q_nHN = seen[index, "q"].flatten(0, 1).unflatten(-1, (-1, a.qk_head_dim))[..., : a.qk_nope_head_dim]
         moments.add(seen[index, "y"].flatten(0, 1)[:, : a.kv_lora_rank], q_nHN)
@@ -126,8 +128,7 @@ def observed(model: Any, tokens: torch.Tensor) -> list[LatentMoments]:
 def with_rank(model: Any, rank: int, tokens: torch.Tensor) -> tuple[Any, list[float]]:
     """A model of a lower rank, every layer from what the given one does."""
     spreads, moments = [], observed(model, tokens)
-    for layer, seen in zip(model.model.layers, moments, strict=True):
-        a = layer.self_attn
+    for a, seen in zip(latent(model), moments, strict=True):
         made = lower(a.state_dict(), seen, rank, scale=float(a.scaling))
         a.kv_lora_rank = rank
         for name, tensor in made.tensors.items():

@@ -173,6 +173,14 @@ def test_models_with_latents_are_read_as_transformers_reads_them(tmp_path: Path,
     assert prove(latent(tmp_path, name), TOKENS) <= FP32
 
 
+# Experts of Mistral Small 4 are stored as one, and Kimi Linear's have names of their own.
+OTHER_NAMES = {
+    ("kimi_linear", "experts.1.up"): "experts.1.w3",
+    ("kimi_linear", "mlp.gate"): "block_sparse_moe.gate",
+    ("mistral4", "experts.1.up"): "experts.gate_up",
+}
+
+
 @pytest.mark.parametrize("part", ["embed_tokens", "model.norm", "o_proj", "mlp.gate", "experts.1.up", "kv_a_layernorm"])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_wrong_tensor_of_a_model_with_latents_is_noticed(
@@ -180,8 +188,7 @@ def test_a_wrong_tensor_of_a_model_with_latents_is_noticed(
 ) -> None:
     source = latent(tmp_path, name)
     checkpoint = source.checkpoint
-    # Experts of Mistral Small 4 are stored as one.
-    part = "experts.gate_up" if (name, part) == ("mistral4", "experts.1.up") else part
+    part = OTHER_NAMES.get((name, part), part)
     names = {n for n in checkpoint.names() if part in n}
     if not names:
         assert name == "youtu" and part == "experts.1.up"

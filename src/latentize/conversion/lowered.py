@@ -11,6 +11,7 @@ from latentize.conversion.measured import Converted
 from latentize.conversion.texts import Text
 from latentize.errors import FormatError, OptionError, UnsupportedModelError
 from latentize.families import LatentModel, latent_model
+from latentize.families.model import FULL
 from latentize.formats.base import FormatWriter
 from latentize.formats.lowered import LoweredWriter, predicts_further
 from latentize.modeling.latent_source import LatentSource, check_latent
@@ -139,4 +140,6 @@ class LowerJob(Job):
 
     def layer_shapes(self) -> list[dict[str, Any]]:
         rope = self.model.attention.qk_rope_head_dim
-        return [{"kv_lora_rank": self.rank, "qk_rope_head_dim": rope} for _ in range(self.model.layers)]
+        sizes = {"kv_lora_rank": self.rank, "qk_rope_head_dim": rope}
+        kinds = [self.model.kind_of(layer) for layer in range(self.model.layers)]
+        return [dict(sizes) if kind == FULL else {"kept": kind} for kind in kinds]

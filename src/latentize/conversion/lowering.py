@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latentize.checkpoint import Journal
 from latentize.conversion.measured import CLOSED, Converted, MadeLayer, write_and_measure
+from latentize.families.model import FULL
 from latentize.formats.base import FormatWriter
 from latentize.formats.layer import ConvertedLayer
 from latentize.methods.lower_rank import LatentMoments, Lowered, lower
@@ -86,6 +87,7 @@ class _Lowering:
         facts: list[dict[str, Any]],
     ) -> None:
         self.rank, self.refinement, self.journal, self.facts = rank, refinement, journal, facts
+        self.model = source.latent
         self.changes = rank != source.latent.attention.kv_lora_rank
         self.own: Stream | None = source.embed(calibration) if self.changes else None
         # What the converted layers before make of the text, which is what a layer will see.
@@ -94,7 +96,12 @@ class _Lowering:
     def made(self, layer: LatentSourceLayer) -> MadeLayer:
         if not self.changes:
             self.facts.append({"energy_lost": 0.0, "norm_spread": 0.0, "linear_norm": None})
-            return MadeLayer(layer, ConvertedLayer(layer.index, layer.tensors), layer.attention)
+            return MadeLayer(layer, ConvertedLayer(layer.index, layer.tensors), self._own(layer))
+        if self._own(layer) is None:
+            assert self.own is not None
+            layer.run(self.own, use=Use.STATISTICS if self.draft is None else Use.LEARNT)
+            self.facts.append({})
+            return MadeLayer(layer, ConvertedLayer(layer.index, layer.tensors), None)
         inherited = 0.0 if self.draft is None or self.own is None else stream_error(self.draft, self.own)
         closed, residual_NTD = self._closed(layer)
         self.facts.append(closed.describe())
@@ -108,6 +115,10 @@ class _Lowering:
         saved = {name: tensor.to(stored[name]) for name, tensor in tensors.items()}
         made = ConvertedLayer(layer.index, layer.tensors, lowered=saved)
         return MadeLayer(layer, made, layer.with_tensors(saved), stages)
+
+    def _own(self, layer: LatentSourceLayer) -> Any:
+        """A layer's latent attention; ``None`` where it has none, and stays as it is."""
+        return layer.attention if self.model.kind_of(layer.index) == FULL else None
 
     def advance(self, layer: SourceLayer, attention: nn.Module | None) -> None:
         if self.draft is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from latentize.attention.spec import LatentSpec, RopeSpec, kv_cache_bytes
 from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.families.latent_types import ALIASES, LATENT_TYPES
+from latentize.families.model import FULL
 from latentize.families.table import MODULES
 
 __all__ = ["LatentExperts", "LatentModel", "is_latent", "latent_model"]
@@ -69,15 +70,20 @@ class DeltaLayers:
     """Layers of Kimi delta attention, which keep a state instead of a cache (Kimi Linear, arXiv 2510.26692).
 
     Attributes:
-        layers: How many.
+        numbers: Which.
         heads, head_dim: Of queries, keys and values.
         kernel: Tokens that the short convolution sees.
     """
 
-    layers: int
+    numbers: frozenset[int]
     heads: int
     head_dim: int
     kernel: int
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self.numbers)
 
     def parameters(self, hidden_size: int) -> int:
         """Of all layers: projections, convolutions, gates, and the norm of what is read."""
@@ -130,6 +136,10 @@ class LatentModel:
 
     def layer_prefix(self, layer: int) -> str:
         return f"model.layers.{layer}."
+
+    def kind_of(self, layer: int) -> str:
+        """What a layer is, as transformers calls it."""
+        return "linear_attention" if self.delta is not None and layer in self.delta.numbers else FULL
 
     def module(self, role: str) -> str:
         """As of :class:`latentize.families.ModelSpec`."""
@@ -339,19 +349,19 @@ def _delta(config: Mapping[str, Any], layers: int) -> DeltaLayers:
     own, types = config.get("linear_attn_config"), config.get("layer_types")
     own = own if isinstance(own, Mapping) else {}
     if isinstance(types, list):
-        count = types[:layers].count("linear_attention")
+        found = [layer for layer, kind in enumerate(types[:layers]) if kind == "linear_attention"]
     elif isinstance(own.get("kda_layers"), list):
-        count = len(own["kda_layers"])
+        found = [layer - 1 for layer in own["kda_layers"] if isinstance(layer, int)]
     else:
-        count = sum(layer == 0 or layer % 4 > 0 for layer in range(layers))
+        found = [layer for layer in range(layers) if layer == 0 or layer % 4 > 0]
     names = {"linear_num_heads": "num_heads", "linear_head_dim": "head_dim"}
     names["linear_conv_kernel_dim"] = "short_conv_kernel_size"
     sizes = {name: own.get(short, config[name]) for name, short in names.items()}
-    if count >= layers:
+    if len(found) >= layers:
         raise UnsupportedModelError(
             "no layer has latent attention", code="LZ205", where="config.json, layer_types or linear_attn_config"
         )
-    return DeltaLayers(count, *(_size(sizes, name) for name in names))
+    return DeltaLayers(frozenset(found), *(_size(sizes, name) for name in names))
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:

@@ -25,24 +25,45 @@ from latentize.modeling.canonical import stacked
 from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
 
-__all__ = ["Attended", "LatentSource", "LatentSourceLayer", "check_latent", "fuse_experts"]
+__all__ = ["Attended", "LatentSource", "LatentSourceLayer", "check_latent", "fused_tensors"]
 
 # Types whose layers do nothing around their attention that is not done here.
-LOWERED = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "youtu")
+LOWERED = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "mistral4", "youtu")
 ATTENTION = "self_attn."
 _LAYER_PREFIX = "model.layers.{layer}."
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+# What Kimi Linear's files call otherwise than transformers' module: experts, and a layer's gate of what it forgets.
+_KIMI = {
+    r"^block_sparse_moe\.": "mlp.",
+    r"(\.experts\.\d+)\.w1\.": r"\1.gate_proj.",
+    r"(\.experts\.\d+)\.w3\.": r"\1.up_proj.",
+    r"(\.experts\.\d+)\.w2\.": r"\1.down_proj.",
+    r"^self_attn\.(f_a_proj|f_b_proj|dt_bias|A_log)": r"self_attn.forget_gate.\1",
+}
+_CONVOLUTIONS = tuple(f"self_attn.{name}_conv1d.weight" for name in "qkv")
 
 
-def fuse_experts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fused_tensors(stored: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
     """Tensors of a layer as transformers' module has them: experts stacked, each one's gate above its up-projection."""
-    fused = dict(stored)
-    experts = sorted({int(found[1]) for name in stored if (found := _EXPERT.fullmatch(name))})
+    fused = _as_kimi_runs(stored) if model_type == "kimi_linear" else dict(stored)
+    experts = sorted({int(found[1]) for name in fused if (found := _EXPERT.fullmatch(name))})
     if experts:
         gate, up, down = (f"mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up", "down"))
         fused["mlp.experts.gate_up_proj"] = stacked(fused, (gate, up), experts)
         fused["mlp.experts.down_proj"] = stacked(fused, (down,), experts)
     return fused
+
+
+def _as_kimi_runs(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of the module, and convolutions of queries, keys and values as one."""
+    found = {}
+    for name, tensor in stored.items():
+        for pattern, own in _KIMI.items():
+            name = re.sub(pattern, own, name)
+        found[name] = tensor
+    if all(name in found for name in _CONVOLUTIONS):
+        found["self_attn.conv1d.weight"] = torch.cat([found.pop(name) for name in _CONVOLUTIONS])
+    return found
 
 
 def layer_names(checkpoint: Checkpoint, index: int) -> list[str]:
@@ -82,7 +103,7 @@ def check_latent(checkpoint: Checkpoint, model: LatentModel) -> None:
             fix="take all files from where the model was published",
         )
     for layer in range(model.layers):
-        for name, shape in model.attention_shapes().items():
+        for name, shape in model.attention_shapes().items() if model.kind_of(layer) == FULL else ():
             full = f"{_LAYER_PREFIX.format(layer=layer)}{ATTENTION}{name}"
             if full not in checkpoint:
                 raise _odd("a tensor is missing", "LZ111", checkpoint, full)
@@ -186,7 +207,7 @@ class LatentSource(SourceModel):
             # Shapes alone: nothing is read.
             stored = {n.removeprefix(prefix): torch.empty(checkpoint.shape(n), device="meta") for n in names}
             try:
-                found = {name: tensor.shape for name, tensor in fuse_experts(stored).items()}
+                found = {name: t.shape for name, t in fused_tensors(stored, model.model_type).items()}
             except (KeyError, RuntimeError) as error:
                 raise _odd("experts are not alike", "LZ111", checkpoint, f"{prefix}mlp.experts") from error
             wanted = {name: tensor.shape for name, tensor in empty.state_dict().items()}
@@ -196,7 +217,7 @@ class LatentSource(SourceModel):
                 )
 
     def module_tensors(self, stored: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-        return fuse_experts(stored)
+        return fused_tensors(stored, self.latent.model_type)
 
     def layer(self, index: int) -> LatentSourceLayer:
         """One decoder layer, read from the files."""

@@ -248,7 +248,8 @@ def accelerate(model: Any, *, backend: str = "auto") -> Any:
     decoder = model.config.get_text_config(decoder=True)
     # So does what sees beside a decoder.
     mixed = len(layers) < decoder.num_hidden_layers or decoder is not model.config
-    before = [(m, m.config._attn_implementation) for m in model.modules() if hasattr(m, "config") and not mixed]
+    changed = (m for m in layers if not isinstance(m, LatentAttention)) if mixed else model.modules()
+    before = [(m, m.config._attn_implementation) for m in changed if hasattr(m, "config")]
     own = {id(m.config): copy.deepcopy(m.config) for m, _ in before}
     for module, _ in before:
         module.config = own[id(module.config)]

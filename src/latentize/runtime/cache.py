@@ -13,7 +13,7 @@ from latentize.runtime.coded import code_ahead
 from latentize.runtime.layer import LatentLayer
 from latentize.runtime.static import StaticLatentLayer
 
-__all__ = ["LatentCache", "LatentLayer", "cache_formats"]
+__all__ = ["LatentCache", "LatentLayer", "cache_formats", "latent_entries"]
 
 
 class CacheFormats(TypedDict, total=False):
@@ -40,6 +40,13 @@ def cache_formats(text: str | None) -> CacheFormats:
     for name in (latent, rope):
         codec(name, 2)
     return {"latent": latent, "rope": rope}
+
+
+def latent_entries(config: Any) -> list[Any]:
+    """For each layer of a model something if it has latent attention, of the native format its sizes, or ``None``."""
+    decoder = config.get_text_config(decoder=True)
+    types = getattr(decoder, "layer_types", None) or ["full_attention"] * decoder.num_hidden_layers
+    return getattr(config, "latent_layers", None) or [True if kind == "full_attention" else None for kind in types]
 
 
 class LatentCache(Cache):
@@ -87,9 +94,7 @@ class LatentCache(Cache):
                 where="LatentCache",
                 fix="max_length alone, 1 or more; windows let go of rows, and rows that wait are stored twice",
             )
-        count = config.get_text_config(decoder=True).num_hidden_layers
-        self.max_length = max_length
-        entries = getattr(config, "latent_layers", None) or [True] * count
+        self.max_length, entries = max_length, latent_entries(config)
         if max_length is not None and None in entries:
             raise OptionError(
                 "a static cache for a model some of whose layers are not latent",

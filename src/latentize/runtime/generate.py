@@ -13,7 +13,7 @@ import torch
 from latentize.attention.spec import mean_over_layers
 from latentize.errors import ConfigError, LatentizeError, OptionError
 from latentize.modeling.generation import NAME
-from latentize.runtime.cache import LatentCache
+from latentize.runtime.cache import LatentCache, latent_entries
 
 __all__ = ["Generated", "cache_bytes", "cached_values", "generate", "latent_layers", "prompt_tokens", "row_bytes"]
 
@@ -138,8 +138,7 @@ def _settings_of(model: Any) -> Iterator[None]:
 
 def latent_layers(config: Any) -> list[int]:
     """Numbers of the layers whose cache counts: all but those that a conversion has left as they were."""
-    entries = getattr(config, "latent_layers", None) or [True] * config.num_hidden_layers
-    return [layer for layer, entry in enumerate(entries) if entry is not None]
+    return [layer for layer, entry in enumerate(latent_entries(config)) if entry is not None]
 
 
 def cached_values(cache: Any, layers: Sequence[int]) -> int | float:
