@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.common import logits, random_tokens, relative_error, text_file
 from tests.engine.conftest import Record
+from tests.latent_models import mixture
 from tests.models import pico_model, portable, trained_tokenizer
 from tests.sentencepieces import STEPS, sentencepiece
 
@@ -53,6 +54,15 @@ def test_sentencepiece(tmp_path: Path, record: Record, kind: str) -> None:
     sentencepiece(kind, 600).save_pretrained(folder)
     found = record(f"SentencePiece, {kind}", latentize.verify(folder, engine="llama.cpp", prompts=4, new_tokens=16))
     assert found["texts_cut_alike"] == found["texts"] > 10
+    assert found["kl"] <= LIMITS["f32"] and found["greedy_identical"] == 4
+
+
+def test_a_deepseek_v2_of_others(tmp_path: Path) -> None:
+    """As DeepSeek-V2-Lite: queries that are not compressed, experts by softmax beside a shared one."""
+    model = mixture("deepseek_v2-lite", n_group=1, topk_group=1, vocab_size=320, rms_norm_eps=1e-6)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    trained_tokenizer().save_pretrained(tmp_path)
+    found = latentize.verify(tmp_path, engine="llama.cpp", prompts=4, new_tokens=16)
     assert found["kl"] <= LIMITS["f32"] and found["greedy_identical"] == 4
 
 
