@@ -44,7 +44,8 @@ def linear_heads(w: AttentionWeights, stats: CalibrationStats, setting: Setting)
     q_HdD, k_GdD = w.q_norm_d[..., None] * w.q_HdD, w.k_norm_d[..., None] * w.k_GdD
     q_HdD = best_factors(q_HdD, stats.qx_HdD, stats)[:, None, None] * q_HdD
     factor_G11 = best_factors(k_GdD, stats.kx_GdD, stats)[:, None, None]
-    v_GdD = factor_G11 * w.v_GdD if w.v_norm else w.v_GdD
+    # Keys whose norm has a weight of zero are nothing, the values that they are without it are not.
+    v_GdD = torch.where(factor_G11 != 0, factor_G11, 1.0) * w.v_GdD if w.v_norm else w.v_GdD
     return replace(w, q_HdD=q_HdD, k_GdD=factor_G11 * k_GdD, v_GdD=v_GdD, q_norm_d=None, k_norm_d=None, v_norm=False)
 
 
