@@ -6,7 +6,7 @@ from latentize.families import ModelSpec
 from latentize.families.model import FULL
 from latentize.methods.setting import Setting
 
-__all__ = ["PORTABLE", "expert_reasons", "portable_reasons"]
+__all__ = ["PORTABLE", "expert_reasons", "model_reasons", "portable_reasons"]
 
 # ``model_type`` of what latentize writes in DeepSeek's layout.
 PORTABLE = ("deepseek_v2", "deepseek_v3")
@@ -24,15 +24,22 @@ def expert_reasons(model: ModelSpec, layout: str = "deepseek_v3") -> list[str]:
     return [] if has == sorted(has) and has[-1] else ["layers without experts that are not the first ones"]
 
 
-def portable_reasons(model: ModelSpec, setting: Setting, layout: str = "deepseek_v3") -> list[str]:
-    """Why a portable format cannot hold a model converted in this way; empty if it can."""
-    a = model.attention
+def model_reasons(model: ModelSpec, layout: str = "deepseek_v3") -> list[str]:
+    """Why a portable format cannot hold a model however it is converted, but for its attention; empty if it can."""
     reasons = [*model.table.native_only, *expert_reasons(model, layout)]
     if model.kinds:
         kept = next(kind for kind in model.kinds if kind != FULL)
         reasons.append(f"layers of '{kept}' stay as they are, in DeepSeek's layout all are latent")
-    if a.softcap or model.logit_softcap:
+    if model.attention.softcap or model.logit_softcap:
         reasons.append("logits are soft-capped, DeepSeek's are not")
+    if model.config.get("mlp_bias"):
+        reasons.append("the MLP has biases, DeepSeek's has none")
+    return reasons
+
+
+def portable_reasons(model: ModelSpec, setting: Setting, layout: str = "deepseek_v3") -> list[str]:
+    """Why a portable format cannot hold a model converted in this way; empty if it can."""
+    a, reasons = model.attention, model_reasons(model, layout)
     if not (a.rotates_whole and not model.unrotated) and setting.stride is None:
         reasons.append("RoPE does not cover all of the keys, DeepSeek's ladder would")
     if setting.rope_heads > 1:
@@ -57,6 +64,4 @@ def portable_reasons(model: ModelSpec, setting: Setting, layout: str = "deepseek
         reasons.append(f"RoPE changes in texts of more than {a.rope.length:,} tokens, DeepSeek's does not")
     if not a.rope.is_plain and setting.stride is None:
         reasons.append(f"RoPE is scaled ('{a.rope.rope_type}'), which engines read in different ways")
-    if model.config.get("mlp_bias"):
-        reasons.append("the MLP has biases, DeepSeek's has none")
     return reasons

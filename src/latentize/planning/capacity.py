@@ -20,6 +20,7 @@ from typing import Any
 
 from latentize.attention.spec import kv_cache_bytes
 from latentize.families import LatentModel, ModelSpec
+from latentize.formats.portable import model_reasons
 from latentize.planning.cache_sizes import STANDARD, CacheSize, as_json, kept_bytes
 from latentize.planning.devices import Machine
 
@@ -170,8 +171,8 @@ def _load(model: ModelSpec | LatentModel, row: CacheSize, context: int, weight_b
     sizes = {n: math.prod(shape) for n, shape in model.tensor_shapes().items() if not n.startswith(converted)}
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
     total = sum(sizes.values()) + len(converted) * _attention_parameters(model, row)
-    # The portable format unties the output head. A tied embedding is read, as the head.
-    tied = model.tied and row.latent is None
+    # The portable format unties the output head, the native one does not. A tied embedding is read, as the head.
+    tied = model.tied and (row.latent is None or bool(model_reasons(model)))
     total += embedding * (model.tied and not tied)
     read = total - routed - embedding * (not tied)
     if row.latent is None:

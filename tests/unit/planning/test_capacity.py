@@ -161,6 +161,18 @@ def test_the_model_as_it_is_has_the_weights_that_it_has(family: str, tied: bool)
         assert others[0].weight_bytes > first.weight_bytes, "MHA has more keys and values"
 
 
+@pytest.mark.parametrize(("family", "unties"), [("llama", True), ("gemma3_text", False), ("qwen3_moe", False)])
+def test_a_tied_head_stays_where_only_the_native_format_holds_a_model(family: str, unties: bool) -> None:
+    machine = Machine("m", 1e9, 1e9, weight_bits=32)
+    stored = []
+    for tied in (False, True):
+        spec = model_spec(pico_config(family, 2, tie_word_embeddings=tied).to_dict())
+        rows = rows_of(spec, context=10)
+        of = dict(zip((row.name for row in rows), capacities(spec, rows, machine, context=10), strict=True))
+        stored.append(next(found.weight_bytes for name, found in of.items() if name.startswith("MLA")))
+    assert stored[0] - stored[1] == (0 if unties else 4 * 257 * 64)
+
+
 @pytest.mark.parametrize("context", [10, 24, 100])
 def test_layers_with_a_window_cache_no_more_than_it(context: int) -> None:
     """One layer of two has a window of 24 tokens, in every row."""
