@@ -34,6 +34,7 @@ def convert(
     device: str = "cpu",
     resume: bool = False,
     trust_remote_code: bool = False,
+    stream: bool = False,
     progress: Progress = silent,
     **entries: Any,
 ) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def convert(
         resume: Go on with an unfinished conversion of the same to ``out``; the result is what it would have been.
         trust_remote_code: Let transformers run code that lies in the checkpoint, for a model or a tokenizer that needs
             it; the architecture has to have a table all the same. Without it no such code is ever run.
+        stream: Read a hub model's weights from the hub as layers need them, and keep none of them on a disk.
         progress: Told how far it is.
 
     Under ``torchrun`` every process calls this, and they share the work.
@@ -59,7 +61,7 @@ def convert(
             has left unfinished stays in ``OUT.partial-…``, if anything in it took long.
     """
     recipe = recipe or Recipe.build(**entries)
-    checkpoint = open_checkpoint(resolve(model, code=trust_remote_code))
+    checkpoint = open_checkpoint(resolve(model, code=trust_remote_code, streamed=stream))
     job: Job
     if is_latent(checkpoint.config):
         job = LowerJob(recipe, checkpoint)

@@ -137,6 +137,9 @@ class Checkpoint(ABC):
         """What the files call a tensor."""
         return name
 
+    def ahead(self, names: Iterable[str]) -> None:  # noqa: B027 (of most there is nothing to do)
+        """Told which tensors will be asked for next; of files on a disk nothing is gained by it."""
+
     def carried(self) -> Iterator[tuple[str, Any]]:
         """Tensors of a larger model that are no part of this one, as they are stored; their names begin with
         ``towers.CARRIED``."""

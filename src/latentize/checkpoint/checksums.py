@@ -10,6 +10,7 @@ from pathlib import Path
 
 from latentize.checkpoint.base import Checkpoint
 from latentize.checkpoint.manifest import MANIFEST_NAME, Manifest, sha256
+from latentize.checkpoint.streaming import remote_of
 from latentize.errors import CheckpointError
 
 __all__ = ["source_hashes"]
@@ -24,6 +25,9 @@ def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
         CheckpointError: a file is not what the hub, or latentize, wrote.
     """
     source, found = checkpoint.path, {}
+    if (remote := remote_of(source)) is not None:
+        # They would have to be read for it; what the hub says of this commit is what is read.
+        return {path.name: remote.hashes.get(path.name, remote.revision) for path in checkpoint.files}
     ours = Manifest.load(source).files if (source / MANIFEST_NAME).is_file() else {}
     for path in checkpoint.files:
         found[path.name] = sha256(path)

@@ -6,24 +6,27 @@ import os
 from pathlib import Path
 
 from latentize.checkpoint.gguf import SUFFIX, only_gguf
+from latentize.checkpoint.streaming import stream
 from latentize.errors import CheckpointError
 from latentize.paths import expanded
 
 __all__ = ["resolve"]
 
 # Never pickles, never code.
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+_WEIGHTS = "*.safetensors"
+_WANTED = [_WEIGHTS, "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
 # The licence, and the card, which names it.
 _WANTED += ["README.md", "LICENSE*", "LICENCE*", "NOTICE*"]
 
 
-def resolve(model: str | Path, *, revision: str | None = None, code: bool = False) -> Path:
+def resolve(model: str | Path, *, revision: str | None = None, code: bool = False, streamed: bool = False) -> Path:
     """Where ``model`` is here: the folder itself, its one GGUF file, or a hub snapshot, downloaded once and cached.
 
     Args:
         model: A folder, a GGUF file or a hub id.
         revision: Of the hub's.
         code: Download the model's own code, too.
+        streamed: Download no weights: they are read from the hub as they are needed.
 
     Raises:
         CheckpointError: neither something here nor a model that the hub (or its cache) has; or a folder with several
@@ -52,8 +55,11 @@ def resolve(model: str | Path, *, revision: str | None = None, code: bool = Fals
         )
     from huggingface_hub import snapshot_download
 
+    wanted = [pattern for pattern in _WANTED if not streamed or pattern != _WEIGHTS] + (["*.py"] if code else [])
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_WANTED, *(["*.py"] if code else [])]))
+        if streamed:
+            return stream(name, wanted, revision)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
         raise CheckpointError(
             f"cannot get the model from the hub: {str(error).splitlines()[0]}",

@@ -12,6 +12,7 @@ from latentize.checkpoint.gguf import GgufCheckpoint, is_gguf
 from latentize.checkpoint.gguf_config import gguf_config
 from latentize.checkpoint.quantised import is_read, quantised
 from latentize.checkpoint.reader import SafetensorsCheckpoint, read_json
+from latentize.checkpoint.streaming import StreamedCheckpoint, remote_of
 from latentize.checkpoint.towers import read_config, renamed
 from latentize.errors import CheckpointError, ConfigError, LatentizeError
 
@@ -30,7 +31,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if is_gguf(path):
         return GgufCheckpoint(path)
-    return quantised(SafetensorsCheckpoint(path))
+    remote = remote_of(path)
+    return quantised(SafetensorsCheckpoint(path) if remote is None else StreamedCheckpoint(path, remote))
 
 
 def pretrained(path: Path) -> dict[str, Any]:

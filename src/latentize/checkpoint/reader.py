@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from latentize.checkpoint.base import DEQUANTISE, Checkpoint, filled, opened
 from latentize.checkpoint.towers import CARRIED, is_tower, language_model, left_out, own_names
@@ -72,27 +72,25 @@ def read_json(path: Path, error: type[CheckpointError] | type[ConfigError], code
     return entries
 
 
-def _read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]], dict[str, Any]]:
+def _read_header(path: Path, stream: BinaryIO, size: int) -> tuple[int, dict[str, dict[str, Any]], dict[str, Any]]:
     """Where data starts, the safetensors header, every tensor of which lies inside the file, and its metadata."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        if start.startswith(b"version "):
-            raise CheckpointError(
-                "the file is a git-LFS pointer, not weights",
-                code="LZ104",
-                where=str(path),
-                fix="run 'git lfs pull' in the folder",
-            )
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(_HEADER_CAP, size - 8):
-            raise CheckpointError(
-                "the file is truncated or not safetensors", code="LZ103", where=str(path), fix="download the file again"
-            )
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as reason:
-            raise CheckpointError(f"the header is damaged: {reason}", code="LZ105", where=str(path)) from reason
+    start = stream.read(8)
+    if start.startswith(b"version "):
+        raise CheckpointError(
+            "the file is a git-LFS pointer, not weights",
+            code="LZ104",
+            where=str(path),
+            fix="run 'git lfs pull' in the folder",
+        )
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(_HEADER_CAP, size - 8):
+        raise CheckpointError(
+            "the file is truncated or not safetensors", code="LZ103", where=str(path), fix="download the file again"
+        )
+    try:
+        header = json.loads(stream.read(length))
+    except (ValueError, RecursionError) as reason:
+        raise CheckpointError(f"the header is damaged: {reason}", code="LZ105", where=str(path)) from reason
     if not isinstance(header, dict):
         raise CheckpointError("the header should hold one JSON object", code="LZ105", where=str(path))
     metadata = header.pop("__metadata__", None)
@@ -168,7 +166,8 @@ class SafetensorsCheckpoint(Checkpoint):
         self._data_start: dict[Path, int] = {}
         self.metadata: dict[str, Any] = {}
         for path, expected in self._shards().items():
-            self._data_start[path], header, metadata = _read_header(path)
+            with self._opened(path) as stream:
+                self._data_start[path], header, metadata = _read_header(path, stream, self._size(path))
             self.metadata |= metadata
             if expected is not None and expected != set(header):
                 odd = sorted(expected.symmetric_difference(header))[0]
@@ -206,11 +205,21 @@ class SafetensorsCheckpoint(Checkpoint):
             fix="merge it into its base model, and convert that" + ("" if alone else "; or take the file away"),
         )
 
+    def _has(self, path: Path) -> bool:
+        """Whether there is such a file of weights."""
+        return path.is_file()
+
+    def _size(self, path: Path) -> int:
+        return path.stat().st_size
+
+    def _opened(self, path: Path) -> BinaryIO:
+        return opened(path)
+
     def _shards(self) -> dict[Path, set[str] | None]:
         """File → tensors that the index promises in it (``None`` where there is no index)."""
         index, single = self.path / INDEX_NAME, self.path / SINGLE_NAME
         # An index that was left beside a whole file is not looked at, as transformers does not.
-        if single.is_file():
+        if self._has(single):
             return {single: None}
         if not index.exists():
             # As AutoGPTQ named what it wrote.
@@ -230,7 +239,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if not promised:
             raise CheckpointError("the index names no weights", code="LZ106", where=str(index))
         for path in promised:
-            if not path.is_file():
+            if not self._has(path):
                 raise CheckpointError(
                     "a shard is missing", code="LZ106", where=str(path), fix="download the file again"
                 )
@@ -328,9 +337,10 @@ class SafetensorsCheckpoint(Checkpoint):
         begin, end = entry["data_offsets"]
         # Read, not mapped: mapped pages would stay in memory as long as the file is open.
         buffer = bytearray(end - begin)
-        with opened(path) as stream:
+        with self._opened(path) as stream:
             stream.seek(self._data_start[path] + begin)
-            filled(path, stream.readinto(buffer), len(buffer))
+            # What is opened reads into a buffer, be it of a disk or of a network.
+            filled(path, stream.readinto(buffer), len(buffer))  # type: ignore[attr-defined]
         return buffer
 
     def load_rows(self, name: str, rows: Sequence[int]) -> Any:

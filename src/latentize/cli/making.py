@@ -28,6 +28,9 @@ def convert(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that lies in the checkpoint, if it needs that.")
     ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Keep no weights of a hub model on a disk: read them as layers need them.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to latent attention and say what it cost."""
@@ -37,7 +40,7 @@ def convert(
 
     _return_freed_memory()
     with progress_bar() as progress:
-        options = {"device": device, "resume": resume, "trust_remote_code": trust_remote_code}
+        options = {"device": device, "resume": resume, "trust_remote_code": trust_remote_code, "stream": stream}
         result = run(model, out, built, **options, progress=progress)
     # Of several processes the first one tells.
     if not result:

@@ -14,6 +14,7 @@ import torch
 from latentize.checkpoint import load_config, loading, open_checkpoint, pretrained, told_config
 from latentize.checkpoint.gguf import is_gguf
 from latentize.checkpoint.gguf_config import gguf_ends
+from latentize.checkpoint.streaming import remote_of
 from latentize.errors import CheckpointError
 from latentize.families import families
 from latentize.modeling.experts import weigh_chosen
@@ -109,7 +110,7 @@ def _told(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> dict[str, 
     """
     if not is_gguf(path):
         checkpoint = open_checkpoint(path)
-        if checkpoint.quantization is None and not checkpoint.left_out:
+        if checkpoint.quantization is None and not checkpoint.left_out and remote_of(path) is None:
             return told_config(path)
         tensors = {name: checkpoint.load(name).to(dtype) for name in checkpoint.names()}
         config = load_config(path, trust_remote_code=trust_remote_code)

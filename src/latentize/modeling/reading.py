@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from latentize.attention.grouped import grouped_attention
 from latentize.checkpoint.opening import load_config, loading, pretrained
+from latentize.checkpoint.streaming import remote_of
 from latentize.families import LatentModel
 from latentize.modeling.body import body_of
 from latentize.modeling.source import SourceLayer, SourceModel, Stream
@@ -88,13 +89,14 @@ class _Proof:
         spec, checkpoint = self.source.spec, self.source.checkpoint
         layers, config.num_hidden_layers = config.num_hidden_layers, 0
         trust = {"trust_remote_code": trust_remote_code}
-        if checkpoint.quantization is None and not checkpoint.left_out:
+        if checkpoint.quantization is None and not checkpoint.left_out and remote_of(checkpoint.path) is None:
             named: dict[str, Any] = {**pretrained(checkpoint.path), **trust}
             with loading(checkpoint.path), _files_that_are_opened(self.files), _without_threads(), _quietly():
                 top = AutoModelForCausalLM.from_pretrained(config=config, dtype="auto", **named)
         else:
             # Reading quantised weights for it would dequantise all of them; and of a larger model it wants all of it.
-            self.files = [] if checkpoint.quantization is not None else list(checkpoint.files)
+            there = checkpoint.quantization is None and remote_of(checkpoint.path) is None
+            self.files = list(checkpoint.files) if there else []
             top = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **trust)
             for role in ("embedding", "positions", "norm", "head"):
                 if spec.module(role):

@@ -330,18 +330,24 @@ class SourceModel:
 
     def layers(self) -> Iterator[SourceLayer]:
         """The decoder layers in order; each lets go of its memory when the next is asked for."""
-        for index in range(len(self.skeleton_layers())):
+        for index in range(count := len(self.skeleton_layers())):
+            self.checkpoint.ahead(self._names(index))
             layer = self.layer(index)
+            self.checkpoint.ahead(self._names(index + 1) if index + 1 < count else ())
             yield layer
             layer.release()
             if self.large:
                 give_back_freed_memory()
 
+    def _names(self, index: int) -> list[str]:
+        """What files have of a layer."""
+        prefix = self.spec.layer_prefix(index)
+        return [n for n in self.checkpoint.names() if n.startswith(prefix) and "rotary_emb" not in n]
+
     def layer(self, index: int) -> SourceLayer:
         """One decoder layer, read from the files."""
         spec, prefix = self.spec, self.spec.layer_prefix(index)
-        names = [n for n in self.checkpoint.names() if n.startswith(prefix) and "rotary_emb" not in n]
-        stored = {name.removeprefix(prefix): self.checkpoint.load(name) for name in names}
+        stored = {name.removeprefix(prefix): self.checkpoint.load(name) for name in self._names(index)}
         stored = self.module_tensors(stored, index)
         module = copy.deepcopy(self.skeleton_layers()[index])
         wide = {name: self._running(name, t) for name, t in stored.items()}
