@@ -4,7 +4,8 @@ Each layer is converted alone, in a model that is otherwise the source's. Its pr
 one where that is exact, is the KL of that model's predictions on held-out calibration text; at another rank it changes
 as the error does that the layer makes in the residual stream, after a short refinement. While errors are small prices
 add up, so the best sizes for a given total are those where one value more is worth the same in every layer. Values
-move between layers until that is so.
+move between layers until that is so. Where errors are large, prices do not add up: then fewer moves, and none, are
+compared with it, on what the model predicts with all layers converted.
 
 N sequences, T tokens, D hidden.
 """
@@ -20,7 +21,7 @@ import torch
 
 from latentize.attention.spec import AttentionSpec
 from latentize.conversion.draft import Observed, alone, is_exact, observe
-from latentize.conversion.search import SEARCH_TOKENS, short_refinement
+from latentize.conversion.search import SEARCH_TOKENS, as_good, divergences, learnt_alone, short_refinement
 from latentize.evaluation.losses import compare_streams
 from latentize.methods.closed_form import conversion
 from latentize.methods.registry import needs
@@ -33,11 +34,22 @@ from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages
 from latentize.training.refine import Refinement
 
-__all__ = ["STREAM_BYTES", "TRIAL_TOKENS", "TRIED", "allocate", "exchange", "price", "where_exact"]
+__all__ = [
+    "STREAM_BYTES",
+    "TRIAL_TOKENS",
+    "TRIED",
+    "allocate",
+    "exchange",
+    "predicting_best",
+    "price",
+    "where_exact",
+]
 
 # Ranks that are tried, and the least and the most that a layer may get, relative to an equal share.
 TRIED = (0.5, 1.0, 1.5)
 _LEAST, _MOST = 0.25, 2.0
+# What else a layer keeps at least, of an equal share, where the sum of all prices is above so many nats per token.
+_FEWER_MOVES, _ADDS_UP = (0.5, 1.0), 0.1
 # Steps that a rank is made of, at least, and what a move has to gain, relative to a sum above one: rounding must not
 # decide.
 _FINENESS, _WORTH = 12, 1e-9
@@ -101,9 +113,52 @@ def allocate(
         # A layer that makes no error costs nothing, whatever rounding has made of its predictions.
         one = max(found.kl, 0.0) / found.tokens / error[test] if error[test] > short.enough else 0.0
         prices.append({rank: one * wrong for rank, wrong in error.items()})
-    bounds = [(_rank(setting, _LEAST, spec), _rank(setting, _MOST, spec)) for setting in equal]
-    ranks = exchange([setting.kv_lora_rank for setting in equal], [price(measured) for measured in prices], bounds)
-    return [replace(setting, kv_lora_rank=rank) for setting, rank in zip(equal, ranks, strict=True)], prices
+    known = [price(measured) for measured in prices]
+    moved = [_moved(equal, known, least, spec) for least in (_LEAST, *_FEWER_MOVES)]
+    best = moved[0]
+    if sum(at(setting.kv_lora_rank) for at, setting in zip(known, best, strict=True)) > _ADDS_UP:
+        distinct, how = list(dict.fromkeys(moved)), short if refines else none
+        best = predicting_best(source, distinct, calibration, selection, how, progress, team)
+    return list(best), prices
+
+
+def _moved(
+    equal: Sequence[Setting], prices: Sequence[Callable[[int], float]], least: float, spec: AttentionSpec
+) -> tuple[Setting, ...]:
+    """Settings with values moved between layers, each of which keeps a share of what it had at least."""
+    bounds = [(_rank(setting, least, spec), _rank(setting, _MOST, spec)) for setting in equal]
+    ranks = exchange([setting.kv_lora_rank for setting in equal], prices, bounds)
+    return tuple(replace(setting, kv_lora_rank=rank) for setting, rank in zip(equal, ranks, strict=True))
+
+
+@torch.no_grad()
+def predicting_best(
+    source: SourceModel,
+    sized: Sequence[tuple[Setting, ...]],
+    calibration: Passages,
+    selection: Passages,
+    how: Refinement,
+    progress: Progress = silent,
+    team: Team = ALONE,
+) -> tuple[Setting, ...]:
+    """Of several settings for all layers those that predict best with all of them converted, each learnt alone; of
+    those that are as good the last."""
+    if len(sized) == 1:
+        return sized[0]
+    own, reference, mine = source.embed(calibration), source.embed(selection), team.mine(sized)
+    streams, converted = [reference.clone() for _ in mine], source.spec.converted
+    for layer in source.layers():
+        layer.run(reference, use=Use.LEARNT)
+        if layer.spec is None:
+            for stream in (own, *streams):
+                layer.run(stream, use=Use.LEARNT)
+        else:
+            number = converted.index(layer.index)
+            learnt_alone(layer, own, [settings[number] for settings in mine], streams, how)
+        progress("comparing sizes of all layers", layer.index + 1, source.spec.layers)
+    found = divergences(source, streams, reference, selection, fast=source.precision.narrow(Use.LEARNT))
+    kl = team.told(team.gathered(found, len(sized)))
+    return next(one for one, lost in reversed(list(zip(sized, kl, strict=True))) if as_good(lost, min(kl)))
 
 
 def _sized(

@@ -34,8 +34,11 @@ __all__ = [
     "FINALISTS",
     "LADDERS",
     "SEARCH_TOKENS",
+    "as_good",
     "choose",
     "choose_by_layers",
+    "divergences",
+    "learnt_alone",
     "likely_ladders",
     "most_promising",
     "sampled_layers",
@@ -115,9 +118,14 @@ def most_promising(compared: Sequence[tuple[Setting, float]], *, share: float) -
         share: Of the least KL, by which others may exceed it.
     """
     least = min(kl for _, kl in compared)
-    # Of what is exact rounding may leave less than nothing.
-    near = [pair for pair in compared if pair[1] <= least + share * abs(least)]
+    near = [pair for pair in compared if as_good(pair[1], least, share)]
     return min(near, key=lambda pair: (-pair[0].kv_lora_rank, pair[1]))[0]
+
+
+def as_good(kl: float, least: float, share: float = _AS_GOOD) -> bool:
+    """Whether a KL after a short refinement is no worse than the least, but for a share of it."""
+    # Of what is exact rounding may leave less than nothing.
+    return kl <= least + share * abs(least)
 
 
 def _compared(
@@ -137,16 +145,16 @@ def _compared(
     for layer in source.layers():
         layer.run(reference, use=Use.LEARNT)
         if layer.index in some:
-            _learnt_alone(layer, own, finalists, streams, how)
+            learnt_alone(layer, own, finalists, streams, how)
         else:
             for stream in (own, *streams):
                 layer.run(stream, use=Use.LEARNT)
         progress("comparing the best settings", layer.index + 1, source.spec.layers)
-    found = _divergences(source, finalists, streams, reference, selection, fast=source.precision.narrow(Use.LEARNT))
-    return list(zip(all_of_them, team.gathered([kl for _, kl in found], len(all_of_them)), strict=True))
+    found = divergences(source, streams, reference, selection, fast=source.precision.narrow(Use.LEARNT))
+    return list(zip(all_of_them, team.gathered(found, len(all_of_them)), strict=True))
 
 
-def _learnt_alone(
+def learnt_alone(
     layer: SourceLayer, own: Stream, finalists: Sequence[Setting], streams: Sequence[Stream], how: Refinement
 ) -> None:
     """Take each finalist's text through the layer as learnt with its setting, and the source's through its own."""
@@ -166,24 +174,18 @@ def _learnt_alone(
         layer.run(stream, LatentAttention.from_weights(learnt), use=Use.LEARNT)
 
 
-def _divergences(
-    source: SourceModel,
-    candidates: Sequence[Setting],
-    streams: Sequence[Stream],
-    reference: Stream,
-    text: Passages,
-    *,
-    fast: bool = False,
-) -> list[tuple[Setting, float]]:
-    """KL from the source in nats per token, of what each candidate's stream predicts; ``fast`` in bfloat16."""
+def divergences(
+    source: SourceModel, streams: Sequence[Stream], reference: Stream, text: Passages, *, fast: bool = False
+) -> list[float]:
+    """KL from the source in nats per token, of what each stream predicts; ``fast`` in bfloat16."""
     logits, vocab, right_NTD = source.head(), source.spec.vocab_size, reference.hidden_NTD
     hidden = [stream.hidden_NTD for stream in streams]
     # Rounded alike, so that it does not change which is best.
     with torch.autocast(right_NTD.device.type, torch.bfloat16, enabled=fast):
         qualities = compare_streams(hidden, right_NTD, text.tokens_NT, logits, vocab_size=vocab)
     found = [quality.kl / quality.tokens for quality in qualities]
-    # A setting that overflows is worse than any that does not.
-    return [(setting, kl if kl == kl else math.inf) for setting, kl in zip(candidates, found, strict=True)]
+    # What overflows is worse than anything that does not.
+    return [kl if kl == kl else math.inf for kl in found]
 
 
 def _finalists(scored: Sequence[tuple[Setting, float]], refines: bool) -> list[Setting]:
@@ -308,7 +310,7 @@ def choose(
     reference = source.embed(selection)
     streams = [reference.clone() for _ in candidates]
     _closed_forms(source, candidates, source.embed(calibration), reference, streams, progress)
-    scored = _divergences(source, candidates, streams, reference, selection)
+    scored = list(zip(candidates, divergences(source, streams, reference, selection), strict=True))
     return min(scored, key=lambda pair: pair[1])[0], scored
 
 

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from latentize.conversion.search import choose, choose_by_layers, likely_ladders, most_promising, sampled_layers
+from latentize.conversion import allocate as allocating
+from latentize.conversion.search import (
+    choose,
+    choose_by_layers,
+    likely_ladders,
+    most_promising,
+    sampled_layers,
+    short_refinement,
+)
 from latentize.conversion.texts import draw_text
 from latentize.families.opening import open_source
 from latentize.methods.registry import settings
@@ -101,3 +111,42 @@ def test_one_candidate_needs_no_comparison(model) -> None:
     only = Setting("transmla", 20, 8, freqfold=2)
     assert choose(source, [only], text.calibration, text.selection) == (only, [])
     assert choose_by_layers(source, [only], text.calibration, text.selection, refines=True) == (only, [])
+
+
+@pytest.mark.parametrize("adds_up", [True, False])
+def test_sizes_of_layers_are_compared_where_prices_do_not_add_up(
+    model, monkeypatch: pytest.MonkeyPatch, adds_up: bool
+) -> None:
+    """Values have moved as far as prices say; where errors are large fewer moves may predict better."""
+    source, ladders, text = model
+    size = (ladders[0].kv_lora_rank, ladders[0].qk_rope_head_dim)
+    free = [next(replace(s, stride=None) for s in ladders if (s.kv_lora_rank, s.qk_rope_head_dim) == size)]
+    monkeypatch.setattr(allocating, "_ADDS_UP", math.inf if adds_up else -1.0)
+    seen: list[list[tuple[Setting, ...]]] = []
+
+    def spy(source: SourceModel, sized: list[tuple[Setting, ...]], *more: Any) -> tuple[Setting, ...]:
+        seen.append(sized)
+        return sized[-1]
+
+    monkeypatch.setattr(allocating, "predicting_best", spy)
+    found, _ = allocating.allocate(source, free, text.calibration, text.selection)
+    total = sum(s.kv_lora_rank for s in found)
+    assert total == 2 * size[0]
+    if adds_up:
+        assert not seen
+        return
+    ((*moved, equal),) = seen
+    assert found == list(equal) == [replace(free[0], kv_lora_rank=size[0])] * 2
+    assert all(sum(s.kv_lora_rank for s in one) == total for one in moved)
+
+
+def test_the_sizes_that_predict_best_are_taken(model) -> None:
+    """Whatever the order: a layer with next to nothing predicts worse than two that share."""
+    source, ladders, text = model
+    setting = replace(ladders[0], stride=None)
+    rank, none = setting.kv_lora_rank, short_refinement(text.calibration.length)
+    even = (setting, setting)
+    uneven = (replace(setting, kv_lora_rank=1), replace(setting, kv_lora_rank=2 * rank - 1))
+    for sized in ([even, uneven], [uneven, even]):
+        texts = (text.calibration, text.selection)
+        assert allocating.predicting_best(source, sized, *texts, replace(none, steps=0)) == even
