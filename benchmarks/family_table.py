@@ -26,16 +26,22 @@ _KEPT = {
 
 def _portable(entry: dict[str, Any]) -> str:
     if entry["format"] == "deepseek_v3":
-        fitted = [note.split(" is ")[0].split(" are ")[0] for note in entry["notes"] if "(approximate)" in note]
-        return f"yes, {' and '.join(fitted)} fitted linearly" if fitted else "yes"
+        return f"yes{_fitted(entry['notes'])}"
+    if "deepseek_v2" in entry:
+        return f"as `deepseek_v2`{_fitted(entry['deepseek_v2'])}"
     reason = next(note for note in entry["notes"] if note.startswith("native format, because "))
     return f"no: {reason.removeprefix('native format, because ')}"
+
+
+def _fitted(notes: list[str]) -> str:
+    fitted = [note.split(" is ")[0].split(" are ")[0] for note in notes if "(approximate)" in note]
+    return f", {' and '.join(fitted)} fitted linearly" if fitted else ""
 
 
 def table(made: dict[str, Any]) -> str:
     """A row for each family: what it is, the error of the native format at full rank, and the portable format."""
     lines = [
-        "| family | `model_type` | native at full rank, largest relative error of a logit | portable `deepseek_v3` |",
+        "| family | `model_type` | native at full rank, largest relative error of a logit | portable (`deepseek_v3`) |",
         "|---|---|---|---|",
     ]
     for name, entry in made["families"].items():

@@ -66,6 +66,13 @@ def random_tokens(batch: int = 2, length: int = 48, seed: int = 0, vocab: int = 
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def printable_bytes() -> str:
+    """Text of all that can be printed: no direction of an input is left that a calibration has not seen."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(33, 127, (120, 300), generator=generator)
+    return "\n\n".join("".join(map(chr, row)) for row in codes.tolist())
+
+
 @torch.no_grad()
 def logits(folder: Path, tokens: Tensor) -> Tensor:
     """Logits of a saved model, loaded as users load it; every weight has to find its place."""

@@ -28,6 +28,7 @@ FAMILIES = (
     "gpt_oss",
     "granite",
     "granitemoe",
+    "hunyuan_v1_dense",
     "lfm2",
     "llama",
     "llama4_text",
@@ -101,6 +102,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "logits_scaling": 3.0,
         "num_local_experts": 3,
     },
+    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}},
     # Tests are shorter than what is published: queries grow every 16 tokens, and a chunk is as long.
     "llama4_text": {
         "no_rope_layers": [1, 0],

@@ -33,6 +33,7 @@ CONVERTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Phi-4": ("phi3", {}, "exact"),
     "Qwen2, Qwen2.5, biases": ("qwen2", {}, "approximate"),
     "Qwen3, qk-norm": ("qwen3", {}, "approximate"),
+    "Hunyuan, qk-norm after RoPE": ("hunyuan_v1_dense", {}, "approximate"),
     "SmolLM3, layers without RoPE": ("smollm3", {}, "exact"),
     "Phi-4-mini, RoPE on parts of heads": ("phi3", {"partial_rotary_factor": 0.75}, "exact"),
     "GLM-4 of 2024, half of a head rotates, biases": ("glm", {}, "approximate"),

@@ -313,7 +313,9 @@ def test_fewer_kv_heads_heal_too(source: Callable[..., Path], text: str, tmp_pat
     assert result["held_out_best"]["kl"] < 0.9 * result["held_out"][0]["kl"]
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gemma4_text", "gpt2", "gpt_neox", "lfm2", "qwen3_next"])
+@pytest.mark.parametrize(
+    "family", ["gemma3_text", "gemma4_text", "gpt2", "gpt_neox", "hunyuan_v1_dense", "lfm2", "qwen3_next"]
+)
 def test_layers_of_other_kinds_and_names(family: str, source: Callable[..., Path], text: str, tmp_path: Path) -> None:
     """Layers that stay have another attention, or none; in some families it is called otherwise."""
     model, out = source(family, 4 if family in ONLY_MHA else 2), tmp_path / "out"

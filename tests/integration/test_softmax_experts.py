@@ -19,7 +19,7 @@ from tests.integration.test_heal import QUICK
 import latentize
 from latentize.conversion.latent import format_of
 from latentize.errors import FormatError
-from latentize.families import model_spec
+from latentize.families import families, model_spec
 from latentize.formats.gguf import expert_keys
 from latentize.methods.registry import settings
 from latentize.modeling.load import load_model
@@ -35,6 +35,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {},
     "qwen3_moe": {"mlp_only_layers": [0]},
 }
+
+
+def test_only_families_that_are_tested_are_taken_for_softmax_chosen() -> None:
+    """A table that extends another one has its experts, too, but not how they are chosen: MiniMax-M2's by sigmoid."""
+    said = {name for name, table in families().items() if table.experts and table.experts.normalised is not None}
+    assert said == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", ["granitemoe", "mixtral"])

@@ -31,6 +31,7 @@ __all__ = [
     "head_norm",
     "queries_keys",
     "rms_norm",
+    "turned_queries",
     "turning_at",
 ]
 
@@ -45,6 +46,7 @@ class AttentionWeights:
         q_bias_Hd, k_bias_Gd, v_bias_Gd, o_bias_D: Biases, or ``None``.
         q_norm_d, k_norm_d: Weights of the per-head RMSNorm (Qwen3), or of one over all heads ``[h, d]`` (OLMo 2), or
             ``None``.
+        q_turned_d: What queries are multiplied by after RoPE, where norms have their weights (Hunyuan), or ``None``.
         gate_HdD: Of a gate on what heads read, or ``None``.
         sink_H: Learnt logits that take a share of attention, or ``None``.
         v_norm: Whether values, too, are normalised, by a norm without a weight; ``v_GdD`` is ``k_GdD`` then.
@@ -60,6 +62,7 @@ class AttentionWeights:
     o_bias_D: Tensor | None = None
     q_norm_d: Tensor | None = None
     k_norm_d: Tensor | None = None
+    q_turned_d: Tensor | None = None
     gate_HdD: Tensor | None = None
     sink_H: Tensor | None = None
     v_norm: bool = False
@@ -109,6 +112,12 @@ def queries_keys(x_BTD: Tensor, w: AttentionWeights, eps: float) -> tuple[Tensor
     if w.q_norm_d is not None and w.k_norm_d is not None:
         return head_norm(q_BHTd, w.q_norm_d, eps), head_norm(k_BGTd, w.k_norm_d, eps)
     return q_BHTd, k_BGTd
+
+
+def turned_queries(q_BHTd: Tensor, w: AttentionWeights, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries after RoPE, and what they are multiplied by there."""
+    q_BHTd = rotate_half(q_BHTd, cos, sin)
+    return q_BHTd if w.q_turned_d is None else q_BHTd * w.q_turned_d
 
 
 def capped(score: Tensor, softcap: float) -> Tensor:
@@ -197,7 +206,7 @@ def grouped_attention(
         v_BGSd = rms_norm(v_BGSd, v_BGSd.new_ones(()), spec.norm_eps)
     frequencies = torch.tensor([turning_at(spec, positions_BT)], device=x_BTD.device, dtype=torch.float64)
     cos, sin = rope_angles(frequencies, positions_BT)
-    q_BHTd, k_BGSd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
+    q_BHTd, k_BGSd = turned_queries(q_BHTd, w, cos, sin), rotate_half(k_BGTd, cos, sin)
     q_BHTd = grown(q_BHTd, positions_BT, spec.growth, spec.growth_length, spec.growth_first)
     if cache is not None:
         k_BGSd, v_BGSd = cache.update(k_BGSd, v_BGSd, layer_idx)

@@ -32,6 +32,7 @@ from latentize.attention.spec import LatentSpec
 __all__ = [
     "LatentWeights",
     "absorbed_heads",
+    "backwards",
     "cache_rows",
     "expand",
     "expanded_heads",
@@ -70,6 +71,8 @@ class LatentWeights:
         code: How cached rows are rounded, or ``None``; not trained.
         q_HdD: Queries before their norm, where norms are kept beside a compressed key. Un-roped and roped part are then
             made from normalised queries: ``q_nope_HNd`` and ``q_rope_HRd``.
+        q_mirror_HRd: A second map of normalised queries, whose product rotates backwards and is added to the roped part
+            (norms after RoPE, :func:`latentize.methods.norms.with_norms`), or ``None``.
         k_KeD, key_gain_K: There a token's factors are ``key_gain / rms(k_KeD x)``.
         scales_values: Whether values are multiplied by them, too.
         gate_HVD: Of a gate on what heads read, or ``None``.
@@ -98,6 +101,7 @@ class LatentWeights:
     growth_first: int = 0
     code: RowCode | None = None
     q_HdD: Tensor | None = None
+    q_mirror_HRd: Tensor | None = None
     k_KeD: Tensor | None = None
     key_gain_K: Tensor | None = None
     gate_HVD: Tensor | None = None
@@ -169,6 +173,8 @@ def _steady_queries(x_BTD: Tensor, w: LatentWeights, positions_BT: Tensor) -> tu
         assert w.q_norm_R is not None
         q_BHTd = head_norm(_project(x_BTD, w.q_HdD, None), w.q_norm_R, w.norm_eps)
         q_rope_BHTR = turned(q_BHTd @ w.q_rope_HRD.mT, None, w.norm_eps, angles)
+        if w.q_mirror_HRd is not None:
+            q_rope_BHTR = q_rope_BHTR + turned(q_BHTd @ w.q_mirror_HRd.mT, None, w.norm_eps, backwards(angles))
         return q_BHTd @ w.q_nope_HND.mT, q_rope_BHTR
     q_nope_BHTN = _project(x_BTD, w.q_nope_HND, w.q_nope_bias_HN)
     q_rope_BHTR = _project(x_BTD, w.q_rope_HRD, w.q_rope_bias_HR)
@@ -226,6 +232,11 @@ def turned(x_BhTR: Tensor, norm_R: Tensor | None, eps: float, angles: tuple[Tens
         share = x_BhTR.shape[1] // cos.shape[1]
         cos, sin = cos.repeat_interleave(share, dim=1), sin.repeat_interleave(share, dim=1)
     return rotate_half(x_BhTR, cos, sin)
+
+
+def backwards(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotations that undo these."""
+    return angles[0], -angles[1]
 
 
 def expand(c_B1Sr: Tensor, k_rope_BPSR: Tensor, w: UpProjections, heads: int) -> tuple[Tensor, Tensor]:

@@ -203,6 +203,7 @@ class AttentionSpec:
         o_bias: Whether the output projection has one.
         qk_norm: Whether each query and key head is RMS-normalised before RoPE (Qwen3).
         qk_norm_across: Whether that is one norm over all heads together (OLMo 2).
+        norm_after_rope: Whether it is after RoPE (Hunyuan): its weights differ within a pair.
         v_norm: Whether values are keys before RoPE, normalised without a weight (Gemma 4): one projection makes both.
         norm_eps: Epsilon of that norm.
         softmax_scale: Factor on the logits, ``d ** -0.5`` unless the family says otherwise.
@@ -224,6 +225,7 @@ class AttentionSpec:
     o_bias: bool = False
     qk_norm: bool = False
     qk_norm_across: bool = False
+    norm_after_rope: bool = False
     v_norm: bool = False
     norm_eps: float = 1e-6
     softmax_scale: float = 0.0
@@ -246,6 +248,11 @@ class AttentionSpec:
             OptionError: keys or values are not what rows in codes can hold.
         """
         self.rope.require_one_table()
+        if self.norm_after_rope:
+            raise OptionError(
+                "norms of queries and keys are after RoPE, which rows in codes have no place for",
+                where="--bytes", fix="use --keep, and a cache in int4",
+            )  # fmt: skip
         if self.v_norm:
             raise OptionError(
                 "values are normalised by a factor that differs from token to token, which rows in codes have none of",

@@ -160,7 +160,8 @@ class _Shapes:
         rank, rope = setting.kv_lora_rank, setting.qk_rope_head_dim
         query = heads * (a.head_dim + rope) * a.hidden_size
         if setting.key_scales:
-            query = (heads + a.num_kv_heads) * a.head_dim * a.hidden_size + heads * (a.head_dim + rope) * a.head_dim
+            maps = heads * (a.head_dim + rope * (1 + a.norm_after_rope)) * a.head_dim
+            query = (heads + a.num_kv_heads) * a.head_dim * a.hidden_size + maps
         query += a.gated * heads * a.head_dim * a.hidden_size
         down = (rank + setting.rope_heads * rope) * a.hidden_size
         up = 2 * rank * (heads if expanded else a.num_kv_heads) * a.head_dim

@@ -183,7 +183,7 @@ class _Counter:
         kept = setting.key_scales
         query = [
             (heads, each, hidden),
-            (heads, each + rope, each),
+            (heads, each + rope * (1 + a.norm_after_rope), each),
             (kept, a.num_kv_heads // max(1, kept) * each, hidden),
         ]
         stacks = [

@@ -390,6 +390,7 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         o_bias=bool(feature.get("o_bias")),
         qk_norm=bool(feature.get("qk_norm")),
         qk_norm_across=bool(feature.get("qk_norm_across")),
+        norm_after_rope=bool(feature.get("norm_after_rope")),
         v_norm=bool(feature.get("v_norm")),
         norm_eps=eps,
         # A factor on rotated queries and keys is one on their products; of a part of them it is in the weights.

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.families.table import Table
-from latentize.families.values import whole_number
+from latentize.families.values import positive_number, whole_number
 
 __all__ = ["ACTIVATIONS", "as_read", "as_stated"]
 
@@ -123,6 +123,12 @@ def _head_dim(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) 
             where="config.json, head_dim",
             fix="leave it out, or state the size of a head",
         )
+    if stated is None and rule == "required":
+        raise ConfigError(
+            "'head_dim' is missing, without which transformers cannot run this architecture",
+            where="config.json, head_dim",
+            fix="state the size of a head",
+        )
     sizes = [read.get("hidden_size"), read.get("num_attention_heads")]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
         # Whoever makes use of them says so.
@@ -215,6 +221,8 @@ def _rope(table: Table, config: Mapping[str, Any], read: Mapping[str, Any]) -> d
             entries["factor"] = _times(longest, entries[_ORIGINAL])
         if entries["rope_type"] == "longrope" and entries.get("factor") is None:
             entries["factor"] = _times(longest, entries[_ORIGINAL])
+    if table.attention.get("rope_alpha") and entries["rope_type"] == "dynamic" and entries.get("alpha"):
+        _widen(entries, read["head_dim"])
     if entries["rope_type"] == "dynamic":
         entries[_ORIGINAL] = read.get("max_position_embeddings")
     if entries["rope_type"] == "default" and not table.attention.get("partial"):
@@ -236,6 +244,18 @@ def _require_kinds(config: Mapping[str, Any], given: Any) -> None:
             "'rope_parameters' should have type and theta of each kind of layer, and nothing else is read",
             where="config.json, rope_scaling" if whole else "config.json, rope_parameters",
         )
+
+
+def _widen(entries: dict[str, Any], head_dim: int) -> None:
+    """NTK-aware scaling by a fixed ``alpha`` is a larger base, whatever the config calls it.
+
+    Raises:
+        ConfigError: a base or an ``alpha`` that is no positive number.
+    """
+    theta, alpha = (positive_number(entries, name, 0.0) for name in ("rope_theta", "alpha"))
+    # Of a head of one pair it would be infinite.
+    widened = theta * alpha ** (head_dim / (head_dim - 2)) if head_dim > 2 else 0.0
+    entries |= {"rope_type": "default", "rope_theta": positive_number({"alpha": widened}, "alpha", 0.0)}
 
 
 def _times(longest: Any, original: Any) -> float:

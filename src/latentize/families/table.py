@@ -23,6 +23,7 @@ _ATTENTION_KEYS = {
     "o_bias",
     "qk_norm",
     "qk_norm_across",
+    "norm_after_rope",
     "v_norm",
     "gated",
     "sinks",
@@ -41,6 +42,7 @@ _ATTENTION_KEYS = {
     "rope_by_kind",
     "rope_renamed",
     "rope_types",
+    "rope_alpha",
     "rotary",
     "heads_fill",
     "heads_divide",
@@ -155,9 +157,10 @@ class Table:
             ``rope_parameters`` counts, ``rope_by_kind`` that there are no entries but by kind; ``rope_types`` are those
             that RoPE may have, ``rope_renamed`` what transformers makes of some; ``rope_theta_key`` and
             ``rope_partial_key`` are what it is called beside ``rope_parameters``, ``rotary_size_key`` the size that
-            older configs state instead of a share; ``head_dim`` is ``"stated"`` (and may not be null), ``"optional"``
-            where null stands for none, ``"true"`` where zero does, too, ``"derived"`` where it is the heads' share of
-            the hidden size whatever is stated; ``heads_fill`` says that the heads together have to be the hidden size,
+            older configs state instead of a share, ``rope_alpha`` that a "dynamic" one with an ``alpha`` is a larger
+            base; ``head_dim`` is ``"stated"`` (and may not be null), ``"required"`` (nor missing), ``"optional"`` where
+            null stands for none, ``"true"`` where zero does, too, ``"derived"`` where it is the heads' share of the
+            hidden size whatever is stated; ``heads_fill`` says that the heads together have to be the hidden size,
             ``heads_divide`` that it has to be a multiple of their number; ``kv_heads`` is ``"all"`` where every query
             head has its own, ``"stated"`` where it may not be null; ``rotary`` is ``"own"`` where the attention counts
             what rotates by itself; ``growth`` says that queries grow by entries of RoPE, or has the config keys of a

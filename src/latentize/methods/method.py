@@ -138,6 +138,13 @@ def normed_whole(found: list[Setting], spec: AttentionSpec, method: str) -> list
             where="config.json, model_type",
             fix="--method calibrated keeps their norms",
         )
+    if spec.norm_after_rope:
+        raise UnsupportedModelError(
+            f"'{method}' has no place for norms of queries and keys after RoPE",
+            code="LZ210",
+            where="config.json, model_type",
+            fix="--method calibrated keeps or fits them",
+        )
     whole = spec.num_kv_heads * spec.head_dim
     found = [s for s in found if s.rope_heads * s.qk_rope_head_dim == whole and s.rope_heads == spec.num_kv_heads]
     if found:

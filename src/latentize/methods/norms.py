@@ -13,6 +13,7 @@ H query heads, G kv heads, s = H / G, d head size, D inputs, K norms of keys, N 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from latentize.attention.grouped import AttentionWeights
 from latentize.attention.latent import LatentWeights
 from latentize.attention.spec import AttentionSpec
 from latentize.methods.linalg import svd
-from latentize.methods.position import best_factors, linearised
+from latentize.methods.position import best_factors, even_part, linearised
 from latentize.methods.setting import Setting
 from latentize.methods.statistics import CalibrationStats
 
@@ -46,7 +47,8 @@ def linear_heads(w: AttentionWeights, stats: CalibrationStats, setting: Setting)
     factor_G11 = best_factors(k_GdD, stats.kx_GdD, stats)[:, None, None]
     # Keys whose norm has a weight of zero are nothing, the values that they are without it are not.
     v_GdD = torch.where(factor_G11 != 0, factor_G11, 1.0) * w.v_GdD if w.v_norm else w.v_GdD
-    return replace(w, q_HdD=q_HdD, k_GdD=factor_G11 * k_GdD, v_GdD=v_GdD, q_norm_d=None, k_norm_d=None, v_norm=False)
+    none: dict[str, Any] = {"q_norm_d": None, "k_norm_d": None, "q_turned_d": None, "v_norm": False}
+    return replace(w, q_HdD=q_HdD, k_GdD=factor_G11 * k_GdD, v_GdD=v_GdD, **none)
 
 
 def with_norms(
@@ -69,10 +71,14 @@ def with_norms(
     rest_G = of_norm_K.repeat_interleave(len(factor_G) // spec.key_norms) / factor_G
     # Queries were split as linear functions of x, each a function of its head: that one is what normalised heads need.
     inverse_HDd = _inverse(linear.q_HdD) * rest_G.repeat_interleave(spec.group_size)[:, None, None]
+    q_nope_HNd, q_rope_HRd, q_mirror_HRd = _before_rope(
+        made.q_nope_HND @ inverse_HDd, made.q_rope_HRD @ inverse_HDd, w.q_turned_d
+    )
     return replace(
         made,
-        q_nope_HND=made.q_nope_HND @ inverse_HDd,
-        q_rope_HRD=made.q_rope_HRD @ inverse_HDd,
+        q_nope_HND=q_nope_HNd,
+        q_rope_HRD=q_rope_HRd,
+        q_mirror_HRd=q_mirror_HRd,
         q_norm_R=w.q_norm_d,
         k_norm_R=None,
         q_HdD=w.q_HdD,
@@ -81,6 +87,27 @@ def with_norms(
         v_up_UVr=rest_G[:, None, None] * made.v_up_UVr if w.v_norm else made.v_up_UVr,
         scales_values=w.v_norm,
     )
+
+
+def _before_rope(
+    q_nope_HNd: Tensor, q_rope_HRd: Tensor, turned_d: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Maps of queries that are multiplied by a factor after RoPE, as maps of queries before it.
+
+    Per pair the factor is ``a + b F``, where ``F`` turns the sign of the second of the two, and mirrors a rotation:
+    ``F R(t) = R(-t) F``. So what is odd in a pair rotates backwards. Maps to what rotates leave rotations alone.
+
+    Args:
+        q_nope_HNd, q_rope_HRd: Maps.
+        turned_d: The factor, or ``None``.
+
+    Returns:
+        Un-roped, roped, and what rotates backwards.
+    """
+    if turned_d is None:
+        return q_nope_HNd, q_rope_HRd, None
+    even_d = even_part(turned_d)
+    return q_nope_HNd * turned_d, q_rope_HRd * even_d, q_rope_HRd * (turned_d - even_d)
 
 
 def _size(w_hdD: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "best_factors",
     "costliest",
     "dropping_cost",
+    "even_part",
     "key_components",
     "ladder",
     "linearised",
@@ -58,6 +59,8 @@ def ladder(theta: float, head_dim: int, rope_dim: int, stride: float) -> Tensor:
 def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights:
     """The nearest attention without biases and per-head norms: ``E[y xᵀ] E[x xᵀ]⁻¹`` for every projection, damped.
 
+    Of a factor on queries after RoPE what is alike in a pair is kept.
+
     Args:
         w: The layer, float64.
         stats: Of its inputs, with the cross moments of queries and keys where these are normalised.
@@ -84,6 +87,8 @@ def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights
             # What one factor leaves over is left.
             v = best_factors(w.k_norm_d[..., None] * k, stats.kx_GdD, stats)[:, None, None] * v
         q, k = fit(w.q_norm_d[..., None] * q, stats.qx_HdD), fit(w.k_norm_d[..., None] * k, stats.kx_GdD)
+        if w.q_turned_d is not None:
+            q = even_part(w.q_turned_d)[:, None] * q
     elif w.q_bias_Hd is not None and w.k_bias_Gd is not None:
         q, k = q + constant(w.q_bias_Hd), k + constant(w.k_bias_Gd)
     if w.v_bias_Gd is not None:
@@ -95,6 +100,11 @@ def linearised(w: AttentionWeights, stats: CalibrationStats) -> AttentionWeights
         made_E = torch.linalg.lstsq(o_DGd.flatten(1).cpu(), w.o_bias_D[:, None].cpu()).solution[:, 0]
         v = v + constant(made_E.to(v.device).view_as(v[..., 0]))
     return AttentionWeights(q, k, v, w.o_DHd, gate_HdD=w.gate_HdD, sink_H=w.sink_H)
+
+
+def even_part(factor_d: Tensor) -> Tensor:
+    """What a factor is to both of a pair alike, the nearest that RoPE does not mind, ``[d]``."""
+    return factor_d.unflatten(0, (2, -1)).mean(0).repeat(2)
 
 
 def best_factors(w_hdD: Tensor, cross_hdD: Tensor, stats: CalibrationStats) -> Tensor:

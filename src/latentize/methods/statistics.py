@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from latentize.attention.grouped import AttentionWeights, grown, queries_keys, turning_at
+from latentize.attention.grouped import AttentionWeights, grown, queries_keys, turned_queries, turning_at
 from latentize.attention.rope import rope_angles, rotate_half
 from latentize.attention.spec import AttentionSpec
 from latentize.methods.distances import attended_distances
@@ -153,7 +153,7 @@ def gather(
         positions = in_order if positions_BT is None else positions_BT
         frequencies = torch.tensor([turning_at(spec, positions)], dtype=torch.float64, device=x_BTD.device)
         cos, sin = rope_angles(frequencies, positions)
-        q_BHTd, k_BGTd = rotate_half(q_BHTd, cos, sin), rotate_half(k_BGTd, cos, sin)
+        q_BHTd, k_BGTd = turned_queries(q_BHTd, w, cos, sin), rotate_half(k_BGTd, cos, sin)
         q_BHTd = grown(q_BHTd, positions, spec.growth, spec.growth_length, spec.growth_first)
         attended = attended_distances(q_BHTd, k_BGTd, spec.softmax_scale, positions_BT=positions_BT, reach=reach)
         stats = replace(stats, distances_HT=attended)

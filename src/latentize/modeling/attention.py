@@ -19,6 +19,7 @@ from latentize.attention.grouped import grown, head_norm
 from latentize.attention.latent import (
     LatentWeights,
     absorbed_heads,
+    backwards,
     expand,
     key_factors,
     turned,
@@ -46,6 +47,7 @@ class LatentAttention(nn.Module):
             ``key_scales``.
         qk_norm_across: Whether that is one norm over all heads.
         head_dim, key_dim: Sizes of what is normalised, queries and keys, where the spec has ``key_scales``.
+        mirrored: Whether a part of queries rotates backwards, where the spec has ``key_scales``.
         gated: Whether what heads read is multiplied by the sigmoid of a projection of the input.
         sinks: Whether learnt logits take a share of attention.
         growth, growth_length, growth_first: As of ``AttentionSpec``.
@@ -66,6 +68,7 @@ class LatentAttention(nn.Module):
     row_pairs: Tensor
     row_mean: Tensor
     q_maps: nn.Parameter | None
+    q_mirrors: nn.Parameter | None
     key_gain: nn.Parameter | None
     watch: Rounding | None = None
     given_angles = False
@@ -83,6 +86,7 @@ class LatentAttention(nn.Module):
         qk_norm_across: bool = False,
         head_dim: int = 0,
         key_dim: int = 0,
+        mirrored: bool = False,
         gated: bool = False,
         sinks: bool = False,
         growth: float = 0.0,
@@ -110,11 +114,13 @@ class LatentAttention(nn.Module):
         self._normed = head_dim if s.key_scales else s.qk_rope_head_dim
         self.q_norm = nn.Parameter(torch.ones(heads * self._normed)) if qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(keys * self._normed)) if qk_norm and not s.key_scales else None
-        self.k_norm_proj, self.q_maps, self.key_gain = None, None, None
+        self.k_norm_proj, self.q_maps, self.q_mirrors, self.key_gain = None, None, None, None
         if s.key_scales:
             self.k_norm_proj = nn.Linear(s.hidden_size, s.key_scales * key_dim, bias=False)
             self.q_maps = nn.Parameter(torch.zeros(s.num_heads * s.qk_head_dim, head_dim))
             self.key_gain = nn.Parameter(torch.ones(s.key_scales))
+            if mirrored:
+                self.q_mirrors = nn.Parameter(torch.zeros(s.num_heads * s.qk_rope_head_dim, head_dim))
         self.head_gate = nn.Linear(s.hidden_size, s.num_heads * s.v_head_dim, bias=False) if gated else None
         self.sinks = nn.Parameter(torch.zeros(s.num_heads)) if sinks else None
         # An integer choice, not floats: loading in bf16 must not round a frequency.
@@ -213,6 +219,7 @@ class LatentAttention(nn.Module):
             growth_first=self.growth_first,
             code=self.code(),
             q_HdD=own_HdD,
+            q_mirror_HRd=self._mirrors(),
             k_KeD=k_KeD,
             key_gain_K=self.key_gain,
             gate_HVD=None if gate is None else gate.unflatten(0, (s.num_heads, s.v_head_dim)),
@@ -220,6 +227,9 @@ class LatentAttention(nn.Module):
             sink_H=self.sinks,
             scales_values=s.scales_values,
         )
+
+    def _mirrors(self) -> Tensor | None:
+        return None if self.q_mirrors is None else self.q_mirrors.unflatten(0, (self.spec.num_heads, -1))
 
     def _norm(self, weight: Tensor | None) -> Tensor | None:
         if weight is None or not self.qk_norm_across:
@@ -332,9 +342,12 @@ class LatentAttention(nn.Module):
         q_BHTd = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if self.q_maps is not None and norm is not None:
             maps_HRd = self.q_maps.unflatten(0, (s.num_heads, s.qk_head_dim))
-            q_BHTd, norm = head_norm(q_BHTd, norm, self.norm_eps) @ maps_HRd.mT, None
+            normed_BHTd = head_norm(q_BHTd, norm, self.norm_eps)
+            q_BHTd, norm = normed_BHTd @ maps_HRd.mT, None
         q_nope, q_rope = q_BHTd.split([s.qk_nope_head_dim, s.qk_rope_head_dim], dim=-1)
         q_rope = turned(q_rope, norm, self.norm_eps, angles)
+        if (mirrors_HRd := self._mirrors()) is not None:
+            q_rope = q_rope + turned(normed_BHTd @ mirrors_HRd.mT, None, self.norm_eps, backwards(angles))
         growth = (positions_BT, self.growth, self.growth_length, self.growth_first)
         return grown(q_nope, *growth), grown(q_rope, *growth)
 

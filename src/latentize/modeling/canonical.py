@@ -103,7 +103,27 @@ def attention_weights(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Attenti
         sink_H=tensors[f"{spec.module('attention')}.sinks"] if a.sinks else None,
         v_norm=a.v_norm,
     )
-    return without_unread(_with_factor(stored, a))
+    return without_unread(_norms_before_rope(_with_factor(stored, a), a))
+
+
+def _norms_before_rope(w: AttentionWeights, spec: AttentionSpec) -> AttentionWeights:
+    """Norms after RoPE as norms before it, and what is left of their weights as a factor on queries after it.
+
+    A head is as large before RoPE as after it, so that only weights know where they stand. A logit has those of queries
+    and keys as a product. The larger of a pair's two is a factor on the pair, before or after.
+    """
+    if not spec.norm_after_rope:
+        return w
+    assert w.q_norm_d is not None and w.k_norm_d is not None
+    weight_2F = (w.q_norm_d.double() * w.k_norm_d.double()).unflatten(0, (2, -1))
+    size_F = weight_2F.abs().amax(0)
+    turned_2F = torch.where(size_F > 0, weight_2F / size_F, 1.0)
+    return replace(
+        w,
+        q_norm_d=size_F.repeat(2).float(),
+        k_norm_d=torch.ones_like(w.k_norm_d, dtype=torch.float32),
+        q_turned_d=turned_2F.flatten().float(),
+    )
 
 
 def _with_factor(w: AttentionWeights, spec: AttentionSpec) -> AttentionWeights:

@@ -28,6 +28,7 @@ def options(w: LatentWeights) -> dict[str, Any]:
         "qk_norm_across": w.q_norm_R is not None and w.q_norm_R.ndim == 2,
         "head_dim": 0 if w.q_HdD is None else w.q_HdD.shape[1],
         "key_dim": 0 if w.k_KeD is None else w.k_KeD.shape[1],
+        "mirrored": w.q_mirror_HRd is not None,
         "gated": w.gate_HVD is not None,
         "sinks": w.sink_H is not None,
         "growth": w.growth,
@@ -69,6 +70,8 @@ def state_dict(w: LatentWeights, frequency_table: tuple[float, ...]) -> dict[str
     if w.q_HdD is not None and w.k_KeD is not None:
         tensors |= {"q_maps": tensors["q_proj.weight"], "q_proj.weight": w.q_HdD.flatten(0, 1)}
         tensors |= {"k_norm_proj.weight": w.k_KeD.flatten(0, 1), "key_gain": w.key_gain_K}
+    if w.q_mirror_HRd is not None:
+        tensors["q_mirrors"] = w.q_mirror_HRd.flatten(0, 1)
     if w.code is not None:
         tensors |= {"row_latent_mix": w.code.latent_mix_rr, "row_mix": w.code.mix_JP2}
         tensors |= {"row_pairs": w.code.pair_J, "row_mean": w.code.mean_J2}

@@ -113,6 +113,7 @@ def stacked_heads(attention: LatentAttention) -> list[Heads]:
         "kv_b_proj.weight": Heads(s.up_heads),
         "o_proj.weight": Heads(s.num_heads, axis=1),
         "q_maps": Heads(s.num_heads),
+        "q_mirrors": Heads(s.num_heads),
         "head_gate.weight": Heads(s.num_heads),
         "k_norm_proj.weight": Heads(s.key_scales),
     }

@@ -39,6 +39,9 @@ def test_a_bare_config_means_what_transformers_takes_it_for(family: str) -> None
     if family == "gemma4_text":
         # What the family's small models have by default cannot be converted.
         bare |= {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0}
+    if family == "hunyuan_v1_dense":
+        # Transformers cannot run it without.
+        bare["head_dim"] = 16
     full = AutoConfig.for_model(**bare)
     ours, theirs = model_spec(bare), model_spec(json.loads(full.to_json_string(use_diff=False)))
     assert ours.attention == theirs.attention
@@ -105,7 +108,10 @@ def test_features_of_each_family(family: str) -> None:
     assert attention.sinks == (family == "gpt_oss")
     across = family in ("minimax_m2", "olmo2", "olmo3", "olmoe")
     gated = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
-    normed = ("apertus", "exaone4", "gemma3_text", "gemma4_text", "glm4_moe", "lfm2", "qwen3", "qwen3_moe", *gated)
+    normed = (
+        *("apertus", "exaone4", "gemma3_text", "gemma4_text", "glm4_moe", "hunyuan_v1_dense", "lfm2", "qwen3"),
+        *("qwen3_moe", *gated),
+    )
     assert attention.gated == (family in gated)
     assert attention.qk_norm == (across or family in normed)
     assert attention.qk_norm_across == across
@@ -113,6 +119,7 @@ def test_features_of_each_family(family: str) -> None:
         family not in ("gemma4_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "minimax_m2", "stablelm", *gated)
     )
     assert attention.v_norm == (family == "gemma4_text")
+    assert attention.norm_after_rope == (family == "hunyuan_v1_dense")
     assert attention.norm_eps == 1e-4
     sizes = {"gemma4_text": (4, 1, 32)}.get(family, (4, 4 if family in ONLY_MHA else 2, 16))
     assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == sizes

@@ -44,6 +44,36 @@ def test_where_nothing_is_left_out_the_layer_is_the_source(kv_heads: int, across
         assert relative_error(latent_attention(inputs(), made, absorb=absorb), expected) <= FP64
 
 
+@pytest.mark.parametrize("weights", ["positive", "of both signs", "zero"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_factor_after_rope(kv_heads: int, weights: str) -> None:
+    """What is odd in a pair rotates backwards; the rest is a part of the projections."""
+    spec, w, _ = layer(kv_heads)
+    generator = torch.Generator().manual_seed(3)
+    turned_d = 0.2 + torch.rand(16, generator=generator, dtype=torch.float64)
+    if weights == "of both signs":
+        turned_d[::3] *= -1
+        # Nothing is alike in this pair.
+        turned_d[8] = -turned_d[0]
+    if weights == "zero":
+        turned_d[[1, 2, 10]] = 0
+    assert w.q_norm_d is not None
+    w = replace(w, q_turned_d=turned_d, q_norm_d=w.q_norm_d[:8].repeat(2))
+    stats = gather(inputs(), w.to(torch.float32), spec, Needed(distances=True, cross=True))
+    made = conversion(w, spec, stats, whole(spec)).weights
+    expected = grouped_attention(inputs(), w, spec)
+    for absorb in (False, True):
+        assert relative_error(latent_attention(inputs(), made, absorb=absorb), expected) <= FP64
+    alike = replace(w, q_turned_d=turned_d[:8].repeat(2))
+    made = conversion(alike, spec, stats, whole(spec)).weights
+    assert made.q_mirror_HRd is not None and float(made.q_mirror_HRd.abs().max()) == 0
+    # Fitted, what is alike in a pair is kept.
+    fitted = linear_heads(w, stats, Setting("calibrated", 8, 8, linear=True))
+    without = linear_heads(replace(w, q_turned_d=None), stats, Setting("calibrated", 8, 8, linear=True))
+    even_d = turned_d.view(2, 8).mean(0).repeat(2)
+    assert torch.equal(fitted.q_HdD, even_d[:, None] * without.q_HdD) and torch.equal(fitted.k_GdD, without.k_GdD)
+
+
 def test_methods_see_the_multiples_of_linear_heads_that_come_nearest() -> None:
     spec, w, stats = layer(2)
     linear = linear_heads(w, stats, whole(spec))
