@@ -19,11 +19,12 @@ from torch import Tensor
 
 from latentize.checkpoint.opening import open_checkpoint
 from latentize.evaluation.losses import Quality, compare_streams
-from latentize.families.latent import latent_model
+from latentize.families.latent_config import latent_model
 from latentize.families.opening import open_source
 from latentize.modeling.latent_source import LatentSource
+from latentize.modeling.layer import Stream
 from latentize.modeling.precision import Use
-from latentize.modeling.source import SourceModel, Stream
+from latentize.modeling.source import SourceModel
 from latentize.text.drawing import draw_all
 from latentize.text.tokenizer import load_tokenizer
 from latentize.text.tokens import Passages

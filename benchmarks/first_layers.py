@@ -27,8 +27,9 @@ from latentize.families.opening import open_source
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
 from latentize.modeling.attention import LatentAttention
+from latentize.modeling.layer import Stream
 from latentize.modeling.load import load_model
-from latentize.modeling.source import SourceModel, Stream
+from latentize.modeling.source import SourceModel
 from latentize.recipe import Recipe
 from latentize.text.drawing import Part, draw
 from latentize.text.tokenizer import load_tokenizer

@@ -21,8 +21,8 @@ from latentize.methods.closed_form import Conversion, conversion
 from latentize.methods.setting import Setting
 from latentize.methods.statistics import CalibrationStats, Needed, gather
 from latentize.modeling.attention import LatentAttention
+from latentize.modeling.layer import SourceLayer, Stream
 from latentize.modeling.precision import Use
-from latentize.modeling.source import SourceLayer, Stream
 from latentize.processes import ALONE, Team
 from latentize.training.refine import Refined, Refinement, expand_heads, refine
 from latentize.training.relative import stream_error, token_energy

@@ -24,8 +24,9 @@ from latentize.conversion.self_generated import PIECE, pieces_at_once
 from latentize.families import ModelSpec
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
+from latentize.modeling.layer import MULTIPLIED
 from latentize.modeling.precision import Precision
-from latentize.modeling.source import MULTIPLIED, VOCAB_AT_ONCE, tokens_at_once
+from latentize.modeling.source import VOCAB_AT_ONCE, tokens_at_once
 from latentize.recipe import Recipe
 from latentize.training.descent import Schedule
 

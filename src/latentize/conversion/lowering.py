@@ -18,8 +18,8 @@ from latentize.formats.base import FormatWriter
 from latentize.formats.layer import ConvertedLayer
 from latentize.methods.lower_rank import LatentMoments, Lowered, lower
 from latentize.modeling.latent_source import ATTENTION, LatentSource, LatentSourceLayer
+from latentize.modeling.layer import SourceLayer, Stream
 from latentize.modeling.precision import Use
-from latentize.modeling.source import SourceLayer, Stream
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages
 from latentize.training.descent import WHOLE, Heads

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from latentize.evaluation.losses import Quality, compare_streams
 from latentize.formats.base import FormatWriter
 from latentize.formats.layer import ConvertedLayer
+from latentize.modeling.layer import SourceLayer, Stream
 from latentize.modeling.precision import Use
-from latentize.modeling.source import SourceLayer, SourceModel, Stream
+from latentize.modeling.source import SourceModel
 from latentize.progress import Progress
 from latentize.text.tokens import Passages
 from latentize.training.relative import stream_error

@@ -27,7 +27,8 @@ from latentize.methods.pooling import pool_heads
 from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
 from latentize.modeling.attention import LatentAttention
-from latentize.modeling.source import SourceLayer, SourceModel, Stream
+from latentize.modeling.layer import SourceLayer, Stream
+from latentize.modeling.source import SourceModel
 from latentize.processes import ALONE, Team
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages

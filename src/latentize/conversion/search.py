@@ -23,8 +23,9 @@ from latentize.methods.registry import needs
 from latentize.methods.setting import Setting
 from latentize.methods.statistics import Needed
 from latentize.modeling.attention import LatentAttention
+from latentize.modeling.layer import SourceLayer, Stream
 from latentize.modeling.precision import Use
-from latentize.modeling.source import SourceLayer, SourceModel, Stream
+from latentize.modeling.source import SourceModel
 from latentize.processes import ALONE, Team
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages

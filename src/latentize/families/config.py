@@ -10,6 +10,7 @@ from typing import Any
 from latentize.attention.spec import AttentionSpec, RopeSpec
 from latentize.errors import ConfigError, UnsupportedModelError
 from latentize.families.entries import as_read, as_stated
+from latentize.families.kinds import layer_kinds, unrotated_layers
 from latentize.families.model import CHUNKED, FULL, SLIDING, ModelSpec
 from latentize.families.table import Table, families
 from latentize.families.values import positive_number, value_of, whole_number
@@ -157,89 +158,6 @@ def _read_by(table: Table) -> set[str]:
     return {*map(str, table.attention.values()), *table.without_effect, *table.only_with, table.logit_softcap, *whole}
 
 
-def _unrotated(table: Table, config: Mapping[str, Any], layers: int) -> frozenset[int]:
-    rule = table.attention.get("unrotated")
-    if rule is None:
-        return frozenset()
-    if rule == "all":
-        return frozenset(range(layers))
-    if "with" in rule:
-        return frozenset(range(layers) if config.get(rule["with"]) is not None else ())
-    listed, interval = config.get(rule["list"]), config.get(rule["every"])
-    if listed is None:
-        listed = [(layer + 1) % interval if interval else 1 for layer in range(layers)]
-    if not isinstance(listed, list) or len(listed) != layers:
-        raise ConfigError(f"'{rule['list']}' should say 1 or 0 for each of {layers} layers", where="config.json")
-    return frozenset(layer for layer, rotated in enumerate(listed) if not rotated)
-
-
-def _kinds(
-    table: Table,
-    config: Mapping[str, Any],
-    stated: Mapping[str, Any],
-    layers: int,
-    window: int | None,
-    unrotated: frozenset[int],
-) -> tuple[str, ...]:
-    """What each layer is, as the config says, or as transformers assumes where it does not.
-
-    Raises:
-        ConfigError: the list has not an entry for each layer.
-        UnsupportedModelError: a kind that is not known to stay right untouched, or none that could be converted.
-    """
-    if "layer_types" in stated and "layer_types" not in config and stated["layer_types"] is not None:
-        config = {**config, "layer_types": stated["layer_types"]}
-    listed = config.get("layer_types")
-    if listed is not None and (not isinstance(listed, list) or len(listed) != layers):
-        raise ConfigError(f"'layer_types' should have one entry for each of {layers} layers", where="config.json")
-    kinds = [str(kind) for kind in listed] if listed else [FULL] * layers
-    key = table.attention.get("sliding_window")
-    rules, narrow = dict(table.layer_kinds), CHUNKED if table.attention.get("chunk") else SLIDING
-    if window is not None:
-        rules.setdefault(narrow, "all")
-    else:
-        rules.pop(SLIDING, None)
-    for kind, rule in rules.items() if not listed else ():
-        for layer in range(layers):
-            if _is_of_kind(rule, config, layer, unrotated):
-                kinds[layer] = kind
-    if table.attention.get("ends_full"):
-        kinds[-1] = FULL
-    for kind in kinds:
-        if kind not in (FULL, narrow if window is not None else FULL) and kind not in table.kept_tensors:
-            raise UnsupportedModelError(
-                f"'{table.model_type}' with layers of '{kind}' cannot be converted",
-                code="LZ205",
-                where="config.json, layer_types",
-            )
-    if narrow == CHUNKED and any(kind == FULL and layer not in unrotated for layer, kind in enumerate(kinds)):
-        raise UnsupportedModelError(
-            f"'{table.model_type}' with RoPE in layers of full attention cannot be converted",
-            code="LZ205",
-            where="config.json, layer_types and no_rope_layers",
-        )
-    if FULL not in kinds:
-        seen = f"an active sliding window of {window} tokens in every layer" if window else "no layer of full attention"
-        raise UnsupportedModelError(
-            f"'{table.model_type}' with {seen} cannot be converted",
-            code="LZ205",
-            where=f"config.json, {key or 'layer_types'}",
-            fix="if the window was never meant to be active, set it to null",
-        )
-    return tuple(kinds)
-
-
-def _is_of_kind(rule: Any, config: Mapping[str, Any], layer: int, unrotated: frozenset[int]) -> bool:
-    if rule in ("unrotated", "rotated"):
-        return (layer in unrotated) == (rule == "unrotated")
-    if rule == "all":
-        return True
-    if "from" in rule:
-        return layer >= whole_number(config, rule["from"])
-    every = rule["except_every"]
-    return (layer + 1) % (whole_number(config, every) if isinstance(every, str) else every) != 0
-
-
 def model_spec(
     config: Mapping[str, Any], *, stated: Mapping[str, Any] | None = None, trust_remote_code: bool = False
 ) -> ModelSpec:
@@ -267,8 +185,8 @@ def model_spec(
         raise ConfigError(
             f"a sliding window of {window!r} makes no sense", where=f"config.json, {table.attention['sliding_window']}"
         )
-    unrotated = _unrotated(table, config, layers)
-    kinds = _kinds(table, config, stated, layers, window, unrotated)
+    unrotated = unrotated_layers(table, config, layers)
+    kinds = layer_kinds(table, config, stated, layers, window, unrotated)
     eps = _epsilon(config, table.norm_eps)
     attention = _attention(table, config, feature, eps)
     if table.attention.get("unrotated") == "all":

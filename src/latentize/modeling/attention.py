@@ -20,17 +20,15 @@ from latentize.attention.latent import (
     LatentWeights,
     absorbed_heads,
     backwards,
-    expand,
     key_factors,
     turned,
 )
-from latentize.attention.masks import narrowed
 from latentize.attention.projections import UpProjections, affine, matrix, up_projections
 from latentize.attention.rope import Beyond, rope_angles
 from latentize.attention.spec import LatentSpec, LongTable
-from latentize.modeling.blocks import newest_blocks
 from latentize.modeling.expanded import attend_expanded
 from latentize.modeling.refusals import check_cache, no_paging, no_probabilities, unknown_mask
+from latentize.modeling.rounded import codes_itself, rounded_heads
 from latentize.modeling.tensors import long_table, options, state_dict
 
 __all__ = ["LatentAttention"]
@@ -308,7 +306,7 @@ class LatentAttention(nn.Module):
         if cache is not None:
             check_cache(cache, self.layer_idx, c, k_rope)
         rounding, past = self.code() if self.watch is None else self.watch, 0
-        coded = rounding is not None and self._told(cache, rounding, position_ids.expand(len(c), -1))
+        coded = rounding is not None and codes_itself(cache, self.layer_idx, rounding, position_ids.expand(len(c), -1))
         if cache is not None:
             past = 0 if rounding is None else int(cache.get_seq_length(self.layer_idx))
             c, k_rope = cache.update(c, k_rope, self.layer_idx)
@@ -324,7 +322,7 @@ class LatentAttention(nn.Module):
         count = past + hidden_states.shape[1]
         rows = (c[:, :, :count], k_rope[:, :, :count])
         mask = None if mask is None else mask[..., :count]
-        return self._rounded_heads((q_nope, q_rope), rows, up, mask, rounding, position_ids)
+        return rounded_heads((q_nope, q_rope), rows, up, mask, rounding, position_ids, self.heads)
 
     def _angles(self, positions_BT: Tensor, given: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Cosines and sines, ``[B, P, T, F]``, of the layer's pairs; the decoder's are of all, twice side by side."""
@@ -360,42 +358,6 @@ class LatentAttention(nn.Module):
             k_BTKe = self.k_norm_proj(x_BTD).unflatten(-1, (s.key_scales, -1))
             k_rope = torch.cat([k_rope, key_factors(k_BTKe, self.key_gain, self.norm_eps).to(k_rope.dtype)], dim=-1)
         return self.kv_a_proj(x_BTD)[:, None], k_rope
-
-    def _told(self, cache: Any, rounding: Rounding, positions_BT: Tensor) -> bool:
-        """Whether this cache stores codes itself; then it knows how."""
-        layers = getattr(cache, "layers", ())
-        codes = getattr(layers[self.layer_idx], "codes", None) if self.layer_idx < len(layers) else None
-        if codes is None or not isinstance(rounding, RowCode):
-            return False
-        return codes(rounding, rounding.exact(positions_BT, int(cache.get_seq_length(self.layer_idx))))
-
-    def _rounded_heads(
-        self,
-        queries: tuple[Tensor, Tensor],
-        rows: tuple[Tensor, Tensor],
-        up: UpProjections,
-        mask: Tensor | None,
-        rounding: Rounding,
-        position_ids: Tensor,
-    ) -> Tensor:
-        """``[B, H, T, V]`` from rows of all tokens as they are: they are rounded whenever they are read."""
-        tokens, count = queries[0].shape[2], rows[0].shape[2]
-        # Factors stay as they are.
-        k_rope, factors = rows[1].tensor_split([rows[1].shape[-1] - up.key_scales], dim=-1)
-        c, k_rope, stored = rounding.as_cached(rows[0], k_rope, position_ids.expand(len(rows[0]), -1))
-        if up.key_scales:
-            near = c.shape[2] - stored
-            factors = torch.cat([factors[:, :, :stored], factors[:, :, count - near :]], dim=2)
-            k_rope = torch.cat([k_rope, factors], dim=-1)
-        if rounding.newest and tokens > 1:
-            if mask is None and not up.softcap and up.sink_H is None:
-                k_BHSd, v_BHSV = expand(c, k_rope, up, queries[0].shape[1])
-                return newest_blocks(
-                    torch.cat(queries, dim=-1), k_BHSd, v_BHSV, stored, rounding.newest, up.softmax_scale
-                )
-            seen_TS, at_S = rounding.who_sees(tokens, count, c.device)
-            mask = narrowed(mask, seen_TS, at_S)
-        return self.heads(*queries, c, k_rope, up, mask)
 
     def heads(
         self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, up: UpProjections, mask: Tensor | None

@@ -22,8 +22,9 @@ from latentize.errors import CheckpointError, UnsupportedModelError
 from latentize.families import LatentModel
 from latentize.families.model import FULL
 from latentize.modeling.canonical import stacked
+from latentize.modeling.layer import SourceLayer, Stream
 from latentize.modeling.precision import Use
-from latentize.modeling.source import SourceLayer, SourceModel, Stream
+from latentize.modeling.source import SourceModel
 
 __all__ = ["Attended", "LatentSource", "LatentSourceLayer", "check_latent", "fused_tensors"]
 

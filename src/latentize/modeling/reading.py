@@ -27,7 +27,8 @@ from latentize.checkpoint.opening import load_config, loading, pretrained
 from latentize.checkpoint.streaming import remote_of
 from latentize.families import LatentModel
 from latentize.modeling.body import body_of
-from latentize.modeling.source import SourceLayer, SourceModel, Stream
+from latentize.modeling.layer import SourceLayer, Stream
+from latentize.modeling.source import SourceModel
 from latentize.modeling.turning import check_turning, differs, near
 from latentize.progress import Progress, silent
 from latentize.text.tokens import Passages

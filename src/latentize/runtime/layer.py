@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from latentize.attention.coding import RowCode
-from latentize.attention.masks import narrowed, newest_mask
 from latentize.attention.rope import rotate_half, rotate_interleaved
 from latentize.errors import OptionError
 from latentize.runtime.codecs import FLOATS, Beside, Codec, Plain, codec
@@ -32,6 +31,7 @@ from latentize.runtime.growing import Growing
 from latentize.runtime.kernels.storage import Part, encoded_part, plain_part
 from latentize.runtime.rotation import rotation_on
 from latentize.runtime.rows import BLOCK
+from latentize.runtime.sight import Sight
 from latentize.runtime.stored_rows import StoredRows
 
 __all__ = ["LatentLayer"]
@@ -181,7 +181,7 @@ class LatentLayer(CacheLayerMixin):
         """Stored rows, as :meth:`_placed` has them."""
         tensors = self.stored.view(start, stop)
         if self.coder is not None:
-            return self.coder.decoded(tensors, start, self._number(start, shift), dtype)
+            return self.coder.decoded(tensors, start, self._sight(1).number(start, shift), dtype)
         count, (latent, rope) = self._latent_tensors, self.codecs
         return torch.cat([latent.decode(tensors[:count], dtype), rope.decode(tensors[count:], dtype)], dim=-1)
 
@@ -199,11 +199,7 @@ class LatentLayer(CacheLayerMixin):
         """
         if self.coder is None:
             return rows_Bsd
-        return self.coder.placed(rows_Bsd, self._number(first, shift))
-
-    def _number(self, row: int, shift: int) -> int:
-        """Of a row among all that there were, as near as it seems."""
-        return row + (shift if row < self.sinks else self.gone)
+        return self.coder.placed(rows_Bsd, self._sight(1).number(first, shift))
 
     def _trim(self) -> None:
         """Let go of what no later token will see, now and then."""
@@ -220,36 +216,24 @@ class LatentLayer(CacheLayerMixin):
     def _kept(self) -> int:
         return self.stored.length + self.recent.length
 
-    def _spans(self, new: int) -> list[tuple[int, int]]:
-        """Of the rows that are kept, those that some of the ``new`` last tokens see."""
-        if self.window is None or self._kept <= self.sinks + self.window + new - 1:
-            return [(0, self._kept)]
-        return [(0, self.sinks), (self._kept - self.window - new + 1, self._kept)]
-
     def _band(self, new: int) -> int:
         """How many rows the ``new`` last tokens see as they are, where each sees others."""
         return self.coder.band if self.coder is not None and new > 1 else 0
 
-    def _seen_spans(self, new: int) -> list[tuple[int, int]]:
-        """The same without rows that the band has."""
-        spans, border = self._spans(new), self.stored.length
-        if not self._band(new):
-            return spans
-        return [(min(start, border), min(stop, border)) for start, stop in spans]
+    def _sight(self, new: int) -> Sight:
+        """What the ``new`` last tokens see."""
+        newest = 0 if self.coder is None else self.coder.newest
+        where = (self.seen, self._kept, self.stored.length, self.window, self.sinks)
+        return Sight(new, *where, self._band(new), newest)
 
     def positions(self, new: int) -> Tensor:
         """Of every row that some of the ``new`` last tokens see, ``[S]``; those of the band come last."""
-        spans, gone = self._seen_spans(new), self.seen - self._kept
-        first = torch.arange(*spans[0], device=self.device)
-        # Nothing was let go of but what lies between the sinks and the rest.
-        found = [torch.where(first < self.sinks, first, first + gone) if gone and len(spans) == 1 else first]
-        found += [gone + torch.arange(*span, device=self.device) for span in spans[1:]]
-        found.append(torch.arange(self.seen - self._band(new), self.seen, device=self.device))
-        return torch.cat(found)
+        return self._sight(new).positions(self.device)
 
     def blocks(self, dtype: torch.dtype, new: int, band_BEd: Tensor | None = None) -> Iterator[Tensor]:
         """Rows ``[B, s, d]`` in order, as far as some of the ``new`` last tokens see them; then those of the band."""
-        spans, shift = self._seen_spans(new), self._shift(new)
+        sight = self._sight(new)
+        spans, shift = sight.spans_beside_band, sight.shift
         if len(spans) == 1 and shift:
             spans = [(0, self.sinks), (self.sinks, spans[0][1])]
         for number, (start, stop) in enumerate(spans):
@@ -263,30 +247,9 @@ class LatentLayer(CacheLayerMixin):
         """As ``blocks``, without room that nothing was written to."""
         return self.blocks(dtype, new, band_BEd)
 
-    def _shift(self, new: int) -> int:
-        """Positions by which the sinks seem nearer than they are.
-
-        They stay as near as the window's far end: no distance is one that was never trained on.
-        """
-        spans, gone = self._spans(new), self.seen - self._kept
-        return gone + spans[1][0] - self.sinks if len(spans) == 2 else gone
-
     def allowed(self, mask: Tensor | None, new: int) -> Tensor | None:
         """Of a mask for all tokens, ``[B, h, T, S]``, what the rows of ``blocks`` need; ``None`` is causal."""
-        band = self._band(new)
-        if self.window is None and not band:
-            return mask
-        at_S = self.positions(new)
-        if new == 1:
-            return None if mask is None else mask[..., at_S]
-        now_T = torch.arange(self.seen - new, self.seen, device=at_S.device)
-        seen_TS = at_S <= now_T[:, None]
-        if self.window is not None:
-            seen_TS &= (now_T[:, None] - at_S < self.window) | (at_S < self.sinks)
-        if band and self.coder is not None:
-            border = len(at_S) - band
-            seen_TS &= newest_mask(now_T, at_S[:border], at_S[border:], self.coder.newest)
-        return narrowed(mask, seen_TS, at_S)
+        return self._sight(new).allowed(mask, self.device)
 
     def expanded_mask(self, mask: Tensor | None, new: int) -> Tensor | None:
         """As ``allowed``, for the rows of ``tensors``."""
@@ -327,7 +290,7 @@ class LatentLayer(CacheLayerMixin):
 
     def turned_back(self, q_BHTR: Tensor, new: int) -> Tensor | None:
         """Roped queries for the sinks, where those are to seem nearer than they are."""
-        shift = self._shift(new)
+        shift = self._sight(new).shift
         if not shift or not self.sinks or self.frequencies_F is None:
             return None
         turn, (cos, sin) = self._turn(-shift)

@@ -35,7 +35,7 @@ class StaticLatentLayer(LatentLayer):
 
     Args:
         latent, rope: Formats of latents and roped keys; ``None`` is that of the model.
-        max_length: MaskColumns, in tokens.
+        max_length: Tokens that there is room for.
         key_scales: As of :class:`LatentLayer`.
     """
 

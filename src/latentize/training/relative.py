@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentize.modeling.source import Stream
+from latentize.modeling.layer import Stream
 from latentize.processes import ALONE, Team
 
 __all__ = ["stream_error", "token_energy"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from latentize.modeling.attention import LatentAttention
-from latentize.modeling.source import SourceLayer, SourceModel, Stream
+from latentize.modeling.layer import SourceLayer, Stream
+from latentize.modeling.source import SourceModel
 
 __all__ = ["Student"]
 

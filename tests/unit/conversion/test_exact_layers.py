@@ -12,7 +12,7 @@ from tests.common import SMALL
 import latentize
 from latentize.conversion import effort, pipeline
 from latentize.conversion.draft import Observed, observe
-from latentize.modeling.source import SourceLayer, Stream
+from latentize.modeling.layer import SourceLayer, Stream
 
 
 @pytest.mark.parametrize(
