@@ -193,6 +193,8 @@ SHARED = ["--sequence-length", 64, "--step-tokens", 256, "--tokens", 5120, "--lo
 CASES: dict[str, tuple[tuple[str, ...], str, float]] = {
     "fsdp": (("--optimiser", "adamw", "--train", "all"), "fsdp", 1e-5),
     "ddp": (("--optimiser", "adamw", "--train", "all"), "ddp", 1e-5),
+    # Both processes ask the teacher, of which each has a part; answers are stored in half precision.
+    "fsdp-top-k": (("--optimiser", "adamw", "--top-k", "16"), "fsdp", 1e-4),
     "fsdp-lora": (("--train", "lora"), "fsdp", 1e-5),
     # Muon orthogonalises in bfloat16, which magnifies what differs in the last bit.
     "fsdp-muon": (("--optimiser", "muon"), "fsdp", 1e-3),

@@ -145,6 +145,14 @@ class Checkpoint(ABC):
         ``towers.CARRIED``."""
         yield from ()
 
+    def packed(self, name: str) -> dict[str, Any]:
+        """A quantised weight as it is stored, by the names of its parts, where an output may hold it so; else nothing.
+
+        Args:
+            name: Of the weight.
+        """
+        return {}
+
     def check_stored(self, expected: Iterable[str] = ()) -> None:
         """Refuse weights that are quantised, or in a precision that is not read.
 

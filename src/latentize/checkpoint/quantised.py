@@ -225,6 +225,15 @@ class QuantisedCheckpoint(Checkpoint):
             raise self._damaged(weight.first, error)
         return self.checked(name, restored)
 
+    def packed(self, name: str) -> dict[str, Any]:
+        weight = self._weights.get(name)
+        if weight is None or not weight.quantised or not self._scheme.stays:
+            return {}
+        return {
+            name + stored.removeprefix(self._named(weight.parts)): self._stored.raw(stored)
+            for stored in weight.parts.values()
+        }
+
     def load_rows(self, name: str, rows: Sequence[int]) -> Any:
         weight = self._weights[name]
         return self.load(name)[list(rows)] if weight.quantised else self._stored.load_rows(weight.first, rows)

@@ -26,10 +26,12 @@ class Scheme(ABC):
     Attributes:
         marks: Last parts of names that only quantised weights have.
         parts: Further ones that belong to them.
+        stays: Whether transformers loads such weights of any model on any machine, so that an output may have them.
     """
 
     marks: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]] = ()
+    stays: ClassVar[bool] = False
 
     def __init__(self, entries: Mapping[str, Any], where: str, metadata: Mapping[str, Any]) -> None:
         self.entries, self.where, self.metadata = entries, where, metadata

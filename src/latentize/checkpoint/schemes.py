@@ -188,6 +188,7 @@ class Mxfp4(Scheme):
     """gpt-oss's experts: two values of four bits a byte, and an exponent for each 32 of them."""
 
     marks = ("blocks", "scales")
+    stays = True
 
     def split(self, name: str) -> tuple[str, str] | None:
         weight, _, part = name.rpartition("_")

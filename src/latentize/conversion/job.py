@@ -283,21 +283,7 @@ class Job(ABC):
         folder.finish(self.writer.config(), manifest, last)
 
     def _report(self, done: Converted, started: float) -> dict[str, Any]:
-        if done.linear_fit is not None:
-            kl = done.linear_fit.kl / done.linear_fit.tokens
-            self.notes.append(f"the linear fit alone, nothing compressed or refined, is {kl:.2g} nats from the source")
-        reach, longest = self.recipe.reach, self.spec.max_positions
-        if self.recipe.to == "mla" and reach < longest:
-            self.notes.append(
-                f"calibrated on distances up to {reach:,} tokens, the model is made for {longest:,}: what "
-                f"comes later in a context may be predicted far worse (latentize eval --sequence-length {longest})"
-            )
-        lost, made = (max((getattr(m, kind) for m in done.massive), default=0) for kind in ("lost", "made"))
-        if lost or made:
-            self.notes.append(
-                f"of the tokens whose residual stream is {MASSIVE:.0f} times as large as others' the conversion lost "
-                f"{lost} in one layer at most, and made {made} new ones"
-            )
+        self._note(done)
         quality = done.quality.describe()
         if not all(math.isfinite(value) for value in quality.values() if isinstance(value, float)):
             raise ArithmeticError("what the converted model predicts is not finite")
@@ -316,18 +302,7 @@ class Job(ABC):
             **({"processes": self.team.size} if self.shares and self.team.size > 1 else {}),
             "peak_rss_bytes": peak_rss_bytes(),
             "predicted_peak_rss_bytes": self.memory.peak,
-            "layers": [
-                {
-                    **sizes,
-                    "error_before_refine": before,
-                    "error_after_refine": after,
-                    "massive_tokens": massive._asdict(),
-                    **facts,
-                }
-                for sizes, (before, after), massive, facts in zip(
-                    self.layer_shapes(), done.errors, done.massive, done.facts or [{}] * len(done.errors), strict=True
-                )
-            ],
+            "layers": self._layers(done),
             "source_perplexity": quality["reference_perplexity"],
             "perplexity": quality["perplexity"],
             "excess_loss": done.quality.excess,
@@ -339,3 +314,36 @@ class Job(ABC):
             "candidates": self.scores,
             "notes": self.notes,
         }
+
+    def _layers(self, done: Converted) -> list[dict[str, Any]]:
+        """What became of each layer."""
+        facts = done.facts or [{}] * len(done.errors)
+        measured = zip(self.layer_shapes(), done.errors, done.massive, facts, strict=True)
+        return [
+            {
+                **sizes,
+                "error_before_refine": before,
+                "error_after_refine": after,
+                "massive_tokens": massive._asdict(),
+                **more,
+            }
+            for sizes, (before, after), massive, more in measured
+        ]
+
+    def _note(self, done: Converted) -> None:
+        """Say what numbers alone would not."""
+        if done.linear_fit is not None:
+            kl = done.linear_fit.kl / done.linear_fit.tokens
+            self.notes.append(f"the linear fit alone, nothing compressed or refined, is {kl:.2g} nats from the source")
+        reach, longest = self.recipe.reach, self.spec.max_positions
+        if self.recipe.to == "mla" and reach < longest:
+            self.notes.append(
+                f"calibrated on distances up to {reach:,} tokens, the model is made for {longest:,}: what "
+                f"comes later in a context may be predicted far worse (latentize eval --sequence-length {longest})"
+            )
+        lost, made = (max((getattr(m, kind) for m in done.massive), default=0) for kind in ("lost", "made"))
+        if lost or made:
+            self.notes.append(
+                f"of the tokens whose residual stream is {MASSIVE:.0f} times as large as others' the conversion lost "
+                f"{lost} in one layer at most, and made {made} new ones"
+            )

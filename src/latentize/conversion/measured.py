@@ -21,6 +21,7 @@ from latentize.formats.layer import ConvertedLayer
 from latentize.modeling.layer import SourceLayer, Stream
 from latentize.modeling.precision import Use
 from latentize.modeling.source import SourceModel
+from latentize.processes import ALONE, Team
 from latentize.progress import Progress
 from latentize.text.tokens import Passages
 from latentize.training.relative import stream_error
@@ -47,15 +48,16 @@ class Massive(NamedTuple):
     made: int
 
     @classmethod
-    def of(cls, text: Stream, reference: Stream) -> Massive:
-        """Of both models' hidden states."""
-        here_NT, there_NT = (_is_massive(stream.hidden_NTD) for stream in (text, reference))
-        return cls(int(there_NT.sum()), int((there_NT & ~here_NT).sum()), int((here_NT & ~there_NT).sum()))
+    def of(cls, text: Stream, reference: Stream, team: Team = ALONE) -> Massive:
+        """Of both models' hidden states, those of a team's texts together."""
+        here_NT, there_NT = (_is_massive(stream.hidden_NTD, team) for stream in (text, reference))
+        mine = (int(there_NT.sum()), int((there_NT & ~here_NT).sum()), int((here_NT & ~there_NT).sum()))
+        return cls(*map(sum, zip(*team.gather(mine), strict=True)))
 
 
-def _is_massive(hidden_NTD: Tensor) -> Tensor:
+def _is_massive(hidden_NTD: Tensor, team: Team) -> Tensor:
     norm_NT = torch.stack([h_TD.norm(dim=-1) for h_TD in hidden_NTD])
-    return norm_NT > MASSIVE * norm_NT.median()
+    return norm_NT > MASSIVE * float(torch.cat(team.gather(norm_NT.cpu())).median())
 
 
 @dataclass
@@ -112,7 +114,12 @@ class Converted:
 
 @torch.no_grad()
 def write_and_measure(
-    source: SourceModel, layers: Iterable[MadeLayer], writer: FormatWriter, evaluation: Passages, progress: Progress
+    source: SourceModel,
+    layers: Iterable[MadeLayer],
+    writer: FormatWriter,
+    evaluation: Passages,
+    progress: Progress,
+    team: Team = ALONE,
 ) -> Converted:
     """Take layers as they are made, write each, and follow a text through all of them.
 
@@ -122,25 +129,39 @@ def write_and_measure(
         writer: Saves them.
         evaluation: The text.
         progress: Told after each layer.
+        team: Processes that make the same layers and share the text; the first one writes.
+
+    Returns:
+        The same to all of them.
     """
-    reference = source.embed(evaluation)
+    if len(evaluation) < team.size:
+        # Nobody is without any text: all measure all of it.
+        sharing, mine = ALONE, evaluation
+    else:
+        sharing, mine = team, evaluation.part(team)
+    reference = source.embed(mine)
     hidden, before = reference.clone(), {}
     found: list[tuple[tuple[float, float], Massive]] = []
     for made in layers:
-        writer.layer(made.taken())
-        found.append(_followed(made, reference, hidden, before))
+        converted = made.taken()
+        if team.leads:
+            writer.layer(converted)
+        del converted
+        found.append(_followed(made, reference, hidden, before, sharing))
         progress("converting layers", len(found), source.spec.layers, _shown(*found[-1][0]))
-    writer.no_more_layers()
+    if team.leads:
+        writer.no_more_layers()
     head, vocab = source.head(), source.spec.vocab_size
     streams = [stream.hidden_NTD for stream in (hidden, *before.values())]
-    final, *others = compare_streams(streams, reference.hidden_NTD, evaluation.tokens_NT, head, vocab_size=vocab)
+    parts = sharing.gather(compare_streams(streams, reference.hidden_NTD, mine.tokens_NT, head, vocab_size=vocab))
+    final, *others = (sum(some, Quality()) for some in zip(*parts, strict=True))
     earlier = dict(zip(before, others, strict=True))
     errors, massive = [error for error, _ in found], [tokens for _, tokens in found]
     return Converted(final, earlier.get(CLOSED), earlier.get(LINEAR), errors, massive)
 
 
 def _followed(
-    made: MadeLayer, reference: Stream, hidden: Stream, before: dict[str, Stream]
+    made: MadeLayer, reference: Stream, hidden: Stream, before: dict[str, Stream], team: Team
 ) -> tuple[tuple[float, float], Massive]:
     """What a layer does to the text: errors in closed form and as saved, and massive tokens."""
     layer = made.source
@@ -151,9 +172,9 @@ def _followed(
         layer.run(before[name], made.stages.get(name), Use.LEARNT if name == CLOSED else Use.MEASURED)
     layer.run(reference)
     layer.run(hidden, made.attention)
-    after = stream_error(hidden, reference)
-    error = stream_error(before[CLOSED], reference) if CLOSED in before else after
-    return (error, after), Massive.of(hidden, reference)
+    after = stream_error(hidden, reference, team)
+    error = stream_error(before[CLOSED], reference, team) if CLOSED in before else after
+    return (error, after), Massive.of(hidden, reference, team)
 
 
 def _shown(before: float, after: float) -> str:

@@ -19,7 +19,6 @@ from latentize.conversion.coding import Coding, Suiting, code_rows, suited_rows
 from latentize.conversion.draft import Draft, DraftedLayer, naming_layer, observe
 from latentize.conversion.kept import cached
 from latentize.conversion.measured import CLOSED, LINEAR, Converted, MadeLayer, write_and_measure
-from latentize.evaluation.losses import Quality
 from latentize.formats.base import FormatWriter, LatentWriter
 from latentize.formats.layer import ConvertedLayer
 from latentize.methods.closed_form import linear_fit
@@ -93,7 +92,7 @@ def convert_latent(
         effort: What to do beyond the closed form.
         progress: Told after each layer, and each step of the polish.
         journal: Keeps what took long.
-        team: Processes that share the calibration text; the first one writes and measures.
+        team: Processes that share the texts; the first one writes.
     """
     effort, facts = effort or Effort(), []
 
@@ -104,11 +103,7 @@ def convert_latent(
             return _layer_by_layer(source, drafting, writer)
         return _as_a_whole(source, drafting, writer, calibration, selection, effort, progress)
 
-    if not team.leads:
-        for made in layers():
-            made.taken()
-        return Converted(Quality())
-    result = write_and_measure(source, layers(), writer, evaluation, progress)
+    result = write_and_measure(source, layers(), writer, evaluation, progress, team)
     result.calibration_tokens, result.facts = calibration.tokens_NT.numel(), facts
     return result
 

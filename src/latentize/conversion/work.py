@@ -196,14 +196,18 @@ class _Counter:
         ]
         return [stack for stack in stacks if math.prod(stack)]
 
-    def orthogonalised(self, setting: Setting, how: Schedule) -> Work:
-        """All steps of Muon on a layer, where it is taken; each process tells the others what it has made."""
+    def stepped(self, setting: Setting, how: Schedule) -> Work:
+        """All steps on a layer, once processes have their gradients.
+
+        Where Muon is taken gradients go to the process that orthogonalises a matrix, which tells the others its step.
+        """
+        entries = sum(map(math.prod, self.latent(setting)))
         flop = orthogonalising(self.latent(setting), how.tokens)
         if flop is None:
-            return Work()
-        entries = sum(map(math.prod, self.latent(setting)))
-        told = (2 if self.precision.narrow(Use.LEARNT) else 4) * entries * (self.processes - 1) / self.processes
-        return self.share(self.products(how.steps * flop, 0.0, Use.LEARNT)) + Work(sent=how.steps * told)
+            return self.summed(how.steps * entries)
+        told = 4 + (2 if self.precision.narrow(Use.LEARNT) else 4)
+        sent = how.steps * told * entries * (self.processes - 1) / self.processes
+        return self.share(self.products(how.steps * flop, 0.0, Use.LEARNT)) + Work(sent=sent)
 
     def attention(self, tokens: float, setting: Setting, passes: int) -> Work:
         """A converted layer's attention alone; ``passes`` is 1 forward and 3 with the way back."""
@@ -240,8 +244,7 @@ class _Counter:
         """One layer: the steps, and then the output projection."""
         how = self.steps(how)
         work = self.share(self.attention(how.steps * self.whole(how.tokens), setting, 3))
-        work += self.orthogonalised(setting, how)
-        work += self.summed(how.steps * sum(map(math.prod, self.latent(setting))))
+        work += self.stepped(setting, how)
         solved = min(tokens, solved_tokens(how))
         read = self.spec.attention.num_heads * self.spec.attention.head_dim
         gram = self.attention(solved, setting, 1) + Work(wide=2 * solved * read**2)
@@ -299,6 +302,7 @@ def latent_work(
     measured = (2 + setting.linear) * (layers * of.forward(evaluated, Use.MEASURED) + of.head(evaluated))
     if refinement is not None:
         measured += layers * of.forward(evaluated, Use.LEARNT) + of.head(evaluated)
+    measured = of.share(measured)
     kept = (layers - converted) * of.share(of.forward(read, Use.MEASURED))
     if not effort.whole:
         return {**stages, "converting layers": converted * made + kept + measured}
@@ -348,8 +352,7 @@ def _polished(of: _Counter, setting: Setting, how: Schedule, selection: int, loo
     layer += Work(moved=2 * tokens * of.activations())
     # Logits of both, and the way back from one.
     step = of.share(of.spec.layers * layer + 3 * of.head(tokens, Use.LEARNT))
-    step += of.spec.layers * of.orthogonalised(setting, how)
-    step += of.summed(how.steps * len(of.spec.converted) * sum(map(math.prod, of.latent(setting))))
+    step += len(of.spec.converted) * of.stepped(setting, how)
     # Rounded and not, once each, before the first step.
     looked = of.spec.layers * of.forward(selection, Use.LEARNT) + 2 * of.head(selection, Use.LEARNT)
     return step + looks * of.share(looked)

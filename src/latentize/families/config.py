@@ -262,6 +262,19 @@ def _growth(rule: Any, config: Mapping[str, Any]) -> tuple[float, float, int]:
     return factor, length, 0
 
 
+def _require_whole(table: Table, rope: RopeSpec, head_dim: int, *, scaled_norms: bool) -> None:
+    """That RoPE is on whole heads, or on a part of them in the way that the family does it."""
+    # What is proportional has as many cosines as others have, and families that rotate a part of a head fewer.
+    splits = bool(table.attention.get("partial")) != (rope.rope_type == "proportional")
+    if scaled_norms or (rope.rotary_dim != head_dim and not splits):
+        scaled = ", a factor on it, and norms" if rope.attention_factor != 1 else ""
+        raise UnsupportedModelError(
+            f"'{table.model_type}' with RoPE on a part of each head{scaled} cannot be converted",
+            code="LZ209",
+            where="config.json, partial_rotary_factor",
+        )
+
+
 def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, Any], eps: float) -> AttentionSpec:
     heads = whole_number(config, "num_attention_heads")
     kv_heads = whole_number(config, "num_key_value_heads", heads)
@@ -281,15 +294,7 @@ def _attention(table: Table, config: Mapping[str, Any], feature: Mapping[str, An
         )
     rope = rope_spec(config, head_dim)
     scaled_part = rope.rotary_dim != head_dim and rope.attention_factor != 1
-    # What is proportional has as many cosines as others have, and families that rotate a part of a head fewer.
-    splits = bool(table.attention.get("partial")) != (rope.rope_type == "proportional")
-    if (rope.rotary_dim != head_dim and not splits) or (scaled_part and feature.get("qk_norm")):
-        scaled = ", a factor on it, and norms" if scaled_part else ""
-        raise UnsupportedModelError(
-            f"'{table.model_type}' with RoPE on a part of each head{scaled} cannot be converted",
-            code="LZ209",
-            where="config.json, partial_rotary_factor",
-        )
+    _require_whole(table, rope, head_dim, scaled_norms=scaled_part and bool(feature.get("qk_norm")))
     if feature.get("gated") and feature.get("qkv_bias"):
         raise UnsupportedModelError(
             "what gated heads read of biased values is no constant", code="LZ212", where="config.json, attention_bias"

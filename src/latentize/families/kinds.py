@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latentize.errors import ConfigError, UnsupportedModelError
@@ -54,7 +54,6 @@ def layer_kinds(
     if listed is not None and (not isinstance(listed, list) or len(listed) != layers):
         raise ConfigError(f"'layer_types' should have one entry for each of {layers} layers", where="config.json")
     kinds = [str(kind) for kind in listed] if listed else [FULL] * layers
-    key = table.attention.get("sliding_window")
     rules, narrow = dict(table.layer_kinds), CHUNKED if table.attention.get("chunk") else SLIDING
     if window is not None:
         rules.setdefault(narrow, "all")
@@ -66,6 +65,14 @@ def layer_kinds(
                 kinds[layer] = kind
     if table.attention.get("ends_full"):
         kinds[-1] = FULL
+    _require_kinds(table, kinds, window, unrotated, narrow)
+    return tuple(kinds)
+
+
+def _require_kinds(
+    table: Table, kinds: Sequence[str], window: int | None, unrotated: frozenset[int], narrow: str
+) -> None:
+    """That some layers can be converted, and the others stay right untouched."""
     for kind in kinds:
         if kind not in (FULL, narrow if window is not None else FULL) and kind not in table.kept_tensors:
             raise UnsupportedModelError(
@@ -84,10 +91,9 @@ def layer_kinds(
         raise UnsupportedModelError(
             f"'{table.model_type}' with {seen} cannot be converted",
             code="LZ205",
-            where=f"config.json, {key or 'layer_types'}",
+            where=f"config.json, {table.attention.get('sliding_window') or 'layer_types'}",
             fix="if the window was never meant to be active, set it to null",
         )
-    return tuple(kinds)
 
 
 def _is_of_kind(rule: Any, config: Mapping[str, Any], layer: int, unrotated: frozenset[int]) -> bool:

@@ -47,23 +47,34 @@ class NativeWriter(LatentWriter):
         self._entries: list[dict[str, Any] | None] = []
         self.row_codes: dict[int, RowCode] = {}
         self._table = self.spec.frequencies
+        self._packed = False
 
     def saved(self, made: ConvertedLayer) -> LatentWeights:
         assert made.latent is not None
         return made.latent.to(self.dtype).to(torch.float32)
 
     def layer(self, made: ConvertedLayer) -> None:
-        prefix, latent = "source." + self.spec.layer_prefix(made.index), made.latent
+        place, latent = self.spec.layer_prefix(made.index), made.latent
+        prefix = "source." + place
         attention = self.spec.module("attention") + "."
         if latent is not None:
             for name, tensor in state_dict(latent, self._table).items():
                 self._add(prefix + attention + name, tensor)
         for name, tensor in made.stored.items():
             if latent is None or not name.startswith(attention):
-                self._add(prefix + name, tensor)
+                self._keep(place + name, tensor)
         if latent is not None and latent.code is not None:
             self.row_codes[made.index] = latent.code
         self._entries.append(None if latent is None else layer_entry(latent))
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        """What is the source's: as it is quantised there, where transformers reads that anywhere."""
+        packed = self.checkpoint.packed(name)
+        for part, stored in packed.items():
+            self.folder.add("source." + part, stored)
+        if not packed:
+            self._add("source." + name, tensor)
+        self._packed |= bool(packed)
 
     def top(self) -> None:
         for name in self.spec.table.top_tensors:
@@ -86,5 +97,13 @@ class NativeWriter(LatentWriter):
             "source_config": source,
             "latent_layers": self._entries,
             "frequency_table": list(self._table),
+            **self._quantization(),
             **({} if self.checkpoint.whole is None else {"whole_config": dict(self.checkpoint.whole)}),
         }
+
+    def _quantization(self) -> dict[str, Any]:
+        """What transformers has to know of weights that stay quantised."""
+        if not self._packed:
+            return {}
+        assert self.checkpoint.quantization is not None
+        return {"quantization_config": {"quant_method": self.checkpoint.quantization["format"]}}

@@ -5,6 +5,7 @@ What is written, and what is measured in the end, is the first process's busines
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -71,28 +72,36 @@ class Team(processes.Team):
         return self.size > 1 and self.parallel == "fsdp"
 
 
-def shard(student: Any, whole: nn.Module | None, device: str) -> None:
+def shard(
+    model: nn.Module, layers: Iterable[nn.Module], whole: nn.Module | None, device: str, *, rest: bool = True
+) -> None:
     """FSDP2: give each process its part of every tensor, in place.
 
     Args:
-        student: Without values, on ``meta``.
+        model: Without values, on ``meta``.
+        layers: Its decoder layers, each in parts of its own.
         whole: The same model with its values, on the first process; nobody else has to read it.
         device: Where the parts go.
+        rest: Whether what is around the layers is in parts, too; else each process has all of it, and it may be
+            called apart from the model.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    for layer in student.layers:
+    layers = list(layers)
+    for layer in layers:
         fully_shard(layer)
-    fully_shard(student)
-    assert all(isinstance(p, DTensor) for p in student.parameters()), "FSDP has left something whole"
-    student.to_empty(device=device)
+    if rest:
+        fully_shard(model)
+    parts = [model] if rest else layers
+    assert all(isinstance(p, DTensor) for part in parts for p in part.parameters()), "FSDP has left something whole"
+    model.to_empty(device=device)
     values = {} if whole is None else whole.state_dict()
-    set_model_state_dict(student, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     own = {} if whole is None else dict(whole.named_buffers())
     # A state dict lacks those that are not persistent, such as the angles of RoPE.
-    for name, buffer in student.named_buffers():
+    for name, buffer in model.named_buffers():
         if own:
             buffer.copy_(own[name])
         dist.broadcast(buffer, 0)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentize import processes
 from latentize.checkpoint import Manifest, OutputFolder, load_config, open_checkpoint
 from latentize.checkpoint.manifest import sha256
 from latentize.checkpoint.places import write_file
@@ -23,7 +24,8 @@ from latentize.healing.state import Workspace, learnt
 from latentize.healing.student import Losses, Student
 from latentize.healing.targets import Live, Teacher, Written, write_top_k
 from latentize.machine import peak_rss_bytes
-from latentize.modeling.load import load_model
+from latentize.modeling.body import decoder_layers
+from latentize.modeling.load import load_model, without_weights
 from latentize.progress import Progress, silent
 from latentize.report.measurements import record
 from latentize.report.page import write_report
@@ -189,21 +191,34 @@ def _teacher(
     """Who is asked in training, and how held-out text is looked at."""
     if not healing.teaches:
         return None, _looks(None, held, machine, team)
-    # Stored in 16 bits it is no less exact there than in 32, but half as large.
-    dtype = torch.float32 if torch.device(team.device).type == "cpu" else torch.bfloat16
-    model = load_model(folder, dtype=dtype, device=team.device).requires_grad_(False)
+    model = _teaching(folder, team)
     if healing.top_k is None:
         live = Live(model, hidden=healing.match_hidden > 0)
         return live, _looks(live, held, machine, team)
     asked = []
     for name, part in (("training", text), ("held-out", held)):
         place = workspace.folder / f"teacher-{name}"
-        if team.leads:
-            how: dict[str, Any] = {"k": healing.top_k, "temperature": healing.temperature, "progress": progress}
-            write_top_k(model, part, place, batch=machine.sequences, autocast=machine.autocast, **how)
+        how: dict[str, Any] = {"k": healing.top_k, "temperature": healing.temperature, "progress": progress}
+        if team.leads or team.shards:
+            together = team if team.shards else processes.ALONE
+            write_top_k(model, part, place, together, batch=machine.sequences, autocast=machine.autocast, **how)
         team.wait()
         asked.append(Written(place))
     return asked[0], _looks(asked[1], held, machine, team)
+
+
+def _teaching(folder: Path, team: Team) -> Any:
+    """The teacher's model; its layers in parts where the student's are, and all of the embedding and the head."""
+    # Stored in 16 bits it is no less exact there than in 32, but half as large.
+    dtype = torch.float32 if torch.device(team.device).type == "cpu" else torch.bfloat16
+    if not team.shards:
+        return load_model(folder, dtype=dtype, device=team.device).requires_grad_(False)
+    whole = load_model(folder, dtype=dtype) if team.leads else None
+    model = without_weights(folder, dtype).requires_grad_(False)
+    shard(model, decoder_layers(model), whole, team.device, rest=False)
+    # Embedding and head are two now, with the same values, where they are one.
+    model.tie_weights()
+    return model
 
 
 def _looks(teacher: Teacher | None, held: Passages, machine: Execution, team: Team) -> Callable[..., Looked]:
@@ -236,7 +251,7 @@ def _learn(
     asked, look = _teacher(teacher, healing, text, held, workspace, machine, team, progress)
     student = Student(model, healing, "meta" if team.shards else team.device)
     if team.shards:
-        shard(student, Student(model, healing) if team.leads else None, team.device)
+        shard(student, student.layers, Student(model, healing) if team.leads else None, team.device)
     facts = train(student, asked, text, look, workspace, machine, team, progress)
     facts["parameters"] = sum(p.numel() for _, p in student.trained())
     facts["machine"] = asdict(machine) | {"processes": team.size}

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from latentize.attention.latent import LatentWeights
-from latentize.checkpoint import Checkpoint, load_config
+from latentize.checkpoint import Checkpoint
 from latentize.errors import OptionError
 from latentize.families import families
 from latentize.formats.balance import balances
@@ -29,8 +29,8 @@ from latentize.formats.portable import PORTABLE
 from latentize.healing.recipe import Healing
 from latentize.healing.targets import Targets, head_of, inputs
 from latentize.modeling.attention import LatentAttention
-from latentize.modeling.body import body_of
-from latentize.modeling.load import load_model
+from latentize.modeling.body import body_of, decoder_layers
+from latentize.modeling.load import load_model, without_weights
 from latentize.modeling.tensors import state_dict
 from latentize.runtime.cache import cache_formats
 from latentize.runtime.codecs import Plain, codec
@@ -75,7 +75,7 @@ class Student(nn.Module):
     def __init__(self, folder: Path, healing: Healing, device: str = "cpu") -> None:
         super().__init__()
         self.healing = healing
-        self.model = _shapes(folder) if device == "meta" else load_model(folder, device=device)
+        self.model = without_weights(folder) if device == "meta" else load_model(folder, device=device)
         self.portable = self.model.config.model_type in PORTABLE
         # The source architecture is one level deeper in the native format.
         self.prefix = "source." if hasattr(self.model, "source") else ""
@@ -83,7 +83,6 @@ class Student(nn.Module):
         # What has latent attention by itself has DeepSeek's names.
         self._layer_prefix = "model.layers.{layer}." if table is None else table.layer_prefix
         self._attention_name = "self_attn" if table is None else table.module("attention")
-        self._layers_name = "layers" if table is None else table.module("layers")
         if self.portable:
             _canonical(self.model)
         self._choose()
@@ -97,7 +96,7 @@ class Student(nn.Module):
 
     @property
     def layers(self) -> list[Any]:
-        return list(getattr(self.body, self._layers_name))
+        return decoder_layers(self.model)
 
     def attentions(self) -> Iterator[tuple[str, Any]]:
         """The attention of every layer that has some, and what its tensors' names begin with in the files."""
@@ -218,14 +217,6 @@ class Student(nn.Module):
             hook.remove()
         means = {index: total / count for index, (_, total, count) in probe.seen.items()}
         return {index: (most**0.5, means[index] ** 0.5) for index, (most, _, _) in probe.seen.items()}
-
-
-def _shapes(folder: Path) -> Any:
-    """The model without its weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(folder), dtype=torch.float32).eval()
 
 
 def _relative(mine_BTD: Tensor, its_BTD: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from latentize.families import families
+from latentize.processes import ALONE, Team
 from latentize.progress import Progress
 from latentize.text.tokens import Passages
 
@@ -168,6 +169,7 @@ def write_top_k(
     model: Any,
     text: Passages,
     folder: Path,
+    team: Team = ALONE,
     *,
     k: int,
     temperature: float,
@@ -183,6 +185,7 @@ def write_top_k(
         model: The teacher.
         text: The training text.
         folder: Where to.
+        team: Processes that each have a part of the teacher, and ask it together; the first one writes.
         k: How many.
         temperature: Of the distribution.
         batch: Sequences at a time.
@@ -195,9 +198,10 @@ def write_top_k(
     digest = hashlib.sha256(both.cpu().numpy().tobytes()).hexdigest()
     what = json.dumps({"k": k, "temperature": temperature, "tokens": digest})
     done = folder / "what.json"
-    if done.is_file() and done.read_text() == what:
+    if team.told(done.is_file() and done.read_text() == what):
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    if team.leads:
+        folder.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     files = text.split(_SEQUENCES_A_FILE)
     for number, sequences in enumerate(files):
@@ -209,6 +213,8 @@ def write_top_k(
             log_ps.append(best.values.to(torch.float16).cpu())
             ids.append(best.indices.to(torch.int32).cpu())
         tensors = {"log_p": torch.cat(log_ps), "ids": torch.cat(ids)}
-        save_file(tensors, str(folder / f"teacher-{number:05d}.safetensors"))
+        if team.leads:
+            save_file(tensors, str(folder / f"teacher-{number:05d}.safetensors"))
         progress("asking the teacher", number + 1, len(files))
-    done.write_text(what)
+    if team.leads:
+        done.write_text(what)

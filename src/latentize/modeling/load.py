@@ -80,6 +80,21 @@ def load_model(
     return model.to(device).eval()
 
 
+def without_weights(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model that :func:`load_model` loads, on ``meta``: shapes, and how it computes.
+
+    Args:
+        path: A folder, or a GGUF file.
+        dtype: Precision to run in.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(path), dtype=dtype).eval()
+    weigh_chosen(model, path)
+    return model
+
+
 def _require_rows(path: Path, embedding: torch.nn.Embedding, args: tuple[torch.Tensor, ...]) -> None:
     """Before an embedding is asked: PyTorch says nothing that would help, and on a GPU stops for good."""
     ids = args[0]

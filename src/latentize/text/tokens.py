@@ -77,6 +77,10 @@ class Placed:
         """Parts of ``size`` sequences."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
+    def part(self, team: Team) -> Self:
+        """Of all of them what one of several processes has, which is nothing if there are more processes."""
+        return self[slice(team.rank, None, team.size)]
+
     def share(self, team: Team) -> Self:
         """What one of several processes has of them: as many sequences as the others.
 

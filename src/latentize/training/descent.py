@@ -171,6 +171,11 @@ class Descent(ABC):
     @abstractmethod
     def _optimisers(self) -> list[torch.optim.Optimizer]: ...
 
+    @property
+    def _summed(self) -> list[nn.Parameter]:
+        """Parameters whose gradients an optimiser wants as those of all processes together."""
+        return self.parameters
+
     def step(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """One step down: ``output`` is a loss, or comes with the gradient of a loss by it."""
         self.gather(output, gradient)
@@ -186,7 +191,7 @@ class Descent(ABC):
 
     def follow(self) -> None:
         """One step down the gradients that the parameters have, which they have no longer then."""
-        self._team.add_up([p.grad for p in self.parameters if p.grad is not None])
+        self._team.add_up([p.grad for p in self._summed if p.grad is not None])
         size = self._schedule.rate * self._schedule.factor(self.taken)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
@@ -209,6 +214,11 @@ class Adam(Descent):
 class Muon(Descent):
     """Muon (Jordan et al., 2024) for matrices, those of each head by themselves; Adam for the few vectors."""
 
+    @property
+    def _summed(self) -> list[nn.Parameter]:
+        # Those of a matrix go to the process that orthogonalises it, and nowhere else.
+        return [p for p in self.parameters if p.ndim != 2]
+
     def _optimisers(self) -> list[torch.optim.Optimizer]:
         matrices = [_by_directions(p, self._heads.get(id(p), WHOLE)) for p in self.parameters if p.ndim == 2]
         vectors = [_by_entries(p) for p in self.parameters if p.ndim != 2]
@@ -224,8 +234,8 @@ class _Orthogonal(torch.optim.Optimizer):
     """Momentum (Nesterov), orthogonalised.
 
     ``torch.optim.Muon`` does the same, but in bfloat16 everywhere. Where that is emulated it takes a hundred times as
-    long as float32, which is taken there instead. Several processes share the matrices of a step: each orthogonalises
-    some, and all take them from it.
+    long as float32, which is taken there instead. Several processes share the matrices of a step: each has the
+    gradients and the momentum of some, orthogonalises those, and all take them from it.
     """
 
     def __init__(self, groups: list[dict], heads: Mapping[int, Heads], team: Team = ALONE) -> None:
@@ -236,34 +246,37 @@ class _Orthogonal(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step; gradients are there already, so that ``closure`` is not asked."""
-        ahead: list[tuple[nn.Parameter, Tensor, float]] = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                gradient, state = parameter.grad, self.state[parameter]
-                if gradient is None:
-                    continue
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(gradient)
-                velocity = state["momentum_buffer"].lerp_(gradient, 1 - _MOMENTUM)
-                ahead.append((parameter, gradient.lerp(velocity, _MOMENTUM), group["lr"]))
-        heads = [self._heads.get(id(parameter), WHOLE) for parameter, _, _ in ahead]
-        matrices = [matrix for _, matrix, _ in ahead]
-        found = map(_orthogonal, matrices, heads) if self._team.size == 1 else _shared(matrices, heads, self._team)
-        for (parameter, _, rate), step in zip(ahead, found, strict=True):
+        rated = [(p, group["lr"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [parameter for parameter, _ in rated]
+        heads = [self._heads.get(id(parameter), WHOLE) for parameter in parameters]
+        if self._team.size == 1:
+            steps = [_orthogonal(self._ahead(p, p.grad), each) for p, each in zip(parameters, heads, strict=True)]
+        else:
+            steps = self._shared(parameters, heads)
+        for (parameter, rate), step in zip(rated, steps, strict=True):
             parameter.add_(step, alpha=-rate)
 
+    def _ahead(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        """The gradient with momentum; of a parameter, or of what a process has of it."""
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - _MOMENTUM), _MOMENTUM)
 
-def _shared(matrices: Sequence[Tensor], heads: Sequence[Heads], team: Team) -> list[Tensor]:
-    """The same as :func:`_orthogonal` of each, where every process does a part and tells the others."""
-    stacks = [each.stack(matrix) for matrix, each in zip(matrices, heads, strict=True)]
-    owners = _owners(tuple((*map(int, stack.shape),) for stack in stacks), team.size)
-    made = [torch.empty(stack.shape, device=stack.device, dtype=_dtype_of(stack)) for stack in stacks]
-    for stack, result, owner_K in zip(stacks, made, owners, strict=True):
-        mine = [number for number, owner in enumerate(owner_K) if owner == team.rank]
-        if mine:
-            result[mine] = _polar(stack[mine], torch.baddbmm)
-    team.exchange([matrix for stack in made for matrix in stack], [owner for owner_K in owners for owner in owner_K])
-    return [each.join(stack) for stack, each in zip(made, heads, strict=True)]
+    def _shared(self, parameters: Sequence[nn.Parameter], heads: Sequence[Heads]) -> list[Tensor]:
+        """Steps of all, where every process makes a part and tells the others."""
+        team, gradients = self._team, [p.grad for p in parameters if p.grad is not None]
+        stacks = [each.stack(gradient) for gradient, each in zip(gradients, heads, strict=True)]
+        owners = _owners(tuple((*map(int, stack.shape),) for stack in stacks), team.size)
+        owner_of_each = [owner for owner_K in owners for owner in owner_K]
+        team.collect([matrix for stack in stacks for matrix in stack], owner_of_each)
+        made = [torch.empty(stack.shape, device=stack.device, dtype=_dtype_of(stack)) for stack in stacks]
+        for parameter, stack, result, owner_K in zip(parameters, stacks, made, owners, strict=True):
+            mine = [number for number, owner in enumerate(owner_K) if owner == team.rank]
+            if mine:
+                result[mine] = _polar(self._ahead(parameter, stack[mine]), torch.baddbmm).to(result.dtype)
+        team.exchange([matrix for stack in made for matrix in stack], owner_of_each)
+        return [each.join(stack) for stack, each in zip(made, heads, strict=True)]
 
 
 @lru_cache(maxsize=64)

@@ -35,4 +35,6 @@ def stream_error(text: Stream, reference: Stream, team: Team = ALONE) -> float:
     """Mean relative error of a token, ``‖h - h_source‖² / max(‖h‖², ‖h_source‖²)``; of a team's texts together."""
     energy_NT = token_energy(reference.hidden_NTD, text.hidden_NTD)
     pairs = zip(text.hidden_NTD, reference.hidden_NTD, energy_NT, strict=True)
-    return team.mean(sum(float(((h - r).square().sum(-1) / e).mean()) for h, r, e in pairs) / len(energy_NT))
+    error = sum(float(((h - r).square().sum(-1) / e).mean()) for h, r, e in pairs)
+    # One may have a sequence more than another.
+    return team.mean(error) / team.mean(len(energy_NT))

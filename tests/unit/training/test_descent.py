@@ -22,6 +22,12 @@ class Alone(Team):
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         pass
 
+    def collect(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+        # What is not one's own may be anything.
+        for tensor, owner in zip(tensors, owners, strict=True):
+            if owner != self.rank:
+                tensor.fill_(torch.nan)
+
     def exchange(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
         for tensor, owner in zip(tensors, owners, strict=True):
             if owner != self.rank:
