@@ -65,54 +65,36 @@ class Team:
         for tensor in tensors:
             by_kind.setdefault(tensor.dtype, []).append(tensor)
         for some in by_kind.values():
-            flat = _flat(some)
+            flat = torch.cat([tensor.reshape(-1) for tensor in some])
             dist.all_reduce(flat)
-            _spread(flat, some)
+            for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
-    def collect(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-        """Sum each over the processes where its owner is, in place; to others it is not told.
-
-        Args:
-            tensors: Of one kind, the same shapes everywhere.
-            owners: Which process wants each.
-        """
-        if self.size == 1:
-            return
-        of_rank = self._of_ranks(tensors, owners)
-        flats = {rank: _flat(some) for rank, some in enumerate(of_rank) if some}
-        works = [dist.reduce(flat, rank, async_op=True) for rank, flat in flats.items()]
-        for work in works:
-            assert work is not None
-            work.wait()
-        if self.rank in flats:
-            _spread(flats[self.rank], of_rank[self.rank])
-
-    def exchange(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-        """Give each tensor as one process has it to all, in place.
+    def collect(self, flat: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The sum over the processes of what each has for this one.
 
         Args:
-            tensors: Of one kind, the same shapes everywhere.
-            owners: Which process has each.
+            flat: What this process has for each, one after the other.
+            sizes: How many numbers that is, the same everywhere.
         """
         if self.size == 1:
-            return
-        of_rank = self._of_ranks(tensors, owners)
-        # All hand on theirs at once, each as much as the one that has most.
-        most = max(sum(tensor.numel() for tensor in some) for some in of_rank)
-        own = tensors[0].new_zeros(most)
-        if mine := of_rank[self.rank]:
-            flat = _flat(mine)
-            own[: len(flat)] = flat
-        flats = [torch.empty_like(own) for _ in of_rank]
-        dist.all_gather(flats, own)
-        for rank, (some, flat) in enumerate(zip(of_rank, flats, strict=True)):
-            if some and rank != self.rank:
-                _spread(flat, some)
+            return flat
+        own = sizes[self.rank]
+        found = flat.new_empty(self.size * own)
+        dist.all_to_all_single(found, flat, [own] * self.size, list(sizes))
+        return found.view(self.size, own).sum(0)
 
-    def _of_ranks(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> list[list[Tensor]]:
-        found: list[list[Tensor]] = [[] for _ in range(self.size)]
-        for tensor, owner in zip(tensors, owners, strict=True):
-            found[owner].append(tensor)
+    def exchange(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """What each process has, to all.
+
+        Args:
+            own: Of this process, flat.
+            sizes: How many numbers each has.
+        """
+        found = [own if rank == self.rank else own.new_empty(size) for rank, size in enumerate(sizes)]
+        for rank, flat in enumerate(found if self.size > 1 else ()):
+            if len(flat):
+                dist.broadcast(flat, rank)
         return found
 
     def mean(self, value: float) -> float:
@@ -160,17 +142,6 @@ class Team:
         assert packed[0] is not None
         # Of our own making, from a process of the same job.
         return torch.load(io.BytesIO(packed[0]), map_location=device, weights_only=False)
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    """The inverse of :func:`_flat`, in place; what is beyond the last tensor is nobody's."""
-    sizes = [tensor.numel() for tensor in tensors]
-    for tensor, part in zip(tensors, flat[: sum(sizes)].split(sizes), strict=True):
-        tensor.copy_(part.view_as(tensor))
 
 
 ALONE = Team()

@@ -267,16 +267,37 @@ class _Orthogonal(torch.optim.Optimizer):
         """Steps of all, where every process makes a part and tells the others."""
         team, gradients = self._team, [p.grad for p in parameters if p.grad is not None]
         stacks = [each.stack(gradient) for gradient, each in zip(gradients, heads, strict=True)]
-        owners = _owners(tuple((*map(int, stack.shape),) for stack in stacks), team.size)
-        owner_of_each = [owner for owner_K in owners for owner in owner_K]
-        team.collect([matrix for stack in stacks for matrix in stack], owner_of_each)
-        made = [torch.empty(stack.shape, device=stack.device, dtype=_dtype_of(stack)) for stack in stacks]
-        for parameter, stack, result, owner_K in zip(parameters, stacks, made, owners, strict=True):
-            mine = [number for number, owner in enumerate(owner_K) if owner == team.rank]
-            if mine:
-                result[mine] = _polar(self._ahead(parameter, stack[mine]), torch.baddbmm).to(result.dtype)
-        team.exchange([matrix for stack in made for matrix in stack], owner_of_each)
-        return [each.join(stack) for stack, each in zip(made, heads, strict=True)]
+        parts = _parts(tuple((len(stack), stack.shape[1], stack.shape[2]) for stack in stacks), team.size)
+        sizes = [sum(len(numbers) * stacks[at][0].numel() for at, numbers in some) for some in parts]
+        flat = torch.cat([stacks[at][k].reshape(-1) for some in parts for at, numbers in some for k in numbers])
+        mine, made = parts[team.rank], [torch.empty(0, device=flat.device, dtype=_dtype_of(flat))]
+        for (at, _), gradient in zip(mine, _apart(team.collect(flat, sizes), mine, stacks), strict=True):
+            made.append(_polar(self._ahead(parameters[at], gradient), torch.baddbmm).flatten())
+        steps = [torch.empty(stack.shape, device=flat.device, dtype=_dtype_of(flat)) for stack in stacks]
+        for some, told in zip(parts, team.exchange(torch.cat(made), sizes), strict=True):
+            for (at, numbers), step in zip(some, _apart(told, some, stacks), strict=True):
+                steps[at][numbers] = step
+        return [each.join(stack) for stack, each in zip(steps, heads, strict=True)]
+
+
+# Which matrices of which stacks, by their numbers.
+_Part = list[tuple[int, list[int]]]
+
+
+def _parts(shapes: tuple[tuple[int, int, int], ...], processes: int) -> list[_Part]:
+    """What each process orthogonalises."""
+    found: list[_Part] = [[] for _ in range(processes)]
+    for at, owner_K in enumerate(_owners(shapes, processes)):
+        for rank, some in enumerate(found):
+            if numbers := [number for number, owner in enumerate(owner_K) if owner == rank]:
+                some.append((at, numbers))
+    return found
+
+
+def _apart(flat: Tensor, part: _Part, stacks: Sequence[Tensor]) -> list[Tensor]:
+    """The matrices of a part, ``[·, m, n]`` of each stack, that lie one after the other."""
+    shapes = [(len(numbers), *stacks[at].shape[1:]) for at, numbers in part]
+    return [one.view(shape) for one, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)]
 
 
 @lru_cache(maxsize=64)

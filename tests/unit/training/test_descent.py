@@ -22,16 +22,11 @@ class Alone(Team):
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         pass
 
-    def collect(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-        # What is not one's own may be anything.
-        for tensor, owner in zip(tensors, owners, strict=True):
-            if owner != self.rank:
-                tensor.fill_(torch.nan)
+    def collect(self, flat: Tensor, sizes: Sequence[int]) -> Tensor:
+        return flat.split(list(sizes))[self.rank]
 
-    def exchange(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-        for tensor, owner in zip(tensors, owners, strict=True):
-            if owner != self.rank:
-                tensor.zero_()
+    def exchange(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        return [own if rank == self.rank else own.new_zeros(size) for rank, size in enumerate(sizes)]
 
 
 def moved(team: Team, steps: int) -> list[Tensor]:
