@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.common import FP32, SMALL, random_tokens, relative_error, text_file
 from tests.models import pico
-from tests.quantised import FORMATS, quantised
+from tests.quantised import FORMATS, dequantised, quantised
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -78,6 +78,17 @@ def test_experts_of_gpt_oss(tmp_path: Path) -> None:
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert relative_error(stock(tokens).logits, made(tokens).logits) <= FP32
     assert latentize.verify(tmp_path / "out")["ok"]
+    # All else is what the dequantised folder gives.
+    plain = tmp_path / "plain"
+    dequantised(folder, plain, {name: checkpoint.load(name).bfloat16() for name in checkpoint.names()})
+    (plain / "config.json").write_text(json.dumps(checkpoint.config))
+    options = {"keep": "50%", "data": (text_file(tmp_path),), **SMALL}
+    latentize.convert(plain, tmp_path / "plain-out", **options)
+    of_plain = load_file(tmp_path / "plain-out" / "model.safetensors")
+    for name, tensor in of_plain.items():
+        own = written.get(name)
+        experts = expected.get(name.removeprefix("source."))
+        assert torch.equal(tensor, own) if own is not None else torch.equal(tensor.float(), experts), name
 
 
 @pytest.mark.parametrize("name", FORMATS)
