@@ -1,5 +1,5 @@
-"""How long a conversion takes alone, and beside another of the same: with threads that sleep while they wait for
-others, as the command line has them, and with threads that spin, as OpenMP's default is.
+"""How long a conversion takes alone, and beside another of the same: with threads that soon sleep while they wait for
+others, as the command line has them, with threads that sleep at once, and with threads that spin.
 
     python benchmarks/neighbours.py --json benchmarks/results/neighbours.json
 
@@ -19,17 +19,25 @@ from datetime import date
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "models" / "tiny-llama-gqa"
+# What the environment says of it; where it says nothing, the command line decides.
+WAITING = {
+    "soon sleep": {},
+    "sleep": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "spin": {"OMP_WAIT_POLICY": "ACTIVE"},
+}
 
 
-def seconds(source: Path, folder: Path, together: int, policy: str) -> float:
+def seconds(source: Path, folder: Path, together: int, waiting: str) -> float:
     """From the start of so many conversions to the end of the last."""
-    outs = [folder / f"{policy}-{together}-{time.monotonic_ns()}-{index}" for index in range(together)]
+    outs = [folder / f"{together}-{time.monotonic_ns()}-{index}" for index in range(together)]
     command = [sys.executable, "-m", "latentize", "convert", source]
+    unset = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | WAITING[waiting]
     started = time.monotonic()
     running = [
         subprocess.Popen(
             [*command, out, "--keep", "50%", "--fast", "--json"],
-            env={**os.environ, "OMP_WAIT_POLICY": policy},
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -47,19 +55,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    cases = [(policy, together) for policy in ("passive", "active") for together in (1, 2)]
+    cases = [(waiting, together) for waiting in WAITING for together in (1, 2)]
     found: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.runs):
-            for policy, together in cases:
-                found[policy, together].append(seconds(args.source, Path(folder), together, policy))
-                print(policy, together, f"{found[policy, together][-1]:.1f} s", flush=True)
+            for waiting, together in cases:
+                found[waiting, together].append(seconds(args.source, Path(folder), together, waiting))
+                print(waiting, together, f"{found[waiting, together][-1]:.1f} s", flush=True)
     print("| threads that wait | alone, s | two together, s | ratio |", "|---|---|---|---|", sep="\n")
     rows = {}
-    for policy in ("passive", "active"):
-        alone, two = (min(found[policy, together]) for together in (1, 2))
-        rows[policy] = {"alone": alone, "together": two}
-        print(f"| {'sleep' if policy == 'passive' else 'spin'} | {alone:.1f} | {two:.1f} | {two / alone:.2f} |")
+    for waiting in WAITING:
+        alone, two = (min(found[waiting, together]) for together in (1, 2))
+        rows[waiting] = {"alone": alone, "together": two}
+        print(f"| {waiting} | {alone:.1f} | {two:.1f} | {two / alone:.2f} |")
     if args.json is not None:
         facts = {"source": args.source.name, "date": f"{date.today()}", "cores": os.cpu_count(), "seconds": rows}
         args.json.write_text(json.dumps(facts, indent=2) + "\n")

@@ -75,15 +75,15 @@ def test_public_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "policy"),
+    ("given", "policy", "looks"),
     [
-        ({}, "PASSIVE"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
-        ({"GOMP_SPINCOUNT": "77"}, None),
-        ({"KMP_BLOCKTIME": "5"}, None),
+        ({}, "PASSIVE", "1000"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE", None),
+        ({"GOMP_SPINCOUNT": "77"}, None, "77"),
+        ({"KMP_BLOCKTIME": "5"}, None, None),
     ],
 )
-def test_threads_wait_passively_unless_told_otherwise(given: dict[str, str], policy: str | None) -> None:
+def test_threads_soon_sleep_unless_told_otherwise(given: dict[str, str], policy: str | None, looks: str | None) -> None:
     """It is said before torch, and OpenMP with it, is loaded: neither reads it later."""
     code = """
 import os, sys
@@ -95,7 +95,7 @@ try:
 except SystemExit as end:
     assert not end.code
 assert "torch" not in sys.modules
-print(os.environ.get("OMP_WAIT_POLICY"))
+print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
 import torch
 """
     # What the tests themselves were started with is not meant.
@@ -105,7 +105,7 @@ import torch
     setting = f"os.environ.update({given!r})\n"
     done = run_python(unset + setting + code, env={"OMP_DISPLAY_ENV": "TRUE"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(policy)
+    assert done.stdout.splitlines()[-1] == f"{policy} {looks}"
     # OpenMP says what it has read, where it is GNU's or LLVM's.
     if policy is not None and "OMP_WAIT_POLICY" in done.stderr:
         assert f"'{policy}'" in done.stderr.split("OMP_WAIT_POLICY", 1)[1].splitlines()[0]

@@ -25,6 +25,7 @@ __all__ = [
     "beside_sink",
     "by_groups",
     "capped",
+    "for_heads",
     "gated",
     "grouped_attention",
     "grown",
@@ -125,6 +126,12 @@ def capped(score: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(score / softcap) if softcap else score
 
 
+def for_heads(x_GTd: Tensor, heads: int) -> Tensor:
+    """Keys or values of ``G`` groups, ``[..., G, T, d]``, for each head of theirs; a view where it can be one."""
+    groups, *sizes = x_GTd.shape[-3:]
+    return x_GTd.unsqueeze(-3).expand(*x_GTd.shape[:-2], heads // groups, *sizes).flatten(-4, -3)
+
+
 def attend(
     q_BHTd: Tensor,
     k_BHSd: Tensor,
@@ -211,8 +218,7 @@ def grouped_attention(
     if cache is not None:
         k_BGSd, v_BGSd = cache.update(k_BGSd, v_BGSd, layer_idx)
     allowed_TS = causal_mask(x_BTD.shape[1], k_BGSd.shape[2], window=window, device=x_BTD.device)
-    k_BHSd = k_BGSd.repeat_interleave(spec.group_size, dim=1)
-    v_BHSd = v_BGSd.repeat_interleave(spec.group_size, dim=1)
+    k_BHSd, v_BHSd = (for_heads(t, spec.num_heads) for t in (k_BGSd, v_BGSd))
     heads_BHTd = attend(q_BHTd, k_BHSd, v_BHSd, allowed_TS, spec.softmax_scale, spec.softcap, w.sink_H)
     heads_BHTd = gated(heads_BHTd, x_BTD, w.gate_HdD)
     y_BTD = torch.einsum("bhtd,Dhd->btD", heads_BHTd, w.o_DHd)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from latentize.attention.cache import GrowingCache
 from latentize.attention.coding import RowCode
-from latentize.attention.grouped import attend, beside_sink, by_groups, capped, gated, grown, head_norm
+from latentize.attention.grouped import attend, beside_sink, by_groups, capped, for_heads, gated, grown, head_norm
 from latentize.attention.masks import causal_mask
 from latentize.attention.projections import UpProjections
 from latentize.attention.rope import Beyond, rope_angles, rotate_half
@@ -243,10 +243,8 @@ def expand(c_B1Sr: Tensor, k_rope_BPSR: Tensor, w: UpProjections, heads: int) ->
     """Keys ``[B, H, S, N + R]`` and values ``[B, H, S, V]`` of all ``heads``."""
     k_nope_BUSN, v_BUSV = w.up(c_B1Sr)
     k_rope_BPSR, factor_BKS = factors_apart(k_rope_BPSR, w.key_scales)
-    share = heads // k_nope_BUSN.shape[1]
-    k_nope_BHSN = k_nope_BUSN.repeat_interleave(share, dim=1)
-    k_rope_BHSR = k_rope_BPSR.repeat_interleave(heads // k_rope_BPSR.shape[1], dim=1)
-    k_BHSd, v_BHSV = torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1), v_BUSV.repeat_interleave(share, dim=1)
+    k_BHSd = torch.cat([for_heads(k_nope_BUSN, heads), for_heads(k_rope_BPSR, heads)], dim=-1)
+    v_BHSV = for_heads(v_BUSV, heads)
     if factor_BKS is not None:
         factor_BHS1 = factor_BKS.repeat_interleave(heads // w.key_scales, dim=1)[..., None]
         k_BHSd, v_BHSV = k_BHSd * factor_BHS1, v_BHSV * factor_BHS1 if w.scales_values else v_BHSV

@@ -25,7 +25,7 @@ _How = TypeVar("_How", bound=Schedule)
 # of the user's text. On a real model the second of refinement takes a fifth off the divergence, the third a tenth, the
 # fourth a twentieth.
 _FLOP = 2e13
-_REFINED_ROUNDS, _POLISHED_ROUNDS, _CODED_ROUNDS = 4.0, 0.25, 1.0
+_REFINED_ROUNDS, _POLISHED_ROUNDS, _CODED_ROUNDS = 4.0, 0.5, 1.0
 # Parameters of a model up to which a polish takes whole steps; those of larger ones are smaller in proportion, for the
 # more parameters learn from a step's tokens, the more of its gradient is noise. Chosen at 5 and at 135 million.
 _WHOLE_STEPS = 7e6

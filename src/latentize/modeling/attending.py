@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from latentize.attention.grouped import for_heads
 from latentize.modeling.blocks import causal_blocks, suit_blocks
 
 __all__ = ["NAME", "attend_faster", "attending", "cache_of"]
@@ -43,7 +44,7 @@ def _attend(
         q_BGnd = q_BHTd.view(len(query), key.shape[1], share, -1)
         heads_BGnV = (scale * q_BGnd @ k_BGSd.mT).softmax(-1) @ v_BGSV
         return heads_BGnV.flatten(1, 2)[:, None], None
-    k_BHSd, v_BHSV = (x.repeat_interleave(share, dim=1) for x in (k_BGSd, v_BGSV))
+    k_BHSd, v_BHSV = (for_heads(x, query.shape[1]) for x in (k_BGSd, v_BGSV))
     return causal_blocks(q_BHTd, k_BHSd, v_BHSV, scale).transpose(1, 2).contiguous(), None
 
 

@@ -5,6 +5,8 @@ Shape letters as in :mod:`latentize.attention.latent`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,19 +29,58 @@ def causal_blocks(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTV: Tensor, scale: float) 
 
     The fused operator takes two to four times as long forward in bfloat16 where the CPU has instructions but no tiles
     for it, and six times that backward on any; float32 gains a third at 512 tokens and loses from some 1,500 on.
-    Memory goes with ``T²`` where it learns. Scores are rounded to the inputs' precision.
+    Memory goes with ``T²`` where it learns. Scores are rounded to the inputs' precision; within autocast that is its.
     """
-    lead, tokens = q_BHTd.shape[:2], q_BHTd.shape[2]
+    lead, kind = q_BHTd.shape[:2], q_BHTd.device.type
     q_nTd, k_nTd, v_nTV = (q_BHTd * scale).flatten(0, 1), k_BHTd.flatten(0, 1), v_BHTV.flatten(0, 1)
-    size = min(_QUERIES, tokens)
-    later = torch.full((size, size), -torch.inf, dtype=q_nTd.dtype, device=q_nTd.device).triu(1)
-    heads = []
-    for start in range(0, tokens, size):
-        end = min(start + size, tokens)
-        mask = F.pad(later[: end - start, : end - start], (start, 0))
-        score_ntS = q_nTd[:, start:end] @ k_nTd[:, :end].mT + mask
-        heads.append(score_ntS.softmax(-1) @ v_nTV[:, :end])
-    return torch.cat(heads, dim=1).unflatten(0, lead)
+    if torch.is_autocast_enabled(kind):
+        narrow = torch.get_autocast_dtype(kind)
+        q_nTd, k_nTd, v_nTV = q_nTd.to(narrow), k_nTd.to(narrow), v_nTV.to(narrow)
+    heads_nTV: Tensor = _CausalBlocks.apply(q_nTd, k_nTd, v_nTV)
+    return heads_nTV.unflatten(0, lead)
+
+
+class _CausalBlocks(torch.autograd.Function):
+    """Attention of scaled queries. PyTorch's gradients of slices are as large as what was sliced, and mostly zero."""
+
+    @staticmethod
+    def forward(ctx: Any, q_nTd: Tensor, k_nTd: Tensor, v_nTV: Tensor) -> Tensor:
+        size = min(_QUERIES, q_nTd.shape[1])
+        later = torch.full((size, size), -torch.inf, dtype=q_nTd.dtype, device=q_nTd.device).triu(1)
+        heads_nTV, kept = q_nTd.new_empty(*q_nTd.shape[:2], v_nTV.shape[2]), []
+        for start, end in _spans(q_nTd):
+            score_ntS = q_nTd[:, start:end] @ k_nTd[:, :end].mT
+            score_ntS[:, :, start:].add_(later[: end - start, : end - start])
+            share_ntS = score_ntS.softmax(-1)
+            heads_nTV[:, start:end] = share_ntS @ v_nTV[:, :end]
+            kept += [share_ntS] if any(ctx.needs_input_grad) else []
+        ctx.save_for_backward(q_nTd, k_nTd, v_nTV, *kept)
+        return heads_nTV
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, by_heads_nTV: Tensor) -> tuple[Tensor | None, ...]:
+        q_nTd, k_nTd, v_nTV, *shares = ctx.saved_tensors
+        by_q_nTd, by_k_nTd, by_v_nTV = torch.empty_like(q_nTd), None, None
+        # The last queries see all keys, so that the others' parts are added to theirs.
+        for (start, end), share_ntS in zip(reversed(_spans(q_nTd)), reversed(shares), strict=True):
+            by_ntV, q_ntd = by_heads_nTV[:, start:end].contiguous(), q_nTd[:, start:end]
+            by_share_ntS = by_ntV @ v_nTV[:, :end].mT
+            by_score_ntS = torch.ops.aten._softmax_backward_data(by_share_ntS, share_ntS, -1, share_ntS.dtype)
+            by_q_nTd[:, start:end] = by_score_ntS @ k_nTd[:, :end]
+            by_k_nSd, by_v_nSV = by_score_ntS.mT @ q_ntd, share_ntS.mT @ by_ntV
+            if by_k_nTd is None or by_v_nTV is None:
+                by_k_nTd, by_v_nTV = by_k_nSd, by_v_nSV
+            else:
+                by_k_nTd[:, :end].add_(by_k_nSd)
+                by_v_nTV[:, :end].add_(by_v_nSV)
+        return by_q_nTd, by_k_nTd, by_v_nTV
+
+
+def _spans(q_nTd: Tensor) -> list[tuple[int, int]]:
+    """First and last query of each block, the last not included."""
+    tokens = q_nTd.shape[1]
+    return [(start, min(start + _QUERIES, tokens)) for start in range(0, tokens, _QUERIES)]
 
 
 def newest_blocks(q_BHTd: Tensor, k_BHSd: Tensor, v_BHSV: Tensor, stored: int, newest: int, scale: float) -> Tensor:

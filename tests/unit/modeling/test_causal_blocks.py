@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tests.common import FP32, relative_error
+from tests.common import BF16, FP32, relative_error
 from torch.nn import functional as F
 
 from latentize.attention.masks import newest_mask
@@ -15,8 +15,9 @@ from latentize.modeling.blocks import causal_blocks, newest_blocks
 from latentize.modeling.expanded import attend_expanded
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 31, 64])
+@pytest.mark.parametrize("tokens", [1, 3, 64, 128, 129, 300])
 def test_values_and_gradients_against_pytorch(tokens: int) -> None:
+    """Of one block and of several, the last of which is smaller."""
     q, k, v = (torch.randn(2, 3, tokens, d, dtype=torch.float64, requires_grad=True) for d in (6, 6, 4))
     made = causal_blocks(q, k, v, 0.3)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
@@ -26,6 +27,26 @@ def test_values_and_gradients_against_pytorch(tokens: int) -> None:
         torch.autograd.grad(made, (q, k, v), weight), torch.autograd.grad(expected, (q, k, v), weight), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("learns", [(True, False, False), (False, True, False), (False, False, True)])
+def test_gradients_of_what_learns_alone(learns: tuple[bool, bool, bool]) -> None:
+    q, k, v = (torch.randn(2, 3, 200, 4, dtype=torch.float64, requires_grad=each) for each in learns)
+    found = torch.autograd.grad(causal_blocks(q, k, v, 0.3).sum(), [t for t in (q, k, v) if t.requires_grad])
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3).sum()
+    for one, other in zip(found, torch.autograd.grad(expected, [t for t in (q, k, v) if t.requires_grad]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_within_autocast_all_products_are_in_its_precision() -> None:
+    q, k, v = (torch.randn(1, 2, 200, 4, dtype=t, requires_grad=True) for t in (torch.bfloat16, *[torch.float32] * 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        made = causal_blocks(q, k, v, 0.3)
+    assert made.dtype == torch.bfloat16
+    found = torch.autograd.grad(made.float().sum(), (q, k, v))
+    assert [g.dtype for g in found] == [torch.bfloat16, torch.float32, torch.float32]
+    with torch.no_grad():
+        assert relative_error(made, causal_blocks(q.float(), k, v, 0.3)) < BF16
 
 
 def _calls_blocks(dtype: torch.dtype, heads: int, tokens: int, *, learns: bool, fast: bool = False) -> bool:
