@@ -81,7 +81,7 @@ def _wait_passively() -> None:
     """Threads that wait for others soon sleep, unless the environment says how they should wait.
 
     By default they spin, and where another program has the processor that the others need they take what is left of it.
-    To sleep at once costs a fifth of a conversion's time, as a step is hundreds of small products.
+    To sleep at once costs a fifth of a step's time, as a step is hundreds of small products (docs/memory.md).
     OpenMP reads this once, when torch is imported.
     """
     if not any(name in os.environ for name in _WAITING):
