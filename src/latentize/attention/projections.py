@@ -201,14 +201,8 @@ class Up:
 
     def up(self, c_B1Sr: Tensor) -> tuple[Tensor, Tensor]:
         """Un-roped keys ``[B, U, S, N]`` and values ``[B, U, S, V]`` of latents."""
-        v_BUSV = _up(c_B1Sr, self.v_up_UVr)
-        return _up(c_B1Sr, self.k_up_UNr), v_BUSV if self.v_up_bias_UV is None else v_BUSV + self.v_up_bias_UV[:, None]
-
-
-def _up(c_B1Sr: Tensor, up_Udr: Tensor) -> Tensor:
-    """``[B, U, S, d]``, in one product: for one of each head PyTorch copies the latents as often as there are heads."""
-    made_BSe = c_B1Sr[:, 0] @ up_Udr.flatten(0, 1).mT
-    return made_BSe.unflatten(-1, up_Udr.shape[:2]).transpose(1, 2)
+        v_BUSV = c_B1Sr @ self.v_up_UVr.mT
+        return c_B1Sr @ self.k_up_UNr.mT, v_BUSV if self.v_up_bias_UV is None else v_BUSV + self.v_up_bias_UV[:, None]
 
 
 @dataclass
