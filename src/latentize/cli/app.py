@@ -77,7 +77,7 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _LOOKS = 1000
 
 
-def _wait_passively() -> None:
+def _sleep_soon() -> None:
     """Threads that wait for others soon sleep, unless the environment says how they should wait.
 
     By default they spin, and where another program has the processor that the others need they take what is left of it.
@@ -90,7 +90,7 @@ def _wait_passively() -> None:
 
 def main() -> None:
     """Entry point: user errors end with status 2 and no traceback."""
-    _wait_passively()
+    _sleep_soon()
     for stream in (sys.stdout, sys.stderr):
         # A name may hold what the terminal has no letters for.
         if isinstance(stream, io.TextIOWrapper):

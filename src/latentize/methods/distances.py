@@ -12,6 +12,8 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
+from latentize.attention.grouped import for_heads
+
 __all__ = ["attended_distances", "expected_rotation", "rotations"]
 
 # Few enough for a core's cache, and for most chunks not to look at what comes later.
@@ -39,7 +41,7 @@ def attended_distances(
         ``[H, L]`` float64; entry ``Δ`` is ``Σ p(t, t - Δ)``. A row sums to ``B T``.
     """
     batch, heads, tokens, _ = q_BHTd.shape
-    k_BHTd = k_BGTd.repeat_interleave(heads // k_BGTd.shape[1], dim=1)
+    k_BHTd = for_heads(k_BGTd, heads)
     histogram_HL = q_BHTd.new_zeros(heads, reach or tokens, dtype=torch.float64)
     chunk = max(1, min(tokens, _SCORES_AT_ONCE // (batch * heads * tokens)))
     for start in range(0, tokens, chunk):

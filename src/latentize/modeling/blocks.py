@@ -47,13 +47,14 @@ class _CausalBlocks(torch.autograd.Function):
     def forward(ctx: Any, q_nTd: Tensor, k_nTd: Tensor, v_nTV: Tensor) -> Tensor:
         size = min(_QUERIES, q_nTd.shape[1])
         later = torch.full((size, size), -torch.inf, dtype=q_nTd.dtype, device=q_nTd.device).triu(1)
-        heads_nTV, kept = q_nTd.new_empty(*q_nTd.shape[:2], v_nTV.shape[2]), []
+        heads_nTV, kept = q_nTd.new_empty(*q_nTd.shape[:2], v_nTV.shape[2]), list[Tensor]()
         for start, end in _spans(q_nTd):
             score_ntS = q_nTd[:, start:end] @ k_nTd[:, :end].mT
             score_ntS[:, :, start:].add_(later[: end - start, : end - start])
             share_ntS = score_ntS.softmax(-1)
             heads_nTV[:, start:end] = share_ntS @ v_nTV[:, :end]
-            kept += [share_ntS] if any(ctx.needs_input_grad) else []
+            if any(ctx.needs_input_grad):
+                kept.append(share_ntS)
         ctx.save_for_backward(q_nTd, k_nTd, v_nTV, *kept)
         return heads_nTV
 
